@@ -1,0 +1,55 @@
+# Two commands do everything: `make demo` (the main job) and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# pip builds DeepSpeed from source; without isolation it sees the torch that is here instead of fetching another one
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help install demo test test-all check format lock clean
+
+help:
+	@echo "make install   set up .venv (the other targets do it when they need it)"
+	@echo "make demo      set up, then prepare data, train, generate and evaluate on this machine"
+	@echo "make test      set up, then run the tests (under 12 minutes on 2 cores)"
+	@echo "make test-all  the long tests as well"
+	@echo "make check     lint, formatting, types, import rules      make format  mend the first two"
+	@echo "make lock      renew requirements/ from pyproject.toml"
+
+install: $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	@$(BIN)/python tools/demo.py
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not long" tests
+
+test-all: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.installed: requirements/build.txt requirements/run.txt pyproject.toml
+	@echo "setting up $(VENV) (once; several minutes where packages have to be fetched)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -r requirements/build.txt
+	$(PIP_INSTALL) --no-build-isolation -r requirements/run.txt
+	$(PIP_INSTALL) --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.txt
+	$(PIP_INSTALL) --no-build-isolation -r requirements/dev.txt
+	@touch $@
+
+lock:
+	$(PYTHON) tools/lock.py
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache

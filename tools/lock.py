@@ -1,0 +1,58 @@
+"""Renew requirements/*.txt: install what pyproject.toml asks for into empty environments, write down what came.
+
+    python tools/lock.py
+
+build.txt comes first in an installation: DeepSpeed is built from source and wants torch and setuptools present.
+"""
+
+import subprocess
+import sys
+import tempfile
+import tomllib
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIREMENTS = ROOT / "requirements"
+BUILD = ["setuptools>=77", "wheel", "ninja", "torch==2.13.0"]
+
+
+def main() -> None:
+    """Write build.txt, run.txt (to run Deepy) and dev.txt (to work on it)."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    develop = [need for need in extras["dev"] if not need.startswith("deepy[")]
+    with tempfile.TemporaryDirectory() as folder:
+        venv.create(folder, with_pip=True)
+        python = Path(folder) / "bin" / "python"
+        install(python, BUILD)
+        write("build.txt", freeze(python, only={"setuptools", "wheel", "ninja", "torch"}))
+        install(python, project["dependencies"])
+        write("run.txt", freeze(python))
+        install(python, [*extras["logging"], *extras["convert"], *develop])
+        write("dev.txt", freeze(python))
+
+
+def install(python: Path, needs: list[str]) -> None:
+    """Install `needs` into the environment of `python`."""
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-build-isolation", *needs], check=True)
+
+
+def freeze(python: Path, only: set[str] | None = None) -> list[str]:
+    """What is installed, as `name==version`; a local part such as `+cpu` belongs to one machine and is left out."""
+    command = [str(python), "-m", "pip", "freeze", "--all", "--exclude", "pip"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    pins = [line.split(" @ ")[0].split("+")[0] for line in lines]
+    return [pin for pin in pins if only is None or pin.split("==")[0] in only]
+
+
+def write(name: str, pins: list[str]) -> None:
+    """Write one file of pins."""
+    header = (
+        f"# Made by `make lock` with Python {sys.version_info.major}.{sys.version_info.minor} from pyproject.toml\n"
+    )
+    (REQUIREMENTS / name).write_text(header + "\n".join(pins) + "\n")
+
+
+if __name__ == "__main__":
+    main()
