@@ -1,0 +1,1 @@
+"""The only door to DeepSpeed at run time: a list of layers goes in; train, evaluate, forward and state come out. Floor 4."""

@@ -1,0 +1,52 @@
+"""The gradient norm of the whole model, and the clip, where no ZeRO optimizer does it.
+
+Floor 4. DeepSpeed's own clip for this case leaves out what replicated parameters of later stages contribute.
+"""
+
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from megatron.parallel.grid import Axis, ParallelGrid
+from megatron.parallel.parameter import PlacedParameter
+
+_SPLIT_OVER: tuple[Axis, ...] = ("model", "pipe")  # the axes along which ranks hold different parameters
+
+
+class GradientClip:
+    """Clips just before each optimizer step, and remembers the norm it found."""
+
+    def __init__(self, optimizer: Optimizer, grid: ParallelGrid, maximum: float) -> None:
+        """Attach to `optimizer`. maximum: the largest norm to let through, 0 for no clip (the norm is still taken)."""
+        self.norm: Tensor | None = None
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._grid = grid
+        self._maximum = maximum
+        optimizer.register_step_pre_hook(self._before_step)
+
+    def _before_step(self, *_: object) -> None:
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        self.norm = self._global_norm()
+        if self._maximum > 0:
+            scale = torch.clamp(self._maximum / (self.norm + 1e-6), max=1.0)
+            torch._foreach_mul_(gradients, scale)
+
+    def _global_norm(self) -> Tensor:
+        """The 2-norm over every element of the model once: all-reduces over the model and the pipe axes."""
+        mine = [p.grad for p in self._parameters if p.grad is not None and self._counts_here(p)]
+        square = torch.zeros((), device=self._grid.device)
+        if mine:
+            square = torch.stack(torch._foreach_norm(mine)).float().square().sum()
+        for axis in _SPLIT_OVER:
+            if self._grid.size(axis) > 1:
+                dist.all_reduce(square, group=self._grid.group(axis))
+        return square.sqrt()
+
+    def _counts_here(self, parameter: nn.Parameter) -> bool:
+        """A shard counts where it is; a copy on tensor-parallel rank 0; a tied copy of a later stage never."""
+        if getattr(parameter, "ds_pipe_replicated", False):
+            return False
+        return cast(PlacedParameter, parameter).shard_dim is not None or self._grid.rank("model") == 0

@@ -1,0 +1,115 @@
+"""A list of layers becomes one module: plain and sequential, or a stage of DeepSpeed's pipeline.
+
+Floor 4. The caller never knows which. Parameters carry their own global names, so both kinds agree on them.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron.model.layer import Layer
+from megatron.parallel.grid import ParallelGrid
+
+Call = Callable[..., Any]
+
+
+class Sequential(nn.Module):
+    """The layers one after the other, on one rank."""
+
+    def __init__(self, layers: list[Layer], recompute_layers: int = 0) -> None:
+        """Build every layer. recompute_layers: N > 0 recomputes groups of N blocks in the backward pass."""
+        super().__init__()
+        self.layers = nn.ModuleList()
+        self.recompute_layers = recompute_layers
+        self._calls: list[tuple[Call, bool]] = []
+        tied: dict[str, nn.Module] = {}
+        for layer in layers:
+            module = tied.get(layer.tied) if layer.tied else None
+            if module is None:
+                module = layer.build()
+                self.layers.append(module)
+                if layer.tied:
+                    tied[layer.tied] = module
+            call = partial(layer.tied_forward, module) if layer.tied_forward else module
+            self._calls.append((call, layer.recompute))
+
+    def forward(self, inputs: Any, cache: Any = None) -> Any:
+        """Tokens [b, s] in, logits [b, s, v/tp] out; with a key-value cache when decoding."""
+        if cache is not None:
+            for call, _ in self._calls:
+                inputs = call(inputs, cache)
+            return inputs
+        recompute = self.recompute_layers if self.training else 0
+        for calls, in_checkpoint in _segments(self._calls, recompute):
+            run = partial(_chain, calls)
+            inputs = checkpoint(run, inputs, use_reentrant=False) if in_checkpoint else run(inputs)
+        return inputs
+
+
+def pipeline_module(
+    layers: list[Layer],
+    loss: Callable[[Tensor, Any], Tensor],
+    grid: ParallelGrid,
+    partition_method: str,
+    recompute_layers: int,
+) -> nn.Module:
+    """This rank's stage of `layers`, as DeepSpeed's PipelineModule."""
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    # The two classes only give `build` our layer in place of a class and its arguments.
+    class Spec(LayerSpec):  # type: ignore[misc]
+        def __init__(self, layer: Layer) -> None:
+            super().__init__(layer.module_class)
+            self.layer = layer
+
+        def build(self, log: bool = False) -> nn.Module:
+            return self.layer.build()
+
+    class TiedSpec(TiedLayerSpec):  # type: ignore[misc]
+        def __init__(self, layer: Layer) -> None:
+            super().__init__(layer.tied, layer.module_class, forward_fn=layer.tied_forward, tied_weight_attr="weight")
+            self.layer = layer
+
+        def build(self, log: bool = False) -> nn.Module:
+            return self.layer.build()
+
+    module: nn.Module = PipelineModule(
+        [TiedSpec(layer) if layer.tied else Spec(layer) for layer in layers],
+        topology=PipeModelDataParallelTopology(
+            num_pp=grid.size("pipe"), num_mp=grid.size("model"), num_dp=grid.size("data")
+        ),
+        loss_fn=loss,
+        partition_method=partition_method,
+        activation_checkpoint_interval=recompute_layers,
+        activation_checkpoint_func=partial(checkpoint, use_reentrant=False),
+        checkpointable_layers=sorted({layer.module_class.__name__ for layer in layers if layer.recompute}),
+    )
+    return module
+
+
+def _chain(calls: list[Call], inputs: Any) -> Any:
+    for call in calls:
+        inputs = call(inputs)
+    return inputs
+
+
+def _segments(calls: list[tuple[Call, bool]], recompute_layers: int) -> Iterator[tuple[list[Call], bool]]:
+    """Cut the layers into runs of at most `recompute_layers` blocks to recompute, and the single layers between."""
+    run: list[Call] = []
+    for call, may_recompute in calls:
+        if may_recompute and recompute_layers:
+            run.append(call)
+            if len(run) == recompute_layers:
+                yield run, True
+                run = []
+            continue
+        if run:
+            yield run, True
+            run = []
+        yield [call], False
+    if run:
+        yield run, True

@@ -1,0 +1,187 @@
+"""Every optimizer DeepSpeed may wrap around ours, seen alike: runs of elements of named parameters.
+
+Floor 4, and the only file that reads attributes of DeepSpeed which are no public interface; `pyproject.toml` therefore
+pins its minor version, and the tests cover each class below. Three cases exist:
+
+    torch optimizer                 fp32 without ZeRO        the parameter is its own master
+    DeepSpeedZeroOptimizer          ZeRO 1 and 2             one flat fp32 partition per group and data rank
+    DeepSpeedZeroOptimizer_Stage3   ZeRO 3                   the same, and the parameters are partitioned too
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+MASTER = "fp32"
+
+
+@dataclass(frozen=True)
+class Run:
+    """`numel` consecutive elements of this rank's (flattened) shard of `parameter`, and all state kept for them."""
+
+    parameter: nn.Parameter
+    shape: tuple[int, ...]  # of this rank's tensor-parallel shard
+    start: int
+    numel: int
+    tensors: dict[str, Tensor]  # "fp32" and the optimizer's moments: views [numel] of the live state
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a run lies: `flat[at : at + numel]`, `flat` being a tensor that the inner optimizer steps."""
+
+    parameter: nn.Parameter
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    flat: Tensor
+    at: int
+
+
+class ModuleState:
+    """The weights of a module without an optimizer: what inference loads."""
+
+    replicated_over_data = True
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parameters = list(module.parameters())
+
+    def runs(self) -> list[Run]:
+        """One run for each parameter, with its weight only."""
+        return [
+            Run(p, tuple(p.shape), 0, p.numel(), {MASTER: p.detach().view(-1)}) for p in self._parameters
+        ]
+
+    def finish_loading(self) -> None:
+        """Nothing to do: the views are the weights."""
+
+
+class OptimizerState:
+    """Masters, moments, step count and loss scale of a DeepSpeed engine's optimizer."""
+
+    def __init__(self, optimizer: Any, moments: tuple[str, ...]) -> None:
+        """optimizer: `engine.optimizer`. moments: names of the tensors the inner optimizer keeps per parameter."""
+        self._optimizer = optimizer
+        self._inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._moments = moments
+        self._kind = type(optimizer).__name__
+
+    @property
+    def replicated_over_data(self) -> bool:
+        """Whether every data-parallel rank holds the same elements (no ZeRO) or each its own."""
+        return self._optimizer is self._inner
+
+    def runs(self) -> list[Run]:
+        """All state of this rank, as live views: writing to them changes the optimizer (see `finish_loading`)."""
+        self._create_missing_moments()
+        return [
+            Run(place.parameter, place.shape, place.start, place.numel, self._views(place)) for place in self._places()
+        ]
+
+    def finish_loading(self) -> None:
+        """Carry fp32 masters that were written through `runs` into the weights the model computes with. Collective."""
+        if self._kind == "DeepSpeedZeroOptimizer":
+            self._optimizer.update_lp_params()
+        elif self._kind == "DeepSpeedZeroOptimizer_Stage3":
+            self._push_stage_3()
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates made so far (skipped steps do not count): Adam's bias correction depends on it."""
+        steps = [int(state["step"]) for state in self._inner.state.values() if "step" in state]
+        return steps[0] if steps else 0
+
+    @updates.setter
+    def updates(self, updates: int) -> None:
+        self._create_missing_moments()
+        for state in self._inner.state.values():
+            if "step" in state:
+                state["step"].fill_(float(updates))
+
+    @property
+    def loss_scale(self) -> dict[str, float]:
+        """State of the dynamic loss scale; empty when there is none."""
+        scaler = getattr(self._optimizer, "loss_scaler", None)
+        if scaler is None or not scaler.dynamic:
+            return {}
+        return {name: getattr(scaler, name) for name in _LOSS_SCALE_FIELDS}
+
+    @loss_scale.setter
+    def loss_scale(self, values: dict[str, float]) -> None:
+        scaler = getattr(self._optimizer, "loss_scaler", None)
+        if scaler is not None and scaler.dynamic:
+            for name, value in values.items():
+                setattr(scaler, name, value)
+
+    def _views(self, place: _Place) -> dict[str, Tensor]:
+        state = self._inner.state[place.flat]
+        sources = {MASTER: place.flat} | {name: state[name] for name in self._moments}
+        return {name: source.detach().view(-1).narrow(0, place.at, place.numel) for name, source in sources.items()}
+
+    def _places(self) -> Iterator[_Place]:
+        match self._kind:
+            case "DeepSpeedZeroOptimizer":
+                return self._places_stage_1_and_2()
+            case "DeepSpeedZeroOptimizer_Stage3":
+                return self._places_stage_3()
+        return (_Place(p, tuple(p.shape), 0, p.numel(), p, 0) for p in self._stepped())
+
+    def _places_stage_1_and_2(self) -> Iterator[_Place]:
+        groups = zip(self._optimizer.bit16_groups, self._optimizer.single_partition_of_fp32_groups, strict=True)
+        for parameters, flat in groups:
+            for parameter in parameters:
+                mapping = parameter._hp_mapping
+                if mapping is not None:  # None: another data rank holds all of it
+                    piece = mapping.lp_fragment_address
+                    at = mapping.hp_fragment_address.start
+                    yield _Place(parameter, tuple(parameter.shape), piece.start, piece.numel, flat, at)
+
+    def _places_stage_3(self) -> Iterator[_Place]:
+        zero = self._optimizer
+        for parameters in zero.fp16_groups:
+            for parameter in parameters:
+                group, at, partition = zero.grad_position[zero.get_param_id(parameter)]
+                start = partition * dist.get_rank(group=zero._get_param_partition_group(parameter))
+                numel = min(partition, parameter.ds_numel - start)  # the last partition is padded
+                if numel > 0:
+                    flat = zero.fp32_partitioned_groups_flat[group]
+                    yield _Place(parameter, tuple(parameter.ds_shape), start, numel, flat, at)
+
+    def _stepped(self) -> list[Tensor]:
+        """Every tensor the inner optimizer steps; ZeRO 3 takes them out of its groups between steps."""
+        if self._kind == "DeepSpeedZeroOptimizer_Stage3":
+            return list(self._optimizer.fp32_partitioned_groups_flat)
+        return [parameter for group in self._inner.param_groups for parameter in group["params"]]
+
+    def _create_missing_moments(self) -> None:
+        """Give a fresh optimizer the state it would create in its first step: zeros."""
+        for flat in self._stepped():
+            state = self._inner.state[flat]
+            for name in self._moments:
+                if name not in state:
+                    state[name] = torch.zeros_like(flat.detach(), memory_format=torch.preserve_format)
+            if "exp_avg" in self._moments and "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+
+    def _push_stage_3(self) -> None:
+        zero = self._optimizer
+        groups = zip(
+            zero.fp32_partitioned_groups_flat,
+            zero.fp16_partitioned_groups_flat,
+            zero.fp16_partitioned_groups,
+            strict=True,
+        )
+        for master, flat, parts in groups:
+            flat.data.copy_(master.data)
+            for part, new in zip(parts, zero.unflatten(flat, parts), strict=True):
+                part.data = new.data
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].partition(zero.persistent_parameters)
+        zero.checkpoint_event_epilogue()
+
+
+_LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

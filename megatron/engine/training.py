@@ -1,0 +1,166 @@
+"""A list of layers, trained: one global batch in, loss and gradient norm out.
+
+Shapes: b micro-batch, s sequence, v padded vocabulary.
+Floor 4. What DeepSpeed does (pipeline schedule, ZeRO, loss scaling) stays behind this class.
+"""
+
+import contextlib
+import hashlib
+import io
+import logging
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron.config.plan import Plan
+from megatron.engine.clipping import GradientClip
+from megatron.engine.model_parallel_unit import ModelParallelUnit
+from megatron.engine.modules import Sequential, pipeline_module
+from megatron.engine.optimizer_state import OptimizerState
+from megatron.engine.settings import deepspeed_settings, is_sharded
+from megatron.model.layer import Layer
+from megatron.optimizers.build import build_optimizer, state_names
+from megatron.parallel.grid import ParallelGrid
+
+Targets = tuple[Tensor, Tensor]  # labels [b, s] int64, loss weights [b, s] float32
+MicroBatch = tuple[Tensor, Targets]  # tokens [b, s] int64, targets
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one optimizer step tells; tensors are left on the device until somebody reads them."""
+
+    loss: Tensor  # mean over the unmasked tokens of the global batch
+    grad_norm: Tensor | float | None  # before the clip; None when the step was skipped
+    loss_scale: float | None  # fp16 only
+    skipped: bool  # the gradients were not finite and nothing was updated
+
+
+class TrainingEngine:
+    """Trains a model under any layout that the plan describes."""
+
+    def __init__(
+        self, layers: list[Layer], loss: Callable[[Tensor, Targets], Tensor], grid: ParallelGrid, plan: Plan
+    ) -> None:
+        """Build this rank's share of `layers`. Collective over all ranks.
+
+        loss: (logits [b, s, v/tp], targets) -> the sum over tokens of weight * negative log likelihood. The weights
+        of a global batch sum to accumulation steps * data-parallel size, so that the mean over micro-batches and
+        replicas, which is what DeepSpeed forms, is the mean over the tokens.
+        """
+        deepspeed = _import_deepspeed(grid)
+        self._grid, self._loss, self._seed = grid, loss, plan.engine.seed
+        self._accumulation = plan.batch.accumulation_steps
+        self._pipelined = plan.layout.pipe > 1
+        recompute = plan.engine.recompute_layers
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its set-up
+            module: nn.Module = (
+                pipeline_module(layers, loss, grid, plan.engine.partition_method, recompute)
+                if self._pipelined
+                else Sequential(layers, recompute).to(grid.device)
+            )
+            optimizer = build_optimizer(module.parameters(), plan.optimizer)
+            self._engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                config=deepspeed_settings(plan),
+                mpu=None if self._pipelined else ModelParallelUnit(grid),
+                dist_init_required=False,
+            )
+        sharded = is_sharded(plan.engine)
+        self._clip = None if sharded else GradientClip(optimizer, grid, plan.optimizer.gradient_clipping)
+        self.state = OptimizerState(self._engine.optimizer, state_names(optimizer))
+
+    @property
+    def grid(self) -> ParallelGrid:
+        """Where this rank stands."""
+        return self._grid
+
+    def parameters_on_rank(self) -> int:
+        """Elements of the parameters that this rank computes with (ZeRO 3: before they are partitioned)."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self._engine.module.parameters())
+
+    def train_batch(self, micro_batches: Sequence[MicroBatch], *, step: int, learning_rate: float) -> StepOutput:
+        """One optimizer step over this rank's micro-batches of a global batch. Collective over all ranks.
+
+        step: decides the random streams, so that dropout needs no saved state.
+        """
+        torch.manual_seed(_stream(self._seed, step, self._grid.rank("data"), self._grid.rank("pipe")))
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        skipped_before = self._engine.skipped_steps
+        self._engine.module.train()
+        batches = self._on_device(micro_batches)
+        loss = self._engine.train_batch(batches) if self._pipelined else self._train_sequential(batches)
+        skipped = self._engine.skipped_steps > skipped_before
+        norm = self._clip.norm if self._clip else self._engine.get_global_grad_norm()
+        return StepOutput(loss.detach(), None if skipped else norm, self._loss_scale(), skipped)
+
+    def evaluate_batch(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """The mean loss over the micro-batches of all data-parallel ranks, without gradients. Collective."""
+        self._engine.module.eval()
+        batches = self._on_device(micro_batches)
+        if self._pipelined:
+            loss: Tensor = self._engine.eval_batch(batches, num_micro_batches=len(micro_batches))
+            return loss.detach().reshape(())
+        with torch.no_grad():
+            losses = [self._loss(self._engine(tokens), targets) for tokens, targets in batches]
+        return self._mean_over_data(losses)
+
+    def _train_sequential(self, batches: Iterator[MicroBatch]) -> Tensor:
+        losses = []
+        for tokens, targets in batches:
+            loss = self._loss(self._engine(tokens), targets)
+            self._engine.backward(loss)
+            self._engine.step()
+            losses.append(loss.detach())
+        return self._mean_over_data(losses)
+
+    def _mean_over_data(self, losses: Sequence[Tensor]) -> Tensor:
+        mean = torch.stack([loss.float() for loss in losses]).mean()
+        if self._grid.size("data") > 1:
+            dist.all_reduce(mean, group=self._grid.group("data"))
+            mean /= self._grid.size("data")
+        return mean
+
+    def _on_device(self, micro_batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
+        device = self._grid.device
+        for tokens, (labels, weights) in micro_batches:
+            yield (
+                tokens.to(device, non_blocking=True),
+                (labels.to(device, non_blocking=True), weights.to(device, non_blocking=True)),
+            )
+
+    def _loss_scale(self) -> float | None:
+        return float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else None
+
+
+def _stream(seed: int, step: int, data_rank: int, pipe_rank: int) -> int:
+    """A 63-bit seed for this step on this rank; the ranks of a tensor-parallel group share it."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{data_rank}/{pipe_rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _import_deepspeed(grid: ParallelGrid) -> Any:
+    """Import DeepSpeed for the grid's device, quietly, and without the helpers it would compile on a CPU."""
+    on_cpu = grid.device.type == "cpu"
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    # torch renames collectives that DeepSpeed still calls by their old names, at every step
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if on_cpu:
+        # its shared-memory collectives cost a minute of compiling at the first start, on every machine
+        deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False, dist_init_required=False)
+    return deepspeed

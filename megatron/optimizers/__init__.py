@@ -1,0 +1,1 @@
+"""Optimizers and learning-rate schedules in plain torch. Floor 3."""

@@ -1,0 +1,51 @@
+"""Optimizers by name, and which parameters they decay.
+
+Floor 3: plain torch. The engine hands the result to DeepSpeed, which shards it.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from megatron import registry
+from megatron.config.plan import OptimizerPlan
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], plan: OptimizerPlan) -> Optimizer:
+    """The optimizer that `plan.kind` names, over this rank's `parameters`."""
+    groups = parameter_groups(parameters, plan.weight_decay)
+    optimizer: Optimizer = registry.resolve("optimizer", plan.kind)(groups, plan)
+    return optimizer
+
+
+def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices decay, vectors (biases, norm weights) do not. An empty group is left out.
+
+    Decay pulls towards zero, which is no natural centre for a norm's scale or for a bias.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(groups: Sequence[dict[str, Any]], plan: OptimizerPlan) -> Optimizer:
+    """AdamW with decoupled weight decay (https://arxiv.org/abs/1711.05101), in one fused kernel."""
+    return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=plan.betas, eps=plan.epsilon, fused=True)
+
+
+def sgd(groups: Sequence[dict[str, Any]], plan: OptimizerPlan) -> Optimizer:
+    """Stochastic gradient descent; the first of `betas` is its momentum."""
+    return torch.optim.SGD(groups, lr=plan.learning_rate, momentum=plan.betas[0])
+
+
+def state_names(optimizer: Optimizer) -> tuple[str, ...]:
+    """Names of the tensors shaped like the parameter that `optimizer` keeps for each of them."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return ("momentum_buffer",) if optimizer.defaults["momentum"] else ()
+    return ("exp_avg", "exp_avg_sq")

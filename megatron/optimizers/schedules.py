@@ -1,0 +1,38 @@
+"""Learning rate as a pure function of the step.
+
+Nothing to save, nothing to restore: a resumed run asks for the same step and gets the same rate. Floor 3.
+Every schedule warms up linearly, then decays from `peak` to `minimum` and stays there.
+"""
+
+import math
+
+from megatron import registry
+from megatron.config.plan import SchedulePlan
+
+
+def learning_rate(schedule: SchedulePlan, step: int) -> float:
+    """The rate for `step` (0 is the first step of the run).
+
+    Warm-up reaches `peak` at step `warmup_steps`; step 0 already moves, by `peak / (warmup_steps + 1)`.
+    """
+    if step < schedule.warmup_steps:
+        return schedule.peak * (step + 1) / (schedule.warmup_steps + 1)
+    span = max(1, schedule.decay_steps - schedule.warmup_steps)
+    progress = min(1.0, (step - schedule.warmup_steps) / span)
+    remaining: float = registry.resolve("lr_schedule", schedule.kind)(progress)
+    return schedule.minimum + (schedule.peak - schedule.minimum) * remaining
+
+
+def constant(progress: float) -> float:
+    """No decay: `peak` for ever."""
+    return 1.0
+
+
+def linear(progress: float) -> float:
+    """A straight line from `peak` to `minimum`."""
+    return 1.0 - progress
+
+
+def cosine(progress: float) -> float:
+    """Half a cosine wave (Loshchilov and Hutter, https://arxiv.org/abs/1608.03983, without restarts)."""
+    return 0.5 * (1.0 + math.cos(math.pi * progress))

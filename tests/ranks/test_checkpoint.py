@@ -1,0 +1,206 @@
+"""Checkpoints: the same layout goes on bit for bit, another layout holds the same state bit for bit."""
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron.checkpoint.state import TrainState
+from megatron.checkpoint.store import (
+    checkpoint_config,
+    find_checkpoint,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
+from megatron.engine.distributed import start
+from megatron.engine.inference import InferenceEngine
+from megatron.engine.training import TrainingEngine
+from megatron.errors import RunError, UserError
+from megatron.model.gpt import gpt_layers, make_loss
+from megatron.optimizers.schedules import learning_rate
+from tests import tiny
+from tests.ranks.run import run_ranks
+from tests.ranks.test_precision import allow_fp16_on_cpu
+
+
+def engine_of(settings: dict):
+    plan = tiny.plan(**settings)
+    if plan.engine.precision == "fp16":
+        allow_fp16_on_cpu()
+    grid = start(plan.layout.pipe, plan.layout.model)
+    layers = gpt_layers(plan.model, grid, plan.engine.seed)
+    return TrainingEngine(layers, make_loss(plan.model, grid), grid, plan), plan
+
+
+def run_steps(engine, plan, state: TrainState, steps: int) -> tuple[TrainState, list[float]]:
+    losses = []
+    for _ in range(steps):
+        batch = tiny.micro_batches(state.step, plan, engine.grid.rank("data"))
+        rate = learning_rate(plan.schedule, state.step)
+        losses.append(float(engine.train_batch(batch, step=state.step, learning_rate=rate).loss))
+        state = state.after_step(plan.batch.global_size, plan.batch.tokens_per_step)
+    return state, losses
+
+
+def segment(folder: str, out: str, settings: dict, load: str | None, steps: int) -> None:
+    """Train `steps` more steps from `load` (or from scratch) and save into `folder`."""
+    engine, plan = engine_of(settings)
+    state = load_checkpoint(engine, Path(load)) if load else TrainState()
+    state, losses = run_steps(engine, plan, state, steps)
+    save_checkpoint(engine, Path(folder), state, {"seq_length": tiny.SEQUENCE})
+    if torch.distributed.get_rank() == 0:
+        Path(out).write_text(json.dumps(losses))
+
+
+def world_of(settings: dict) -> int:
+    return settings.get("pipe", 1) * settings.get("tensor", 1) * settings.get("data", 1)
+
+
+def train(folder: Path, settings: dict, load: Path | None, steps: int) -> tuple[Path, list[float]]:
+    out = folder.with_suffix(".json")
+    run_ranks(world_of(settings), segment, str(folder), str(out), settings, load and str(load), steps, timeout=180)
+    found = find_checkpoint(folder)
+    assert found is not None
+    return found, json.loads(out.read_text())
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole: read by torch alone, without our code."""
+    reader = dcp.FileSystemReader(checkpoint / "state")
+    metadata = reader.read_metadata().state_dict_metadata
+    state = {n: torch.full(m.size, torch.nan) for n, m in metadata.items() if isinstance(m, TensorStorageMetadata)}
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def assert_same_tensors(a: Path, b: Path) -> None:
+    first, second = tensors(a), tensors(b)
+    assert first.keys() == second.keys() and len(first) > 30
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+    assert not any(value.isnan().any() for value in first.values())
+
+
+MODEL = {"tied_embeddings": True, "hidden_dropout": 0.1}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"precision": "fp32"},
+        {"precision": "fp32", "data": 2, "zero": 2, "accumulation": 2},
+        {"precision": "bf16", "pipe": 2, "zero": 1},
+        {"precision": "fp16", "data": 2, "zero": 3},
+    ],
+    ids=str,
+)
+def test_ten_steps_at_once_equal_five_and_five_after_a_restart(tmp_path, settings):
+    settings = settings | {"model": MODEL}
+    whole, losses = train(tmp_path / "whole", settings, None, 10)
+    half, first = train(tmp_path / "half", settings, None, 5)
+    resumed, second = train(tmp_path / "resumed", settings, half, 5)
+    assert first + second == losses
+    assert_same_tensors(whole, resumed)
+
+
+MOVES = [
+    ({"pipe": 2, "tensor": 2, "zero": 1}, {"data": 4, "zero": 3}),
+    ({"data": 2, "zero": 3}, {"tensor": 2}),
+    ({"tensor": 4}, {"pipe": 4}),
+    ({"pipe": 2, "data": 2}, {"zero": 2}),
+    ({}, {"pipe": 2, "tensor": 2, "zero": 1}),
+]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(("source", "target"), MOVES, ids=str)
+def test_another_layout_takes_over_every_bit_and_trains_on_the_same(tmp_path, source, target, tied):
+    model = {"model": {"tied_embeddings": tied}}
+    saved, _ = train(tmp_path / "source", source | model, None, 4)
+    again, _ = train(tmp_path / "again", target | model, saved, 0)
+    assert_same_tensors(saved, again)
+    _, moved = train(tmp_path / "moved", target | model, saved, 4)
+    _, stayed = train(tmp_path / "stayed", source | model, saved, 4)
+    assert max(abs(a - b) for a, b in zip(moved, stayed, strict=True)) < 1e-5  # argued in test_layouts.py
+
+
+def inference_logits(checkpoint: str, out: str, settings: dict) -> None:
+    plan = tiny.plan(**settings)
+    grid = start(model=plan.layout.model)
+    engine = InferenceEngine(gpt_layers(plan.model, grid, seed=99), grid)
+    load_weights(engine, Path(checkpoint))
+    whole = {r.parameter.global_name: r.parameter for r in engine.state.runs() if r.parameter.shard_dim is None}
+    if torch.distributed.get_rank() == 0:
+        torch.save(whole, out)
+
+
+def test_inference_takes_the_weights_of_any_training_layout(tmp_path):
+    saved, _ = train(tmp_path / "source", {"pipe": 2, "data": 2, "zero": 1}, None, 2)
+    run_ranks(2, inference_logits, str(saved), str(tmp_path / "whole.pt"), {"tensor": 2})
+    stored = tensors(saved)
+    taken = torch.load(tmp_path / "whole.pt", weights_only=False)
+    assert taken and all(torch.equal(value, stored[f"{name}/fp32"]) for name, value in taken.items())
+
+
+def loading_another_model(checkpoint: str) -> None:
+    engine, _ = engine_of({"model": {"ffn_hidden_size": 64}})
+    with pytest.raises(UserError, match=r"holds another model.*\n.*blocks\.0\.mlp.*makes it .*64.*checkpoint has .*96"):
+        load_checkpoint(engine, Path(checkpoint))
+
+
+def test_another_model_is_refused_with_both_shapes(tmp_path):
+    saved, _ = train(tmp_path / "source", {}, None, 1)
+    run_ranks(1, loading_another_model, str(saved))
+
+
+def saving_without_space(folder: str) -> None:
+    """Save a good checkpoint, then one for which the last rank may write no more than 4 KiB a file."""
+    engine, plan = engine_of({"data": 2, "zero": 1})
+    state, _ = run_steps(engine, plan, TrainState(), 1)
+    save_checkpoint(engine, Path(folder), state, {})
+    state, _ = run_steps(engine, plan, state, 1)
+    if torch.distributed.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    with pytest.raises(RunError, match=r"cannot save .*global_step2.*bytes are free there"):
+        save_checkpoint(engine, Path(folder), state, {})
+
+
+def test_a_rank_that_cannot_write_fails_all_ranks_and_the_last_good_checkpoint_stays(tmp_path):
+    run_ranks(2, saving_without_space, str(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step1", "latest"]
+    found = find_checkpoint(tmp_path)
+    assert found == tmp_path / "global_step1"
+    assert len(tensors(found)) > 30
+
+
+def test_keep_last_prunes_the_oldest_and_latest_names_the_newest(tmp_path):
+    run_ranks(1, saving_three, str(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step2", "global_step3", "latest"]
+    assert (tmp_path / "latest").read_text() == "global_step3"
+    assert checkpoint_config(tmp_path / "global_step3") == {"step": 3}
+    assert find_checkpoint(tmp_path) == tmp_path / "global_step3"
+    assert find_checkpoint(tmp_path, 2) == tmp_path / "global_step2"
+    with pytest.raises(UserError, match=r"iteration 1: .*complete ones are: 2, 3"):
+        find_checkpoint(tmp_path, 1)
+
+
+def saving_three(folder: str) -> None:
+    engine, plan = engine_of({})
+    state = TrainState()
+    for _ in range(3):
+        state, _ = run_steps(engine, plan, state, 1)
+        save_checkpoint(engine, Path(folder), state, {"step": state.step}, keep_last=2)
+
+
+def test_an_unfinished_checkpoint_is_none_and_a_folder_of_broken_ones_is_an_error(tmp_path):
+    assert find_checkpoint(tmp_path) is None
+    (tmp_path / ".global_step5.unfinished").mkdir()
+    assert find_checkpoint(tmp_path) is None
+    (tmp_path / "global_step5").mkdir()
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        find_checkpoint(tmp_path)

@@ -1,0 +1,116 @@
+"""16-bit training: the first update against torch's own AdamW, and what happens when gradients overflow."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from megatron.config.plan import LossScalePlan
+from megatron.engine.distributed import start
+from megatron.engine.training import TrainingEngine
+from megatron.model.gpt import gpt_layers, make_loss
+from tests import tiny
+from tests.ranks.run import run_ranks
+
+RATE = 1e-3
+
+
+def allow_fp16_on_cpu() -> None:
+    """This CPU may have no fp16 arithmetic: torch then computes it slowly, which is good enough for a test."""
+    from deepspeed.accelerator import get_accelerator
+
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+
+
+def build(plan):
+    grid = start(plan.layout.pipe, plan.layout.model)
+    return TrainingEngine(gpt_layers(plan.model, grid, plan.engine.seed), make_loss(plan.model, grid), grid, plan)
+
+
+def masters(engine) -> dict[str, torch.Tensor]:
+    """The fp32 master of every parameter that this rank holds whole."""
+    runs = engine.state.runs()
+    return {r.parameter.global_name: r.tensors["fp32"].clone() for r in runs if r.numel == math.prod(r.shape)}
+
+
+def first_update(precision: str, zero: int) -> None:
+    plan = tiny.plan(precision=precision, zero=zero, optimizer={"gradient_clipping": 0.0})
+    if precision == "fp16":
+        allow_fp16_on_cpu()
+    engine = build(plan)
+    before = masters(engine)
+    engine.train_batch(tiny.micro_batches(0, plan, 0), step=0, learning_rate=RATE)
+    after = masters(engine)
+    assert engine.state.updates == 1
+    for run in engine.state.runs():
+        name = run.parameter.global_name
+        gradient = run.tensors["exp_avg"] / (1 - plan.optimizer.betas[0])  # of the one step there was
+        wanted = torch.nn.Parameter(before[name].clone())
+        decay = plan.optimizer.weight_decay if len(run.shape) > 1 else 0.0
+        adamw = torch.optim.AdamW([wanted], lr=RATE, betas=plan.optimizer.betas, eps=1e-8, weight_decay=decay)
+        wanted.grad = gradient
+        adamw.step()
+        # one step of size lr: rounding of the recovered gradient is 1e-7 of it. A wrong bias correction is 0.25 of it.
+        assert_close(after[name], wanted.detach(), rtol=1e-6, atol=1e-4 * RATE, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_first_update_is_the_one_of_torch_adamw(precision, zero):
+    run_ranks(1, first_update, precision, zero)
+
+
+def overflow(folder: str, settings: dict) -> None:
+    allow_fp16_on_cpu()
+    scale = LossScalePlan(dynamic=True, initial=2.0**30, window=1000, hysteresis=1, minimum=1.0)
+    plan = tiny.plan(precision="fp16", loss_scale=scale, **settings)
+    engine = build(plan)
+    before = masters(engine)
+    seen = []
+    for step in range(3):
+        output = engine.train_batch(
+            tiny.micro_batches(step, plan, engine.grid.rank("data")), step=step, learning_rate=RATE
+        )
+        seen.append([output.skipped, output.loss_scale])
+    unchanged = all(torch.equal(before[name], value) for name, value in masters(engine).items())
+    rank = torch.distributed.get_rank()
+    Path(folder, f"{rank}.json").write_text(json.dumps({"seen": seen, "unchanged": unchanged}))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"data": 2}, {"data": 2, "zero": 3}, {"tensor": 2}, {"pipe": 2}], ids=["data2", "zero3", "tensor2", "pipe2"]
+)
+def test_an_overflow_is_skipped_and_the_scale_halved_on_all_ranks_alike(tmp_path, settings):
+    run_ranks(2, overflow, str(tmp_path), settings)
+    ranks = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
+    assert len(ranks) == 2 and ranks[0] == ranks[1]
+    assert ranks[0]["seen"] == [[True, 2.0**29], [True, 2.0**28], [True, 2.0**27]]
+    assert ranks[0]["unchanged"]
+
+
+def bf16_losses(file: str, settings: dict) -> None:
+    plan = tiny.plan(precision="bf16", **settings)
+    plan = replace(plan, optimizer=replace(plan.optimizer, learning_rate=RATE))
+    engine = build(plan)
+    losses = [
+        float(engine.train_batch(tiny.micro_batches(s, plan, engine.grid.rank("data")), step=s, learning_rate=RATE).loss)
+        for s in range(10)
+    ]
+    if torch.distributed.get_rank() == 0:
+        Path(file).write_text(json.dumps(losses))
+
+
+@pytest.mark.parametrize("settings", [{"data": 2}, {"tensor": 2}, {"pipe": 2}, {"data": 2, "zero": 3}], ids=str)
+def test_bf16_layouts_stay_close_to_one_rank(tmp_path, settings):
+    """bf16 keeps 8 bits: each activation is off by 2**-9 = 0.002 of itself, and layouts round at other places."""
+    curves = []
+    for case in ({}, settings):
+        file = tmp_path / f"{len(curves)}.json"
+        run_ranks(2 if case else 1, bf16_losses, str(file), case)
+        curves.append(json.loads(file.read_text()))
+    gap = max(abs(a - b) for a, b in zip(*curves, strict=True))
+    assert gap < 0.01 and curves[0][-1] < curves[0][0]

@@ -1,0 +1,45 @@
+"""Learning-rate schedules and parameter groups."""
+
+import pytest
+import torch
+
+from megatron import registry
+from megatron.config.plan import OptimizerPlan, SchedulePlan
+from megatron.optimizers.build import build_optimizer, state_names
+from megatron.optimizers.schedules import learning_rate
+
+
+@pytest.mark.parametrize("kind", registry.names("lr_schedule"))
+def test_a_schedule_warms_up_to_its_peak_and_never_leaves_its_bounds(kind):
+    schedule = SchedulePlan(kind, peak=1.0, minimum=0.1, warmup_steps=4, decay_steps=20)
+    rates = [learning_rate(schedule, step) for step in range(40)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert all(later <= earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
+    assert rates[-1] == pytest.approx(1.0 if kind == "constant" else 0.1)
+
+
+def test_cosine_is_half_way_at_half_time_and_linear_is_straight():
+    cosine = SchedulePlan("cosine", peak=1.0, minimum=0.0, warmup_steps=0, decay_steps=100)
+    linear = SchedulePlan("linear", peak=1.0, minimum=0.0, warmup_steps=0, decay_steps=100)
+    assert learning_rate(cosine, 50) == pytest.approx(0.5)
+    assert learning_rate(cosine, 25) == pytest.approx((1 + 2**-0.5) / 2)
+    assert learning_rate(linear, 25) == pytest.approx(0.75)
+
+
+def test_matrices_decay_and_vectors_do_not():
+    module = torch.nn.Linear(3, 2)
+    plan = OptimizerPlan("adam", 0.1, (0.9, 0.95), 1e-8, weight_decay=0.1, gradient_clipping=1.0)
+    decay = {id(p): group["weight_decay"] for group in build_optimizer(module.parameters(), plan).param_groups
+             for p in group["params"]}
+    assert decay == {id(module.weight): 0.1, id(module.bias): 0.0}
+
+
+@pytest.mark.parametrize("kind", registry.names("optimizer"))
+def test_the_state_an_optimizer_keeps_is_the_state_we_save(kind):
+    parameter = torch.nn.Parameter(torch.ones(3, 2))
+    plan = OptimizerPlan(kind, 0.1, (0.9, 0.95), 1e-8, weight_decay=0.1, gradient_clipping=1.0)
+    optimizer = build_optimizer([parameter], plan)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    shaped = {name for name, value in optimizer.state[parameter].items() if value.shape == parameter.shape}
+    assert shaped == set(state_names(optimizer))
