@@ -1,0 +1,17 @@
+#!/usr/bin/env python3
+"""Checks a configuration and starts its ranks: `./deepy.py train.py configs/default.yml num_gpus=2`.
+
+`./deepy.py --help` lists what it understands. Exit codes: 0 done, 1 the run failed, 2 the command or the configuration
+is wrong.
+"""
+
+import sys
+from pathlib import Path
+
+from megatron.doors import enter
+
+if __name__ == "__main__":
+    enter(__file__)
+    from megatron.launch.main import main
+
+    sys.exit(main(sys.argv[1:], Path(__file__).resolve().parent))

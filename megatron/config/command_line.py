@@ -1,0 +1,141 @@
+"""The command line of deepy.py and of the doors that it starts.
+
+    deepy.py SCRIPT [CONFIG ...] [-d DIR] [key=value ...] [options]
+
+Floor 1. Flags that stand for keys become `key=value` overrides; nothing else in the project reads arguments.
+"""
+
+import argparse
+import base64
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from megatron.config.groups import Config
+from megatron.config.load import OVERRIDE, config_from_flat
+from megatron.errors import UserError
+
+DOORS = {
+    "train.py": "trains a model",
+    "generate.py": "generates text from a checkpoint",
+    "evaluate.py": "measures a checkpoint",
+}
+MERGED_FLAG = "--merged-config"
+# Flag, key, type, what it is for. A flag of the command line outranks the files.
+KEY_FLAGS: tuple[tuple[tuple[str, ...], str, type, str], ...] = (
+    (("-H", "--hostfile"), "hostfile", str, 'file of lines such as "node1 slots=8"'),
+    (("--num_nodes",), "num_nodes", int, "machines of the run"),
+    (("--num_gpus",), "num_gpus", int, "processes per node, on a CPU machine too"),
+    (("--include",), "include", str, 'devices to use, as "localhost:0,2"'),
+    (("--exclude",), "exclude", str, 'devices to leave out, as "localhost:1"'),
+    (("--master_addr",), "master_addr", str, "address of rank 0"),
+    (("--master_port",), "master_port", int, "port of rank 0"),
+    (("--launcher",), "launcher", str, "how ranks are started"),
+    (("-i", "--sample_input_file"), "sample_input_file", str, "prompts to continue"),
+    (("-o", "--sample_output_file"), "sample_output_file", str, "file of JSON lines"),
+    (("--eval_results_prefix",), "eval_results_prefix", str, "begins the name of the results file"),
+    (("--iteration",), "iteration", int, "step of the checkpoint to load"),
+    (("--wandb_group",), "wandb_group", str, "group at Weights & Biases"),
+    (("--wandb_run_name",), "wandb_run_name", str, "name at Weights & Biases"),
+    (("--wandb_team",), "wandb_team", str, "team at Weights & Biases"),
+)
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What a command line said. `merged` is the whole configuration, where a launcher passed it on."""
+
+    script: str
+    files: tuple[str, ...]
+    folder: str | None
+    overrides: tuple[str, ...]  # "key=value", flags included
+    print_config: bool = False
+    dry_run: bool = False
+    merged: Config | None = None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}\n{self.format_usage().strip()}\n(--help says more)")
+
+
+def parse_command_line(argv: Sequence[str], script: str | None = None) -> CommandLine:
+    """Understand the arguments after the program's name.
+
+    script: the door that is running ("train.py"); None: deepy.py, whose first argument names the door.
+    Raises UserError.
+    """
+    options = _parser(script).parse_intermixed_args(list(argv))
+    words = list(options.words)
+    if script is None and not words:
+        raise UserError(f"which script? One of: {', '.join(DOORS)} (--help says more)")
+    script = script or words.pop(0)
+    tasks = [task for task in options.eval_tasks or () if not _is_override(task)]
+    words += [word for word in options.eval_tasks or () if _is_override(word)]
+    return CommandLine(
+        script=script,
+        files=tuple(word for word in words if not _is_override(word)),
+        folder=options.conf_dir,
+        overrides=(*(word for word in words if _is_override(word)), *_flags_as_keys(options, tasks)),
+        print_config=options.print_config,
+        dry_run=options.dry_run,
+        merged=None if options.merged_config is None else config_from_argument(options.merged_config),
+    )
+
+
+def merged_to_argument(config: Config) -> str:
+    """A configuration as one word, for the command line of a rank."""
+    text = json.dumps(config.to_flat(), separators=(",", ":"))
+    return base64.urlsafe_b64encode(zlib.compress(text.encode(), level=9)).decode()
+
+
+def config_from_argument(argument: str) -> Config:
+    """The configuration that `merged_to_argument` wrote. Raises UserError for anything else."""
+    try:
+        flat = json.loads(zlib.decompress(base64.urlsafe_b64decode(argument)))
+    except (ValueError, zlib.error) as error:
+        raise UserError(f"{MERGED_FLAG} is written by deepy.py, not by hand: {error}") from error
+    return config_from_flat(flat, "the configuration that the launcher passed on")
+
+
+def _parser(script: str | None) -> _Parser:
+    parser = _Parser(
+        prog=script or "deepy.py",
+        usage=f"{script or 'deepy.py SCRIPT'} [CONFIG ...] [-d DIR] [key=value ...] [options]",
+        description="\n".join(f"  {name:12} {what}" for name, what in DOORS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    words = "CONFIG or key=value" if script else "SCRIPT, CONFIG or key=value"
+    parser.add_argument("words", nargs="*", metavar="WORD", help=f"{words}; see docs/configuration.md for the keys")
+    parser.add_argument("-d", "--conf_dir", "--conf-dir", metavar="DIR", help="folder of the CONFIG files")
+    for flags, key, kind, help_text in KEY_FLAGS:
+        parser.add_argument(*_both_spellings(flags), dest=key, type=kind, metavar="X", help=help_text)
+    parser.add_argument("--eval_tasks", "--eval-tasks", nargs="+", metavar="TASK", help="tasks of the harness")
+    parser.add_argument("--print-config", action="store_true", help="print the merged, checked configuration and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be run and stop")
+    parser.add_argument(MERGED_FLAG, help=argparse.SUPPRESS)
+    return parser
+
+
+def _both_spellings(flags: tuple[str, ...]) -> list[str]:
+    """A flag with `_` and with `-`, which mean the same."""
+    dashed = [f"--{flag[2:].replace('_', '-')}" for flag in flags if flag.startswith("--")]
+    return list(dict.fromkeys([*flags, *dashed]))
+
+
+def _is_override(word: str) -> bool:
+    return OVERRIDE.fullmatch(word) is not None and not Path(word).exists()
+
+
+def _flags_as_keys(options: argparse.Namespace, tasks: list[str]) -> list[str]:
+    """Flags as overrides; JSON is YAML, and keeps text such as "007" text."""
+    given = {key: getattr(options, key) for _, key, _, _ in KEY_FLAGS}
+    if given["sample_input_file"] is not None:
+        given["text_gen_type"] = "input-file"
+    if tasks:
+        given["eval_tasks"] = tasks
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if value is not None]

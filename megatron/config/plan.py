@@ -1,0 +1,129 @@
+"""What a configuration comes to: every derived value, computed once.
+
+`Plan` is what the floors above read. It is plain, frozen data without torch, so that a login node can print it.
+Floor 1.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Precision = Literal["fp32", "bf16", "fp16"]
+AttentionKind = str  # a name of the registry kind "attention_backend"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How ranks are arranged: `world_size = pipe * data * model`."""
+
+    world_size: int
+    pipe: int  # stages of the pipeline; 1 means no pipeline
+    data: int  # data-parallel replicas
+    model: int  # tensor-parallel size
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Sizes in samples: `global_size = micro_size * accumulation_steps * data_parallel`."""
+
+    micro_size: int
+    accumulation_steps: int
+    global_size: int
+    sequence_length: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Labels per optimizer step."""
+        return self.global_size * self.sequence_length
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """The model, with nothing left to derive. Sizes are of the whole model, never of one rank."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_kv_heads: int
+    head_size: int
+    ffn_hidden_size: int  # true width of the feed-forward layer, gate not counted
+    vocab_size: int  # ids the tokenizer can produce
+    padded_vocab_size: int  # rows of the embedding in memory; logits beyond vocab_size are -inf
+    max_position_embeddings: int
+    position_embedding: str  # registry kind "position_embedding": learned, rotary, none
+    rotary_fraction: float
+    rotary_base: float
+    norm: str  # registry kind "norm": layernorm, rmsnorm
+    norm_epsilon: float
+    activation: str  # registry kind "activation": gelu, gelu_tanh, relu, silu, swiglu, geglu, reglu
+    parallel_residual: bool
+    tied_norm: bool  # parallel residual with one norm for both branches (gpt_j_tied)
+    tied_embeddings: bool
+    bias_in_attention: bool
+    bias_in_mlp: bool
+    init_method: str  # registry kind "init_method"
+    output_init_method: str
+    init_std: float
+    attention_kinds: tuple[AttentionKind, ...]  # one for each layer
+    sliding_window: int | None  # keys a query of a "local" layer sees, itself included
+    attention_dropout: float
+    hidden_dropout: float
+
+
+@dataclass(frozen=True)
+class OptimizerPlan:
+    """Settings of the optimizer, ready to use. `kind` is a name in the registry."""
+
+    kind: str
+    learning_rate: float
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+    gradient_clipping: float  # 0: off
+
+
+@dataclass(frozen=True)
+class SchedulePlan:
+    """Learning rate over steps. `kind`: constant, linear or cosine (registry kind "lr_schedule")."""
+
+    kind: str
+    peak: float
+    minimum: float
+    warmup_steps: int
+    decay_steps: int  # warm-up included
+
+
+@dataclass(frozen=True)
+class LossScalePlan:
+    """fp16 only. `initial` is a power of two when dynamic, the constant scale when static."""
+
+    dynamic: bool
+    initial: float
+    window: int
+    hysteresis: int
+    minimum: float
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """What the engine needs to know beyond layout, batch and optimizer."""
+
+    precision: Precision
+    zero_stage: int
+    zero_options: dict[str, object]  # further keys of `zero_optimization`, checked, for DeepSpeed as they are
+    loss_scale: LossScalePlan | None
+    partition_method: str
+    recompute_layers: int  # 0: off; N: recompute in groups of N blocks
+    gradient_accumulation_dtype: Literal["fp32", "bf16", "fp16"] | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `resolve` derives from a Config for a world size and a vocabulary."""
+
+    layout: Layout
+    batch: BatchPlan
+    model: ModelPlan
+    optimizer: OptimizerPlan
+    schedule: SchedulePlan
+    engine: EnginePlan

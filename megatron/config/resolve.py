@@ -1,0 +1,187 @@
+"""From what was written to what it comes to: `Plan = resolve(config, world_size, vocab_size)`.
+
+Floor 1. Pure: the same arguments give the same Plan on every machine and rank, and every derived value is made here.
+"""
+
+from megatron.config.groups import Config
+from megatron.config.load import ConfigError
+from megatron.config.plan import (
+    BatchPlan,
+    EnginePlan,
+    Layout,
+    LossScalePlan,
+    ModelPlan,
+    OptimizerPlan,
+    Plan,
+    SchedulePlan,
+)
+from megatron.config.precision import resolve_precision
+from megatron.config.widths import attention_names, feed_forward_width, round_up
+
+
+def resolve(config: Config, world_size: int, vocab_size: int, *, inference: bool = False) -> Plan:
+    """Derive everything from a checked Config.
+
+    world_size: ranks of the run. vocab_size: ids the tokenizer can produce.
+    inference: arrange the ranks for generation and evaluation: no pipeline, a micro-batch where none is written.
+    Raises ConfigError with every rule that the ranks or the vocabulary break.
+    """
+    problems: list[str] = []
+    layout = _layout(config, world_size, inference, problems)
+    rows = _vocabulary_rows(config, vocab_size, problems)
+    batch = _batch(config, layout.data, inference, problems)
+    if problems:
+        raise ConfigError(f"the configuration for {world_size} ranks", problems)
+    optimizer = _optimizer(config)
+    return Plan(layout, batch, _model(config, vocab_size, rows), optimizer, _schedule(config), _engine(config))
+
+
+def padded_vocabulary(config: Config, vocab_size: int) -> int:
+    """Rows of the embedding in memory for `vocab_size` ids."""
+    return config.model.padded_vocab_size or round_up(vocab_size, config.model.make_vocab_size_divisible_by)
+
+
+def _layout(config: Config, world_size: int, inference: bool, problems: list[str]) -> Layout:
+    pipe = 1 if inference else max(1, config.parallelism.pipe_parallel_size)
+    model = config.parallelism.model_parallel_size
+    if world_size % (pipe * model):
+        problems.append(
+            f"{world_size} ranks cannot be divided by pipe_parallel_size ({pipe}) x model_parallel_size ({model}); "
+            f"num_gpus {pipe * model} or a multiple of it would work"
+        )
+    return Layout(world_size, pipe, max(1, world_size // (pipe * model)), model)
+
+
+def _vocabulary_rows(config: Config, vocab_size: int, problems: list[str]) -> int:
+    rows, split = padded_vocabulary(config, vocab_size), config.parallelism.model_parallel_size
+    if rows < vocab_size:
+        problems.append(
+            f"the tokenizer has {vocab_size} ids, more than padded_vocab_size ({rows}); leave padded_vocab_size out"
+        )
+    if rows % split:
+        multiple = config.model.make_vocab_size_divisible_by
+        problems.append(
+            f"the padded vocabulary ({rows}) must be divisible by model_parallel_size ({split}); "
+            f"make_vocab_size_divisible_by {round_up(multiple, split)} would work"
+        )
+    return rows
+
+
+def _batch(config: Config, data: int, inference: bool, problems: list[str]) -> BatchPlan:
+    """The sizes of a step, global = micro x accumulation x data.
+
+    Two of the written sizes give the third; with one alone accumulation is 1.
+    """
+    keys, length = config.batch, config.model.seq_length
+    whole, micro, steps = keys.train_batch_size, keys.train_micro_batch_size_per_gpu, keys.gradient_accumulation_steps
+    if inference:
+        return BatchPlan(micro or 1, 1, (micro or 1) * data, length)
+    if whole is None:
+        micro, steps = micro or 1, steps or 1
+        return BatchPlan(micro, steps, micro * steps * data, length)
+    if micro is not None and steps is not None and micro * steps * data != whole:
+        problems.append(
+            f"train_batch_size ({whole}) is not train_micro_batch_size_per_gpu ({micro}) x gradient_accumulation_steps "
+            f"({steps}) x {data} data-parallel replicas = {micro * steps * data}; leave one of the three out"
+        )
+    elif micro is None:
+        steps = steps or 1
+        micro = _share(whole, {"gradient_accumulation_steps": steps}, data, problems)
+    elif steps is None:
+        steps = _share(whole, {"train_micro_batch_size_per_gpu": micro}, data, problems)
+    return BatchPlan(micro, steps or 1, whole, length)
+
+
+def _share(whole: int, other: dict[str, int], data: int, problems: list[str]) -> int:
+    """`whole / (other x data)`, which must be a whole number."""
+    name, value = next(iter(other.items()))
+    unit = value * data
+    if whole % unit:
+        problems.append(
+            f"train_batch_size ({whole}) must be divisible by {name} ({value}) x {data} data-parallel replicas "
+            f"= {unit}; {round_up(whole, unit)} would work"
+        )
+    return max(1, whole // unit)
+
+
+def _model(config: Config, vocab_size: int, rows: int) -> ModelPlan:
+    keys = config.model
+    return ModelPlan(
+        num_layers=keys.num_layers,
+        hidden_size=keys.hidden_size,
+        num_attention_heads=keys.num_attention_heads,
+        num_kv_heads=keys.num_kv_heads or keys.num_attention_heads,
+        head_size=keys.hidden_size // keys.num_attention_heads,
+        ffn_hidden_size=feed_forward_width(keys),
+        vocab_size=vocab_size,
+        padded_vocab_size=rows,
+        max_position_embeddings=keys.max_position_embeddings or keys.seq_length,
+        position_embedding=keys.pos_emb,
+        rotary_fraction=keys.rotary_pct,
+        rotary_base=keys.rotary_emb_base,
+        norm=keys.norm,
+        norm_epsilon=keys.rms_norm_epsilon if keys.norm == "rmsnorm" else keys.layernorm_epsilon,
+        activation=keys.activation,
+        parallel_residual=keys.gpt_j_residual,
+        tied_norm=keys.gpt_j_tied,
+        tied_embeddings=not keys.no_weight_tying,
+        bias_in_attention=keys.use_bias_in_attn_linear,
+        bias_in_mlp=keys.use_bias_in_mlp,
+        init_method=keys.init_method,
+        output_init_method=keys.output_layer_init_method,
+        init_std=keys.init_method_std,
+        attention_kinds=attention_names(keys),
+        sliding_window=keys.sliding_window_width,
+        attention_dropout=keys.attention_dropout,
+        hidden_dropout=keys.hidden_dropout,
+    )
+
+
+def _optimizer(config: Config) -> OptimizerPlan:
+    params = config.optimizer.optimizer.params
+    return OptimizerPlan(
+        kind=config.optimizer.optimizer.type,
+        learning_rate=params.lr,
+        betas=params.betas,
+        epsilon=params.eps,
+        weight_decay=config.optimizer.weight_decay if params.weight_decay is None else params.weight_decay,
+        gradient_clipping=config.optimizer.gradient_clipping,
+    )
+
+
+def decay_steps(config: Config) -> int:
+    """Steps until the learning rate is at its minimum, warm-up included; 0 if nothing says how many."""
+    keys, steps = config.optimizer, config.training.train_iters or 0
+    if keys.lr_decay_fraction is not None:
+        return round(keys.lr_decay_fraction * steps)
+    return keys.lr_decay_iters or steps
+
+
+def _schedule(config: Config) -> SchedulePlan:
+    keys, steps = config.optimizer, decay_steps(config)
+    return SchedulePlan(keys.lr_decay_style, keys.optimizer.params.lr, keys.min_lr, round(keys.warmup * steps), steps)
+
+
+def _engine(config: Config) -> EnginePlan:
+    precision, keys = resolve_precision(config.precision), config.engine
+    return EnginePlan(
+        precision=precision,
+        zero_stage=keys.zero_optimization.stage,
+        zero_options=keys.zero_optimization.model_dump(exclude={"stage"}, exclude_defaults=True),
+        loss_scale=_loss_scale(config) if precision == "fp16" else None,
+        partition_method=config.parallelism.pipe_partition_method,
+        recompute_layers=keys.checkpoint_num_layers if keys.checkpoint_activations else 0,
+        gradient_accumulation_dtype=config.precision.data_types.grad_accum_dtype,
+        seed=config.training.seed,
+    )
+
+
+def _loss_scale(config: Config) -> LossScalePlan:
+    keys = config.precision.fp16
+    return LossScalePlan(
+        dynamic=keys.loss_scale == 0,
+        initial=keys.loss_scale or 2.0**keys.initial_scale_power,
+        window=keys.loss_scale_window,
+        hysteresis=keys.hysteresis,
+        minimum=keys.min_loss_scale,
+    )

@@ -1,0 +1,159 @@
+"""What must hold between keys: each broken rule names both values and a way out.
+
+Floor 1. A rule says which keys it reads, so that it is left out when one of them is unusable already. Rules that
+depend on the number of ranks or on the vocabulary are in `resolve`.
+"""
+
+import re
+from collections.abc import Iterator
+
+from megatron.config.groups import Config
+from megatron.config.model_rules import MODEL_RULES
+from megatron.config.precision import refused, wanted
+from megatron.config.rule import Rule
+
+# The class whose layers pipe_partition_method usually counts.
+BLOCK_CLASS = "TransformerBlock"
+
+
+def broken_rules(config: Config, wrong: set[str], script: str | None = None) -> list[str]:
+    """One message for each broken rule. wrong: keys without a usable value. script: the door that will run."""
+    rules = (*MODEL_RULES, *RUN_RULES, *SCRIPT_RULES.get(script or "", ()))
+    return [problem for rule in rules if not wrong.intersection(rule.keys) for problem in rule.check(config)]
+
+
+def _pipeline_has_layers(config: Config) -> Iterator[str]:
+    layers, stages = config.model.num_layers, config.parallelism.pipe_parallel_size
+    if layers < stages:
+        yield f"num_layers ({layers}) must be at least pipe_parallel_size ({stages}); lower pipe_parallel_size"
+
+
+def _zero_allows_pipeline(config: Config) -> Iterator[str]:
+    stages, stage = config.parallelism.pipe_parallel_size, config.engine.zero_optimization.stage
+    if stages > 1 and stage > 1:
+        yield (
+            f"zero_optimization.stage ({stage}) excludes a pipeline (pipe_parallel_size {stages}); "
+            "use stage 0 or 1, or pipe_parallel_size 0"
+        )
+
+
+def _partition_method_is_known(config: Config) -> Iterator[str]:
+    method = config.parallelism.pipe_partition_method
+    kind, _, pattern = method.lower().partition(":")
+    if kind == "type" and pattern:
+        try:
+            if not re.search(pattern, BLOCK_CLASS.lower()):
+                yield f'pipe_partition_method ("{method}") matches no layer; the blocks are called {BLOCK_CLASS}'
+        except re.error as error:
+            yield f'pipe_partition_method ("{method}") has a regular expression that is wrong: {error}'
+    elif method not in ("uniform", "parameters"):
+        yield f'pipe_partition_method ("{method}") must be "type:REGEX", "parameters" or "uniform"'
+
+
+def _precision_is_one(config: Config) -> Iterator[str]:
+    wishes = wanted(config.precision)
+    texts = list(wishes)
+    if len(set(wishes.values())) > 1:
+        other = next(text for text in texts if wishes[text] != wishes[texts[0]])
+        yield f"{texts[0]} and {other} contradict each other; keep one of them"
+    for text, excluded in refused(config.precision).items():
+        if excluded in wishes.values():
+            wish = next(wish for wish, value in wishes.items() if value == excluded)
+            yield f"{wish} and {text} contradict each other; keep one of them"
+
+
+def _weight_decay_is_one(config: Config) -> Iterator[str]:
+    inner, outer = config.optimizer.optimizer.params.weight_decay, config.optimizer.weight_decay
+    if inner is not None and inner != outer and "weight_decay" in config.optimizer.model_fields_set:
+        yield f"weight_decay ({outer}) and optimizer.params.weight_decay ({inner}) differ; keep one of them"
+
+
+def _decay_length_is_one(config: Config) -> Iterator[str]:
+    keys = config.optimizer
+    if keys.lr_decay_iters is not None and keys.lr_decay_fraction is not None:
+        yield (
+            f"lr_decay_iters ({keys.lr_decay_iters}) and lr_decay_fraction ({keys.lr_decay_fraction}) "
+            "say the same thing twice; keep one of them"
+        )
+
+
+def _minimum_is_below_peak(config: Config) -> Iterator[str]:
+    lowest, peak = config.optimizer.min_lr, config.optimizer.optimizer.params.lr
+    if lowest > peak:
+        yield f"min_lr ({lowest}) must not be above optimizer.params.lr ({peak}); a tenth of it is usual"
+
+
+def _split_is_three_shares(config: Config) -> Iterator[str]:
+    try:
+        shares = [float(share) for share in re.split("[,/]", config.data.split)]
+    except ValueError:
+        shares = []
+    if not 1 <= len(shares) <= 3 or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
+        yield f'split ("{config.data.split}") must be up to three shares such as "969, 30, 1"'
+
+
+def _loading_names_a_place(config: Config) -> Iterator[str]:
+    keys = config.checkpoint
+    if keys.load is None and keys.finetune:
+        yield "finetune (true) needs load, the folder with the weights to start from"
+    if keys.load is None and keys.save is None and keys.iteration is not None:
+        yield f"iteration ({keys.iteration}) needs load, the folder of the checkpoint"
+
+
+def _prompts_have_a_file(config: Config) -> Iterator[str]:
+    if config.generation.text_gen_type == "input-file" and config.generation.sample_input_file is None:
+        yield "text_gen_type (input-file) needs sample_input_file (or -i FILE)"
+
+
+def _devices_are_chosen_once(config: Config) -> Iterator[str]:
+    keys = config.launcher
+    chosen = {name: getattr(keys, name) for name in ("include", "exclude", "num_gpus")}
+    given = [f"{name} ({value})" for name, value in chosen.items() if value is not None]
+    if len(given) > 1:
+        yield f"{' and '.join(given)} exclude each other; keep one of them"
+
+
+def _training_has_an_end(config: Config) -> Iterator[str]:
+    if config.training.train_iters is None:
+        yield '"train_iters" is missing; training needs the number of steps'
+
+
+def _training_has_a_batch(config: Config) -> Iterator[str]:
+    if config.batch.train_batch_size is None and config.batch.train_micro_batch_size_per_gpu is None:
+        yield "train_batch_size or train_micro_batch_size_per_gpu is missing; one of them gives the size of a step"
+
+
+def _data_are_named(config: Config) -> Iterator[str]:
+    if config.data.data_path is None and config.data.data_impl != "mock":
+        yield '"data_path" is missing; name a prefix of .bin and .idx files, or try things out with data_impl: mock'
+
+
+def _weights_are_named(config: Config) -> Iterator[str]:
+    if config.checkpoint.load is None and config.checkpoint.save is None:
+        yield '"load" is missing; name the folder of the checkpoint'
+
+
+RUN_RULES = (
+    Rule(("num_layers", "pipe_parallel_size"), _pipeline_has_layers),
+    Rule(("zero_optimization", "pipe_parallel_size"), _zero_allows_pipeline),
+    Rule(("pipe_partition_method",), _partition_method_is_known),
+    Rule(("precision", "fp16", "bf16"), _precision_is_one),
+    Rule(("optimizer", "weight_decay"), _weight_decay_is_one),
+    Rule(("lr_decay_iters", "lr_decay_fraction"), _decay_length_is_one),
+    Rule(("min_lr", "optimizer"), _minimum_is_below_peak),
+    Rule(("split",), _split_is_three_shares),
+    Rule(("load", "save", "finetune", "iteration"), _loading_names_a_place),
+    Rule(("text_gen_type", "sample_input_file"), _prompts_have_a_file),
+    Rule(("include", "exclude", "num_gpus"), _devices_are_chosen_once),
+)
+
+_LOADS = Rule(("load", "save"), _weights_are_named)
+SCRIPT_RULES = {
+    "train.py": (
+        Rule(("train_iters",), _training_has_an_end),
+        Rule(("train_batch_size", "train_micro_batch_size_per_gpu"), _training_has_a_batch),
+        Rule(("data_path", "data_impl"), _data_are_named),
+    ),
+    "generate.py": (_LOADS,),
+    "evaluate.py": (_LOADS,),
+}

@@ -1,0 +1,200 @@
+"""Keys around the training: tokenizer, data, checkpoints, logging, generation, evaluation, launcher.
+
+Floor 1.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron.config.group import (
+    Fraction,
+    Group,
+    NotNegativeFloat,
+    NotNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    registered,
+)
+
+
+class TokenizerKeys(Group):
+    """Which tokenizer made the data and reads the prompts."""
+
+    tokenizer_type: Annotated[str, registered("tokenizer")] = "GPT2BPETokenizer"
+    """HFTokenizer (tokenizer.json), GPT2BPETokenizer and HFGPT2Tokenizer (vocab.json and merges.txt),
+    CharLevelTokenizer (bytes), TiktokenTokenizer, SPMTokenizer."""
+
+    vocab_file: str | None = None
+    """Vocabulary or tokenizer file; for TiktokenTokenizer also the name of an encoding."""
+
+    merge_file: str | None = None
+    """merges.txt of the GPT-2 tokenizers."""
+
+    end_of_document_token: str | None = None
+    """Text of the token that ends a document. Unset: the tokenizer's own; it must exist either way."""
+
+
+class DataKeys(Group):
+    """Token files."""
+
+    data_path: str | None = None
+    """Prefix of the .bin and .idx files, such as data/mine_text_document."""
+
+    split: str = "969, 30, 1"
+    """Shares of training, validation and test; by document, or by token for a corpus of one document."""
+
+    data_impl: Literal["mmap", "mock", "infer"] = "mmap"
+    """mmap reads data_path; mock makes up text, for trying things out; infer means mmap."""
+
+    num_workers: NotNegativeInt = 2
+    """Processes per rank that read ahead."""
+
+    eod_mask_loss: bool = False
+    """Do not learn to predict what follows the end of a document."""
+
+
+class CheckpointKeys(Group):
+    """What is kept, where, and from where a run goes on."""
+
+    save: str | None = None
+    """Folder of this run's checkpoints. Unset: no checkpoints."""
+
+    load: str | None = None
+    """Folder to go on from. Equal to save and still empty: start fresh. For generation and evaluation, unset: save."""
+
+    checkpoint_factor: PositiveInt | None = None
+    """Steps between checkpoints. Unset: only at the end."""
+
+    keep_last_n_checkpoints: PositiveInt | None = None
+    """Older checkpoints are deleted. Unset: all are kept."""
+
+    finetune: bool = False
+    """Take weights only from load, and start at step 0."""
+
+    no_load_optim: bool = False
+    """Do not take the optimizer's state from load."""
+
+    no_load_rng: bool = False
+    """Do not take random state from load."""
+
+    iteration: PositiveInt | None = None
+    """Step of the checkpoint to load. Unset: the latest."""
+
+
+class LoggingKeys(Group):
+    """Where numbers go."""
+
+    log_interval: PositiveInt = 100
+    """Steps between log lines."""
+
+    log_dir: str | None = None
+    """Folder of metrics.jsonl and of each rank's log. Unset: logs in save; without save: nothing is written."""
+
+    tensorboard_dir: str | None = None
+    """Write for TensorBoard as well, into this folder."""
+
+    use_wandb: bool = False
+    """Write to Weights & Biases as well (WANDB_MODE=offline works)."""
+
+    wandb_project: str = "deepy"
+    """Project at Weights & Biases."""
+
+    wandb_group: str | None = None
+    """Group at Weights & Biases."""
+
+    wandb_run_name: str | None = None
+    """Name of the run at Weights & Biases."""
+
+    wandb_team: str | None = None
+    """Team (entity) at Weights & Biases."""
+
+    wandb_host: str | None = None
+    """Address of a Weights & Biases server of one's own."""
+
+    peak_theoretical_tflops: PositiveFloat | None = None
+    """TFLOP/s one device can do; turns on MFU in the log line."""
+
+
+class GenerationKeys(Group):
+    """generate.py."""
+
+    text_gen_type: Literal["unconditional", "input-file", "interactive"] | None = None
+    """Where prompts come from. Unset: input-file if there is a sample_input_file, else unconditional."""
+
+    temperature: NotNegativeFloat = 0.0
+    """Divides logits before sampling. With temperature, top_k and top_p all 0: greedy."""
+
+    top_k: NotNegativeInt = 0
+    """Sample among this many likeliest tokens; 0: no limit."""
+
+    top_p: Fraction = 0.0
+    """Sample among the likeliest tokens that make up this probability; 0: no limit."""
+
+    maximum_tokens: PositiveInt = 64
+    """Longest continuation, in tokens."""
+
+    prompt_end: str = "\n"
+    """Separates prompts in the input file, and ends a prompt typed in."""
+
+    sample_input_file: str | None = None
+    """File of prompts."""
+
+    sample_output_file: str = "samples.txt"
+    """File of JSON lines."""
+
+    num_samples: PositiveInt = 1
+    """Texts per prompt, or in all when unconditional."""
+
+    recompute: bool = False
+    """Compute everything anew for each token instead of keeping keys and values."""
+
+    return_logits: bool = False
+    """Write the logits of every generated token too."""
+
+    generation_batch_size: PositiveInt = 8
+    """Prompts handled together."""
+
+
+class EvaluationKeys(Group):
+    """evaluate.py."""
+
+    eval_tasks: tuple[str, ...] | None = None
+    """Tasks of the evaluation harness."""
+
+    eval_results_prefix: str = ""
+    """Begins the name of the results file."""
+
+    eval_split: Literal["train", "valid", "test"] = "valid"
+    """Part of the data whose perplexity is measured."""
+
+
+class LauncherKeys(Group):
+    """How ranks are started."""
+
+    launcher: Annotated[str, registered("launcher")] = "local"
+    """local: all ranks on this machine, by DeepSpeed's launcher."""
+
+    num_gpus: PositiveInt | None = None
+    """Processes per node, on a CPU machine too. Unset: one per visible GPU, or two on a CPU."""
+
+    num_nodes: PositiveInt | None = None
+    """Machines of the run."""
+
+    master_addr: str | None = None
+    """Address of rank 0. Unset: this machine."""
+
+    master_port: Annotated[int, Field(gt=0, lt=65536)] | None = None
+    """Port of rank 0. Unset: a free one."""
+
+    hostfile: str | None = None
+    """Lines such as "node1 slots=8". Unset: the file in DLTS_HOSTFILE, or /job/hostfile where it exists."""
+
+    include: str | None = None
+    """Devices to use, as "localhost:0,2"."""
+
+    exclude: str | None = None
+    """Devices to leave out, as "localhost:1"."""
+
+    distributed_backend: Literal["nccl", "gloo"] | None = None
+    """Unset: nccl on GPUs, gloo otherwise."""

@@ -1,0 +1,60 @@
+"""Sizes that follow from other sizes, in one place for rules, resolve and estimate. Floor 1."""
+
+from megatron.config.model_keys import ModelKeys
+
+
+def is_gated(activation: str) -> bool:
+    """Whether the feed-forward layer has a gate: swiglu, geglu, reglu, and a plugin's name that ends in "glu"."""
+    return activation.endswith("glu")
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is not below `value`."""
+    return -(-value // multiple) * multiple
+
+
+def feed_forward_width(model: ModelKeys) -> int:
+    """True width of the feed-forward layer, as written or by default.
+
+    The default is 4 x hidden_size; with a gate two thirds of it, which keeps the number of parameters (GLU variants,
+    https://arxiv.org/abs/2002.05202).
+    """
+    written = model.ffn_hidden_size or model.intermediate_size
+    if written is not None:
+        return written
+    default = 8 * model.hidden_size // 3 if is_gated(model.activation) else 4 * model.hidden_size
+    return round_up(default, model.mlp_multiple_of)
+
+
+def neox_gated_width(intermediate_size: int, multiple: int) -> int:
+    """The width GPT-NeoX gives a gated layer that is written as `intermediate_size`."""
+    return round_up(int(intermediate_size * 2 / 3), multiple) // 2
+
+
+def attention_names(model: ModelKeys) -> tuple[str, ...]:
+    """The kind of attention of each layer. Raises ValueError if attention_config does not give num_layers kinds."""
+    names: list[str] = []
+    for kinds, repetitions in model.attention_config or ((("global",), "all"),):
+        if repetitions == "all" and model.num_layers % len(kinds):
+            raise ValueError(f'"all" repeats {len(kinds)} kinds, which does not divide num_layers ({model.num_layers})')
+        names += kinds * (model.num_layers // len(kinds) if repetitions == "all" else int(repetitions))
+    if len(names) != model.num_layers:
+        raise ValueError(f"gives {len(names)} layers, but num_layers is {model.num_layers}")
+    return tuple(names)
+
+
+def rotary_elements(model: ModelKeys) -> int:
+    """Elements of each head that rotary positions turn."""
+    return int(model.hidden_size // model.num_attention_heads * model.rotary_pct)
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def would_work(choices: list[int], near: int, at_most: int = 3) -> str:
+    """The choices nearest to `near`, as "4, 6 or 12 would work"."""
+    best = sorted(sorted(choices, key=lambda choice: abs(choice - near))[:at_most])
+    head = ", ".join(str(choice) for choice in best[:-1])
+    return (f"{head} or {best[-1]}" if head else f"{best[-1]}") + " would work"

@@ -1,0 +1,139 @@
+"""One table of everything that is chosen by name in a configuration: kind -> name -> "module:attribute".
+
+A new norm, tokenizer or schedule is one file and one line here; a plugin adds names the same way without touching
+this file. Targets are imported when they are asked for, so that reading the table costs nothing and needs no torch.
+Floor 0.
+"""
+
+import importlib
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from megatron.errors import UserError
+
+# The only mutable state of the package: `load_plugins` adds to it.
+TABLE: dict[str, dict[str, str]] = {
+    "tokenizer": {
+        "HFTokenizer": "megatron.tokenizer.huggingface:build_hf_tokenizer",
+        "GPT2BPETokenizer": "megatron.tokenizer.huggingface:build_gpt2_bpe_tokenizer",
+        "HFGPT2Tokenizer": "megatron.tokenizer.huggingface:build_gpt2_bpe_tokenizer",
+        "CharLevelTokenizer": "megatron.tokenizer.char_level:build_char_level_tokenizer",
+        "TiktokenTokenizer": "megatron.tokenizer.tiktoken_bpe:build_tiktoken_tokenizer",
+        "SPMTokenizer": "megatron.tokenizer.sentencepiece_model:build_spm_tokenizer",
+    },
+    "corpus": {
+        "stdlib": "megatron.data.corpora:stdlib",
+    },
+    "norm": {
+        "layernorm": "megatron.model.norms:LayerNorm",
+        "rmsnorm": "megatron.model.norms:RMSNorm",
+    },
+    "position_embedding": {
+        "learned": "megatron.model.positions:learned",
+        "rotary": "megatron.model.positions:rotary",
+        "none": "megatron.model.positions:none",
+    },
+    "activation": {
+        "gelu": "megatron.model.activations:gelu",
+        "gelu_tanh": "megatron.model.activations:gelu_tanh",
+        "relu": "megatron.model.activations:relu",
+        "silu": "megatron.model.activations:silu",
+        "swiglu": "megatron.model.activations:swiglu",
+        "geglu": "megatron.model.activations:geglu",
+        "reglu": "megatron.model.activations:reglu",
+    },
+    "attention_backend": {
+        "global": "megatron.model.attention_backends:global_attention",
+        "flash": "megatron.model.attention_backends:flash_attention",
+        "local": "megatron.model.attention_backends:local_attention",
+    },
+    "init_method": {
+        "normal": "megatron.model.init:normal",
+        "scaled_normal": "megatron.model.init:scaled_normal",
+        "small_init": "megatron.model.init:small_init",
+        "wang_init": "megatron.model.init:wang_init",
+    },
+    "optimizer": {
+        "adam": "megatron.optimizers.build:adamw",
+        "adamw": "megatron.optimizers.build:adamw",
+        "sgd": "megatron.optimizers.build:sgd",
+    },
+    "lr_schedule": {
+        "constant": "megatron.optimizers.schedules:constant",
+        "linear": "megatron.optimizers.schedules:linear",
+        "cosine": "megatron.optimizers.schedules:cosine",
+    },
+    "launcher": {
+        "local": "megatron.launch.local:run_local",
+    },
+    "hook": {
+        "report": "megatron.training.report:report",
+        "divergence": "megatron.training.divergence:divergence",
+        "validation": "megatron.training.validation:validation",
+        "saving": "megatron.training.saving:saving",
+        "progress": "megatron.training.progress:progress",
+    },
+    "metric_writer": {
+        "jsonl": "megatron.metrics.writers:json_lines",
+        "tensorboard": "megatron.metrics.writers:tensorboard",
+        "wandb": "megatron.metrics.writers:weights_and_biases",
+    },
+}
+
+
+def names(kind: str) -> list[str]:
+    """The names that `kind` knows, in the order of the table."""
+    return list(TABLE[kind])
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice that looks most like `word`, upper and lower case alike, or None if none comes near."""
+    by_lower_case = {choice.lower(): choice for choice in choices}
+    found = get_close_matches(word.lower(), by_lower_case, n=1, cutoff=0.6)
+    return by_lower_case[found[0]] if found else None
+
+
+def unknown_name(kind: str, name: str) -> str:
+    """Say that `name` is no `kind`, with the nearest name and all names."""
+    near = nearest(name, TABLE[kind])
+    hint = f'. Did you mean "{near}"?' if near else ""
+    return f'unknown {kind.replace("_", " ")} "{name}"{hint} (known: {", ".join(TABLE[kind])})'
+
+
+def resolve(kind: str, name: str) -> Any:
+    """Import and return what `name` stands for.
+
+    Raises UserError for a name that is not in the table.
+    """
+    if name not in TABLE[kind]:
+        raise UserError(unknown_name(kind, name))
+    module, attribute = TABLE[kind][name].split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def load_plugins(modules: Sequence[str]) -> None:
+    """Import each module and add the names of its `DEEPY_REGISTRY: dict[kind, dict[name, "module:attribute"]]`.
+
+    Raises UserError if a module cannot be imported, declares nothing, or takes a name that means something else.
+    """
+    for module in modules:
+        try:
+            declared = importlib.import_module(module).DEEPY_REGISTRY
+        except AttributeError as error:
+            raise UserError(f'plugins: "{module}" has no table DEEPY_REGISTRY') from error
+        except Exception as error:
+            reason = traceback.format_exception_only(error)[-1].strip()
+            raise UserError(f'plugins: "{module}" cannot be imported: {reason}') from error
+        _add(module, declared)
+
+
+def _add(plugin: str, declared: Mapping[str, Mapping[str, str]]) -> None:
+    for kind, entries in declared.items():
+        if kind not in TABLE:
+            raise UserError(f'plugins: "{plugin}" declares an unknown kind "{kind}" (known: {", ".join(TABLE)})')
+        for name, target in entries.items():
+            if TABLE[kind].get(name, target) != target:
+                raise UserError(f'plugins: "{plugin}" declares {kind} "{name}", which is {TABLE[kind][name]} already')
+            TABLE[kind][name] = target

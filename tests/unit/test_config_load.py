@@ -1,0 +1,250 @@
+"""From files to a checked Config."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from megatron.config.groups import group_fields, group_of_key
+from megatron.config.load import ConfigError, config_from_flat, find_files, load_config
+
+ROOT = Path(__file__).parents[2]
+SHAPE = "num_layers: 2\nhidden_size: 16\nnum_attention_heads: 2\nseq_length: 8\n"
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write_file(name: str, text: str) -> str:
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return name
+
+    return write_file
+
+
+def problems_of(*files, **arguments):
+    with pytest.raises(ConfigError) as caught:
+        load_config(files, **arguments)
+    return list(caught.value.problems)
+
+
+def test_files_are_merged_and_what_nobody_wrote_has_its_default(write):
+    config = load_config([write("a.yml", SHAPE), write("b.yml", "train_iters: 7\nzero_optimization: {stage: 1}\n")])
+    assert (config.model.hidden_size, config.training.train_iters) == (16, 7)
+    assert config.engine.zero_optimization.stage == 1
+    assert config.training.seed == 1234
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "1E-4", "0.0001"])
+def test_1e_minus_4_is_a_number(write, text):
+    config = load_config([write("a.yml", f"{SHAPE}min_lr: {text}\noptimizer: {{params: {{lr: {text}}}}}\n")])
+    assert config.optimizer.min_lr == 1e-4
+    assert config.optimizer.optimizer.params.lr == 1e-4
+
+
+def test_dashes_and_underscores_are_the_same_in_a_key_at_every_depth(write):
+    text = SHAPE.replace("num_layers", "num-layers") + '"data-path": x\noptimizer: {params: {weight-decay: 0.1}}\n'
+    config = load_config([write("a.yml", text)])
+    assert (config.model.num_layers, config.data.data_path) == (2, "x")
+    assert config.optimizer.optimizer.params.weight_decay == 0.1
+
+
+def test_a_key_in_two_files_is_refused_with_both_places(write):
+    found = problems_of(write("a.yml", SHAPE), write("b.yml", "# more\nhidden-size: 16\n"))
+    assert found == ['b.yml:2: "hidden_size" is in a.yml:2 already; keep it in one file']
+
+
+def test_a_key_twice_in_one_file_is_refused_also_inside_a_group(write):
+    found = problems_of(
+        write("a.yml", SHAPE + "train-iters: 1\ntrain_iters: 2\nfp16:\n  enabled: true\n  enabled: false\n")
+    )
+    assert found == [
+        'a.yml:6: "train_iters" is there already, in line 5',
+        'a.yml:9: "fp16.enabled" is there already, in line 8',
+    ]
+
+
+def test_all_problems_are_reported_at_once_in_files_rules_and_command_line(write):
+    text = "num_layers: '2'\nhidden_size: 16\nnum_attention_heads: 3\nhiden_size: 1\nnorm: rms\nseq_length: 0\n"
+    found = problems_of(write("a.yml", text), overrides=["train_iters=1.5", "nonsense"])
+    assert found == [
+        'command line: "nonsense" is not of the form key=value',
+        'a.yml:4: unknown key "hiden_size". Did you mean "hidden_size"?',
+        'a.yml:1: num_layers ("2") must be a whole number',
+        "a.yml:6: seq_length (0) must be greater than 0",
+        'a.yml:5: norm: unknown norm "rms". Did you mean "rmsnorm"? (known: layernorm, rmsnorm)',
+        "command line: train_iters (1.5) must be a whole number",
+        "hidden_size (16) must be divisible by num_attention_heads (3); num_attention_heads 1, 2 or 4 would work",
+    ]
+
+
+def test_the_message_counts_the_problems_and_names_the_files(write):
+    with pytest.raises(ConfigError, match=r"^1 problem in a\.yml \+ b\.yml \+ the command line:\n  b\.yml:1: "):
+        load_config([write("a.yml", SHAPE), write("b.yml", "hiden: 1")], overrides=["seed=1"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("optimizer: {type: Adamm}", 'a.yml:5: optimizer.type: unknown optimizer "adamm". Did you mean "adam"?'),
+        ("optimizer: {params: {lrr: 1}}", 'a.yml:5: unknown key "optimizer.params.lrr". Did you mean "lr"?'),
+        ("optimizer: {params: {lr: fast}}", 'a.yml:5: optimizer.params.lr ("fast") must be a number'),
+        ("optimizer: {params: {betas: [0.9]}}", "a.yml:5: optimizer.params.betas (a list of 1) is too short"),
+        ("optimizer: {params: {betas: [0.9, 2]}}", "a.yml:5: optimizer.params.betas[1] (2) must be less than 1"),
+        ("optimizer: {params: {betas: [0, 0, 0]}}", "a.yml:5: optimizer.params.betas (a list of 3) must not have more"),
+        ("optimizer: Adam", 'a.yml:5: optimizer ("Adam") must be a group of keys'),
+        ("zero_optimization:\n  stage: 4", "a.yml:6: zero_optimization.stage (4) must be at most 3"),
+        ("zero_optimization: {stge: 1}", 'a.yml:5: unknown key "zero_optimization.stge". Did you mean "stage"?'),
+        ("fp16: {loss_scale: -1}", "a.yml:5: fp16.loss_scale (-1) must be at least 0"),
+        ("precision: bf16", "a.yml:5: precision (\"bf16\") must be 'fp32', 'fp16' or 'bfloat16'. Did you mean"),
+        ("eod_mask_loss: yes", 'a.yml:5: eod_mask_loss ("yes") must be true or false'),
+        ("eod_mask_loss: 1", "a.yml:5: eod_mask_loss (1) must be true or false"),
+        ("train_iters: true", "a.yml:5: train_iters (true) must be a whole number"),
+        ("seed: null", "a.yml:5: seed (null) must be a whole number"),
+        ("min_lr: .nan", "a.yml:5: min_lr (nan) must be a finite number"),
+        ("save: [a]", "a.yml:5: save (a list of 1) must be text"),
+        ("attention_config: [[[golbal], all]]", "unknown attention backend"),
+        ("attention_config: [global, 2]", "a.yml:5: attention_config: must be a list of [kinds, repetitions]"),
+        ("plugins: 5", "a.yml:5: plugins (5) must be a list"),
+        ("plugins: [no_such_plugin]", 'a.yml:5: plugins: "no_such_plugin" cannot be imported'),
+        ("master_port: 70000", "a.yml:5: master_port (70000) must be less than 65536"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_place(write, line, message):
+    found = problems_of(write("a.yml", SHAPE + line + "\n"))
+    assert len(found) == 1
+    assert message in found[0]
+
+
+def test_a_missing_required_key_is_said_and_rules_that_read_it_stay_silent(write):
+    found = problems_of(write("a.yml", SHAPE.replace("num_attention_heads: 2\n", "") + "num_kv_heads: 3\n"))
+    assert found == ['"num_attention_heads" is missing; it has no default']
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1\n", "a.yml:2: this is not YAML"),
+        ("a: 1\n b: 2\n", "a.yml:2: this is not YAML"),
+        ("- 1\n- 2\n", "a configuration is a set of keys with values, not a list of 2"),
+        ("just text", 'not "just text"'),
+        ("a: 1\n---\nb: 2\n", "this is not YAML"),
+    ],
+)
+def test_a_file_that_is_no_set_of_keys_is_refused_with_its_line(write, text, message):
+    found = problems_of(write("a.yml", text), write("shape.yml", SHAPE))
+    assert len(found) == 1
+    assert message in found[0]
+
+
+def test_a_file_that_is_not_text_is_refused(write):
+    Path("a.yml").write_bytes(b"\xff\xfe\x00")
+    assert "a.yml: cannot be read" in problems_of("a.yml", write("shape.yml", SHAPE))[0]
+
+
+def test_an_empty_file_adds_nothing_and_json_with_tabs_is_read(write):
+    json = '{\n\t"num_layers": 2, "hidden_size": 16,\n\t"num_attention_heads": 2, "seq_length": 8, "save": "a\\tb"\n}'
+    config = load_config([write("empty.yml", "# nothing\n"), write("shape.json", json)])
+    assert (config.model.num_layers, config.checkpoint.save) == (2, "a\tb")
+
+
+def test_overrides_replace_and_reach_into_groups(write):
+    file = write("a.yml", SHAPE + "save: x\noptimizer: {type: SGD, params: {lr: 0.1, betas: [0.5, 0.9]}}\n")
+    overrides = ["optimizer.params.lr=1e-4", "optimizer.params.betas=[0.8, 0.9]", "num-layers=4", "save=", "seed=0"]
+    config = load_config([file], overrides=overrides)
+    assert config.optimizer.optimizer.type == "sgd"
+    assert config.optimizer.optimizer.params.lr == 1e-4
+    assert config.optimizer.optimizer.params.betas == (0.8, 0.9)
+    assert (config.model.num_layers, config.checkpoint.save, config.training.seed) == (4, None, 0)
+
+
+def test_an_override_outranks_a_wrong_value_in_a_file_and_is_named_itself(write):
+    file = write("a.yml", SHAPE + "train_iters: soon\n")
+    assert load_config([file], overrides=["train_iters=3"]).training.train_iters == 3
+    assert problems_of(file, overrides=["train_iters=later"]) == [
+        'command line: train_iters ("later") must be a whole number'
+    ]
+    assert "is not YAML" in problems_of(file, overrides=["train_iters=[1"])[0]
+
+
+def test_files_are_found_without_extension_in_a_folder_and_by_their_folder(write):
+    write("configs/default.yml", SHAPE)
+    write("configs/125M.yml", SHAPE)
+    write("configs/local.json", "{}")
+    assert [str(path) for path in find_files(["125M", "local", "125M.yml"], "configs")[0]] == [
+        "configs/125M.yml",
+        "configs/local.json",
+        "configs/125M.yml",
+    ]
+    for files, folder in ((["configs"], None), (["./configs/"], None), ([], None), ([], "configs")):
+        assert find_files(files, folder) == ([Path("configs/default.yml")], [])
+
+
+def test_missing_files_are_all_named_with_the_nearest_one(write):
+    write("configs/125M.yml", SHAPE)
+    assert problems_of("configs/125m", "nowhere/a.yml", "configs") == [
+        "there is no file configs/125m. Did you mean configs/125M?",
+        "there is no folder nowhere (for a.yml)",
+        "there is no file configs/default.yml",
+    ]
+
+
+def test_a_config_and_its_groups_are_frozen(write):
+    config = load_config([write("a.yml", SHAPE)])
+    for group, key, value in (
+        (config.model, "num_layers", 3),
+        (config, "plugins", ()),
+        (config.engine.zero_optimization, "stage", 2),
+    ):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(group, key, value)
+    assert isinstance(config.optimizer.optimizer.params.betas, tuple)
+
+
+def test_flat_keys_come_back_as_they_were_written(write):
+    text = SHAPE + "attention_config: [[[global], 2]]\noptimizer: {params: {lr: 1e-4}}\nplugins: []\n"
+    config = load_config([write("a.yml", text)])
+    flat = config.to_flat()
+    assert flat["attention_config"] == [[["global"], 2]]
+    assert flat["optimizer"] == {"params": {"lr": 1e-4}}
+    assert len(flat) == 7
+    assert config_from_flat(flat) == config
+    assert config_from_flat(config.to_flat(with_defaults=True)).to_flat(with_defaults=True) == config.to_flat(True)
+
+
+def test_a_plugin_named_in_a_file_adds_a_value(write, monkeypatch, tmp_path):
+    from megatron import registry
+
+    monkeypatch.setattr(registry, "TABLE", {kind: dict(entries) for kind, entries in registry.TABLE.items()})
+    monkeypatch.syspath_prepend(tmp_path)
+    write("loaded_plugin.py", 'DEEPY_REGISTRY = {"norm": {"my_norm": "loaded_plugin:norm"}}')
+    assert load_config([write("a.yml", SHAPE + "norm: my_norm\nplugins: [loaded_plugin]\n")]).model.norm == "my_norm"
+
+
+def test_every_key_is_documented_and_belongs_to_one_group():
+    fields = [(key, field) for kind in group_fields().values() for key, field in kind.model_fields.items()]
+    assert [key for key, field in fields if not field.description] == []
+    assert len(fields) == len(group_of_key()) > 100
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yml")), ids=lambda path: path.name)
+def test_every_shipped_config_is_right_as_it_stands(file):
+    load_config([str(file)], script="train.py")
+
+
+def test_configuration_is_checked_without_torch():
+    program = (
+        "import sys\n"
+        "from megatron import logging, registry\n"
+        "from megatron.config import command_line, describe, estimate, load, resolve\n"
+        f"config = load.load_config([{str(ROOT / 'configs')!r}])\n"
+        "describe.dry_run(config, resolve.resolve(config, 2, 1000), 'train.py', [])\n"
+        "heavy = {'torch', 'numpy', 'deepspeed', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

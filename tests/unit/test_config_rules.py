@@ -1,0 +1,143 @@
+"""What must hold between keys."""
+
+import pytest
+
+from megatron.config.load import ConfigError, config_from_flat
+
+SHAPE = {"num_layers": 4, "hidden_size": 48, "num_attention_heads": 12, "seq_length": 8}
+TRAINING = {"train_iters": 10, "train_batch_size": 4, "data_impl": "mock"}
+
+
+def check(keys, script=None):
+    return config_from_flat(SHAPE | keys, script=script)
+
+
+BROKEN = [
+    (
+        {"num_attention_heads": 10},
+        "hidden_size (48) must be divisible by num_attention_heads (10);",
+    ),
+    (
+        {"model_parallel_size": 8},
+        "num_attention_heads (12) must be divisible by model_parallel_size (8); 4, 6 or 12 would work",
+    ),
+    (
+        {"num_kv_heads": 5},
+        "num_attention_heads (12) must be divisible by num_kv_heads (5); num_kv_heads 3, 4 or 6",
+    ),
+    (
+        {"num_kv_heads": 2, "model_parallel_size": 4},
+        "num_kv_heads (2) must be divisible by model_parallel_size (4)",
+    ),
+    (
+        {"ffn_hidden_size": 30, "model_parallel_size": 4},
+        "(30) must be divisible by model_parallel_size (4)",
+    ),
+    (
+        {"ffn_hidden_size": 30, "mlp_multiple_of": 16},
+        "(30) must be a multiple of mlp_multiple_of (16); 32",
+    ),
+    ({"ffn_hidden_size": 96, "intermediate_size": 96}, "say the same thing; keep ffn_hidden_size"),
+    ({"max_position_embeddings": 4}, "max_position_embeddings (4) must be at least seq_length (8)"),
+    ({"pos_emb": "rotary", "rotary_pct": 0.8}, "rotary_pct (0.8) turns 3 of the 4 elements of a head"),
+    ({"gpt_j_tied": True}, "gpt_j_tied (true) needs gpt_j_residual (false)"),
+    ({"attention_config": [[["global"], 3]]}, "attention_config gives 3 layers, but num_layers is 4"),
+    ({"attention_config": [[["global"] * 3, "all"]]}, "repeats 3 kinds, which does not divide num_layers (4)"),
+    ({"attention_config": [[["local"], "all"]]}, "which need sliding_window_width"),
+    ({"sliding_window_width": 4}, "sliding_window_width (4) has no effect without local layers"),
+    (
+        {"padded_vocab_size": 100, "model_parallel_size": 3},
+        "padded_vocab_size (100) must be divisible by",
+    ),
+    ({"pipe_parallel_size": 8}, "num_layers (4) must be at least pipe_parallel_size (8)"),
+    ({"pipe_parallel_size": 2, "zero_optimization": {"stage": 2}}, "zero_optimization.stage (2) excludes a pipeline"),
+    (
+        {"pipe_partition_method": "best"},
+        '("best") must be "type:REGEX", "parameters" or "uniform"',
+    ),
+    ({"pipe_partition_method": "type:mamba"}, 'pipe_partition_method ("type:mamba") matches no layer'),
+    ({"pipe_partition_method": "type:("}, "has a regular expression that is wrong"),
+    (
+        {"precision": "fp32", "fp16": {"enabled": True}},
+        "precision (fp32) and fp16.enabled (true) contradict",
+    ),
+    ({"bf16": {"enabled": True}, "fp16": {"fp16": True}}, "fp16.fp16 (true) and bf16.enabled (true) contradict"),
+    ({"precision": "fp16", "fp16": {"enabled": False}}, "precision (fp16) and fp16.enabled (false) contradict"),
+    ({"weight_decay": 0.1, "optimizer": {"params": {"weight_decay": 0.2}}}, "weight_decay (0.1) and optimizer.params"),
+    ({"lr_decay_iters": 5, "lr_decay_fraction": 0.5}, "lr_decay_iters (5) and lr_decay_fraction (0.5) say the same"),
+    ({"min_lr": 0.01}, "min_lr (0.01) must not be above optimizer.params.lr (0.001)"),
+    ({"split": "90, ten"}, 'split ("90, ten") must be up to three shares'),
+    ({"split": "0, 0, 0"}, "must be up to three shares"),
+    ({"split": "-1, 2, 1"}, "must be up to three shares"),
+    ({"finetune": True}, "finetune (true) needs load"),
+    ({"iteration": 5}, "iteration (5) needs load"),
+    ({"text_gen_type": "input-file"}, "needs sample_input_file"),
+    ({"include": "localhost:0", "num_gpus": 1}, "include (localhost:0) and num_gpus (1) exclude each other"),
+]
+
+
+@pytest.mark.parametrize(("keys", "message"), BROKEN, ids=[" ".join(keys) for keys, _ in BROKEN])
+def test_a_broken_rule_names_both_values_and_a_way_out(keys, message):
+    with pytest.raises(ConfigError) as caught:
+        check(keys)
+    assert len(caught.value.problems) == 1
+    assert message in caught.value.problems[0]
+
+
+RIGHT = [
+    {},
+    {"num_kv_heads": 4, "model_parallel_size": 4, "ffn_hidden_size": 28},
+    {"attention_config": [[["global", "local"], 1], [["flash"], 2]], "sliding_window_width": 3},
+    {"gpt_j_tied": True, "gpt_j_residual": True},
+    {"pipe_parallel_size": 4, "zero_optimization": {"stage": 1}},
+    {"pipe_partition_method": "type:transformer|mlp"},
+    {"weight_decay": 0.2, "optimizer": {"params": {"weight_decay": 0.2}}},
+    {"optimizer": {"params": {"weight_decay": 0.2}}},
+    {"fp16": {"fp16": True, "enabled": True}, "precision": "fp16"},
+    {"split": "1"},
+    {"split": "995/4/1"},
+    {"iteration": 5, "save": "x"},
+]
+
+
+@pytest.mark.parametrize("keys", RIGHT, ids=[" ".join(keys) or "shape" for keys in RIGHT])
+def test_what_belongs_together_passes(keys):
+    check(keys)
+
+
+def test_intermediate_size_with_a_gate_is_refused_with_both_lines_to_paste():
+    with pytest.raises(ConfigError) as caught:
+        check(
+            {
+                "hidden_size": 4096,
+                "num_attention_heads": 32,
+                "activation": "swiglu",
+                "intermediate_size": 32768,
+                "mlp_multiple_of": 256,
+            }
+        )
+    (problem,) = caught.value.problems
+    assert '"ffn_hidden_size": 11008 ' in problem
+    assert '"ffn_hidden_size": 32768 ' in problem
+
+
+@pytest.mark.parametrize(
+    ("keys", "missing"),
+    [
+        ({"train_iters": None}, '"train_iters" is missing'),
+        ({"train_batch_size": None}, "train_batch_size or train_micro_batch_size_per_gpu is missing"),
+        ({"data_impl": "mmap"}, '"data_path" is missing'),
+    ],
+)
+def test_training_needs_more_than_the_model(keys, missing):
+    check(TRAINING, script="train.py")
+    check(TRAINING | keys)
+    with pytest.raises(ConfigError, match=missing):
+        check(TRAINING | keys, script="train.py")
+
+
+@pytest.mark.parametrize("script", ["generate.py", "evaluate.py"])
+def test_reading_a_model_needs_a_checkpoint_and_nothing_of_training(script):
+    check({"save": "somewhere"}, script=script)
+    with pytest.raises(ConfigError, match='"load" is missing'):
+        check({}, script=script)

@@ -1,0 +1,276 @@
+"""Real ranks, started by deepy.py: how they end, and what is said about it.
+
+The ranks' programs are small scripts without torch; DeepSpeed's launcher in between takes some seconds to start.
+"""
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron.launch.devices import Placement
+from megatron.launch.local import rank_environment
+
+ROOT = Path(__file__).parents[2]
+SHAPE = """
+num_layers: 2
+hidden_size: 16
+num_attention_heads: 2
+seq_length: 8
+train_iters: 1
+train_batch_size: 2
+data_impl: mock
+num_gpus: 2
+"""
+PROGRAM = """
+import os, signal, subprocess, sys, time
+rank = os.environ["RANK"]
+"""
+# A rank that never ends by itself, with a child like those of a data loader; both may refuse to end.
+HANGS = """
+def hang(stubborn):
+    if stubborn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # inherits what is ignored
+    with open("processes", "a") as file:
+        file.write(f"{os.getpid()} {child.pid}\\n")
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Write `body` as the ranks' program and start deepy.py on it."""
+
+    def start_program(body, *arguments):
+        (tmp_path / "program.py").write_text(PROGRAM + HANGS + body)
+        (tmp_path / "shape.yml").write_text(SHAPE)
+        kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "GLIBC_TUNABLES")}
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "deepy.py"), "program.py", "shape", *arguments],
+            cwd=tmp_path,
+            env=kept | {"DS_ACCELERATOR": "cpu", "TMPDIR": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start_program
+
+
+def finish(process):
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def hanging_processes(folder: Path, ranks: int) -> list[int]:
+    """Wait until all ranks hang; their processes and those of their children."""
+    file, deadline = folder / "processes", time.monotonic() + 40
+    while time.monotonic() < deadline:
+        found = file.read_text().split() if file.exists() else []
+        if len(found) == 2 * ranks:
+            return [int(process) for process in found]
+        time.sleep(0.05)
+    raise AssertionError("the ranks did not start")
+
+
+def assert_all_end(processes: list[int], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(map(is_running, processes)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [process for process in processes if is_running(process)]
+
+
+def test_a_run_gives_ranks_their_share_of_threads_their_logs_and_ends_with_0(start, tmp_path):
+    body = """
+from megatron.config.command_line import parse_command_line
+config = parse_command_line(sys.argv[1:], script="program.py").merged
+names = ("WORLD_SIZE", "OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")
+print(rank, config.training.seed, *(os.environ[name] for name in names), os.environ["GLIBC_TUNABLES"][:24])
+sys.stderr.write("progress\\r")
+os.system("echo from a library in C")
+print([folder for folder in sys.path if os.path.exists(os.path.join(folder, "evaluate.py"))])
+"""
+    code, out, err = finish(start(body, "seed=77", "log_dir=logs"))
+    assert (code, err) == (0, "progress\n")
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    line = f" 77 2 {threads} cpu -1,-1 glibc.malloc.hugetlb=1:g\n"
+    assert out == f"0{line}from a library in C\n[]\n"
+    assert (tmp_path / "logs" / "rank_0.log").read_text() == f"0{line}[]\n"
+    assert (tmp_path / "logs" / "rank_1.log").read_text() == f"1{line}progress\nfrom a library in C\n[]\n"
+
+
+def test_what_the_user_has_set_for_threads_and_allocator_stays(tmp_path):
+    own = {"OMP_NUM_THREADS": "7", "GLIBC_TUNABLES": "glibc.malloc.check=0", "DEEPY_LOG_FOLDER": "of another run"}
+    environment = rank_environment(own, Placement("cpu", ("-1", "-1")), tmp_path, None)
+    assert environment.items() >= {"OMP_NUM_THREADS": "7", "GLIBC_TUNABLES": "glibc.malloc.check=0"}.items()
+    assert "DEEPY_LOG_FOLDER" not in environment
+
+
+def test_an_exception_ends_the_other_rank_and_its_traceback_comes_last(start, tmp_path):
+    body = """
+if rank == "1":
+    raise ValueError("rank one is unhappy")
+hang(True)
+"""
+    started = time.monotonic()
+    code, out, err = finish(start(body))
+    assert time.monotonic() - started < 30
+    assert (code, out) == (1, "")
+    assert re.fullmatch(
+        r"rank 1 of 2 failed:\nTraceback \(most recent call last\):\n  File .*program\.py.*\n.*\n(.*\^+\n)?"
+        r"ValueError: rank one is unhappy\n",
+        err,
+    ), err
+    if (tmp_path / "processes").exists():
+        assert_all_end([int(process) for process in (tmp_path / "processes").read_text().split()], seconds=1)
+
+
+def test_the_first_failure_is_shown_and_not_those_that_follow_from_it(start):
+    body = """
+if rank == "1":
+    raise ValueError("the cause")
+time.sleep(0.3)
+print("still said", file=sys.stderr)
+raise RuntimeError("the consequence")
+"""
+    code, _, err = finish(start(body))
+    assert code == 1
+    assert "still said" in err
+    assert err.endswith("ValueError: the cause\n")
+    assert "the consequence" not in err
+
+
+def test_ranks_that_find_the_input_wrong_say_it_once_and_end_with_2(start):
+    code, out, err = finish(start("print('there is no such file', file=sys.stderr)\nsys.exit(2)"))
+    assert (code, out, err) == (2, "", "there is no such file\n")
+
+
+def test_one_rank_that_finds_the_input_wrong_is_heard(start):
+    body = "if rank == '1':\n    print('not on this rank', file=sys.stderr)\n    sys.exit(2)\nhang(False)"
+    code, _, err = finish(start(body))
+    assert (code, err) == (2, "rank 1 of 2:\nnot on this rank\n")
+
+
+def test_a_rank_that_leaves_python_behind_is_named_with_its_code(start):
+    code, _, err = finish(start("if rank == '1':\n    print('last words')\n    os._exit(3)\nhang(False)"))
+    assert (code, err) == (1, "rank 1 ended with code 3 without a word\nits last lines:\nlast words\n")
+
+
+def test_a_rank_ended_by_a_signal_is_named_with_the_signal_and_its_last_lines(start):
+    body = "if rank == '1':\n    print('last words')\n    os.kill(os.getpid(), signal.SIGKILL)\nhang(False)"
+    code, _, err = finish(start(body))
+    assert code == 1
+    assert err.startswith("rank 1 was ended by SIGKILL, usually because the machine ran out of memory\n")
+    assert err.endswith("last words\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_deepy_ends_all_ranks_and_their_children(start, tmp_path, number):
+    process = start("hang(stubborn=rank == '1')")
+    processes = hanging_processes(tmp_path, ranks=2)
+    process.send_signal(number)
+    code, _, err = finish(process)
+    assert (code, err) == (1, f"stopped by {number.name}\n")
+    assert_all_end(processes, seconds=1)
+
+
+def test_no_rank_outlives_a_deepy_that_is_killed(start, tmp_path):
+    process = start("hang(stubborn=False)")
+    processes = hanging_processes(tmp_path, ranks=2)
+    process.kill()
+    finish(process)
+    assert_all_end(processes, seconds=5)
+
+
+def test_a_run_that_ends_while_deepspeed_starts_leaves_nothing(start):
+    process = start("hang(False)")
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 1
+    assert err in ("stopped by SIGINT\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian.py"], 'there is no script "trian.py". Did you mean "train.py"?'),
+        (["train.py", "shape", "train_batch_size=3"], "train_batch_size (3) must be divisible by"),
+        (["train.py", "shape", "model_parallel_size=2", "num_gpus=3"], "3 ranks cannot be divided by"),
+        (["train.py", "shape", "num_nodes=2"], "starts ranks on this machine only"),
+        (["train.py", "shape", "save=shape.yml/x"], "log_dir (shape.yml/x/logs) cannot be made"),
+        (["train.py", "shape", "launcher=pdsh"], 'unknown launcher "pdsh"'),
+        (["train.py", "nothing"], "there is no file nothing"),
+    ],
+)
+def test_a_wrong_command_ends_with_2_before_anything_starts(tmp_path, arguments, message):
+    (tmp_path / "shape.yml").write_text(SHAPE)
+    command = [sys.executable, str(ROOT / "deepy.py"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--print-config", "--dry-run"])
+def test_looking_at_a_configuration_starts_nothing_and_imports_no_torch(tmp_path, flag):
+    (tmp_path / "shape.yml").write_text(SHAPE + "data_path: nowhere\nload: nowhere\nhostfile: nowhere\n")
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = ['deepy.py', 'train.py', 'shape', {flag!r}]\n"
+        "try:\n"
+        f"    runpy.run_path({str(ROOT / 'deepy.py')!r}, run_name='__main__')\n"
+        "except SystemExit as leaving:\n"
+        "    assert leaving.code == 0, leaving.code\n"
+        "assert 'torch' not in sys.modules and 'deepspeed' not in sys.modules\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {"--print-config": "num_layers: 2\n", "--dry-run": "tokens per step: 16\n"}[flag] in done.stdout
+    assert list(tmp_path.iterdir()) == [tmp_path / "shape.yml"]
+
+
+def test_rank_0_talks_with_the_terminal_and_ctrl_c_ends_the_run(tmp_path):
+    (tmp_path / "program.py").write_text(
+        PROGRAM + HANGS + "if rank == '0':\n    print('got', input('? '))\nhang(False)"
+    )
+    (tmp_path / "shape.yml").write_text(SHAPE)
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(tmp_path)
+        command = [sys.executable, str(ROOT / "deepy.py"), "program.py", "shape"]
+        os.execve(sys.executable, command, os.environ | {"DS_ACCELERATOR": "cpu", "TMPDIR": str(tmp_path)})
+    assert read_until(terminal, b"? ")
+    os.write(terminal, b"an answer\n")
+    assert read_until(terminal, b"got an answer")
+    processes = hanging_processes(tmp_path, ranks=2)
+    os.write(terminal, b"\x03")
+    assert read_until(terminal, b"stopped by SIGINT")
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 1
+    assert_all_end(processes, seconds=1)
+    os.close(terminal)
+
+
+def read_until(terminal: int, wanted: bytes) -> bool:
+    """Whether `wanted` appears on the terminal within 40 seconds."""
+    seen, deadline = b"", time.monotonic() + 40
+    while wanted not in seen and time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.1)[0]:
+            seen += os.read(terminal, 1000)
+    return wanted in seen
