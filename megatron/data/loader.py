@@ -1,0 +1,85 @@
+"""Micro-batches of one data-parallel rank, a pure function of the number of samples consumed so far.
+
+Step k of a run takes the global samples consumed + [k G, (k + 1) G). Of these, the m-th of micro-batch a of data rank d
+is number a (M D) + d M + m, so that neither D nor the number of micro-batches changes which samples a step sees.
+
+Letters: G global batch, M micro-batch, D data-parallel ranks, s sequence length. Floor 2.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from megatron.data.windows import SampleSource, Tokens
+
+
+@dataclass(frozen=True)
+class MicroBatchOrder:
+    """The sample numbers of each micro-batch of one rank, without end."""
+
+    consumed_samples: int
+    global_size: int
+    micro_size: int
+    data_rank: int
+    data_size: int
+
+    def __post_init__(self) -> None:
+        if self.global_size % (self.micro_size * self.data_size):
+            raise ValueError(
+                f"a global batch of {self.global_size} samples cannot be divided into micro-batches of "
+                f"{self.micro_size} on {self.data_size} data-parallel ranks"
+            )
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # A step holds a whole number of rows of M D samples, so the steps need not be told apart.
+        start = self.consumed_samples + self.data_rank * self.micro_size
+        while True:
+            yield list(range(start, start + self.micro_size))
+            start += self.micro_size * self.data_size
+
+
+class _Samples(Dataset[Tokens]):
+    def __init__(self, source: SampleSource) -> None:
+        self.source = source
+
+    def __getitem__(self, index: int) -> Tokens:
+        return self.source[index]
+
+
+def micro_batches(
+    source: SampleSource,
+    *,
+    consumed_samples: int,
+    global_size: int,
+    micro_size: int,
+    data_rank: int,
+    data_size: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    start_method: str | None = None,
+) -> Iterator[torch.Tensor]:
+    """Endless micro-batches of token ids, each int64 [M, s + 1] on the CPU.
+
+    num_workers: processes that read ahead; 0 reads when asked. The batches are the same for any number.
+    start_method: of those processes ("fork", "spawn", "forkserver"); None is Python's own choice.
+    Raises ValueError when the global batch does not divide.
+    """
+    order = MicroBatchOrder(consumed_samples, global_size, micro_size, data_rank, data_size)
+    loader = DataLoader(
+        _Samples(source),
+        batch_sampler=order,  # has no length, and needs none
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=_stacked,
+        multiprocessing_context=start_method if num_workers else None,
+        # Its own: DataLoader would otherwise draw from torch's, and a resumed run would see other random numbers.
+        generator=torch.Generator(),
+    )
+    return iter(loader)
+
+
+def _stacked(samples: list[Tokens]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(samples))

@@ -1,0 +1,48 @@
+"""`CharLevelTokenizer`: one id per byte of UTF-8, with no file at all. Floor 2.
+
+Ids 0..255 are the bytes, 256 ends a document. GPT-NeoX has 512 ids and ends a document with 0, which is also the byte
+NUL: a text that holds one would be cut there. Its bytes have the same ids, so its files can be read, but its ends of
+documents look like NUL.
+"""
+
+from megatron.errors import UserError
+from megatron.tokenizer.base import END_OF_DOCUMENT, Tokenizer, digest
+
+BYTES = 256
+
+
+class CharLevelTokenizer(Tokenizer):
+    """Bytes as ids."""
+
+    vocab_size = BYTES + 1
+    end_of_document = BYTES
+    fingerprint = digest("CharLevelTokenizer", "bytes", str(BYTES))
+
+    def describe(self) -> str:
+        """One line for the start of a run."""
+        return f'CharLevelTokenizer, {self.vocab_size} ids (bytes), end of document "{END_OF_DOCUMENT}" ({BYTES})'
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [list(text.encode()) for text in texts]
+
+    def _decode(self, ids: list[int]) -> str:
+        pieces = bytes_between(ids)
+        return END_OF_DOCUMENT.join(piece.decode("utf-8", "replace") for piece in pieces)
+
+
+def bytes_between(ids: list[int]) -> list[bytes]:
+    """The bytes before, between and after the ends of documents in `ids`."""
+    pieces = [bytearray()]
+    for token_id in ids:
+        if token_id == BYTES:
+            pieces.append(bytearray())
+        else:
+            pieces[-1].append(token_id)
+    return [bytes(piece) for piece in pieces]
+
+
+def build_char_level_tokenizer(vocab_file: str | None, merge_file: str | None, token: str | None) -> CharLevelTokenizer:
+    """`CharLevelTokenizer`. Raises UserError for an end-of-document token of another name: there is only one."""
+    if token not in (None, END_OF_DOCUMENT):
+        raise UserError(f'end_of_document_token ("{token}") cannot be chosen for CharLevelTokenizer; leave it out')
+    return CharLevelTokenizer()

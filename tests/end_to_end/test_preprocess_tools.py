@@ -1,0 +1,182 @@
+"""The tools that make data, as a person runs them."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron.data.indexed import IndexedDataset
+from megatron.tokenizer.build import build_tokenizer
+from tests.tokenizer_files import TEXT, gpt2_files
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(tool: str, *arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
+
+
+def run(tool: str, *arguments: object, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(tool, *arguments), capture_output=True, text=True, cwd=folder, timeout=120)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "title": f"title {n}"}) + "\n" for n, text in enumerate(TEXT)))
+    return path
+
+
+def test_a_corpus_is_tokenized_by_the_command_of_the_guides(tmp_path: Path, corpus: Path) -> None:
+    vocab, merges = gpt2_files(tmp_path)
+    flags = ["--tokenizer-type", "GPT2BPETokenizer", "--vocab", vocab, "--merge-file", merges, "--append-eod"]
+    done = run(
+        "preprocess_data.py", "--input", corpus, *flags, "--output-prefix", tmp_path / "mine", "--workers", 2,
+        "--jsonl-keys", "text", "title", "--log-interval", 50, "--dataset-impl", "mmap", "--num-docs", 60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "mine_text_document.bin: 60 documents" in done.stdout
+    tokenizer, dataset = build_tokenizer("GPT2BPETokenizer", vocab, merges), IndexedDataset(str(tmp_path / "mine"))
+    for number, text in enumerate(TEXT):
+        assert dataset.get(number).tolist() == [*tokenizer.encode(text), tokenizer.end_of_document]
+    titles = IndexedDataset(str(tmp_path / "mine_title_document"))
+    assert tokenizer.decode(titles.get(7)[:-1]) == "title 7"
+
+
+def test_without_a_terminal_there_is_a_line_each_interval_and_on_one_there_is_a_bar(
+    tmp_path: Path, corpus: Path
+) -> None:
+    flags = ["--input", corpus, "--tokenizer-type", "CharLevelTokenizer", "--output-prefix", tmp_path / "mine"]
+    plain = run("preprocess_data.py", *flags, "--log_interval=20")  # a whole chunk at once: one line
+    assert "60 documents, 5,160 tokens" in plain.stdout and "documents/s" in plain.stdout
+    reader, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 100))
+    shown = subprocess.run(command("preprocess_data.py", *flags), stdout=subprocess.PIPE, stderr=terminal, text=True)
+    os.close(terminal)
+    assert b"100%" in os.read(reader, 65536)
+    os.close(reader)
+    assert "documents/s\n" not in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--dataset-impl", "lazy"], 2, "Deepy writes mmap only"),
+        (["--dataset-impl", "cached"], 2, "Deepy writes mmap only"),
+        (["--input", "absent.jsonl"], 2, 'input "absent.jsonl": no such file'),
+        (["--tokenizer-type", "HFTokenizer"], 2, "HFTokenizer needs vocab_file"),
+        (["--end-of-document-token", "<eod>"], 2, "cannot be chosen"),
+        (["--unknown"], 2, "unrecognized arguments: --unknown"),
+        (["--jsonl-keys", "body"], 1, 'corpus.jsonl, line 1: no text under the key "body" (keys: text, title)'),
+        (["--output-prefix", "/proc/mine"], 1, "/proc/mine"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(
+    tmp_path: Path, corpus: Path, flags: list[str], code: int, message: str
+) -> None:
+    usual = ["--input", corpus, "--tokenizer-type", "CharLevelTokenizer", "--output-prefix", tmp_path / "mine"]
+    done = run("preprocess_data.py", *usual, *flags)
+    assert done.returncode == code
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+def test_bad_lines_end_the_work_or_are_counted(tmp_path: Path, corpus: Path) -> None:
+    corpus.write_text(corpus.read_text() + '{"text": "cut\n' + '{"text": ""}\n')
+    flags = ["--input", corpus, "--tokenizer-type", "CharLevelTokenizer", "--output-prefix", tmp_path / "mine"]
+    ended = run("preprocess_data.py", *flags)
+    assert ended.returncode == 1 and "corpus.jsonl, line 61: not JSON" in ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+    counted = run("preprocess_data.py", *flags, "--skip-bad-lines")
+    assert counted.returncode == 0
+    assert "1 bad lines left out" in counted.stdout and "line 61: not JSON" in counted.stdout
+    assert "1 empty documents left out" in counted.stdout
+
+
+def test_ctrl_c_ends_all_processes_and_leaves_no_output(tmp_path: Path) -> None:
+    line = json.dumps({"text": "x" * 1000}) + "\n"
+    (tmp_path / "large.jsonl").write_text(line * 100_000)
+    flags = ["--input", tmp_path / "large.jsonl", "--output-prefix", tmp_path / "mine", "--workers", 2]
+    process = subprocess.Popen(
+        command("preprocess_data.py", *flags, "--tokenizer-type", "CharLevelTokenizer"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    while not (tmp_path / "mine_text_document.bin.partial").exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert b"Traceback" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["large.jsonl"]
+    assert group_ends(process.pid)
+
+
+def group_ends(group: int, seconds: float = 10) -> bool:
+    """Whether all processes of a group are gone in time; Python's own helper outlives the command by a moment."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_tokenizer_is_trained_from_text_and_can_be_used(tmp_path: Path, corpus: Path) -> None:
+    path = tmp_path / "new" / "tokenizer.json"
+    done = run("train_tokenizer.py", "--input", corpus, "--output", path, "--vocab-size", 300)
+    assert done.returncode == 0, done.stderr
+    assert f"{path}: byte-level BPE, 300 ids" in done.stdout
+    tokenizer = build_tokenizer("HFTokenizer", str(path))
+    assert tokenizer.vocab_size == 300 and tokenizer.decode([tokenizer.end_of_document]) == "<|endoftext|>"
+    as_in_neox = ["--json_input_dir", tmp_path, "--tokenizer_output_path", tmp_path / "second.json", "-v", 300]
+    assert run("train_tokenizer.py", *as_in_neox).returncode == 0
+    assert (tmp_path / "second.json").read_bytes() == path.read_bytes()
+    small = run("train_tokenizer.py", "--input", corpus, "--output", path, "--vocab-size", 9)
+    assert small.returncode == 2 and "at least 257" in small.stderr
+
+
+def test_the_standard_library_becomes_a_corpus_once(tmp_path: Path) -> None:
+    first = run("prepare_data.py", "stdlib", folder=tmp_path)
+    assert first.returncode == 0, first.stderr
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "data" / "stdlib").iterdir()}
+    names = ["stdlib.jsonl", "stdlib_text_document.bin", "stdlib_text_document.idx", "tokenizer.json"]
+    assert sorted(path.name for path in files) == names
+    second = run("prepare_data.py", "stdlib", folder=tmp_path)
+    assert second.stdout.count("is there already") == 3
+    assert files == {path: path.stat().st_mtime_ns for path in files}
+    (tmp_path / "data" / "stdlib" / "tokenizer.json").unlink()
+    third = run("prepare_data.py", "stdlib", folder=tmp_path)
+    assert third.stdout.count("is there already") == 1  # the tokens are of the old tokenizer
+    check_standard_library(tmp_path / "data" / "stdlib")
+
+
+def check_standard_library(folder: Path) -> None:
+    """Every document, in its order, ended by the end-of-document token; real text with few ids unused."""
+    texts = [json.loads(line)["text"] for line in (folder / "stdlib.jsonl").read_bytes().splitlines()]
+    dataset = IndexedDataset(str(folder / "stdlib"))
+    tokenizer = build_tokenizer("HFTokenizer", str(folder / "tokenizer.json"))
+    assert len(dataset) == len(texts) > 100 and dataset.dtype == np.uint16
+    for number in (0, len(texts) // 2, len(texts) - 1):
+        *ids, last = dataset.get(number).tolist()
+        assert last == tokenizer.end_of_document and tokenizer.decode(ids) == texts[number]
+    size = sum(len(text.encode()) for text in texts)
+    assert 1_000_000 < size < 30_000_000
+    assert 2.5 < size / dataset.num_tokens < 6
+
+
+def test_an_unknown_corpus_is_an_error_that_lists_the_known_ones(tmp_path: Path) -> None:
+    done = run("prepare_data.py", "enwik8", folder=tmp_path)
+    assert done.returncode == 2 and "stdlib" in done.stderr

@@ -1,0 +1,80 @@
+"""Make a named corpus ready for training: text, a tokenizer trained on it, token files. What is there already is kept.
+
+python tools/prepare_data.py stdlib        ->  data/stdlib/{stdlib.jsonl, tokenizer.json, stdlib_text_document.*}
+"""
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron.data.commands import describe_pair, exit_code, new_parser, progress, with_dashes
+from megatron.data.corpora import Corpus
+from megatron.data.documents import read_texts
+from megatron.data.preprocess import Job, preprocess
+from megatron.registry import names, resolve
+from megatron.tokenizer.build import TokenizerSettings
+from megatron.tokenizer.train import train_byte_level_bpe
+
+
+def parse(arguments: Sequence[str]) -> Namespace:
+    """The name of a corpus, and where it goes."""
+    parser = new_parser(__doc__)
+    parser.add_argument("name", choices=names("corpus"))
+    parser.add_argument("-d", "--data-dir", default="data", metavar="DIR", help="its folder DIR/NAME is made (data)")
+    parser.add_argument("-f", "--force", action="store_true", help="make everything anew")
+    return parser.parse_args(with_dashes(arguments))
+
+
+def run(arguments: Namespace) -> None:
+    """Go through the steps; one is done again when an earlier one was."""
+    corpus: Corpus = resolve("corpus", arguments.name)
+    folder = Path(arguments.data_dir, arguments.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    text, tokenizer, prefix = folder / f"{arguments.name}.jsonl", folder / "tokenizer.json", folder / arguments.name
+    pair = f"{prefix}_text_document"
+    steps: tuple[tuple[Path, str, Callable[[], str]], ...] = (
+        (text, f"writing {corpus.description}", lambda: write_text(corpus, text)),
+        (tokenizer, "training a byte-level BPE", lambda: train(corpus, text, tokenizer)),
+        (Path(f"{pair}.idx"), "tokenizing", lambda: tokenize(text, tokenizer, str(prefix))),
+    )
+    stale = arguments.force
+    for path, doing, make in steps:
+        if path.exists() and not stale:
+            print(f"{path} is there already")
+            continue
+        print(f"{path}: {doing}", flush=True)
+        print(f"  {make()}", flush=True)
+        stale = True
+    print(describe_pair(pair))
+    print(f"ready: data_path: {pair}, tokenizer_type: HFTokenizer, vocab_file: {tokenizer}")
+
+
+def write_text(corpus: Corpus, path: Path) -> str:
+    """Write the documents as JSON lines; the file gets its name when it is complete."""
+    partial, documents, size = path.with_suffix(".partial"), 0, 0
+    with partial.open("w", encoding="utf-8") as file:
+        for document in corpus.documents():
+            file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+            documents, size = documents + 1, size + len(document.encode())
+    partial.replace(path)
+    return f"{documents:,} documents, {size:,} bytes of text"
+
+
+def train(corpus: Corpus, text: Path, path: Path) -> str:
+    """Train the corpus's tokenizer on the whole of it."""
+    return f"{train_byte_level_bpe(read_texts([str(text)], 'text'), corpus.vocab_size, str(path)):,} ids"
+
+
+def tokenize(text: Path, tokenizer: Path, prefix: str) -> str:
+    """Tokenize all documents, each ended by the end-of-document token."""
+    job = Job((str(text),), prefix, append_eod=True)
+    with progress(text.stat().st_size, None, sys.maxsize) as show:
+        totals = preprocess(job, TokenizerSettings("HFTokenizer", str(tokenizer)), show)
+    return f"{totals.documents:,} documents, {totals.tokens:,} tokens from {totals.text_bytes:,} bytes"
+
+
+if __name__ == "__main__":
+    options = parse(sys.argv[1:])
+    sys.exit(exit_code(lambda: run(options)))

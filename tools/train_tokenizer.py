@@ -1,0 +1,43 @@
+"""Train a byte-level BPE and write it as a tokenizer.json, for tokenizer_type HFTokenizer.
+
+    python tools/train_tokenizer.py --input a.jsonl,b.txt --output tokenizer.json --vocab-size 32000
+
+Reads the same files as preprocess_data.py. The end-of-document token gets id 0.
+"""
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+
+from megatron.data.commands import exit_code, new_parser, with_dashes
+from megatron.data.documents import find_inputs, read_texts
+from megatron.tokenizer.base import END_OF_DOCUMENT
+from megatron.tokenizer.train import train_byte_level_bpe
+
+
+def parse(arguments: Sequence[str]) -> Namespace:
+    """The flags; GPT-NeoX's names are taken as well."""
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--input", "--json-input-dir", required=True, metavar="A[,B...]", help="files, folders or patterns")
+    add("--output", "--tokenizer-output-path", required=True, metavar="F.json", help="the file to write")
+    add("-v", "--vocab-size", type=int, default=52000, metavar="N", help="ids, the end of a document included (52000)")
+    add("--jsonl-key", default="text", metavar="KEY", help="key of the text in JSON lines (text)")
+    add("--end-of-document-token", default=END_OF_DOCUMENT, metavar="TOKEN", help=f"({END_OF_DOCUMENT})")
+    add("--tokenizer-type", choices=["BPE"], default="BPE", help="BPE is the one there is")
+    return parser.parse_args(with_dashes(arguments))
+
+
+def run(arguments: Namespace) -> None:
+    """Train and write."""
+    texts = read_texts(find_inputs(arguments.input), arguments.jsonl_key)
+    size = train_byte_level_bpe(
+        texts, arguments.vocab_size, arguments.output, arguments.end_of_document_token, sys.stderr.isatty()
+    )
+    note = "" if size == arguments.vocab_size else f" (not {arguments.vocab_size:,}: the text has no more to merge)"
+    print(f"{arguments.output}: byte-level BPE, {size:,} ids{note}")
+
+
+if __name__ == "__main__":
+    options = parse(sys.argv[1:])
+    sys.exit(exit_code(lambda: run(options)))
