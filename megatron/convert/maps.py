@@ -1,0 +1,129 @@
+"""How the parameters of one of our models correspond to those of a Hugging Face model: one table, read both ways.
+
+Names of ours are global names; tensors are whole, in the true vocabulary size. Every entry moves elements and computes
+nothing, so that a round trip is bit exact.
+Floor 5.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.config.plan import ModelPlan
+from megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter of ours and the parameters of theirs that hold the same elements."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    join: Callable[[Sequence[Tensor]], Tensor]  # theirs -> ours
+    split: Callable[[Tensor], Sequence[Tensor]]  # ours -> theirs
+
+
+def same(ours: str, theirs: str) -> Entry:
+    """The same tensor under another name."""
+    return Entry(ours, (theirs,), lambda tensors: tensors[0], lambda tensor: (tensor,))
+
+
+def transposed(ours: str, theirs: str) -> Entry:
+    """A weight that they keep as [inputs, outputs]."""
+    return Entry(ours, (theirs,), lambda tensors: tensors[0].t(), lambda tensor: (tensor.t(),))
+
+
+def separate_heads(ours: str, theirs: tuple[str, str, str], model: ModelPlan) -> Entry:
+    """Query, key and value as three tensors, each with its heads in order along the first dimension.
+
+    Ours go by key/value head: the query heads that share it, the key, the value.
+    """
+    groups, size = model.num_kv_heads, model.head_size
+    share = model.num_attention_heads // groups
+
+    def join(tensors: Sequence[Tensor]) -> Tensor:
+        grouped = [tensor.reshape(groups, -1, *tensor.shape[1:]) for tensor in tensors]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+
+    def split(tensor: Tensor) -> Sequence[Tensor]:
+        grouped = tensor.reshape(groups, (share + 2) * size, *tensor.shape[1:])
+        return [part.flatten(0, 1) for part in grouped.split([share * size, size, size], dim=1)]
+
+    return Entry(ours, theirs, join, split)
+
+
+def weight_and_bias(make: Callable[[str, str], Entry], ours: str, theirs: str, bias: bool) -> list[Entry]:
+    """Entries for a weight and, with `bias`, its bias, which is the same tensor on both sides."""
+    weight = make(f"{ours}.weight", f"{theirs}.weight")
+    return [weight, same(f"{ours}.bias", f"{theirs}.bias")] if bias else [weight]
+
+
+@dataclass(frozen=True)
+class ParameterMap:
+    """Every parameter of a model on both sides."""
+
+    entries: Sequence[Entry]
+    ignored: tuple[str, ...] = ()  # endings of names of theirs that hold nothing of their own
+
+    def from_hugging_face(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Their parameters -> ours.
+
+        Raises UserError for names that are missing and for names that have no place in our model: no weight is ever
+        lost in silence.
+        """
+        wanted = {name for entry in self.entries for name in entry.theirs}
+        unknown = [name for name in state if name not in wanted and not name.endswith(self.ignored)]
+        problems = [f"{name}: not in the Hugging Face model" for name in sorted(wanted - set(state))]
+        problems += [f"{name}: has no place in our model" for name in sorted(unknown)]
+        if problems:
+            raise UserError(*problems)
+        return {e.ours: e.join([state[name] for name in e.theirs]).contiguous() for e in self.entries}
+
+    def to_hugging_face(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our parameters -> theirs. Raises UserError if a name is missing or unknown."""
+        different = {entry.ours for entry in self.entries} ^ set(state)
+        if different:
+            raise UserError(f"missing in the model or in its map to Hugging Face: {', '.join(sorted(different))}")
+        return {
+            name: part.contiguous()
+            for entry in self.entries
+            for name, part in zip(entry.theirs, entry.split(state[entry.ours]), strict=True)
+        }
+
+
+def require(model: ModelPlan, architecture: str, **allowed: Sequence[object]) -> None:
+    """Raise UserError naming each field of `model` whose value is not among those the architecture knows."""
+    problems = [
+        f"{architecture} has no {field} {getattr(model, field)!r}; it knows {', '.join(map(repr, values))}"
+        for field, values in allowed.items()
+        if getattr(model, field) not in values
+    ]
+    if "local" in model.attention_kinds:
+        problems.append(f"{architecture} has no local attention")
+    if problems:
+        raise UserError(*problems)
+
+
+def named_as(table: Mapping[str, str], value: str, key: str) -> str:
+    """Our name for their `value` of `key`. Raises UserError if we have none."""
+    if value not in table:
+        raise UserError(f"{key} {value!r} has no counterpart here; known: {', '.join(table)}")
+    return table[value]
+
+
+def rotary_keys(config: Any) -> dict[str, Any]:
+    """Our configuration keys for a transformers configuration with rotary positions.
+
+    Raises UserError for stretched positions (linear, yarn, llama3, ...).
+    """
+    rope = config.rope_parameters
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(f"rope_type {rope['rope_type']!r} has no counterpart here; only the default is known")
+    return {
+        "pos_emb": "rotary",
+        "rotary_pct": rope.get("partial_rotary_factor", 1.0),
+        "rotary_emb_base": rope["rope_theta"],
+    }

@@ -1,0 +1,80 @@
+"""Self-attention whose heads are cut over the tensor-parallel group.
+
+Shapes: b micro-batch, s sequence, h hidden, n query heads and g key/value heads on this rank, r = n/g query heads to a
+key/value head, d head size.
+One matrix makes queries, keys and values; its rows go by key/value head: the r query heads that share it, the key,
+the value. A tensor-parallel shard is therefore one slice, with grouped queries too.
+Floor 3.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from megatron.config.plan import AttentionKind, ModelPlan
+from megatron.model.attention_backends import Attend
+from megatron.model.cache import KVCache
+from megatron.model.init import weight_initialisers
+from megatron.model.positions import Rotation
+from megatron.parallel.grid import ParallelGrid
+from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.parallel.random import own_stream
+from megatron.registry import resolve
+
+
+class Attention(nn.Module):
+    """Multi-head attention with causal order; with fewer key/value heads it is GQA (https://arxiv.org/abs/2305.13245)."""
+
+    def __init__(
+        self, model: ModelPlan, grid: ParallelGrid, index: int, kind: AttentionKind, rotation: Rotation | None
+    ) -> None:
+        """index: the number of the layer, its place in the cache. rotation: turns queries and keys by position."""
+        super().__init__()
+        width, bias = model.num_attention_heads * model.head_size, model.bias_in_attention
+        outputs = width + 2 * model.num_kv_heads * model.head_size
+        init, output_init = weight_initialisers(model)
+        self.query_key_value = ColumnParallelLinear(model.hidden_size, outputs, bias, init, grid)
+        self.dense = RowParallelLinear(width, model.hidden_size, bias, output_init, grid)
+        self.attend: Attend = resolve("attention_backend", kind)(model, grid.device)
+        self.index, self.rotation, self.dropout, self.grid = index, rotation, model.attention_dropout, grid
+        self.kv_heads = model.num_kv_heads // grid.size("model")
+        self.share = model.num_attention_heads // model.num_kv_heads
+        self.head_size = model.head_size
+
+    def forward(self, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Attend over `hidden` [b, s, h], the same on every tensor-parallel rank; returns [b, s, h].
+
+        One all-reduce forward (in `self.dense`), one backward (in `self.query_key_value`).
+        """
+        output: Tensor = self.dense(self.heads(hidden, cache))
+        return output
+
+    def heads(self, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What this rank's heads find, before the output projection: [b, s, h] -> [b, s, n*d]."""
+        query, key, value = self._query_key_value(hidden, cache)
+        positions = None
+        if cache is not None:
+            key, value = cache.append(self.index, key, value)
+            positions = cache.visibility()
+        if not (self.training and self.dropout):
+            return self.attend(query, key, value, positions, 0.0).flatten(2)
+        with own_stream(self.grid):
+            return self.attend(query, key, value, positions, self.dropout).flatten(2)
+
+    def _query_key_value(self, hidden: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [b, s, n, d], key and value [b, s, g, d], with positions turned in."""
+        parts = self.query_key_value(hidden).unflatten(-1, (self.kv_heads, self.share + 2, self.head_size))
+        queries_and_key, value = parts.split([self.share + 1, 1], dim=3)
+        if self.rotation is not None:
+            queries_and_key = self.rotation(queries_and_key, None if cache is None else cache.positions)
+        query, key = queries_and_key.split([self.share, 1], dim=3)
+        return query.flatten(2, 3), key.squeeze(3), value.squeeze(3)
+
+
+def describe_attention(model: ModelPlan, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """One line for each kind of attention in the model: which layers, which kernel, and why."""
+    lines = []
+    for kind in dict.fromkeys(model.attention_kinds):
+        count = model.attention_kinds.count(kind)
+        attend: Attend = resolve("attention_backend", kind)(model, device)
+        lines.append(f"attention: {kind} in {count} of {model.num_layers} layers: {attend.describe(dtype)}")
+    return lines

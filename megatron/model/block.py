@@ -1,0 +1,56 @@
+"""One transformer block: attention and feed-forward layer around a residual stream.
+
+Shapes: b micro-batch, s sequence, h hidden.
+A block is a pure function of its input and the random state (and the cache, when decoding), so it can be recomputed.
+Floor 3.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.config.plan import ModelPlan
+from megatron.model.attention import Attention
+from megatron.model.cache import KVCache
+from megatron.model.mlp import MLP
+from megatron.model.positions import Rotation
+from megatron.parallel.grid import ParallelGrid
+from megatron.parallel.layers import row_parallel_sum
+from megatron.registry import resolve
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block, serial or parallel.
+
+    Serial: x = x + attention(norm(x)), then x = x + mlp(norm(x)).
+    Parallel: x = x + attention(norm(x)) + mlp(norm(x)), with a norm for each or one for both (GPT-J); the branches
+    share one all-reduce and, with hidden dropout, one mask.
+    """
+
+    def __init__(self, model: ModelPlan, grid: ParallelGrid, index: int, rotation: Rotation | None) -> None:
+        """index: the number of the block, from 0. rotation: turns queries and keys by position; None: nothing does."""
+        super().__init__()
+        norm = resolve("norm", model.norm)
+        self.input_norm: nn.Module = norm(model.hidden_size, model.norm_epsilon, grid)
+        self.attention = Attention(model, grid, index, model.attention_kinds[index], rotation)
+        self.post_attention_norm: nn.Module | None = None
+        if not (model.parallel_residual and model.tied_norm):
+            self.post_attention_norm = norm(model.hidden_size, model.norm_epsilon, grid)
+        self.mlp = MLP(model, grid)
+        self.parallel_residual, self.dropout = model.parallel_residual, model.hidden_dropout
+
+    def forward(self, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+        """[b, s, h] -> [b, s, h], the same on every tensor-parallel rank."""
+        if self.parallel_residual:
+            return hidden + self._drop(self._both_branches(hidden, cache))
+        assert self.post_attention_norm is not None
+        hidden = hidden + self._drop(self.attention(self.input_norm(hidden), cache))
+        return hidden + self._drop(self.mlp(self.post_attention_norm(hidden)))
+
+    def _both_branches(self, hidden: Tensor, cache: KVCache | None) -> Tensor:
+        normed = self.input_norm(hidden)
+        heads = self.attention.heads(normed, cache)
+        wide = self.mlp.wide(normed if self.post_attention_norm is None else self.post_attention_norm(hidden))
+        return row_parallel_sum((self.attention.dense, heads), (self.mlp.down, wide))
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        return F.dropout(branch, self.dropout, self.training)

@@ -1,0 +1,94 @@
+"""Keys and values of the tokens a model has read already, so that decoding reads each token once.
+
+Shapes: b batch, s tokens of this step, k tokens read so far with this step's, g key/value heads on this rank,
+d head size.
+Sequences of a batch may be padded on the left, so that all of them end together. A slot's position is its place less
+its sequence's padding: negative in the padding, which no real token sees.
+Floor 3.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where queries and keys stand in their sequences; a query sees the keys that are not after it."""
+
+    queries: Tensor  # [b or 1, s] int64
+    keys: Tensor  # [b or 1, k] int64
+
+    def visible(self, window: int | None = None) -> Tensor:
+        """Which keys each query sees, bool [b or 1, 1, s, k]; with a window, only the last `window` of them.
+
+        Padding sees padding: a query without any key would turn to NaN and spread.
+        """
+        queries, keys = self.queries[:, None, :, None], self.keys[:, None, None, :]
+        seen = (keys <= queries) & ((keys >= 0) | (queries < 0))
+        return seen if window is None else seen & (keys > queries - window)
+
+
+class KVCache:
+    """The keys and values of all layers on this rank, and where the running step stands.
+
+    The embedding begins a step, every block stores its keys and values in it.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch: int,
+        max_length: int,
+        kv_heads_local: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        padding: Tensor | None = None,
+    ) -> None:
+        """Make room for `max_length` tokens, padding included. padding: [b] left-padding tokens of each sequence."""
+        shape = (num_layers, batch, max_length, kv_heads_local, head_size)
+        self._keys = torch.zeros(shape, dtype=dtype, device=device)
+        self._values = torch.zeros(shape, dtype=dtype, device=device)
+        self._padded = padding is not None and bool(padding.any())
+        self._places = torch.arange(max_length, device=device).unsqueeze(0)
+        if padding is not None and self._padded:
+            self._places = self._places - padding.to(device).unsqueeze(1)
+        self._start = self._end = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens read so far, padding included."""
+        return self._end
+
+    @property
+    def max_length(self) -> int:
+        """Tokens there is room for."""
+        return self._keys.shape[2]
+
+    def begin_step(self, tokens: int) -> None:
+        """Make the next `tokens` places the running step's. Raises ValueError when there is no room."""
+        if self._end + tokens > self.max_length:
+            raise ValueError(f"the cache holds {self._end} of {self.max_length} tokens: no room for {tokens} more")
+        self._start, self._end = self._end, self._end + tokens
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of this step's tokens, [b or 1, s]; 0 in the padding."""
+        return self._places[:, self._start : self._end].clamp(min=0)
+
+    def visibility(self) -> Positions | None:
+        """Who sees whom in this step; None if every query sees all keys up to its own, counted from the end.
+
+        That is so without padding for a first step and for a step of one token: the cases with fast kernels.
+        """
+        if not self._padded and (self._start == 0 or self._end - self._start == 1):
+            return None
+        return Positions(self._places[:, self._start : self._end], self._places[:, : self._end])
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's keys and values [b, s, g, d] of this step; returns all so far, [b, k, g, d]."""
+        self._keys[layer, :, self._start : self._end] = keys
+        self._values[layer, :, self._start : self._end] = values
+        return self._keys[layer, :, : self._end], self._values[layer, :, : self._end]

@@ -1,0 +1,73 @@
+"""GPT from top to bottom, as a list of layers: the file to read first.
+
+Shapes: b micro-batch, s sequence, h hidden, v vocabulary in memory, tp tensor-parallel ranks.
+tokens [b, s] -> Embedding -> [b, s, h] -> TransformerBlock x num_layers -> FinalNorm -> Head -> logits [b, s, v/tp].
+Floor 3.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from megatron.config.plan import ModelPlan
+from megatron.model.block import TransformerBlock
+from megatron.model.ends import Embedding, FinalNorm, Head, embedding_logits
+from megatron.model.layer import Layer
+from megatron.model.positions import PositionEmbedding
+from megatron.parallel.collectives import gather_from_group
+from megatron.parallel.cross_entropy import vocab_parallel_nll
+from megatron.parallel.grid import ParallelGrid
+from megatron.parallel.parameter import name_and_initialise
+from megatron.registry import resolve
+
+Targets = tuple[Tensor, Tensor]  # labels [b, s] int64, loss weights [b, s] fp32
+
+
+def gpt_layers(model: ModelPlan, grid: ParallelGrid, seed: int) -> list[Layer]:
+    """The layers of the whole model, in order; nothing is allocated before a layer is built.
+
+    seed: with a parameter's name it decides the parameter's first value, in every layout the same.
+    """
+    kind: PositionEmbedding = resolve("position_embedding", model.position_embedding)
+    rotation = kind.at_attention(model, grid) if kind.at_attention else None
+
+    def layer(module_class: type[nn.Module], name: str, *arguments: Any, **options: Any) -> Layer:
+        build = partial(_build, module_class, name, seed, model, grid, *arguments)
+        return Layer(module_class, build, **options)
+
+    blocks = [layer(TransformerBlock, f"blocks.{i}", i, rotation, recompute=True) for i in range(model.num_layers)]
+    if model.tied_embeddings:
+        first = layer(Embedding, "embedding", kind, tied="embedding")
+        # on a stage of its own, the last layer has no use for a table of positions
+        last = layer(Embedding, "embedding", None, tied="embedding", tied_forward=embedding_logits)
+    else:
+        first, last = layer(Embedding, "embedding", kind), layer(Head, "head")
+    return [first, *blocks, layer(FinalNorm, ""), last]
+
+
+def _build(module_class: type[nn.Module], name: str, seed: int, *arguments: Any) -> nn.Module:
+    module = module_class(*arguments)
+    name_and_initialise(module, name, seed)
+    return module
+
+
+def make_loss(model: ModelPlan, grid: ParallelGrid) -> Callable[[Tensor, Targets], Tensor]:
+    """The training loss, `gpt_loss`, for this rank's share of the vocabulary."""
+    start = grid.rank("model") * (model.padded_vocab_size // grid.size("model"))
+    return partial(gpt_loss, grid=grid, vocab_start=start)
+
+
+def gpt_loss(logits: Tensor, targets: Targets, grid: ParallelGrid, vocab_start: int) -> Tensor:
+    """The sum over tokens of loss weight * negative log likelihood, a scalar in fp32.
+
+    logits: [b, s, v/tp]; the same result on every tensor-parallel rank.
+    """
+    labels, weights = targets
+    return (vocab_parallel_nll(logits, labels, grid.group("model"), vocab_start) * weights).sum()
+
+
+def gather_logits(logits: Tensor, grid: ParallelGrid, vocab_size: int) -> Tensor:
+    """Logits [b, s, v/tp] of this rank -> [b, s, vocab_size] of the true vocabulary. One all-gather."""
+    return gather_from_group(logits, grid.group("model"))[..., :vocab_size]

@@ -1,0 +1,43 @@
+"""The feed-forward layer, cut over the tensor-parallel group.
+
+Shapes: b micro-batch, s sequence, h hidden, f feed-forward width, tp ranks of the group.
+Gate and up are separate matrices, so that a shard of either is one slice.
+Floor 3.
+"""
+
+from torch import Tensor, nn
+
+from megatron.config.plan import ModelPlan
+from megatron.model.activations import Activation
+from megatron.model.init import weight_initialisers
+from megatron.parallel.collectives import copy_to_group
+from megatron.parallel.grid import ParallelGrid
+from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.registry import resolve
+
+
+class MLP(nn.Module):
+    """`down(function(up(x)))`, or `down(function(gate(x)) * up(x))` with a gated activation."""
+
+    def __init__(self, model: ModelPlan, grid: ParallelGrid) -> None:
+        super().__init__()
+        hidden, width, bias = model.hidden_size, model.ffn_hidden_size, model.bias_in_mlp
+        init, output_init = weight_initialisers(model)
+        activation: Activation = resolve("activation", model.activation)
+        self.function = activation.function
+        self.up = ColumnParallelLinear(hidden, width, bias, init, grid)
+        self.gate = ColumnParallelLinear(hidden, width, bias, init, grid) if activation.gated else None
+        self.down = RowParallelLinear(width, hidden, bias, output_init, grid)
+        self.group = grid.group("model")
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[b, s, h] -> [b, s, h]. One all-reduce forward (in `self.down`), one backward (of `hidden`)."""
+        output: Tensor = self.down(self.wide(hidden))
+        return output
+
+    def wide(self, hidden: Tensor) -> Tensor:
+        """The activations before the output projection: [b, s, h] -> [b, s, f/tp]."""
+        hidden = copy_to_group(hidden, self.group)
+        if self.gate is None:
+            return self.function(self.up.local(hidden))
+        return self.function(self.gate.local(hidden)) * self.up.local(hidden)

@@ -1,0 +1,46 @@
+"""Normalisations of the hidden state.
+
+Shapes: b micro-batch, s sequence, h hidden. Every tensor-parallel rank has all of h, and the same weights.
+Statistics are taken in fp32 whatever the type of the input (torch's kernels do so).
+Floor 3.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.parallel.grid import ParallelGrid
+from megatron.parallel.layers import zeros
+from megatron.parallel.parameter import new_parameter
+
+
+def ones(tensor: Tensor, _: torch.Generator) -> None:
+    """Initialise with ones."""
+    tensor.fill_(1)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation (https://arxiv.org/abs/1607.06450), with weight and bias."""
+
+    def __init__(self, hidden_size: int, epsilon: float, grid: ParallelGrid) -> None:
+        super().__init__()
+        self.weight = new_parameter((hidden_size,), None, ones, grid)
+        self.bias = new_parameter((hidden_size,), None, zeros, grid)
+        self.epsilon = epsilon
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[b, s, h] -> [b, s, h]."""
+        return F.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.epsilon)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation (https://arxiv.org/abs/1910.07467), with a weight."""
+
+    def __init__(self, hidden_size: int, epsilon: float, grid: ParallelGrid) -> None:
+        super().__init__()
+        self.weight = new_parameter((hidden_size,), None, ones, grid)
+        self.epsilon = epsilon
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[b, s, h] -> [b, s, h]."""
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)

@@ -1,0 +1,84 @@
+"""Position embeddings: where a model learns the order of its tokens.
+
+Shapes: b micro-batch, s sequence, h hidden, n heads (of any kind), d head size, p the part of d that is turned,
+m max_position_embeddings. Positions are [b, s] int64, or None for 0 to s-1 in every sequence.
+Floor 3.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.config.plan import ModelPlan
+from megatron.errors import UserError
+from megatron.model.init import weight_initialisers
+from megatron.parallel.grid import ParallelGrid
+from megatron.parallel.parameter import new_parameter
+
+Rotation = Callable[[Tensor, Tensor | None], Tensor]  # (queries or keys [b, s, ..., d], positions) -> the same shape
+
+
+@dataclass(frozen=True)
+class PositionEmbedding:
+    """A kind of position embedding: what it adds at the embedding, and how it turns queries and keys."""
+
+    at_embedding: Callable[[ModelPlan, ParallelGrid], nn.Module] | None = None  # forward(hidden, positions) -> hidden
+    at_attention: Callable[[ModelPlan, ParallelGrid], Rotation] | None = None  # made once, shared by all layers
+
+
+class LearnedTable(nn.Module):
+    """A learned vector for each position, added to the token's vector. Every tensor-parallel rank has it whole."""
+
+    def __init__(self, model: ModelPlan, grid: ParallelGrid) -> None:
+        super().__init__()
+        initialise, _ = weight_initialisers(model)
+        self.weight = new_parameter((model.max_position_embeddings, model.hidden_size), None, initialise, grid)
+
+    def forward(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
+        """[b, s, h] -> [b, s, h]."""
+        if positions is None:
+            return hidden + self.weight[: hidden.shape[1]]
+        return hidden + F.embedding(positions, self.weight)
+
+
+class RotaryTable:
+    """Rotary positions (https://arxiv.org/abs/2104.09864), each half of the turned part against the other.
+
+    The first p = head_size * rotary_fraction elements of a head are turned, the rest is left alone. Angles are fp32
+    and belong to no module, so that casting a model to bf16 leaves them exact.
+    """
+
+    def __init__(self, model: ModelPlan, grid: ParallelGrid) -> None:
+        """Raise UserError if the turned part is not an even number of elements."""
+        self.width = int(model.head_size * model.rotary_fraction)
+        if self.width == 0 or self.width % 2:
+            raise UserError(
+                f"rotary_pct ({model.rotary_fraction}) turns {self.width} of the {model.head_size} elements of a head;"
+                " it must be an even number, at least 2"
+            )
+        exponents = torch.arange(0, self.width, 2, dtype=torch.float32) / self.width
+        angles = torch.outer(
+            torch.arange(model.max_position_embeddings, dtype=torch.float32), 1.0 / model.rotary_base**exponents
+        )
+        self.cosine, self.sine = (f(angles).to(grid.device) for f in (torch.cos, torch.sin))  # [m, p/2]
+
+    def __call__(self, heads: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Turn queries or keys [b, s, ..., d] by their positions; computed in fp32, returned in their own type."""
+        cosine, sine = (self._at(table, heads, positions) for table in (self.cosine, self.sine))
+        first, second, rest = heads.split([self.width // 2, self.width // 2, heads.shape[-1] - self.width], dim=-1)
+        turned = (first * cosine - second * sine, second * cosine + first * sine)
+        return torch.cat((*turned, rest), dim=-1).to(heads.dtype)
+
+    @staticmethod
+    def _at(table: Tensor, heads: Tensor, positions: Tensor | None) -> Tensor:
+        """The rows of `table` at the positions, [b or 1, s, 1..., p/2], to broadcast over heads."""
+        rows = table[: heads.shape[1]].unsqueeze(0) if positions is None else table[positions]
+        return rows.view(*rows.shape[:2], *(1,) * (heads.dim() - 3), rows.shape[-1])
+
+
+learned = PositionEmbedding(at_embedding=LearnedTable)
+rotary = PositionEmbedding(at_attention=RotaryTable)
+none = PositionEmbedding()

@@ -1,0 +1,77 @@
+"""Cross entropy over logits that are cut along the vocabulary.
+
+Shapes: b micro-batch, s sequence, v vocabulary in memory, tp ranks of the group, t tokens = b * s.
+Neither fp32 logits nor a softmax of the whole batch is ever kept: forward and backward go through the tokens in
+chunks, and backward computes the softmax again from the logits and one number per token.
+Floor 2.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_CHUNK_ELEMENTS = 2**24  # logits in fp32 at a time: 64 MiB
+
+
+def vocab_parallel_nll(logits: Tensor, labels: Tensor, group: dist.ProcessGroup, vocab_start: int) -> Tensor:
+    """Negative log likelihood of every label, in nats.
+
+    logits: [b, s, v/tp], this rank's columns, of any floating type; -inf where a column is padding.
+    labels: [b, s] int64, ids of the whole vocabulary. vocab_start: the id of this rank's first column.
+    Returns [b, s] fp32, the same on every rank. Two all-reduces of [b, s] forward, none backward.
+    """
+    losses: Tensor = _VocabParallelNLL.apply(logits, labels, group, vocab_start)
+    return losses
+
+
+class _VocabParallelNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup, vocab_start: int) -> Tensor:
+        flat, column = logits.flatten(0, -2), labels.flatten() - vocab_start
+        elsewhere = (column < 0) | (column >= flat.shape[-1])
+        column = column.masked_fill(elsewhere, 0)
+        own = flat.gather(-1, column.unsqueeze(-1)).squeeze(-1).float().masked_fill(elsewhere, 0)
+        parts = map(_largest_and_total, flat.split(_rows(flat)))
+        largest, total = (torch.cat(part) for part in zip(*parts, strict=True))
+        if dist.get_world_size(group) > 1:
+            largest, total, own = _combine(largest, total, own, group)
+        ctx.save_for_backward(logits, column, elsewhere, largest + total.log())
+        # the label's logit is compared with the largest one first: their difference is exact where logits are large
+        return (total.log() - (own - largest)).view(labels.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, column, elsewhere, log_sum = ctx.saved_tensors
+        flat, rows = logits.flatten(0, -2), _rows(logits)
+        result = torch.empty_like(flat, memory_format=torch.contiguous_format)
+        tensors = (flat, column, elsewhere, log_sum, gradient.flatten(), result)
+        parts = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+        for chunk, index, absent, normaliser, scale, target in parts:
+            softmax = (chunk.float() - normaliser.unsqueeze(-1)).exp_()
+            softmax.scatter_add_(-1, index.unsqueeze(-1), absent.float().sub_(1).unsqueeze(-1))
+            target.copy_(softmax.mul_(scale.unsqueeze(-1)))
+        return result.view(logits.shape), None, None, None
+
+
+def _rows(logits: Tensor) -> int:
+    return max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+
+
+def _largest_and_total(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit of each token [t], and the sum of exp(logit - largest) [t]; in fp32."""
+    # where all columns are padding the largest must be finite, for -inf less -inf is no number
+    largest = logits.amax(-1).float().clamp(min=torch.finfo(torch.float32).min)
+    return largest, (logits.float() - largest.unsqueeze(-1)).exp_().sum(-1)
+
+
+def _combine(largest: Tensor, total: Tensor, own: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Join what the ranks found; own [t] is the label's logit, 0 on all ranks but the one that has it."""
+    largest_of_all = largest.clone()
+    dist.all_reduce(largest_of_all, dist.ReduceOp.MAX, group=group)
+    both = torch.stack([total * (largest - largest_of_all).exp(), own])
+    dist.all_reduce(both, group=group)
+    return largest_of_all, both[0], both[1]

@@ -1,0 +1,105 @@
+"""Parameters that know their place in the whole model, and whose first values do not depend on the layout.
+
+A shard is one contiguous slice of the whole tensor along one dimension. Each whole tensor is drawn from a stream of
+its own, seeded by the run's seed and the parameter's global name; every rank draws it and keeps its slice.
+Floor 2.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from megatron.parallel.grid import ParallelGrid
+
+Initialiser = Callable[[Tensor, torch.Generator], object]  # fills a whole fp32 tensor on the CPU, in place
+
+
+class PlacedParameter(nn.Parameter):
+    """What `new_parameter` writes on a parameter.
+
+    A type to `cast` to, never an instance: DeepSpeed and torch.compile treat plain parameters best.
+    """
+
+    global_name: str  # the same in every layout; set by `name_and_initialise`
+    global_shape: tuple[int, ...]  # of the whole tensor, vocabulary padding left out
+    shard_dim: int | None  # the dimension that is cut over the tensor-parallel ranks; None: every rank has all
+    shard_start: int  # where this rank's slice begins along shard_dim
+    initialise: Initialiser
+    model_parallel: bool  # DeepSpeed's gradient norm reads it: whether ranks hold different elements
+
+
+def new_parameter(
+    global_shape: tuple[int, ...],
+    shard_dim: int | None,
+    initialise: Initialiser,
+    grid: ParallelGrid,
+    padded_size: int | None = None,
+) -> nn.Parameter:
+    """Make this rank's slice of a parameter, empty until `name_and_initialise` fills it.
+
+    padded_size: size of shard_dim in memory where that is more than its true size; the rows beyond are zero.
+    Raises ValueError if the tensor-parallel size does not divide the dimension.
+    """
+    local_shape, start = list(global_shape), 0
+    if shard_dim is not None:
+        size, ranks = padded_size or global_shape[shard_dim], grid.size("model")
+        if size % ranks:
+            raise ValueError(f"dimension {shard_dim} of {global_shape}: {size} cannot be cut into {ranks} equal parts")
+        local_shape[shard_dim] = size // ranks
+        start = grid.rank("model") * local_shape[shard_dim]
+    parameter = nn.Parameter(torch.empty(local_shape, device=grid.device))
+    vars(parameter).update(
+        global_name="",
+        global_shape=global_shape,
+        shard_dim=shard_dim,
+        shard_start=start,
+        initialise=initialise,
+        model_parallel=shard_dim is not None and grid.size("model") > 1,
+    )
+    return parameter
+
+
+def name_and_initialise(module: nn.Module, prefix: str, seed: int) -> None:
+    """Give every parameter of `module` its global name, "prefix.local_name", and its first values."""
+    for local_name, parameter in module.named_parameters():
+        placed = cast(PlacedParameter, parameter)
+        placed.global_name = f"{prefix}.{local_name}" if prefix else local_name
+        whole = torch.empty(placed.global_shape, dtype=torch.float32)
+        placed.initialise(whole, torch.Generator().manual_seed(_stream(seed, placed.global_name)))
+        load_whole(parameter, whole)
+
+
+def load_state(module: nn.Module, whole: Mapping[str, Tensor]) -> None:
+    """Fill every parameter of `module` with its slice of the whole tensor of its global name.
+
+    Raises ValueError where a name is missing in `whole` or a shape differs.
+    """
+    for parameter in module.parameters():
+        name = cast(PlacedParameter, parameter).global_name
+        if name not in whole:
+            raise ValueError(f"{name} is missing among {len(whole)} tensors")
+        load_whole(parameter, whole[name])
+
+
+@torch.no_grad()
+def load_whole(parameter: nn.Parameter, whole: Tensor) -> None:
+    """Fill `parameter` with its slice of the `whole` tensor, of shape `global_shape`; padding becomes zero."""
+    placed = cast(PlacedParameter, parameter)
+    if tuple(whole.shape) != placed.global_shape:
+        raise ValueError(f"{placed.global_name} is {placed.global_shape}, not {tuple(whole.shape)}")
+    if placed.shard_dim is None:
+        parameter.copy_(whole)
+        return
+    length = parameter.shape[placed.shard_dim]
+    start = min(placed.shard_start, whole.shape[placed.shard_dim])
+    mine = whole[(slice(None),) * placed.shard_dim + (slice(start, start + length),)]
+    parameter.zero_()
+    parameter.narrow(placed.shard_dim, 0, mine.shape[placed.shard_dim]).copy_(mine)
+
+
+def _stream(seed: int, name: str) -> int:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,25 @@
+"""The random stream of one tensor-parallel rank, for dropout of activations that are cut over the group.
+
+Activations that every rank of a tensor-parallel group has alike need the same mask on all of them: they take torch's
+default generators, which whoever runs a step sets alike within the group. A rank's own stream grows out of the
+default CPU generator too, and leaves them where a short draw would: `torch.utils.checkpoint`, which
+restores them, repeats every mask.
+Floor 2.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from megatron.parallel.grid import ParallelGrid
+
+
+@contextmanager
+def own_stream(grid: ParallelGrid) -> Iterator[None]:
+    """Draw other random numbers than the other ranks of the tensor-parallel group."""
+    seeds = torch.randint(2**63 - 1, (grid.size("model"),))
+    device = grid.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(seeds[grid.rank("model")]))
+        yield

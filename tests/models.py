@@ -1,0 +1,83 @@
+"""Small models for tests, with values in every parameter that make a mistake visible."""
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron.config.plan import ModelPlan
+from megatron.engine.modules import Sequential
+from megatron.model.gpt import gpt_layers
+from megatron.parallel.grid import ParallelGrid
+from megatron.parallel.parameter import load_whole
+from tests import tiny
+
+
+def small(**changes: Any) -> ModelPlan:
+    """A model of three layers with odd sizes; `changes` are fields of ModelPlan."""
+    model = replace(tiny.MODEL, num_layers=3, ffn_hidden_size=88, attention_kinds=("global",) * 3)
+    return replace(model, **changes)
+
+
+# one of everything that changes the computation, in few models
+VARIETY = {
+    "gpt2": small(position_embedding="learned", tied_embeddings=True, activation="gelu_tanh", vocab_size=53),
+    "neox": small(parallel_residual=True, rotary_fraction=0.25),
+    "gpt-j": small(parallel_residual=True, tied_norm=True, bias_in_attention=False),
+    "llama": small(
+        norm="rmsnorm",
+        activation="swiglu",
+        rotary_fraction=1.0,
+        num_kv_heads=2,
+        bias_in_attention=False,
+        bias_in_mlp=False,
+    ),
+    "palm": small(
+        norm="rmsnorm",
+        activation="geglu",
+        parallel_residual=True,
+        tied_norm=True,
+        tied_embeddings=True,
+        num_kv_heads=2,
+        bias_in_attention=False,
+        bias_in_mlp=False,
+    ),
+    "local": small(attention_kinds=("local", "global", "local"), sliding_window=3, activation="relu"),
+    "no positions": small(position_embedding="none", activation="silu", num_kv_heads=2),
+    "full vocabulary": small(vocab_size=64, activation="reglu", tied_embeddings=True),
+}
+
+
+def build(model: ModelPlan, grid: ParallelGrid, recompute_layers: int = 0) -> Sequential:
+    """The model on this rank, with random values in every parameter, the same in every layout."""
+    module = Sequential(gpt_layers(model, grid, seed=1), recompute_layers)
+    randomise(module)
+    return module
+
+
+def randomise(module: nn.Module) -> None:
+    """Give biases and norms values too: weights are drawn with 0.2, biases with 0.5, norm weights around 1."""
+    for parameter in module.parameters():
+        name: str = parameter.global_name
+        whole = random_tensor(parameter.global_shape, zlib.crc32(name.encode()))
+        load_whole(parameter, spread(name, whole))
+
+
+def spread(name: str, normal: Tensor) -> Tensor:
+    """Standard normal values -> values as a parameter of this name may have."""
+    if name.endswith("bias"):
+        return 0.5 * normal
+    return 1 + 0.3 * normal if normal.dim() == 1 else 0.2 * normal
+
+
+def random_tensor(shape: Iterable[int], seed: int) -> Tensor:
+    """Standard normal values that depend on the seed alone."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+
+
+def random_tokens(model: ModelPlan, batch: int, length: int, seed: int = 5) -> Tensor:
+    """Token ids [batch, length] of the true vocabulary."""
+    return torch.randint(0, model.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))

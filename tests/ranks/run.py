@@ -1,0 +1,113 @@
+"""Run a function on several gloo ranks of this machine, and say clearly which rank failed and how.
+
+Ranks are forked from a server process that has imported torch, so that a test of two ranks costs a tenth of a second.
+A rank that fails ends the others; a rank that hangs is asked for its stack and then killed.
+"""
+
+import faulthandler
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from megatron.parallel.grid import ParallelGrid
+
+# torch._dynamo: torch.testing imports it (half a second) at its first use
+PRELOADED = ["pytest", "torch", "torch._dynamo", "torch.testing", "torch.distributed.device_mesh", "deepspeed"]
+GRACE_SECONDS = 1.0  # for the other ranks to fail as well, once one has
+
+
+def run_ranks(world: int, body: Callable[..., object], *arguments: object, timeout: float = 60) -> None:
+    """Run `body(*arguments)` on `world` ranks, in an initialised gloo process group.
+
+    body: a function at the top of a module, which every rank imports: no place for slow imports.
+    timeout: seconds until ranks that still run count as hung.
+    Raises AssertionError with the traceback of every rank that failed and the stack of every rank that hung.
+    """
+    __tracebackhide__ = True  # for pytest: the rank's traceback is what counts
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the server inherits it; DeepSpeed looks when it is imported
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ranks: list[BaseProcess] = [
+            context.Process(target=_rank, args=(body, arguments, rank, world, folder), daemon=True)
+            for rank in range(world)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            _wait(ranks, timeout)
+        finally:
+            running = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+            for process in ranks:
+                process.kill()
+                process.join()
+        reports = [_report(rank, process, rank in running, folder) for rank, process in enumerate(ranks)]
+    if any(reports):
+        raise AssertionError("\n\n".join(["", *filter(None, reports)]))
+
+
+@contextmanager
+def one_rank() -> Iterator[ParallelGrid]:
+    """A grid of this process alone, for tests that need no second rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield ParallelGrid.create()
+    finally:
+        dist.destroy_process_group()
+
+
+def _rank(body: Callable[..., object], arguments: tuple[object, ...], rank: int, world: int, folder: Path) -> None:
+    """What a rank's process does: exit code 0, or 1 with the traceback in its file."""
+    with (folder / f"stack_{rank}").open("w") as stack:
+        faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
+        torch.set_num_threads(1)
+        torch.manual_seed(1234)
+        try:
+            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+            body(*arguments)
+            dist.barrier()
+            dist.destroy_process_group()
+        except BaseException:
+            (folder / f"traceback_{rank}").write_text(traceback.format_exc())
+            sys.stdout.flush()
+            os._exit(1)  # leave at once: a broken process group can hang at its destruction
+
+
+def _wait(ranks: list[BaseProcess], timeout: float) -> None:
+    """Return when all ranks ended, or one failed, or the time is over; ranks that still run write their stacks."""
+    deadline, running = time.monotonic() + timeout, list(ranks)
+    failed = False
+    while running and (left := deadline - time.monotonic()) > 0:
+        wait([process.sentinel for process in running], left)
+        if not failed and any(process.exitcode for process in ranks):
+            failed, deadline = True, min(deadline, time.monotonic() + GRACE_SECONDS)
+        running = [process for process in running if process.is_alive()]
+    for process in running:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGUSR1)
+    if running:
+        time.sleep(0.2)  # while they write their stacks
+
+
+def _report(rank: int, process: BaseProcess, was_running: bool, folder: Path) -> str | None:
+    """What to report of a rank that ended: its traceback, its stack when it hung, its signal; None if all went well."""
+    file, stack = folder / f"traceback_{rank}", folder / f"stack_{rank}"
+    if file.exists():
+        return f"rank {rank} failed:\n{file.read_text()}"
+    if was_running:
+        return f"rank {rank} was still running:\n{stack.read_text() if stack.exists() else ''}"
+    return f"rank {rank} ended with exit code {process.exitcode}" if process.exitcode else None

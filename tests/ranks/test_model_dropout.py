@@ -1,0 +1,96 @@
+"""Dropout and recomputation of the whole model: bit-equal with and without, alike on ranks where it has to be."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.config.plan import ModelPlan
+from megatron.model.attention import Attention
+from megatron.model.gpt import make_loss
+from megatron.parallel.grid import ParallelGrid
+from megatron.parallel.parameter import load_whole
+from tests.models import VARIETY, build, random_tensor, random_tokens, small
+from tests.ranks.run import one_rank, run_ranks
+
+DROPOUT = {"attention_dropout": 0.2, "hidden_dropout": 0.1}
+
+
+def step(model: ModelPlan, grid: ParallelGrid, recompute_layers: int, seed: int = 3) -> dict[str, Tensor]:
+    """The loss and all gradients of a training step."""
+    module, ids = build(model, grid, recompute_layers).train(), random_tokens(model, batch=2, length=13)
+    torch.manual_seed(seed)
+    loss = make_loss(model, grid)(module(ids[:, :-1]), (ids[:, 1:], torch.ones(2, 12)))
+    loss.backward()
+    return {"loss": loss.detach()} | {p.global_name: p.grad for p in module.parameters()}
+
+
+def recompute_body(model: ModelPlan) -> None:
+    grid = ParallelGrid.create(model=dist.get_world_size())
+    plain = step(model, grid, recompute_layers=0)
+    for layers in (1, 2):
+        again = step(model, grid, recompute_layers=layers)
+        different = [name for name in plain if not torch.equal(plain[name], again[name])]
+        assert not different, f"recomputing {layers} layers changes {different}"
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("dropout", [{}, DROPOUT], ids=["no dropout", "dropout"])
+@pytest.mark.parametrize("kind", [{}, {"parallel_residual": True, "num_kv_heads": 2}], ids=["serial", "parallel"])
+def test_recomputation_is_bit_equal(tp, dropout, kind):
+    run_ranks(tp, recompute_body, small(**kind, **dropout))
+
+
+def replicas_body(model: ModelPlan) -> None:
+    grid = ParallelGrid.create(model=dist.get_world_size())
+    module = build(model, grid).train()
+    hidden = random_tokens(model, batch=2, length=13)
+    torch.manual_seed(3)
+    for layer in list(module.layers)[:-1]:  # embedding, blocks, final norm: whole on every rank
+        hidden = layer(hidden)
+        first, second = (torch.empty_like(hidden) for _ in range(2))
+        dist.all_gather([first, second], hidden)
+        assert torch.equal(first, second), f"ranks differ after {type(layer).__name__}"
+
+
+@pytest.mark.parametrize("parallel_residual", [False, True])
+def test_with_dropout_the_hidden_state_stays_the_same_on_all_ranks(parallel_residual):
+    run_ranks(2, replicas_body, small(parallel_residual=parallel_residual, **DROPOUT))
+
+
+def twin_heads_body(model: ModelPlan) -> None:
+    """Give both ranks' heads the same weights: only their dropout can tell them apart."""
+    grid = ParallelGrid.create(model=dist.get_world_size())
+    attention = Attention(model, grid, 0, "global", None)
+    half = random_tensor((48, 32), 1)
+    load_whole(attention.query_key_value.weight, torch.cat([half, half]))
+    load_whole(attention.query_key_value.bias, torch.zeros(96))
+    results = {}
+    for mode in ("train", "eval"):
+        mine = attention.train(mode == "train").heads(random_tensor((2, 7, 32), 2)).detach().contiguous()
+        first, second = (torch.empty_like(mine) for _ in range(2))
+        dist.all_gather([first, second], mine)
+        results[mode] = torch.equal(first, second)
+    assert results == {"train": False, "eval": True}
+
+
+def test_attention_dropout_differs_between_ranks():
+    run_ranks(2, twin_heads_body, small(attention_dropout=0.2))
+
+
+@pytest.mark.parametrize("field", DROPOUT)
+def test_each_dropout_acts_and_follows_the_seed(field):
+    model = small(**{field: 0.2})
+    with one_rank() as grid:
+        first, again, other = (step(model, grid, 0, seed)["loss"] for seed in (3, 3, 4))
+        without = step(small(), grid, 0)["loss"]
+    assert first == again
+    assert first != other
+    assert first != without
+
+
+def test_evaluation_drops_nothing():
+    with one_rank() as grid, torch.no_grad():
+        tokens = random_tokens(VARIETY["neox"], batch=1, length=9)
+        with_dropout, without = (build(small(**fields), grid).eval()(tokens) for fields in (DROPOUT, {}))
+    assert torch.equal(with_dropout, without)

@@ -1,0 +1,134 @@
+"""Norms, activations, positions and first weights against their formulas, over everything in the registry."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron.errors import UserError
+from megatron.model.positions import LearnedTable, RotaryTable
+from megatron.parallel.parameter import name_and_initialise
+from megatron.registry import names, resolve
+from tests.models import random_tensor, randomise, small
+from tests.ranks.run import one_rank
+
+
+@pytest.fixture(scope="module")
+def grid():
+    with one_rank() as grid:
+        yield grid
+
+
+def gauss(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+ACTIVATIONS = {
+    "gelu": (gauss, False),
+    "gelu_tanh": (lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))), False),
+    "relu": (lambda x: x.clamp(min=0), False),
+    "silu": (lambda x: x * torch.sigmoid(x), False),
+    "swiglu": (lambda x: x * torch.sigmoid(x), True),
+    "geglu": (gauss, True),
+    "reglu": (lambda x: x.clamp(min=0), True),
+}
+
+
+@pytest.mark.parametrize("name", names("activation"))
+def test_an_activation_computes_its_formula(name):
+    formula, gated = ACTIVATIONS[name]
+    activation, x = resolve("activation", name), torch.linspace(-5, 5, 101)
+    assert activation.gated == gated
+    torch.testing.assert_close(activation.function(x), formula(x))
+
+
+NORMS = {
+    "layernorm": lambda x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 0.01).sqrt(),
+    "rmsnorm": lambda x: x / (x.square().mean(-1, keepdim=True) + 0.01).sqrt(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", names("norm"))
+def test_a_norm_computes_its_formula(grid, name, dtype):
+    norm = resolve("norm", name)(32, 0.01, grid)
+    name_and_initialise(norm, "norm", seed=1)
+    x = 3 + random_tensor((2, 5, 32), 0)
+    torch.testing.assert_close(norm(x), NORMS[name](x))
+    randomise(norm)
+    norm.to(dtype)
+    x = x.to(dtype)
+    expected = NORMS[name](x.double()) * norm.weight.double() + getattr(norm, "bias", torch.zeros(())).double()
+    tolerance = {} if dtype == torch.float32 else {"rtol": 1 / 64, "atol": 1 / 64}
+    assert norm(x).dtype == dtype
+    torch.testing.assert_close(
+        norm(x).double(), expected, check_dtype=False, **(tolerance or {"rtol": 1e-5, "atol": 1e-5})
+    )
+
+
+DEVIATIONS = {
+    "normal": 0.02,
+    "scaled_normal": 0.02 / math.sqrt(2 * 12),
+    "small_init": math.sqrt(2 / (5 * 768)),
+    "wang_init": 2 / (12 * math.sqrt(768)),
+}
+
+
+@pytest.mark.parametrize("name", names("init_method"))
+def test_an_init_method_draws_with_its_standard_deviation(name):
+    model = small(num_layers=12, hidden_size=768, init_std=0.02)
+    weights = torch.empty(1000, 1000)
+    resolve("init_method", name)(model)(weights, torch.Generator().manual_seed(0))
+    # a million draws: their deviation is known to 0.07 %, their mean to a thousandth of it
+    assert weights.std() == pytest.approx(DEVIATIONS[name], rel=0.004)
+    assert abs(weights.mean()) < 0.005 * DEVIATIONS[name]
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])
+def test_rotary_positions_turn_pairs_and_leave_the_rest(grid, fraction):
+    table = RotaryTable(small(head_size=8, rotary_fraction=fraction), grid)
+    x = random_tensor((2, 6, 3, 8), 0)
+    turned, width = table(x), int(8 * fraction)
+    half = width // 2
+    for position in range(6):
+        angles = position * 10000.0 ** (-torch.arange(half) * 2 / width)
+        pairs = torch.complex(x[:, position, :, :half], x[:, position, :, half:width]) * torch.polar(
+            torch.ones(half), angles
+        )
+        expected = torch.cat([pairs.real, pairs.imag, x[:, position, :, width:]], dim=-1)
+        torch.testing.assert_close(turned[:, position], expected)
+
+
+def test_rotary_scores_depend_on_the_distance_alone(grid):
+    table = RotaryTable(small(rotary_fraction=1.0), grid)
+    query, key = random_tensor((1, 1, 1, 8), 0), random_tensor((1, 1, 1, 8), 1)
+
+    def score(at: int, other: int) -> float:
+        return float((table(query, torch.tensor([[at]])) * table(key, torch.tensor([[other]]))).sum())
+
+    assert score(5, 3) == pytest.approx(score(12, 10), rel=1e-4)
+    assert score(5, 3) != pytest.approx(score(5, 4), rel=1e-2)
+
+
+def test_rotary_angles_stay_fp32_for_bf16_heads(grid):
+    table, x = RotaryTable(small(max_position_embeddings=2048), grid), random_tensor((1, 2048, 2, 8), 0)
+    turned = table(x.bfloat16())
+    assert table.cosine.dtype == torch.float32 and turned.dtype == torch.bfloat16
+    # only the roundings of input and output remain: 2^-8 each; bf16 angles beyond 256 would be off by whole turns
+    torch.testing.assert_close(turned.float(), table(x), rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.4])
+def test_rotary_positions_refuse_a_part_that_cannot_be_paired(grid, fraction):
+    with pytest.raises(UserError, match=r"rotary_pct .* must be an even number"):
+        RotaryTable(small(head_size=8, rotary_fraction=fraction), grid)
+
+
+def test_learned_positions_add_the_vector_of_each_position(grid):
+    table = LearnedTable(small(), grid)
+    name_and_initialise(table, "positions", seed=1)
+    hidden = random_tensor((2, 4, 32), 0)
+    torch.testing.assert_close(table(hidden), hidden + table.weight[:4])
+    positions = torch.tensor([[3, 0, 1, 2], [5, 6, 7, 8]])
+    torch.testing.assert_close(table(hidden, positions), hidden + table.weight[positions])
