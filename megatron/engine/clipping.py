@@ -1,9 +1,13 @@
-"""The gradient norm of the whole model, and the clip, where no ZeRO optimizer does it.
+"""What happens between the gradients and the update where DeepSpeed does not see to it.
 
-Floor 4. DeepSpeed's own clip for this case leaves out what replicated parameters of later stages contribute.
+The clip where no ZeRO optimizer is at work: DeepSpeed's own for this case leaves out what replicated parameters of
+later stages contribute. And, under every optimizer, no update from gradients that are not finite: it is left out on
+the device, through `found_inf` of torch's fused optimizers, from the norm that is known by then on all ranks.
+Floor 4.
 """
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,12 +20,22 @@ from megatron.parallel.parameter import PlacedParameter
 _SPLIT_OVER: tuple[Axis, ...] = ("model", "pipe")  # the axes along which ranks hold different parameters
 
 
+def skip_if_not_finite(optimizer: Optimizer, norm: Callable[[], Tensor | float]) -> None:
+    """Make every step of `optimizer` do nothing, its step count included, when `norm()` is not finite by then."""
+
+    def before_step(*_: object) -> None:
+        found = torch.as_tensor(norm(), dtype=torch.float32).isfinite().logical_not().float()
+        cast(Any, optimizer).found_inf = found  # the fused optimizers of torch read it
+
+    optimizer.register_step_pre_hook(before_step)
+
+
 class GradientClip:
     """Clips just before each optimizer step, and remembers the norm it found."""
 
     def __init__(self, optimizer: Optimizer, grid: ParallelGrid, maximum: float) -> None:
         """Attach to `optimizer`. maximum: the largest norm to let through, 0 for no clip (the norm is still taken)."""
-        self.norm: Tensor | None = None
+        self.norm = torch.zeros((), device=grid.device)  # of the last step, before the clip
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._grid = grid
         self._maximum = maximum

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import logging
+import math
 import os
 import warnings
 from collections import defaultdict
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.config.plan import Plan
-from megatron.engine.clipping import GradientClip
+from megatron.engine.clipping import GradientClip, skip_if_not_finite
 from megatron.engine.model_parallel_unit import ModelParallelUnit
 from megatron.engine.modules import Sequential, pipeline_module
 from megatron.engine.optimizer_state import OptimizerState
@@ -38,7 +39,7 @@ class StepOutput:
     """What one optimizer step tells; tensors are left on the device until somebody reads them."""
 
     loss: Tensor  # mean over the unmasked tokens of the global batch
-    grad_norm: Tensor | float | None  # before the clip; None when the step was skipped
+    grad_norm: float | None  # before the clip; None when the step was skipped
     loss_scale: float | None  # fp16 only
     skipped: bool  # the gradients were not finite and nothing was updated
 
@@ -74,8 +75,11 @@ class TrainingEngine:
                 mpu=None if self._pipelined else ModelParallelUnit(grid),
                 dist_init_required=False,
             )
-        sharded = is_sharded(plan.engine)
-        self._clip = None if sharded else GradientClip(optimizer, grid, plan.optimizer.gradient_clipping)
+        clip = None if is_sharded(plan.engine) else GradientClip(optimizer, grid, plan.optimizer.gradient_clipping)
+        self._norm: Callable[[], Tensor | float] = (lambda: clip.norm) if clip else self._engine.get_global_grad_norm
+        # DeepSpeed sets its norm after the step that it takes from it
+        zero = self._engine.optimizer
+        skip_if_not_finite(optimizer, (lambda: clip.norm) if clip else lambda: zero._global_grad_norm)
         self.state = OptimizerState(self._engine.optimizer, state_names(optimizer))
 
     @property
@@ -95,12 +99,11 @@ class TrainingEngine:
         torch.manual_seed(_stream(self._seed, step, self._grid.rank("data"), self._grid.rank("pipe")))
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        skipped_before = self._engine.skipped_steps
         self._engine.module.train()
         batches = self._on_device(micro_batches)
         loss = self._engine.train_batch(batches) if self._pipelined else self._train_sequential(batches)
-        skipped = self._engine.skipped_steps > skipped_before
-        norm = self._clip.norm if self._clip else self._engine.get_global_grad_norm()
+        norm = float(self._norm())
+        skipped = not math.isfinite(norm)
         return StepOutput(loss.detach(), None if skipped else norm, self._loss_scale(), skipped)
 
     def evaluate_batch(self, micro_batches: Sequence[MicroBatch]) -> Tensor:

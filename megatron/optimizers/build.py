@@ -40,8 +40,8 @@ def adamw(groups: Sequence[dict[str, Any]], plan: OptimizerPlan) -> Optimizer:
 
 
 def sgd(groups: Sequence[dict[str, Any]], plan: OptimizerPlan) -> Optimizer:
-    """Stochastic gradient descent; the first of `betas` is its momentum."""
-    return torch.optim.SGD(groups, lr=plan.learning_rate, momentum=plan.betas[0])
+    """Stochastic gradient descent, fused as well; the first of `betas` is its momentum."""
+    return torch.optim.SGD(groups, lr=plan.learning_rate, momentum=plan.betas[0], fused=True)
 
 
 def state_names(optimizer: Optimizer) -> tuple[str, ...]:

@@ -114,3 +114,30 @@ def test_bf16_layouts_stay_close_to_one_rank(tmp_path, settings):
         curves.append(json.loads(file.read_text()))
     gap = max(abs(a - b) for a, b in zip(*curves, strict=True))
     assert gap < 0.01 and curves[0][-1] < curves[0][0]
+
+
+def poisoned_step(folder: str, precision: str, settings: dict) -> None:
+    """Three steps; in the second, one replica's loss is no number."""
+    allow_fp16_on_cpu()
+    plan = tiny.plan(precision=precision, **settings)
+    engine = build(plan)
+    data_rank = engine.grid.rank("data")
+    seen, kept = [], {}
+    for step in range(3):
+        batch = tiny.micro_batches(step, plan, data_rank)
+        if step == 1 and data_rank == plan.layout.data - 1:
+            batch[0][1][1][0, 0] = float("nan")
+        before = {(r.parameter.global_name, k): t.clone() for r in engine.state.runs() for k, t in r.tensors.items()}
+        seen.append(engine.train_batch(batch, step=step, learning_rate=RATE).skipped)
+        after = {(r.parameter.global_name, k): t for r in engine.state.runs() for k, t in r.tensors.items()}
+        kept[step] = all(torch.equal(before[key], after[key]) for key in before)
+    rank = torch.distributed.get_rank()
+    Path(folder, f"{rank}.json").write_text(json.dumps([seen, kept, engine.state.updates]))
+
+
+@pytest.mark.parametrize("settings", [{"data": 2}, {"data": 2, "zero": 1}, {"data": 2, "zero": 3}, {"pipe": 2}, {"tensor": 2}], ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_whose_gradients_are_no_numbers_changes_nothing_on_any_rank(tmp_path, precision, settings):
+    run_ranks(2, poisoned_step, str(tmp_path), precision, settings)
+    ranks = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
+    assert ranks == [[[False, True, False], {"0": False, "1": True, "2": False}, 2]] * 2
