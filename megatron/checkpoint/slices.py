@@ -64,6 +64,12 @@ class Slices:
                 box = tensor.narrow(0, at, math.prod(sizes)).view(sizes)
                 self.parts[torch.Size(place)] = box[tuple(slice(0, size) for size in keep)]
 
+    def copied_to_host(self) -> "Slices":
+        """A copy in host memory that later changes of the state do not touch; box by box, not whole buffers."""
+        copy = Slices(self._size)
+        copy.parts = {offset: part.detach().to("cpu", copy=True) for offset, part in self.parts.items()}
+        return copy
+
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(offset, part.size()) for offset, part in self.parts.items()]
 

@@ -1,7 +1,10 @@
 """Checkpoints: the same layout goes on bit for bit, another layout holds the same state bit for bit."""
 
 import json
+import os
+import pickle
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,14 +12,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron.checkpoint.folder import Retention, damage, find_checkpoint
+from megatron.checkpoint.reading import read_tensors
 from megatron.checkpoint.state import TrainState
-from megatron.checkpoint.store import (
-    checkpoint_config,
-    find_checkpoint,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-)
+from megatron.checkpoint.store import CheckpointWriter, checkpoint_config, load_checkpoint, load_weights
 from megatron.engine.distributed import start
 from megatron.engine.inference import InferenceEngine
 from megatron.engine.training import TrainingEngine
@@ -52,7 +51,7 @@ def segment(folder: str, out: str, settings: dict, load: str | None, steps: int)
     engine, plan = engine_of(settings)
     state = load_checkpoint(engine, Path(load)) if load else TrainState()
     state, losses = run_steps(engine, plan, state, steps)
-    save_checkpoint(engine, Path(folder), state, {"seq_length": tiny.SEQUENCE})
+    CheckpointWriter(engine, Path(folder), {"seq_length": tiny.SEQUENCE}).save(state)
     if torch.distributed.get_rank() == 0:
         Path(out).write_text(json.dumps(losses))
 
@@ -158,49 +157,157 @@ def test_another_model_is_refused_with_both_shapes(tmp_path):
     run_ranks(1, loading_another_model, str(saved))
 
 
-def saving_without_space(folder: str) -> None:
+def saving_without_space(folder: str, asynchronous: bool) -> None:
     """Save a good checkpoint, then one for which the last rank may write no more than 4 KiB a file."""
     engine, plan = engine_of({"data": 2, "zero": 1})
     state, _ = run_steps(engine, plan, TrainState(), 1)
-    save_checkpoint(engine, Path(folder), state, {})
+    writer = CheckpointWriter(engine, Path(folder), {}, asynchronous=asynchronous)
+    writer.save(state)
+    writer.finish()
     state, _ = run_steps(engine, plan, state, 1)
     if torch.distributed.get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
     with pytest.raises(RunError, match=r"cannot save .*global_step2.*bytes are free there"):
-        save_checkpoint(engine, Path(folder), state, {})
+        writer.save(state)
+        writer.finish()
 
 
-def test_a_rank_that_cannot_write_fails_all_ranks_and_the_last_good_checkpoint_stays(tmp_path):
-    run_ranks(2, saving_without_space, str(tmp_path))
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
+def test_a_rank_that_cannot_write_fails_all_ranks_and_the_last_good_checkpoint_stays(tmp_path, asynchronous):
+    run_ranks(2, saving_without_space, str(tmp_path), asynchronous)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step1", "latest"]
     found = find_checkpoint(tmp_path)
     assert found == tmp_path / "global_step1"
     assert len(tensors(found)) > 30
 
 
-def test_keep_last_prunes_the_oldest_and_latest_names_the_newest(tmp_path):
-    run_ranks(1, saving_three, str(tmp_path))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step2", "global_step3", "latest"]
-    assert (tmp_path / "latest").read_text() == "global_step3"
-    assert checkpoint_config(tmp_path / "global_step3") == {"step": 3}
-    assert find_checkpoint(tmp_path) == tmp_path / "global_step3"
-    assert find_checkpoint(tmp_path, 2) == tmp_path / "global_step2"
-    with pytest.raises(UserError, match=r"iteration 1: .*complete ones are: 2, 3"):
-        find_checkpoint(tmp_path, 1)
-
-
-def saving_three(folder: str) -> None:
+def saving_six(folder: str) -> None:
     engine, plan = engine_of({})
     state = TrainState()
-    for _ in range(3):
+    retention = Retention(last=2, milestones=frozenset({1}), best=True)
+    writer = CheckpointWriter(engine, Path(folder), {"seq_length": tiny.SEQUENCE}, retention, asynchronous=True)
+    for _ in range(6):
         state, _ = run_steps(engine, plan, state, 1)
-        save_checkpoint(engine, Path(folder), state, {"step": state.step}, keep_last=2)
+        writer.save(state, is_best=state.step == 3)
+    writer.finish()
 
 
-def test_an_unfinished_checkpoint_is_none_and_a_folder_of_broken_ones_is_an_error(tmp_path):
+def test_pruning_leaves_the_last_two_the_milestone_and_the_best(tmp_path):
+    run_ranks(1, saving_six, str(tmp_path))
+    kept = ["best", "global_step1", "global_step3", "global_step5", "global_step6", "latest"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == kept
+    assert (tmp_path / "best").read_text() == "global_step3"
+    assert (tmp_path / "latest").read_text() == "global_step6"
+    assert checkpoint_config(tmp_path / "global_step6") == {"seq_length": tiny.SEQUENCE}
+    assert find_checkpoint(tmp_path) == tmp_path / "global_step6"
+    assert find_checkpoint(tmp_path, 3, "full") == tmp_path / "global_step3"
+    with pytest.raises(UserError, match=r"iteration 2: .*there are: 1, 3, 5, 6"):
+        find_checkpoint(tmp_path, 2)
+
+
+def asynchronous_save_while_training(folder: str) -> None:
+    """The copy is of the step it was asked for, whatever training does meanwhile."""
+    engine, plan = engine_of({"data": 2, "zero": 1})
+    state, _ = run_steps(engine, plan, TrainState(), 2)
+    CheckpointWriter(engine, Path(folder, "plain"), {}).save(state)
+    writer = CheckpointWriter(engine, Path(folder, "behind"), {}, asynchronous=True)
+    writer.save(state)
+    run_steps(engine, plan, state, 3)
+    writer.finish()
+
+
+def test_an_asynchronous_checkpoint_equals_a_synchronous_one(tmp_path):
+    run_ranks(2, asynchronous_save_while_training, str(tmp_path))
+    assert_same_tensors(tmp_path / "plain" / "global_step2", tmp_path / "behind" / "global_step2")
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    run_ranks(2, saving_two, str(folder))
+    return folder
+
+
+def saving_two(folder: str) -> None:
+    engine, plan = engine_of({"data": 2, "zero": 1})
+    writer = CheckpointWriter(engine, Path(folder), {})
+    state = TrainState()
+    for _ in range(2):
+        state, _ = run_steps(engine, plan, state, 1)
+        writer.save(state)
+
+
+def truncate(path: Path) -> str:
+    file = max((path / "state").glob("__*"), key=lambda f: f.stat().st_size)
+    os.truncate(file, file.stat().st_size - 1)
+    return file.name
+
+
+def flip_a_byte(path: Path) -> str:
+    file = max((path / "state").glob("__*"), key=lambda f: f.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return file.name
+
+
+def remove_a_file(path: Path) -> str:
+    (path / "progress.json").unlink()
+    return "progress.json"
+
+
+def spoil_the_manifest(path: Path) -> str:
+    (path / "manifest.json").write_text("{")
+    return "manifest.json"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "verify"),
+    [(truncate, "quick"), (remove_a_file, "quick"), (spoil_the_manifest, "quick"), (flip_a_byte, "full")],
+)
+def test_a_damaged_checkpoint_is_named_file_by_file_and_the_one_before_taken(
+    tmp_path, two_checkpoints, caplog, spoil, verify
+):
+    folder = tmp_path / "copy"
+    shutil.copytree(two_checkpoints, folder)
+    assert damage(folder / "global_step2", "full") == []
+    file = spoil(folder / "global_step2")
+    assert find_checkpoint(folder, verify=verify) == folder / "global_step1"
+    assert "global_step2 is damaged" in caplog.text and file in caplog.text
+    with pytest.raises(UserError, match=rf"global_step2 is damaged:\n.*{file}"):
+        find_checkpoint(folder, 2, verify)
+    spoil(folder / "global_step1")
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        find_checkpoint(folder, verify=verify)
+
+
+@pytest.mark.parametrize("content", ["", "global_step77", None], ids=["empty", "wrong", "missing"])
+def test_without_a_good_latest_the_newest_checkpoint_is_taken(tmp_path, two_checkpoints, caplog, content):
+    folder = tmp_path / "copy"
+    shutil.copytree(two_checkpoints, folder)
+    (folder / "latest").unlink()
+    if content is not None:
+        (folder / "latest").write_text(content)
+    assert find_checkpoint(folder) == folder / "global_step2"
+    assert "taking the newest" in caplog.text
+
+
+def test_what_a_crash_leaves_is_no_checkpoint(tmp_path):
     assert find_checkpoint(tmp_path) is None
     (tmp_path / ".global_step5.unfinished").mkdir()
     assert find_checkpoint(tmp_path) is None
-    (tmp_path / "global_step5").mkdir()
-    with pytest.raises(UserError, match="no complete checkpoint"):
-        find_checkpoint(tmp_path)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path, two_checkpoints, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(two_checkpoints, folder)
+    monkeypatch.chdir(tmp_path)
+    (folder / "global_step2" / "state" / ".metadata").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(UserError, match=r"metadata is refused: it asks for posix\.system"):
+        read_tensors(folder / "global_step2")
+    assert not (tmp_path / "pwned").exists()

@@ -1,0 +1,65 @@
+"""Tensors of a checkpoint, read without running anything that a file may contain.
+
+torch.distributed.checkpoint describes its files in a pickle, `.metadata`, and a pickle can call any function. Here only
+the classes that describe tensors are let in. The tensors themselves torch reads with `weights_only`. Floor 5.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from megatron.errors import UserError
+
+_DESCRIBING = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_PLAIN = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),  # its name in Python 3.13
+}
+
+
+class _DescriptionUnpickler(pickle.Unpickler):
+    """Builds the description of tensors, and refuses to look up anything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if module in _DESCRIBING or (module, name) in _PLAIN or is_type:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which describes no tensor")
+
+
+class SafeReader(dcp.FileSystemReader):
+    """torch's reader of files, with the unpickler above."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The description of all tensors. Raises UserError when the file is damaged or asks for more."""
+        path = Path(self.path) / ".metadata"
+        try:
+            with path.open("rb") as file:
+                metadata: Metadata = _DescriptionUnpickler(file).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
+            raise UserError(f"{path} is refused: {error}") from error
+        if metadata.storage_meta is not None:
+            metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def tensor_shapes(reader: SafeReader) -> dict[str, torch.Size]:
+    """Name and global shape of every tensor."""
+    entries = reader.read_metadata().state_dict_metadata.items()
+    return {name: entry.size for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+
+def read_tensors(checkpoint: Path, names: list[str] | None = None) -> dict[str, Tensor]:
+    """Whole fp32 tensors of `checkpoint`, all or those in `names`, in this process alone; ranks need not exist."""
+    reader = SafeReader(checkpoint / "state")
+    shapes = tensor_shapes(reader)
+    tensors = {name: torch.empty(shapes[name]) for name in (shapes if names is None else names)}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
