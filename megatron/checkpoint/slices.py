@@ -30,9 +30,7 @@ def boxes(start: int, numel: int, shape: Sequence[int]) -> Iterator[tuple[list[i
         position += count * strides[axis]
 
 
-def _largest_box(
-    offsets: Sequence[int], shape: Sequence[int], strides: Sequence[int], left: int
-) -> tuple[int, int]:
+def _largest_box(offsets: Sequence[int], shape: Sequence[int], strides: Sequence[int], left: int) -> tuple[int, int]:
     """The outermost axis along which whole slices fit from `offsets` on, and how many of them."""
     for axis in range(len(shape)):
         count = min(left // strides[axis], shape[axis] - offsets[axis])

@@ -110,7 +110,8 @@ class CheckpointWriter:
     def _describe_files(self, unfinished: Path) -> dict[str, dict[str, Any]]:
         """Manifest entries of the tensor files: every rank hashes what it wrote, rank 0 also the description."""
         rank = dist.get_rank()
-        mine = [*(unfinished / "state").glob(f"__{rank}_*"), *([unfinished / "state" / ".metadata"] if rank == 0 else [])]
+        mine = list((unfinished / "state").glob(f"__{rank}_*"))
+        mine += [unfinished / "state" / ".metadata"] if rank == 0 else []
         described = {str(path.relative_to(unfinished)): folders.describe_file(path) for path in mine}
         everyones: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyones, described, group=self._group)

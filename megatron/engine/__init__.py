@@ -1,1 +1,4 @@
-"""The only door to DeepSpeed at run time: a list of layers goes in; train, evaluate, forward and state come out. Floor 4."""
+"""The only door to DeepSpeed at run time.
+
+A list of layers goes in; train, evaluate, forward and state come out. Floor 4.
+"""

@@ -61,7 +61,7 @@ def pipeline_module(
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     # The two classes only give `build` our layer in place of a class and its arguments.
-    class Spec(LayerSpec):  # type: ignore[misc]
+    class Spec(LayerSpec):
         def __init__(self, layer: Layer) -> None:
             super().__init__(layer.module_class)
             self.layer = layer
@@ -69,7 +69,7 @@ def pipeline_module(
         def build(self, log: bool = False) -> nn.Module:
             return self.layer.build()
 
-    class TiedSpec(TiedLayerSpec):  # type: ignore[misc]
+    class TiedSpec(TiedLayerSpec):
         def __init__(self, layer: Layer) -> None:
             super().__init__(layer.tied, layer.module_class, forward_fn=layer.tied_forward, tied_weight_attr="weight")
             self.layer = layer

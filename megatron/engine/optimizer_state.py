@@ -52,9 +52,7 @@ class ModuleState:
 
     def runs(self) -> list[Run]:
         """One run for each parameter, with its weight only."""
-        return [
-            Run(p, tuple(p.shape), 0, p.numel(), {MASTER: p.detach().view(-1)}) for p in self._parameters
-        ]
+        return [Run(p, tuple(p.shape), 0, p.numel(), {MASTER: p.detach().view(-1)}) for p in self._parameters]
 
     def finish_loading(self) -> None:
         """Nothing to do: the views are the weights."""
@@ -128,7 +126,8 @@ class OptimizerState:
                 return self._places_stage_1_and_2()
             case "DeepSpeedZeroOptimizer_Stage3":
                 return self._places_stage_3()
-        return (_Place(p, tuple(p.shape), 0, p.numel(), p, 0) for p in self._stepped())
+        stepped = (p for p in self._stepped() if isinstance(p, nn.Parameter))
+        return (_Place(p, tuple(p.shape), 0, p.numel(), p, 0) for p in stepped)
 
     def _places_stage_1_and_2(self) -> Iterator[_Place]:
         groups = zip(self._optimizer.bit16_groups, self._optimizer.single_partition_of_fp32_groups, strict=True)

@@ -1,6 +1,5 @@
 """Checkpoints: the same layout goes on bit for bit, another layout holds the same state bit for bit."""
 
-import json
 import os
 import pickle
 import resource
@@ -9,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron.checkpoint.folder import Retention, damage, find_checkpoint
 from megatron.checkpoint.reading import read_tensors
@@ -18,72 +15,11 @@ from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.store import CheckpointWriter, checkpoint_config, load_checkpoint, load_weights
 from megatron.engine.distributed import start
 from megatron.engine.inference import InferenceEngine
-from megatron.engine.training import TrainingEngine
 from megatron.errors import RunError, UserError
-from megatron.model.gpt import gpt_layers, make_loss
-from megatron.optimizers.schedules import learning_rate
+from megatron.model.gpt import gpt_layers
 from tests import tiny
+from tests.ranks.moves import MOVES, carry_out, different_tensors, engine_of, run_steps, tensors, train
 from tests.ranks.run import run_ranks
-from tests.ranks.test_precision import allow_fp16_on_cpu
-
-
-def engine_of(settings: dict):
-    plan = tiny.plan(**settings)
-    if plan.engine.precision == "fp16":
-        allow_fp16_on_cpu()
-    grid = start(plan.layout.pipe, plan.layout.model)
-    layers = gpt_layers(plan.model, grid, plan.engine.seed)
-    return TrainingEngine(layers, make_loss(plan.model, grid), grid, plan), plan
-
-
-def run_steps(engine, plan, state: TrainState, steps: int) -> tuple[TrainState, list[float]]:
-    losses = []
-    for _ in range(steps):
-        batch = tiny.micro_batches(state.step, plan, engine.grid.rank("data"))
-        rate = learning_rate(plan.schedule, state.step)
-        losses.append(float(engine.train_batch(batch, step=state.step, learning_rate=rate).loss))
-        state = state.after_step(plan.batch.global_size, plan.batch.tokens_per_step)
-    return state, losses
-
-
-def segment(folder: str, out: str, settings: dict, load: str | None, steps: int) -> None:
-    """Train `steps` more steps from `load` (or from scratch) and save into `folder`."""
-    engine, plan = engine_of(settings)
-    state = load_checkpoint(engine, Path(load)) if load else TrainState()
-    state, losses = run_steps(engine, plan, state, steps)
-    CheckpointWriter(engine, Path(folder), {"seq_length": tiny.SEQUENCE}).save(state)
-    if torch.distributed.get_rank() == 0:
-        Path(out).write_text(json.dumps(losses))
-
-
-def world_of(settings: dict) -> int:
-    return settings.get("pipe", 1) * settings.get("tensor", 1) * settings.get("data", 1)
-
-
-def train(folder: Path, settings: dict, load: Path | None, steps: int) -> tuple[Path, list[float]]:
-    out = folder.with_suffix(".json")
-    run_ranks(world_of(settings), segment, str(folder), str(out), settings, load and str(load), steps, timeout=180)
-    found = find_checkpoint(folder)
-    assert found is not None
-    return found, json.loads(out.read_text())
-
-
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole: read by torch alone, without our code."""
-    reader = dcp.FileSystemReader(checkpoint / "state")
-    metadata = reader.read_metadata().state_dict_metadata
-    state = {n: torch.full(m.size, torch.nan) for n, m in metadata.items() if isinstance(m, TensorStorageMetadata)}
-    dcp.load(state, storage_reader=reader, no_dist=True)
-    return state
-
-
-def assert_same_tensors(a: Path, b: Path) -> None:
-    first, second = tensors(a), tensors(b)
-    assert first.keys() == second.keys() and len(first) > 30
-    different = [name for name in first if not torch.equal(first[name], second[name])]
-    assert not different
-    assert not any(value.isnan().any() for value in first.values())
-
 
 MODEL = {"tied_embeddings": True, "hidden_dropout": 0.1}
 
@@ -104,28 +40,21 @@ def test_ten_steps_at_once_equal_five_and_five_after_a_restart(tmp_path, setting
     half, first = train(tmp_path / "half", settings, None, 5)
     resumed, second = train(tmp_path / "resumed", settings, half, 5)
     assert first + second == losses
-    assert_same_tensors(whole, resumed)
+    assert different_tensors(whole, resumed) == []
 
 
-MOVES = [
-    ({"pipe": 2, "tensor": 2, "zero": 1}, {"data": 4, "zero": 3}),
-    ({"data": 2, "zero": 3}, {"tensor": 2}),
-    ({"tensor": 4}, {"pipe": 4}),
-    ({"pipe": 2, "data": 2}, {"zero": 2}),
-    ({}, {"pipe": 2, "tensor": 2, "zero": 1}),
-]
+QUICK = (0, 1, 3, 7)  # the others are long
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize(("source", "target"), MOVES, ids=str)
-def test_another_layout_takes_over_every_bit_and_trains_on_the_same(tmp_path, source, target, tied):
-    model = {"model": {"tied_embeddings": tied}}
-    saved, _ = train(tmp_path / "source", source | model, None, 4)
-    again, _ = train(tmp_path / "again", target | model, saved, 0)
-    assert_same_tensors(saved, again)
-    _, moved = train(tmp_path / "moved", target | model, saved, 4)
-    _, stayed = train(tmp_path / "stayed", source | model, saved, 4)
-    assert max(abs(a - b) for a, b in zip(moved, stayed, strict=True)) < 1e-5  # argued in test_layouts.py
+@pytest.mark.parametrize(
+    "move", [m if i in QUICK else pytest.param(m, marks=pytest.mark.long) for i, m in enumerate(MOVES)], ids=str
+)
+def test_another_layout_takes_over_every_bit_and_trains_on_the_same(tmp_path, move):
+    """fp32: as argued in test_layouts.py. 16 bit: layouts round differently, as two undisturbed runs show as well."""
+    in_16_bit = "precision" in {**move.common, **move.source}
+    outcome = carry_out(move, tmp_path, with_noise=in_16_bit)
+    assert outcome.same_bits
+    assert outcome.gap < (max(4 * outcome.noise, 0.01) if in_16_bit else 1e-5)
 
 
 def inference_logits(checkpoint: str, out: str, settings: dict) -> None:
@@ -218,7 +147,7 @@ def asynchronous_save_while_training(folder: str) -> None:
 
 def test_an_asynchronous_checkpoint_equals_a_synchronous_one(tmp_path):
     run_ranks(2, asynchronous_save_while_training, str(tmp_path))
-    assert_same_tensors(tmp_path / "plain" / "global_step2", tmp_path / "behind" / "global_step2")
+    assert different_tensors(tmp_path / "plain" / "global_step2", tmp_path / "behind" / "global_step2") == []
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,9 @@ def test_a_layout_trains_like_one_rank(tmp_path, reference, layout, accumulation
     assert_same(curve(tmp_path, accumulation=accumulation, **layout), reference())
 
 
-@pytest.mark.parametrize("layout", [{"pipe": 2}, {"pipe": 2, "tensor": 2, "zero": 1}, {"tensor": 2, "zero": 2}], ids=str)
+@pytest.mark.parametrize(
+    "layout", [{"pipe": 2}, {"pipe": 2, "tensor": 2, "zero": 1}, {"tensor": 2, "zero": 2}], ids=str
+)
 def test_tied_embeddings_train_like_one_rank(tmp_path, reference, layout):
     assert_same(curve(tmp_path, accumulation=2, model=TIED, **layout), reference(model=TIED))
 

@@ -14,16 +14,10 @@ from megatron.engine.distributed import start
 from megatron.engine.training import TrainingEngine
 from megatron.model.gpt import gpt_layers, make_loss
 from tests import tiny
+from tests.ranks.moves import allow_fp16_on_cpu
 from tests.ranks.run import run_ranks
 
 RATE = 1e-3
-
-
-def allow_fp16_on_cpu() -> None:
-    """This CPU may have no fp16 arithmetic: torch then computes it slowly, which is good enough for a test."""
-    from deepspeed.accelerator import get_accelerator
-
-    type(get_accelerator()).is_fp16_supported = lambda self: True
 
 
 def build(plan):
@@ -82,7 +76,9 @@ def overflow(folder: str, settings: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"data": 2}, {"data": 2, "zero": 3}, {"tensor": 2}, {"pipe": 2}], ids=["data2", "zero3", "tensor2", "pipe2"]
+    "settings",
+    [{"data": 2}, {"data": 2, "zero": 3}, {"tensor": 2}, {"pipe": 2}],
+    ids=["data2", "zero3", "tensor2", "pipe2"],
 )
 def test_an_overflow_is_skipped_and_the_scale_halved_on_all_ranks_alike(tmp_path, settings):
     run_ranks(2, overflow, str(tmp_path), settings)
@@ -97,7 +93,9 @@ def bf16_losses(file: str, settings: dict) -> None:
     plan = replace(plan, optimizer=replace(plan.optimizer, learning_rate=RATE))
     engine = build(plan)
     losses = [
-        float(engine.train_batch(tiny.micro_batches(s, plan, engine.grid.rank("data")), step=s, learning_rate=RATE).loss)
+        float(
+            engine.train_batch(tiny.micro_batches(s, plan, engine.grid.rank("data")), step=s, learning_rate=RATE).loss
+        )
         for s in range(10)
     ]
     if torch.distributed.get_rank() == 0:
@@ -135,7 +133,9 @@ def poisoned_step(folder: str, precision: str, settings: dict) -> None:
     Path(folder, f"{rank}.json").write_text(json.dumps([seen, kept, engine.state.updates]))
 
 
-@pytest.mark.parametrize("settings", [{"data": 2}, {"data": 2, "zero": 1}, {"data": 2, "zero": 3}, {"pipe": 2}, {"tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"data": 2}, {"data": 2, "zero": 1}, {"data": 2, "zero": 3}, {"pipe": 2}, {"tensor": 2}], ids=str
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_step_whose_gradients_are_no_numbers_changes_nothing_on_any_rank(tmp_path, precision, settings):
     run_ranks(2, poisoned_step, str(tmp_path), precision, settings)

@@ -15,7 +15,7 @@ def test_a_schedule_warms_up_to_its_peak_and_never_leaves_its_bounds(kind):
     rates = [learning_rate(schedule, step) for step in range(40)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert all(later <= earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
-    assert rates[-1] == pytest.approx(1.0 if kind == "constant" else 0.1)
+    assert rates[-1] == pytest.approx({"constant": 1.0, "exponential": 0.5}.get(kind, 0.1))
 
 
 def test_cosine_is_half_way_at_half_time_and_linear_is_straight():
@@ -26,11 +26,22 @@ def test_cosine_is_half_way_at_half_time_and_linear_is_straight():
     assert learning_rate(linear, 25) == pytest.approx(0.75)
 
 
+def test_exponential_halves_over_the_decay_and_stops_at_the_minimum():
+    half = SchedulePlan("exponential", peak=1.0, minimum=0.0, warmup_steps=0, decay_steps=100)
+    assert learning_rate(half, 50) == pytest.approx(2**-0.5)
+    assert learning_rate(half, 1000) == pytest.approx(0.5)
+    floor = SchedulePlan("exponential", peak=1.0, minimum=0.7, warmup_steps=0, decay_steps=100)
+    assert learning_rate(floor, 100) == pytest.approx(0.7)
+
+
 def test_matrices_decay_and_vectors_do_not():
     module = torch.nn.Linear(3, 2)
     plan = OptimizerPlan("adam", 0.1, (0.9, 0.95), 1e-8, weight_decay=0.1, gradient_clipping=1.0)
-    decay = {id(p): group["weight_decay"] for group in build_optimizer(module.parameters(), plan).param_groups
-             for p in group["params"]}
+    decay = {
+        id(p): group["weight_decay"]
+        for group in build_optimizer(module.parameters(), plan).param_groups
+        for p in group["params"]
+    }
     assert decay == {id(module.weight): 0.1, id(module.bias): 0.0}
 
 

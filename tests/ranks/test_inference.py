@@ -1,0 +1,63 @@
+"""Generation and evaluation give the same on one rank, on two tensor-parallel ranks and on two replicas."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from megatron.config.run_keys import GenerationKeys
+from megatron.data.mock import MockStream
+from megatron.engine.distributed import start
+from megatron.evaluation import negative_log_likelihood
+from megatron.generation.records import JsonLinesFile
+from megatron.generation.run import Prompt, write_all
+from tests.ranks.run import run_ranks
+from tests.trained import trained_model
+
+TEXTS = ("a", "hello wor", "To be, or", "xyz", "q")
+LAYOUTS = pytest.mark.parametrize("tensor", [2, 1], ids=["tensor-parallel", "two replicas"])
+
+
+def generate(folder: str, tensor: int, keys: dict) -> None:
+    model = trained_model(start(model=tensor))
+    prompts = [Prompt(text, list(text.encode()), str(number)) for number, text in enumerate(TEXTS)]
+    settings = GenerationKeys(maximum_tokens=24, generation_batch_size=2, **keys)
+    path = Path(folder) / "out.txt"
+    if dist.get_rank() == 0:
+        with JsonLinesFile(path) as output:
+            write_all(model, prompts, settings, output)
+    else:
+        write_all(model, prompts, settings, None)
+
+
+def texts(folder: Path, world: int, tensor: int, keys: dict) -> list[tuple[str, str]]:
+    run_ranks(world, generate, str(folder), tensor, keys)
+    rows = [json.loads(line) for line in (folder / "out.txt").read_text().splitlines()]
+    return [(row["context"], row["text"]) for row in rows]
+
+
+@LAYOUTS
+@pytest.mark.parametrize("keys", [{}, {"temperature": 1.0, "top_k": 40, "top_p": 0.95}], ids=["greedy", "sampled"])
+def test_every_layout_writes_the_same_texts_in_order(tmp_path, tensor, keys):
+    alone = texts(tmp_path, 1, 1, keys)
+    assert texts(tmp_path, 2, tensor, keys) == alone
+    assert [context for context, _ in alone] == list(TEXTS)
+
+
+def score(out: str, tensor: int) -> None:
+    model = trained_model(start(model=tensor))
+    stream = MockStream("valid", 1003, 200, seed=1)
+    nats = negative_log_likelihood(model, stream, sequence=16, batch=3)
+    Path(f"{out}.{dist.get_rank()}").write_text(str(nats))
+
+
+@LAYOUTS
+def test_every_layout_finds_the_same_likelihood_on_every_rank(tmp_path, tensor):
+    run_ranks(1, score, str(tmp_path / "one"), 1)
+    run_ranks(2, score, str(tmp_path / "two"), tensor)
+    alone = float((tmp_path / "one.0").read_text())
+    assert np.isfinite(alone)
+    both = [float((tmp_path / f"two.{rank}").read_text()) for rank in range(2)]
+    assert both == pytest.approx([alone, alone], rel=1e-5)

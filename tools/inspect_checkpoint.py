@@ -1,0 +1,111 @@
+"""Look into checkpoints: list, verify, compare, and show what they hold. Needs neither GPU nor the run's layout.
+
+    python tools/inspect_checkpoint.py checkpoints/my                       list them, newest last
+    python tools/inspect_checkpoint.py checkpoints/my/global_step100        its tensors: shape, mean, spread, extremes
+    python tools/inspect_checkpoint.py checkpoints/my --verify              hash every file of every checkpoint
+    python tools/inspect_checkpoint.py A/global_step100 --compare B/global_step100
+
+Exit code: 0, or 1 when something is damaged or two checkpoints differ, or 2 when the command is wrong.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron.checkpoint.folder import checkpoint_name, damage, steps_in
+from megatron.checkpoint.reading import SafeReader, read_tensors, tensor_shapes
+from megatron.errors import UserError
+
+
+def main() -> int:
+    """Parse the command, do what it asks for, return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path, help="a folder of checkpoints, or one checkpoint")
+    parser.add_argument("--verify", action="store_true", help="compare every file with the hash in its manifest")
+    parser.add_argument("--compare", type=Path, metavar="OTHER", help="another checkpoint, compared bit by bit")
+    parser.add_argument("--filter", default="", metavar="TEXT", help="only tensors whose name contains TEXT")
+    arguments = parser.parse_args()
+    try:
+        if arguments.compare is not None:
+            return compare(arguments.path, arguments.compare, arguments.filter)
+        checkpoints = checkpoints_of(arguments.path)
+        if arguments.verify:
+            return verify(checkpoints)
+        if checkpoints == [arguments.path]:
+            show(arguments.path, arguments.filter)
+        else:
+            for checkpoint in checkpoints:
+                print(summary(checkpoint))
+        return 0
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def checkpoints_of(path: Path) -> list[Path]:
+    """The checkpoints that `path` stands for. Raises UserError when there is none."""
+    if (path / "state").is_dir():
+        return [path]
+    if not (steps := steps_in(path)):
+        raise UserError(f"{path} is no checkpoint and holds none")
+    return [path / checkpoint_name(step) for step in steps]
+
+
+def summary(checkpoint: Path) -> str:
+    """One line: size, progress, and whether all files are there."""
+    if problems := damage(checkpoint):
+        return f"{checkpoint.name}: DAMAGED: {'; '.join(problems)}"
+    size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    progress = json.loads((checkpoint / "progress.json").read_text())
+    samples, tokens = progress["consumed_samples"], progress["consumed_tokens"]
+    return f"{checkpoint.name}: {size / 2**20:,.1f} MiB, {samples:,} samples, {tokens:,} tokens"
+
+
+def verify(checkpoints: list[Path]) -> int:
+    """Hash every file; 1 if one differs from its manifest."""
+    bad = 0
+    for checkpoint in checkpoints:
+        problems = damage(checkpoint, "full")
+        print(f"{checkpoint.name}: {'; '.join(problems) if problems else 'every file is as it was written'}")
+        bad += bool(problems)
+    return min(bad, 1)
+
+
+def show(checkpoint: Path, wanted: str) -> None:
+    """Print each tensor with statistics, one at a time in memory."""
+    print(summary(checkpoint))
+    for name, shape in sorted(tensor_shapes(SafeReader(checkpoint / "state")).items()):
+        if wanted in name:
+            tensor = read_tensors(checkpoint, [name])[name]
+            spread = float(tensor.std()) if tensor.numel() > 1 else 0.0
+            print(
+                f"{name:60} {list(shape)!s:20} mean {float(tensor.mean()):+.3e}  std {spread:.3e}"
+                f"  min {float(tensor.min()):+.3e}  max {float(tensor.max()):+.3e}"
+                + ("" if bool(tensor.isfinite().all()) else "  NOT FINITE")
+            )
+
+
+def compare(one: Path, other: Path, wanted: str) -> int:
+    """Print every difference between two checkpoints; 1 if there is one."""
+    first, second = (tensor_shapes(SafeReader(path / "state")) for path in (one, other))
+    differences = [f"{name}: only in {one if name in first else other}" for name in first.keys() ^ second.keys()]
+    common = sorted(name for name in first.keys() & second.keys() if wanted in name)
+    for name in common:
+        if first[name] != second[name]:
+            differences.append(f"{name}: {list(first[name])} and {list(second[name])}")
+            continue
+        a, b = (read_tensors(path, [name])[name] for path in (one, other))
+        if not torch.equal(a, b):
+            count = int((a != b).sum())
+            differences.append(
+                f"{name}: {count:,} of {a.numel():,} elements, by at most {float((a - b).abs().max()):.3e}"
+            )
+    print("\n".join(differences) or f"the {len(common)} tensors are equal, bit for bit")
+    return 1 if differences else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
