@@ -67,6 +67,12 @@ def find_checkpoint(folder: Path, iteration: int | None = None, verify: Verifica
     return None
 
 
+def best_checkpoint(folder: Path) -> Path | None:
+    """The whole checkpoint that `best` names, if there is one."""
+    name = _pointer(folder, BEST)
+    return folder / name if name and not damage(folder / name) else None
+
+
 def damage(path: Path, verify: Verification = "quick") -> list[str]:
     """What is wrong with the files of a checkpoint, one message a file; empty when it is whole."""
     try:

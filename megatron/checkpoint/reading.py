@@ -5,6 +5,7 @@ the classes that describe tensors are let in. The tensors themselves torch reads
 """
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -61,5 +62,7 @@ def read_tensors(checkpoint: Path, names: list[str] | None = None) -> dict[str, 
     reader = SafeReader(checkpoint / "state")
     shapes = tensor_shapes(reader)
     tensors = {name: torch.empty(shapes[name]) for name in (shapes if names is None else names)}
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is the point
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors

@@ -35,13 +35,15 @@ class CheckpointWriter:
         config: dict[str, Any],
         retention: folders.Retention | None = None,
         asynchronous: bool = False,
+        identity: dict[str, str] | None = None,
     ) -> None:
-        """Collective. config: the flat configuration, kept with each checkpoint.
+        """Collective. config: the flat configuration; identity: of tokenizer and data. Both go with each checkpoint.
 
         asynchronous: `save` only copies the state to host memory (12 bytes for each parameter that this rank owns)
         and returns; a thread writes the copy.
         """
-        self._engine, self._folder, self._config = engine, folder, config
+        self._engine, self._folder = engine, folder
+        self._documents = {"config.json": config, "identity.json": identity or {}}
         self._retention = retention or folders.Retention()
         self._asynchronous = asynchronous
         # messages of the writing thread must not mix with those of the training
@@ -50,11 +52,12 @@ class CheckpointWriter:
         self._failure: BaseException | None = None
         self._on_rank_0(lambda: folders.clear_remains(folder))
 
-    def save(self, state: TrainState, is_best: bool = False) -> None:
+    def save(self, state: TrainState, validation_loss: float | None = None, is_best: bool = False) -> None:
         """Write a checkpoint of `state`, after the one before is complete. Collective.
 
-        is_best: let `best` name it too, which pruning spares. Raises RunError on every rank when any rank cannot write
-        this one or, with `asynchronous`, the one before; the checkpoints on disk are untouched by that.
+        validation_loss: measured with these weights, kept beside them. is_best: let `best` name this checkpoint too,
+        which pruning spares. Raises RunError on every rank when any rank cannot write this one or, with
+        `asynchronous`, the one before; the checkpoints on disk are untouched by that.
         """
         self.finish()
         slices = global_slices(
@@ -65,6 +68,7 @@ class CheckpointWriter:
         )
         progress = asdict(state) | {
             "optimizer_updates": self._engine.state.updates,
+            "validation_loss": validation_loss,
             "loss_scale": self._engine.state.loss_scale,
         }
         if not self._asynchronous:
@@ -73,6 +77,12 @@ class CheckpointWriter:
         copies = {name: piece.copied_to_host() for name, piece in slices.items()}
         self._thread = threading.Thread(target=self._write_behind, args=(copies, state.step, progress, is_best))
         self._thread.start()
+
+    def agree(self, value: bool) -> bool:
+        """What rank 0 says: a decision to save must be the same on all ranks. Collective."""
+        decision = [value]
+        dist.broadcast_object_list(decision, src=0, group=self._group)
+        return decision[0]
 
     def finish(self) -> None:
         """Wait until what was saved is on disk. Raises RunError where it could not be written."""
@@ -101,7 +111,7 @@ class CheckpointWriter:
             free = shutil.disk_usage(self._folder).free
             raise RunError(f"cannot save {final} ({free:,} bytes are free there): {_causes(error)}") from error
         files = self._describe_files(unfinished)
-        documents = {"progress.json": progress, "config.json": self._config}
+        documents = self._documents | {"progress.json": progress}
         self._on_rank_0(lambda: folders.publish(unfinished, final, documents, files))
         if is_best:
             self._on_rank_0(lambda: folders.point_to(final, folders.BEST))
