@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -127,11 +127,10 @@ def prune(folder: Path, retention: Retention) -> None:
     """Delete the checkpoints that `retention` does not keep, oldest first."""
     if retention.last is None:
         return
-    steps = steps_in(folder)
     best = _pointer(folder, BEST) if retention.best else None
-    for step in steps[: -retention.last]:
-        path = folder / checkpoint_name(step)
-        if step not in retention.milestones and path.name != best:
+    kept = {checkpoint_name(step) for step in retention.milestones} | {best}
+    for path in reversed(_newest_first(folder, steps_in(folder))[retention.last :]):
+        if path.name not in kept:
             # out of sight first: a crash in the middle must not leave half a checkpoint under its name
             doomed = path.rename(path.with_name(f".{path.name}.deleted"))
             shutil.rmtree(doomed)
@@ -161,17 +160,16 @@ def _of_iteration(folder: Path, iteration: int, steps: list[int], verify: Verifi
     return path
 
 
-def _newest_first(folder: Path, steps: list[int]) -> Iterable[Path]:
-    """The one `latest` names, then the others from the newest on."""
+def _newest_first(folder: Path, steps: list[int]) -> list[Path]:
+    """The one `latest` names, then those before it; last those after it, which a run left that went back."""
     named = _pointer(folder)
-    names = [checkpoint_name(step) for step in reversed(steps)]
-    if named in names:
-        names.remove(named)
-        names.insert(0, named)
-    elif steps:
+    current = next((step for step in steps if checkpoint_name(step) == named), None)
+    if current is None and steps:
         what = f'names "{named}", which is not there' if named else "is missing or empty"
         log.warning("%s %s: taking the newest whole checkpoint", folder / "latest", what)
-    return (folder / name for name in names)
+    newest = max(steps, default=0) if current is None else current
+    ordered = sorted(steps, key=lambda step: (step <= newest, step), reverse=True)
+    return [folder / checkpoint_name(step) for step in ordered]
 
 
 def _pointer(folder: Path, pointer: str = "latest") -> str | None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import termios
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +153,13 @@ def test_the_standard_library_becomes_a_corpus_once(tmp_path: Path) -> None:
     first = run("prepare_data.py", "stdlib", folder=tmp_path)
     assert first.returncode == 0, first.stderr
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "data" / "stdlib").iterdir()}
-    names = ["stdlib.jsonl", "stdlib_text_document.bin", "stdlib_text_document.idx", "tokenizer.json"]
+    names = [
+        "stdlib.jsonl",
+        "stdlib_manifest.json",
+        "stdlib_text_document.bin",
+        "stdlib_text_document.idx",
+        "tokenizer.json",
+    ]
     assert sorted(path.name for path in files) == names
     second = run("prepare_data.py", "stdlib", folder=tmp_path)
     assert second.stdout.count("is there already") == 3
@@ -178,5 +185,40 @@ def check_standard_library(folder: Path) -> None:
 
 
 def test_an_unknown_corpus_is_an_error_that_lists_the_known_ones(tmp_path: Path) -> None:
-    done = run("prepare_data.py", "enwik8", folder=tmp_path)
-    assert done.returncode == 2 and "stdlib" in done.stderr
+    done = run("prepare_data.py", "enwik9", folder=tmp_path)
+    assert done.returncode == 2 and "stdlib" in done.stderr and 'Did you mean "enwik8"' in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [
+        ("tinyshakespeare", "put a copy at data/tinyshakespeare/input.txt"),
+        ("enwik8", "put a copy at data/enwik8/enwik8.zip"),
+        ("fineweb-edu", "it needs huggingface.co"),
+        ("nobody/nothing", "it needs huggingface.co"),
+    ],
+)
+def test_a_corpus_that_cannot_be_fetched_says_what_would_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, needed: str
+) -> None:
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody answers there
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    done = run("prepare_data.py", name, folder=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert needed in done.stderr and "without a network, stdlib works" in done.stderr
+
+
+def test_a_corpus_that_was_put_there_by_hand_is_prepared(tmp_path: Path) -> None:
+    (tmp_path / "data" / "tinyshakespeare").mkdir(parents=True)
+    (tmp_path / "data" / "tinyshakespeare" / "input.txt").write_text("".join(TEXT))
+    (tmp_path / "data" / "enwik8").mkdir()
+    with zipfile.ZipFile(tmp_path / "data" / "enwik8" / "enwik8.zip", "w") as archive:
+        archive.writestr("enwik8", "<wiki>\n  <page>\nfirst\n  </page>\n  <page>\nsecond\r\n  </page>\n")
+    for name in ("tinyshakespeare", "enwik8"):
+        done = run("prepare_data.py", name, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+    pages = [json.loads(line)["text"] for line in (tmp_path / "data/enwik8/enwik8.jsonl").read_text().splitlines()]
+    assert pages == ["<wiki>\n", "  <page>\nfirst\n  </page>\n", "  <page>\nsecond\r\n  </page>\n"]
+    assert len(IndexedDataset(str(tmp_path / "data/tinyshakespeare/tinyshakespeare"))) == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.checkpoint.folder import Retention, damage, find_checkpoint
+from megatron.checkpoint.folder import Retention, damage, find_checkpoint, prune, publish
 from megatron.checkpoint.reading import read_tensors
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.store import CheckpointWriter, checkpoint_config, load_checkpoint, load_weights
@@ -132,6 +132,16 @@ def test_pruning_leaves_the_last_two_the_milestone_and_the_best(tmp_path):
     assert find_checkpoint(tmp_path, 3, "full") == tmp_path / "global_step3"
     with pytest.raises(UserError, match=r"iteration 2: .*there are: 1, 3, 5, 6"):
         find_checkpoint(tmp_path, 2)
+
+
+def test_a_run_that_went_back_prunes_what_it_left_behind_and_not_what_it_writes(tmp_path):
+    for step in (10, 20, 12):
+        (tmp_path / "unfinished").mkdir()
+        publish(tmp_path / "unfinished", tmp_path / f"global_step{step}", {"progress.json": {}}, {})
+    prune(tmp_path, Retention(last=2))
+    assert sorted(p.name for p in tmp_path.glob("global_step*")) == ["global_step10", "global_step12"]
+    (tmp_path / "global_step12" / "progress.json").unlink()
+    assert find_checkpoint(tmp_path) == tmp_path / "global_step10"
 
 
 def asynchronous_save_while_training(folder: str) -> None:

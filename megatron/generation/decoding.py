@@ -1,0 +1,89 @@
+"""Continue token sequences with a trained model, several at a time.
+
+Shapes: b texts, s columns (the longest text, shorter ones padded on the left), v vocabulary.
+Floor 6. Every rank of a tensor-parallel group does the same on the same logits and so chooses the same tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+import torch
+from torch import Tensor
+
+from megatron.generation.sampling import Sampling, choose
+from megatron.inference import TrainedModel
+from megatron.model.cache import KVCache
+
+
+@dataclass(frozen=True)
+class DecodingSettings:
+    """maximum_tokens: longest continuation. use_cache: keep keys and values instead of computing everything anew."""
+
+    sampling: Sampling
+    maximum_tokens: int
+    use_cache: bool = True
+    keep_logits: bool = False
+
+
+@dataclass
+class Continuation:
+    """What was generated for one text, without the end-of-document token."""
+
+    tokens: list[int] = field(default_factory=list)
+    finished: bool = False  # the model ended the document itself
+    logits: list[list[float]] = field(default_factory=list)  # [v] for each token, if kept
+
+
+def continue_texts(
+    model: TrainedModel, prompts: Sequence[Sequence[int]], settings: DecodingSettings, seeds: Sequence[str]
+) -> list[Continuation]:
+    """Generate for each prompt until the end of the document or `maximum_tokens`.
+
+    prompts: ids, at least one each and at most the model's context. seeds: one per prompt; the sampled text depends
+    on prompt and seed only. Beyond the context each token is predicted from the last `context` tokens, computed anew.
+    """
+    next_logits = NextLogits(model, settings)
+    texts = [list(prompt) for prompt in prompts]
+    found = [Continuation() for _ in texts]
+    streams = [Random(seed) for seed in seeds]
+    for _ in range(settings.maximum_tokens):
+        logits = next_logits(texts)
+        draws = torch.tensor([stream.random() for stream in streams], dtype=torch.float64)
+        chosen = choose(logits, settings.sampling, draws).tolist()
+        for i, token in enumerate(chosen):
+            texts[i].append(token)
+            if found[i].finished:
+                continue
+            found[i].finished = token == model.tokenizer.end_of_document
+            if not found[i].finished:
+                found[i].tokens.append(token)
+                if settings.keep_logits:
+                    found[i].logits.append(logits[i].tolist())
+        if all(continuation.finished for continuation in found):
+            break
+    return found
+
+
+class NextLogits:
+    """Logits of the token after each text, as the texts grow by one token per call."""
+
+    def __init__(self, model: TrainedModel, settings: DecodingSettings) -> None:
+        """settings: whether to keep keys and values, and for how many more tokens to have room."""
+        self._model = model
+        self._use_cache = settings.use_cache
+        self._room = settings.maximum_tokens
+        self._cache: KVCache | None = None
+
+    def __call__(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Float32 [b, v] for the current texts, which continue those of the last call by one token each."""
+        if self._cache is not None and max(map(len, texts)) <= self._model.context:
+            return self._model.logits(torch.tensor([text[-1:] for text in texts]), self._cache)[:, -1]
+        windows = [text[-self._model.context :] for text in texts]
+        columns = max(map(len, windows))
+        room = min(self._room, self._model.context - columns) if self._use_cache else 0
+        padding = [columns - len(window) for window in windows]
+        cache = self._model.new_cache(padding, columns + room)
+        padded = [[0] * empty + list(window) for empty, window in zip(padding, windows, strict=True)]
+        self._cache = cache if room else None
+        return self._model.logits(torch.tensor(padded), cache)[:, -1]

@@ -1,0 +1,136 @@
+"""generate.py: prompts in, a trained model, JSON lines out. Floor 6."""
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron.config.groups import Config
+from megatron.config.run_keys import GenerationKeys
+from megatron.engine.distributed import stop
+from megatron.errors import UserError
+from megatron.generation.decoding import DecodingSettings, continue_texts
+from megatron.generation.prompts import encode_prompts, read_prompts, typed_prompts
+from megatron.generation.records import JsonLinesFile, record
+from megatron.generation.sampling import Sampling
+from megatron.inference import TrainedModel, find_trained_model, open_trained_model
+from megatron.logging import configure
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to continue. seed: of its random numbers, a function of the run's seed and the prompt's number alone."""
+
+    text: str
+    ids: list[int]
+    seed: str
+
+
+def generate(config: Config) -> None:
+    """Continue the prompts that `config` names with the model in `load`. Every rank calls it; rank 0 writes.
+
+    Raises UserError, before ranks meet, for whatever is wrong with configuration, prompts or checkpoint.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    configure(rank)
+    keys = config.generation
+    source = prompt_source(keys)
+    found = find_trained_model(config)
+    context = found.plan.model.max_position_embeddings
+    if source == "interactive":
+        converse(open_trained_model(found, config.launcher.distributed_backend), keys, config.training.seed)
+        stop()
+        return
+    texts = read_prompts(Path(keys.sample_input_file or ""), keys.prompt_end) if source == "input-file" else [""]
+    prompts = [
+        Prompt(text, ids, f"{config.training.seed}/{number}/{sample}")
+        for number, (text, ids) in enumerate(zip(texts, encode_prompts(texts, found.tokenizer, context), strict=True))
+        for sample in range(keys.num_samples)
+    ]
+    with ExitStack() as opened:
+        output = opened.enter_context(JsonLinesFile(Path(keys.sample_output_file))) if rank == 0 else None
+        model = open_trained_model(found, config.launcher.distributed_backend)
+        write_all(model, prompts, keys, output)
+    stop()
+
+
+def prompt_source(keys: GenerationKeys) -> str:
+    """input-file, unconditional or interactive."""
+    source = keys.text_gen_type or ("input-file" if keys.sample_input_file else "unconditional")
+    if source != "input-file" and keys.sample_input_file:
+        log.warning("sample_input_file (%s) is not read: text_gen_type is %s", keys.sample_input_file, source)
+    return source
+
+
+def decoding_settings(keys: GenerationKeys) -> DecodingSettings:
+    """What the keys say about decoding."""
+    return DecodingSettings(
+        Sampling(keys.temperature, keys.top_k, keys.top_p),
+        maximum_tokens=keys.maximum_tokens,
+        use_cache=not keys.recompute,
+        keep_logits=keys.return_logits,
+    )
+
+
+def write_all(
+    model: TrainedModel, prompts: Sequence[Prompt], keys: GenerationKeys, output: JsonLinesFile | None
+) -> None:
+    """Continue all prompts in batches and write them in order. Collective; `output` is None on all ranks but 0."""
+    replicas, size = model.grid.size("data"), keys.generation_batch_size
+    tokens, started = 0, time.perf_counter()
+    for first in range(0, len(prompts), size * replicas):
+        mine = first + model.grid.rank("data") * size
+        records = _gathered(model, continue_batch(model, prompts[mine : mine + size], keys))
+        tokens += sum(fields["length"] for fields in records)
+        if output is not None:
+            output.write(records)
+    if output is not None:
+        seconds = time.perf_counter() - started
+        log.info(
+            "%d texts, %d tokens in %.1f s (%.1f tokens/s), written to %s",
+            len(prompts), tokens, seconds, tokens / seconds, keys.sample_output_file,
+        )  # fmt: skip
+
+
+def continue_batch(model: TrainedModel, prompts: Sequence[Prompt], keys: GenerationKeys) -> list[dict[str, Any]]:
+    """The records of some prompts, which are computed together."""
+    if not prompts:
+        return []
+    started = time.perf_counter()
+    found = continue_texts(
+        model, [prompt.ids for prompt in prompts], decoding_settings(keys), [prompt.seed for prompt in prompts]
+    )
+    seconds = time.perf_counter() - started
+    return [
+        record(prompt.text, continuation, model.tokenizer, seconds)
+        for prompt, continuation in zip(prompts, found, strict=True)
+    ]
+
+
+def converse(model: TrainedModel, keys: GenerationKeys, seed: int) -> None:
+    """Continue one typed prompt after another, until the input ends. Collective over all ranks."""
+    for number, text in enumerate(typed_prompts(keys.prompt_end)):
+        try:
+            [ids] = encode_prompts([text], model.tokenizer, model.context)
+        except UserError as error:
+            log.info("%s", error)
+            continue
+        [fields] = continue_batch(model, [Prompt(text, ids, f"{seed}/{number}/0")], keys)
+        log.info("%s", fields["text"] if fields["message"] is None else fields["message"])
+
+
+def _gathered(model: TrainedModel, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of all data-parallel replicas, in order."""
+    if model.grid.size("data") == 1:
+        return records
+    parts: list[Any] = [None] * model.grid.size("data")
+    dist.all_gather_object(parts, records, group=model.grid.group("data"))
+    return [fields for part in parts for fields in part]

@@ -1,0 +1,116 @@
+"""A trained model, opened to be read: what generation and evaluation share.
+
+Shapes: b texts, s columns, v vocabulary. Below floor 6: no file of the floors under it imports this one.
+Opening has two halves. `find_trained_model` checks everything that a user can get wrong, before ranks meet;
+`open_trained_model` is the work.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.folder import find_checkpoint
+from megatron.checkpoint.store import load_weights
+from megatron.config.groups import Config
+from megatron.config.plan import Plan
+from megatron.config.resolve import resolve
+from megatron.engine.distributed import start
+from megatron.engine.inference import InferenceEngine
+from megatron.errors import UserError
+from megatron.inputs import check_same_model, open_tokenizer
+from megatron.model.cache import KVCache
+from megatron.model.gpt import gather_logits, gpt_layers
+from megatron.model.positions import document_starts
+from megatron.parallel.grid import ParallelGrid
+from megatron.tokenizer.base import Tokenizer
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """What to open: checked, but nothing is loaded yet."""
+
+    plan: Plan
+    tokenizer: Tokenizer
+    checkpoint: Path
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model with its weights, on the ranks of `grid`; each data-parallel replica answers for itself."""
+
+    engine: InferenceEngine
+    grid: ParallelGrid
+    plan: Plan
+    tokenizer: Tokenizer
+
+    @property
+    def context(self) -> int:
+        """The most tokens the model sees at once."""
+        return self.plan.model.max_position_embeddings
+
+    def local_logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """This rank's share of the logits for int64 tokens [b, s]: [b, s, v/tp]."""
+        return self.engine.forward(tokens, cache)
+
+    def local_logits_of_documents(self, tokens: Tensor) -> Tensor:
+        """The same for text in which documents follow one another, which are kept apart if the model is trained so."""
+        start = None
+        if self.plan.model.keeps_documents_apart:
+            start = document_starts(tokens, self.tokenizer.end_of_document)
+        return self.engine.forward(tokens, document_start=start)
+
+    def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """All logits for int64 tokens [b, s]: float32 [b, s, v], the same bits on every tensor-parallel rank."""
+        return gather_logits(self.engine.forward(tokens, cache), self.grid, self.plan.model.vocab_size).float()
+
+    def new_cache(self, padding: Sequence[int], columns: int) -> KVCache:
+        """An empty cache for `len(padding)` texts of up to `columns` tokens; padding: columns to ignore on the left."""
+        model = self.plan.model
+        return KVCache(
+            num_layers=model.num_layers,
+            batch=len(padding),
+            max_length=columns,
+            kv_heads_local=model.num_kv_heads // self.grid.size("model"),
+            head_size=model.head_size,
+            dtype=self.engine.dtype,
+            device=self.grid.device,
+            padding=torch.tensor(list(padding), device=self.grid.device),
+        )
+
+
+def find_trained_model(config: Config) -> FoundModel:
+    """Tokenizer, plan and checkpoint of the model that `config` describes. `load` defaults to `save`.
+
+    Raises UserError for whatever does not fit together.
+    """
+    keys = config.checkpoint
+    folder = keys.load or keys.save
+    if folder is None:
+        raise UserError("load is not set: name the folder of the model's checkpoints")
+    checkpoint = find_checkpoint(Path(folder), keys.iteration, keys.verify)
+    if checkpoint is None:
+        raise UserError(f"there is no checkpoint in {folder}: train first, or set load to a folder that has one")
+    tokenizer = open_tokenizer(config)
+    plan = resolve(config, int(os.environ.get("WORLD_SIZE", "1")), tokenizer.vocab_size, inference=True)
+    check_same_model(plan.model, checkpoint)
+    return FoundModel(plan, tokenizer, checkpoint)
+
+
+def open_trained_model(found: FoundModel, backend: str | None) -> TrainedModel:
+    """Let the ranks meet, build the model and load its weights. Collective. backend: of torch.distributed, or None."""
+    grid = start(model=found.plan.layout.model, backend=backend)
+    layers = gpt_layers(found.plan.model, grid, found.plan.engine.seed)
+    engine = InferenceEngine(layers, grid, DTYPES[found.plan.engine.precision])
+    load_weights(engine, found.checkpoint)
+    log.info("%s", found.tokenizer.describe())
+    log.info("model: weights of %s in %s", found.checkpoint, found.plan.engine.precision)
+    return TrainedModel(engine, grid, found.plan, found.tokenizer)

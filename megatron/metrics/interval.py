@@ -1,0 +1,84 @@
+"""The figures of one logging interval, and the line that tells them.
+
+A step's loss is the mean over the tokens of its global batch; the interval's is the mean over its steps, so that with
+`log_interval` 1 every step's own loss is on record. Rate, gradient norm and loss scale are those of the last step.
+Floor 5.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron.metrics.units import duration, short_number
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one step amounts to. `flops_per_token` as in `metrics/flops.py`; `peak_flops` None: not known."""
+
+    tokens_per_step: int
+    flops_per_token: float
+    ranks: int
+    peak_flops: float | None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Steps since the last report. `seconds` is time spent training, without validation and saving."""
+
+    steps: int
+    seconds: float
+    loss: float
+    learning_rate: float
+    grad_norm: float | None
+    loss_scale: float | None
+    skipped_steps: int
+
+
+def interval_metrics(interval: Interval, work: Workload) -> dict[str, float]:
+    """Names and values as they go to `metrics.jsonl`, tensorboard and wandb.
+
+    runtime/iteration_time is in seconds per step; rates are of the whole run, but for
+    runtime/flops_per_sec_per_gpu (FLOP/s of one rank) and runtime/model_flops_utilization (0 to 1).
+    """
+    seconds = max(interval.seconds, 1e-9)
+    tokens_per_second = interval.steps * work.tokens_per_step / seconds
+    flops = tokens_per_second * work.flops_per_token / work.ranks
+    values: dict[str, float | None] = {
+        "train/lm_loss": interval.loss,
+        "train/learning_rate": interval.learning_rate,
+        "train/grad_norm": interval.grad_norm,
+        "train/loss_scale": interval.loss_scale,
+        "train/skipped_steps": interval.skipped_steps or (None if interval.loss_scale is None else 0),
+        "runtime/iteration_time": seconds / interval.steps,
+        "runtime/tokens_per_sec": tokens_per_second,
+        "runtime/flops_per_sec_per_gpu": flops,
+        "runtime/model_flops_utilization": flops / work.peak_flops if work.peak_flops else None,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def log_line(step: int, last_step: int, metrics: Mapping[str, float], on_gpu: bool) -> str:
+    """One line, units in the names: `step 1200/320000 | loss 3.214 | lr 5.9e-04 | ... | ETA 1d 4h`.
+
+    metrics: of `interval_metrics`; what is not in there is left out of the line.
+    """
+    per_step = metrics["runtime/iteration_time"]
+    parts = [
+        f"step {step}/{last_step}",
+        f"loss {metrics['train/lm_loss']:.3f}",
+        f"lr {metrics['train/learning_rate']:.1e}",
+    ]
+    if "train/grad_norm" in metrics:
+        parts.append(f"grad norm {metrics['train/grad_norm']:.2f}")
+    if "train/loss_scale" in metrics:
+        parts.append(f"loss scale {metrics['train/loss_scale']:.0f}")
+    if metrics.get("train/skipped_steps"):
+        parts.append(f"skipped {metrics['train/skipped_steps']:.0f}")
+    parts.append(f"{per_step * 1000:.0f} ms/step")
+    parts.append(f"{short_number(metrics['runtime/tokens_per_sec'])} tokens/s")
+    flops_unit = "FLOP/s/gpu" if on_gpu else "FLOP/s/rank"
+    parts.append(short_number(metrics["runtime/flops_per_sec_per_gpu"], flops_unit))
+    if "runtime/model_flops_utilization" in metrics:
+        parts.append(f"MFU {100 * metrics['runtime/model_flops_utilization']:.0f}%")
+    parts.append(f"ETA {duration((last_step - step) * per_step)}")
+    return " | ".join(parts)

@@ -1,0 +1,71 @@
+"""Hook: the log line and the metrics of every `log_interval` steps. Floor 6."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron.config.estimate import parameter_count
+from megatron.metrics.flops import peak_flops, training_flops_per_token
+from megatron.metrics.interval import Interval, Workload, interval_metrics, log_line
+from megatron.training.clock import Clock
+from megatron.training.hooks import NOTHING, FinishedStep, Hook, Run
+
+log = logging.getLogger(__name__)
+
+
+class Report(Hook):
+    """Collects losses on the device and reads them once per interval, so that steps do not wait for each other."""
+
+    def __init__(self, interval: int, last_step: int, work: Workload, clock: Clock) -> None:
+        """interval: in steps. last_step: of the whole training, for the time left."""
+        self._interval, self._last_step, self._work, self._clock = interval, last_step, work, clock
+        self._losses: list[Tensor] = []
+        self._skipped: list[bool] = []
+
+    def after_step(self, step: FinishedStep) -> Mapping[str, float]:
+        """Report where it is due, and at the last step of the run."""
+        self._losses.append(step.output.loss.detach().float())
+        self._skipped.append(step.output.skipped)
+        if not step.is_due(self._interval):
+            return NOTHING
+        losses, skipped = torch.stack(self._losses).tolist(), self._skipped
+        self._losses, self._skipped = [], []
+        figures = Interval(
+            steps=len(losses),
+            seconds=self._clock.lap(),
+            loss=mean_loss(losses, skipped),
+            learning_rate=step.learning_rate,
+            grad_norm=step.output.grad_norm,
+            loss_scale=step.output.loss_scale,
+            skipped_steps=sum(skipped),
+        )
+        metrics = interval_metrics(figures, self._work)
+        log.info("%s", log_line(step.state.step, self._last_step, metrics, step.output.loss.is_cuda))
+        return metrics
+
+
+def mean_loss(losses: Sequence[float], skipped: Sequence[bool]) -> float:
+    """The mean over steps. Of skipped steps, which are counted apart, losses that are no numbers are left out."""
+    counted = [loss for loss, out in zip(losses, skipped, strict=True) if math.isfinite(loss) or not out]
+    return sum(counted) / len(counted) if counted else math.nan
+
+
+def workload(run: Run) -> Workload:
+    """What a step amounts to, for the rates in the log."""
+    model, batch, device = run.plan.model, run.plan.batch, run.engine.grid.device
+    per_token = training_flops_per_token(
+        parameter_count(model), model.num_layers, model.hidden_size, batch.sequence_length
+    )
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    half_precision = run.plan.engine.precision != "fp32"
+    peak = peak_flops(run.config.logging.peak_theoretical_tflops, card, half_precision)
+    return Workload(batch.tokens_per_step, per_token, run.plan.layout.world_size, peak)
+
+
+def report(run: Run) -> Report:
+    """Registry entry: in every run."""
+    last_step = run.config.training.train_iters or run.last_step
+    return Report(run.config.logging.log_interval, last_step, workload(run), run.clock)

@@ -1,0 +1,151 @@
+"""train.py: everything a run needs is checked, then built, in order, and handed to the loop. Floor 6."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.checkpoint.state import TrainState
+from megatron.config.describe import plan_lines
+from megatron.config.groups import Config
+from megatron.config.plan import Plan
+from megatron.config.resolve import resolve
+from megatron.data.build import Sources
+from megatron.data.loader import micro_batches
+from megatron.engine.distributed import start, stop
+from megatron.engine.training import TrainingEngine
+from megatron.errors import RunError, UserError
+from megatron.inference import DTYPES
+from megatron.inputs import check_same_model, open_data, open_tokenizer
+from megatron.launch.heartbeat import Heartbeat
+from megatron.logging import configure
+from megatron.metrics.writers import MetricWriters, WriterSettings, open_writers
+from megatron.model.attention import describe_attention
+from megatron.model.gpt import gpt_layers, make_loss
+from megatron.optimizers.schedules import learning_rate
+from megatron.tokenizer.base import Tokenizer
+from megatron.training.batch import BatchBuilder, training_batches
+from megatron.training.clock import Clock
+from megatron.training.hooks import Run, build_hooks
+from megatron.training.identity import check_same_run
+from megatron.training.loop import final_step, train_steps
+from megatron.training.pulse import Pulse
+from megatron.training.start import begin, check_writable, checkpoint_to_load
+from megatron.training.stopping import StopRequest, StopVote
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run needs that can be had, and checked, by each rank alone."""
+
+    plan: Plan
+    tokenizer: Tokenizer
+    sources: Sources
+    checkpoint: Path | None  # to go on from
+
+
+def train(config: Config) -> None:
+    """Train a model as `config` says. Every rank of the run calls it.
+
+    Raises UserError, before ranks meet, for whatever a user can mend; RunError when the training itself fails.
+    """
+    configure(int(os.environ.get("RANK", "0")))
+    request = StopRequest(config.launcher.time_limit_minutes)
+    prepared = prepare(config, int(os.environ.get("WORLD_SIZE", "1")))
+    with request.listening():
+        run, state = set_up(config, prepared)
+        vote = StopVote(request, run.engine.grid.device)
+        batches = training_batches(read_samples(run, state), BatchBuilder.of(run), run.plan.batch.accumulation_steps)
+        batches = run.pulse.watched(batches, state.step)
+        rate, hooks, last_step = partial(learning_rate, run.plan.schedule), build_hooks(run), run.last_step
+        with closing(writers_of(run)) as writers:
+            try:
+                state = train_steps(
+                    run.engine, batches, rate, state, last_step, run.plan.batch, hooks, writers, vote.after_step
+                )
+            except UserError as error:  # such as ids that no tokenizer made, deep in the data: too late for code 2
+                raise RunError(str(error)) from error
+    stop()
+    finish(config, state.step, vote.reason)
+
+
+def finish(config: Config, step: int, stopped_by: str | None) -> None:
+    """Say how the run ended. Raises RunError where it ended early and nothing of it is kept."""
+    if stopped_by is None:
+        log.info("done: step %d", step)
+    elif config.checkpoint.save is not None:
+        log.info("stopped by %s after step %d; its checkpoint is in %s", stopped_by, step, config.checkpoint.save)
+    else:
+        raise RunError(f"stopped by {stopped_by} after step {step}; save is not set, so nothing is kept")
+
+
+def prepare(config: Config, world_size: int) -> Prepared:
+    """Check everything that can be checked without other ranks. Raises UserError."""
+    tokenizer = open_tokenizer(config)
+    plan = resolve(config, world_size, tokenizer.vocab_size)
+    sources = open_data(config, tokenizer.vocab_size)
+    sources.samples("train")
+    checkpoint = checkpoint_to_load(config.checkpoint)
+    if checkpoint is not None and not config.checkpoint.finetune:
+        check_same_model(plan.model, checkpoint)
+        check_same_run(config, tokenizer, checkpoint)
+    for key, folder in (("save", config.checkpoint.save), ("log_dir", config.log_folder)):
+        if folder is not None:
+            check_writable(Path(folder), key)
+    return Prepared(plan, tokenizer, sources, checkpoint)
+
+
+def set_up(config: Config, prepared: Prepared) -> tuple[Run, TrainState]:
+    """Let the ranks meet, build the model and bring it to where the run begins. Collective."""
+    plan, pulse = prepared.plan, Pulse(Heartbeat.of_this_process())
+    grid = start(plan.layout.pipe, plan.layout.model, config.launcher.distributed_backend)
+    layers = gpt_layers(plan.model, grid, plan.engine.seed)
+    engine = TrainingEngine(layers, make_loss(plan.model, grid), grid, plan)
+    lines = [prepared.tokenizer.describe(), *prepared.sources.description, *plan_lines(plan)]
+    lines += describe_attention(plan.model, grid.device, DTYPES[plan.engine.precision])
+    state, beginning = begin(engine, prepared.checkpoint, config.checkpoint)
+    for line in [*lines, *_where_files_go(config), beginning]:
+        log.info("%s", line)
+    last_step = final_step(state.step, config.training.train_iters or 0, config.training.exit_interval)
+    clock = Clock(grid.device)
+    run = Run(config, plan, prepared.tokenizer, prepared.sources, engine, state.step, last_step, clock, pulse)
+    return run, state
+
+
+def read_samples(run: Run, state: TrainState) -> Iterator[Tensor]:
+    """This rank's micro-batches of token ids, int64 [b, s + 1], from where `state` stands."""
+    grid, batch = run.engine.grid, run.plan.batch
+    return micro_batches(
+        run.sources.samples("train"),
+        consumed_samples=state.consumed_samples,
+        global_size=batch.global_size,
+        micro_size=batch.micro_size,
+        data_rank=grid.rank("data"),
+        data_size=grid.size("data"),
+        num_workers=run.config.data.num_workers,
+        pin_memory=grid.device.type == "cuda",
+    )
+
+
+def writers_of(run: Run) -> MetricWriters:
+    """On the first rank all metric writers that are asked for, elsewhere none."""
+    if dist.get_rank() != 0:
+        return MetricWriters([])
+    folder = Path(run.config.log_folder) if run.config.log_folder else None
+    return open_writers(WriterSettings(run.config.logging, folder, run.first_step, run.config.to_flat()))
+
+
+def _where_files_go(config: Config) -> list[str]:
+    if config.checkpoint.save is not None:
+        return [f"checkpoints: {config.checkpoint.save}; metrics and logs: {config.log_folder}"]
+    if config.log_folder is not None:
+        return [f"metrics and logs: {config.log_folder}; save is not set: no checkpoints are written"]
+    return ["neither save nor log_dir is set: no files are written"]

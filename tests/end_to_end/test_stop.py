@@ -1,0 +1,63 @@
+"""A run that is asked to end does so at a step boundary, saved, under every way of starting it."""
+
+import signal
+import sys
+
+import pytest
+
+from tests.end_to_end.commands import SMALL, command, run
+from tests.end_to_end.processes import deepy, descendants, end, is_running, started, steps_done, wait_for
+
+MANY = "train_iters=100000"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "small.yml").write_text(SMALL + "save: run\nload: run\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_deepy_ends_the_run_with_a_checkpoint_that_it_goes_on_from(folder, number):
+    with deepy(folder, "train.py", "small", MANY, "num_gpus=2") as process:
+        wait_for(lambda: steps_done(folder / "run") >= 3, process)
+        ranks = descendants(process.pid)
+        code, out, err = end(process, number)
+    assert (code, err) == (
+        0,
+        f"{number.name}: the run ends at the next step boundary, with a checkpoint; Ctrl-C ends it at once\n",
+    )
+    step = steps_done(folder / "run")
+    assert f"stopped by {number.name} after step {step}; its checkpoint is in run\n" in out
+    assert (folder / "run" / "latest").read_text() == f"global_step{step}"
+    assert (folder / "run" / f"global_step{step}" / "state" / ".metadata").is_file()
+    assert not [process for process in ranks if is_running(process)]
+    done = run(folder, "deepy.py", "train.py", "small", f"train_iters={step + 2}", "num_gpus=1")
+    assert f"resuming from run/global_step{step}" in done.stdout
+
+
+def test_a_stop_without_a_place_to_save_is_a_failure(folder):
+    (folder / "small.yml").write_text(SMALL)
+    with deepy(folder, "train.py", "small", MANY, "num_gpus=2", "log_dir=run/logs") as process:
+        wait_for(lambda: steps_done(folder / "run") >= 3, process)
+        code, _, err = end(process, signal.SIGINT)
+    assert code == 1
+    assert err.endswith("save is not set, so nothing is kept\n")
+
+
+def test_under_torchrun_all_ranks_stop_after_the_same_step(folder):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    torchrun += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
+    with started(folder, [*torchrun, *command("train.py", "small", MANY)[1:]]) as process:
+        wait_for(lambda: steps_done(folder / "run") >= 3, process)
+        _, out, _ = end(process, signal.SIGTERM)
+    step = steps_done(folder / "run")
+    assert f"stopped by SIGTERM after step {step}; its checkpoint is in run\n" in out
+    assert (folder / "run" / "latest").read_text() == f"global_step{step}"
+
+
+def test_the_limit_of_time_ends_the_run_with_a_checkpoint(folder):
+    done = run(folder, "deepy.py", "train.py", "small", MANY, "num_gpus=2", "time_limit_minutes=0.2")
+    step = steps_done(folder / "run")
+    assert f"stopped by time_limit_minutes after step {step}; its checkpoint is in run\n" in done.stdout
+    assert (folder / "run" / "latest").read_text() == f"global_step{step}"

@@ -1,0 +1,85 @@
+"""A hang ends with a roll-call that names the rank which causes it."""
+
+import os
+import re
+import signal
+
+import pytest
+
+from tests.end_to_end.commands import SMALL
+from tests.end_to_end.processes import (
+    deepy,
+    descendants,
+    end,
+    is_running,
+    process_of_rank,
+    steps_done,
+    wait_for,
+)
+
+MANY = "train_iters=100000"
+# Two ranks read four samples a step, so the eleventh step sleeps.
+SLEEPER = """
+import os, time
+
+DEEPY_REGISTRY = {}
+
+if os.environ.get("RANK") == "1":
+    from megatron.data.mock import MockStream
+    read, reads = MockStream.tokens, []
+
+    def sleepy(self, start, length):
+        reads.extend([start] if self.name == "train" else [])
+        if len(reads) > 40:
+            time.sleep(1000)
+        return read(self, start, length)
+
+    MockStream.tokens = sleepy
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "small.yml").write_text(SMALL + "save: run\n")
+    return tmp_path
+
+
+def test_a_rank_that_is_stopped_is_named_and_the_run_ended(folder):
+    with deepy(folder, "train.py", "small", MANY, "num_gpus=4", "watchdog_timeout=5") as process:
+        wait_for(lambda: steps_done(folder / "run") >= 3, process)
+        ranks = descendants(process.pid)
+        os.kill(process_of_rank(2, process), signal.SIGSTOP)
+        code, _, err = end(process)
+    assert code == 1
+    assert re.search(r"more than 5 s \(watchdog_timeout\)", err), err
+    assert re.search(r"rank 2 is stopped by a signal or a debugger", err), err
+    assert re.search(r"ranks 0, 1, 3 wait in all_reduce \(.*, step \d+\)", err), err
+    assert "in train_steps" in (folder / "run" / "logs" / "stacks_rank_0.txt").read_text()
+    assert not [process for process in ranks if is_running(process)]
+
+
+def test_a_rank_asleep_in_its_data_is_named_with_the_line(folder, monkeypatch):
+    (folder / "sleeper.py").write_text(SLEEPER)
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    monkeypatch.setenv("PYTHONPATH", path)
+    with deepy(folder, "train.py", "small", MANY, "num_gpus=2", "watchdog_timeout=5", "plugins=[sleeper]") as process:
+        code, _, err = end(process)
+    assert code == 1
+    assert re.search(r"rank 1 is in data loading \(sleeper\.py:13, step 11\)", err), err
+    assert re.search(r"rank 0 waits in all_reduce \(.*, step 11\)", err), err
+
+
+def test_with_watchdog_action_wait_the_run_goes_on_when_the_rank_does(folder):
+    with deepy(
+        folder, "train.py", "small", MANY, "num_gpus=2", "watchdog_timeout=2", "watchdog_action=wait"
+    ) as process:
+        wait_for(lambda: steps_done(folder / "run") >= 3, process)
+        stopped = process_of_rank(1, process)
+        os.kill(stopped, signal.SIGSTOP)
+        wait_for((folder / "run" / "logs" / "stacks_rank_0.txt").is_file, process)
+        before = steps_done(folder / "run")
+        os.kill(stopped, signal.SIGCONT)
+        wait_for(lambda: steps_done(folder / "run") > before + 2, process)
+        code, _, err = end(process, signal.SIGTERM)
+    assert code == 0
+    assert "rank 1 is stopped" in err

@@ -1,0 +1,55 @@
+"""All ranks end after the same step, whoever is asked."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from megatron.training.stopping import StopRequest, StopVote
+from tests.ranks.run import run_ranks
+
+CPU = torch.device("cpu")
+
+
+def vote_ten_times(asked: dict[int, int]) -> list[int]:
+    """The step that each rank ends with, when ranks get SIGUSR1 during steps; 0: none. asked: rank -> step."""
+    rank = torch.distributed.get_rank()
+    request = StopRequest(None)
+    ended = 0
+    with request.listening():
+        vote = StopVote(request, CPU)
+        for step in range(1, 11):
+            time.sleep(0.02 * rank)  # ranks are not in step with each other
+            if asked.get(rank) == step:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            if vote.after_step():
+                ended = step
+                break
+    all_ended = [0] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(all_ended, ended)
+    assert (vote.reason is None) == (ended == 0)
+    assert vote.reason in (None, "SIGUSR1")
+    return all_ended
+
+
+def ends_together(asked: dict[int, int], expected: int) -> None:
+    assert vote_ten_times(asked) == [expected] * torch.distributed.get_world_size()
+
+
+@pytest.mark.parametrize(("asked", "expected"), [({}, 0), ({1: 3}, 4), ({0: 5, 2: 4}, 5), ({0: 10}, 0)])
+def test_all_ranks_end_with_the_step_after_the_first_request(asked, expected):
+    run_ranks(3, ends_together, asked, expected)
+
+
+def reaches_its_limit() -> None:
+    request = StopRequest(0.001 if torch.distributed.get_rank() == 1 else None)
+    time.sleep(0.1)
+    vote = StopVote(request, CPU)
+    assert vote.after_step()
+    assert vote.reason == "time_limit_minutes"
+
+
+def test_the_time_limit_of_one_rank_ends_all():
+    run_ranks(2, reaches_its_limit)

@@ -1,0 +1,98 @@
+"""The scripts in the repository's root: what they need, what they hide, and their exit codes."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOORS = ("train.py", "generate.py", "evaluate.py")
+
+
+def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, env=os.environ | environment, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory) -> Path:
+    """A Python without any package."""
+    folder = tmp_path_factory.mktemp("bare") / "env"
+    venv.create(folder, with_pip=False)
+    return folder / "bin" / "python"
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """A door with what it imports, and no environment beside it."""
+    shutil.copytree(ROOT / "megatron", tmp_path / "megatron", ignore=shutil.ignore_patterns("__pycache__"))
+    for door in DOORS:
+        shutil.copy(ROOT / door, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_without_an_environment_a_door_says_how_to_get_one(clone, bare_python, door):
+    result = run(bare_python, clone / door)
+    assert result.returncode == 2
+    assert "make demo" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_door_goes_on_with_the_environment_beside_it_and_says_so(clone, bare_python):
+    venv.create(clone / ".venv", with_pip=False)
+    [packages] = (clone / ".venv" / "lib").glob("python*/site-packages")
+    (packages / "all_of_ours.pth").write_text(sysconfig.get_path("purelib"))
+    result = run(bare_python, clone / "train.py", "--help")
+    assert result.returncode == 0
+    assert result.stderr.count("\n") == 1
+    assert ".venv/bin/python" in result.stderr
+    assert "usage: train.py" in result.stdout
+
+
+def test_an_environment_that_lacks_the_packages_does_not_start_itself_for_ever(clone):
+    venv.create(clone / ".venv", with_pip=False)
+    assert run(clone / ".venv" / "bin" / "python", clone / "train.py").returncode == 2
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_wrong_configuration_is_exit_code_two_with_one_clear_message(door):
+    result = run(sys.executable, ROOT / door, "num_layres=2")
+    assert result.returncode == 2
+    assert "num_layers" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_unknown_key_is_found_before_torch_is_imported(tmp_path):
+    (tmp_path / "bad.yml").write_text("num_layres: 2\n")
+    result = run(sys.executable, "-X", "importtime", ROOT / "train.py", tmp_path / "bad.yml")
+    assert result.returncode == 2
+    assert "megatron.config" in result.stderr
+    assert " torch\n" not in result.stderr
+
+
+CHECK = """
+import sys
+from megatron.doors import enter
+enter({door!r})
+import evaluate
+print(evaluate.__file__)
+"""
+
+
+def test_inside_evaluate_py_the_package_evaluate_is_not_ours(tmp_path):
+    (tmp_path / "evaluate.py").write_text("")  # stands where the installed package would
+    code = CHECK.format(door=str(ROOT / "evaluate.py"))
+    result = run(sys.executable, "-c", code, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
+    assert result.stdout.strip() == str(tmp_path / "evaluate.py"), result.stderr
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_door_is_short(door):
+    assert len((ROOT / door).read_text().splitlines()) <= 30

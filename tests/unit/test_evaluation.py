@@ -1,0 +1,121 @@
+"""Perplexity: each token once, the right sums, the right units."""
+
+import math
+from dataclasses import dataclass
+from datetime import datetime
+
+import numpy as np
+import pytest
+import torch
+
+from megatron.config.load import config_from_flat
+from megatron.errors import UserError
+from megatron.evaluation import (
+    TextSize,
+    evaluate,
+    measure_text,
+    negative_log_likelihood,
+    results_file,
+    score,
+    table,
+    unigram_entropy,
+    window_batches,
+)
+from megatron.tokenizer.build import build_tokenizer
+from tests.trained import one_rank_model
+
+MODEL = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "seq_length": 8}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tokens in memory."""
+
+    ids: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
+
+    def tokens(self, start: int, length: int):
+        return np.array(self.ids[start : start + length], dtype=np.int64)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 31, 32, 33])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_each_token_is_a_label_once_behind_the_token_before_it(count, batch):
+    stream = Stream(tuple(range(100, 100 + count)))
+    pairs = []
+    for ids, weights in window_batches(stream, sequence=8, batch=batch, first_token=7):
+        assert ids.shape[1] == 9 and weights.shape == ids[:, 1:].shape
+        for row, row_weights in zip(ids.tolist(), weights.tolist(), strict=True):
+            pairs += [(row[i], row[i + 1]) for i, weight in enumerate(row_weights) if weight]
+    assert pairs == list(zip([7, *stream.ids], stream.ids, strict=False))
+
+
+def test_the_likelihood_is_that_of_the_same_windows_scored_one_token_at_a_time():
+    text = tuple(b"The quick brown fox jumps over the lazy dog.")
+    sequence = 8
+    with one_rank_model() as model:
+        expected = 0.0
+        for place, token in enumerate(text):
+            start = place - place % sequence
+            seen = [text[start - 1] if start else model.tokenizer.end_of_document, *text[start:place]]
+            expected -= float(model.logits(torch.tensor([seen]))[0, -1].log_softmax(-1)[token])
+        totals = [negative_log_likelihood(model, Stream(text), sequence, batch) for batch in (1, 4)]
+    assert totals == pytest.approx([expected, expected], rel=1e-5)
+
+
+def test_words_and_bytes_are_of_the_documents_without_the_tokens_that_end_them():
+    tokenizer = build_tokenizer("CharLevelTokenizer")
+    end = tokenizer.end_of_document
+    ids = (*b"one two", end, *"drei Füße".encode(), end, *b"x")
+    size = measure_text(Stream(ids), tokenizer)
+    assert (size.tokens, size.words, size.bytes) == (len(ids), 5, 7 + 11 + 1)
+
+
+def test_long_documents_are_measured_in_pieces(monkeypatch):
+    monkeypatch.setattr("megatron.evaluation.PIECE", 5)
+    tokenizer = build_tokenizer("CharLevelTokenizer")
+    ids = (*b"abcdefghijklmnopqrstuvw", *b"xyz" * 10, tokenizer.end_of_document, 65, 66)
+    assert measure_text(Stream(ids), tokenizer).bytes == len(ids) - 1
+
+
+def test_the_entropy_of_equal_shares_is_the_logarithm_of_their_number():
+    assert unigram_entropy(np.array([3, 0, 3, 3, 3])) == pytest.approx(math.log(4))
+    assert unigram_entropy(np.array([9, 0])) == 0
+    assert unigram_entropy(np.array([1, 3])) == pytest.approx(0.25 * math.log(4) + 0.75 * math.log(4 / 3))
+
+
+def test_perplexities_are_per_token_word_and_byte_of_the_same_total():
+    results = score(nats=120.0, size=TextSize(tokens=60, words=20, bytes=100, entropy=3.0))
+    assert results["loss"] == 2.0
+    assert results["token_perplexity"] == pytest.approx(math.exp(2))
+    assert results["word_perplexity"] == pytest.approx(math.exp(6))
+    assert results["byte_perplexity"] == pytest.approx(math.exp(1.2))
+    assert results["bits_per_byte"] == pytest.approx(1.2 / math.log(2))
+    assert results["unigram_entropy_bits"] == pytest.approx(3 / math.log(2))
+    assert "1.0000" in table("valid", results).splitlines()[-1]
+
+
+def test_the_results_file_has_prefix_and_time_in_its_name_and_lies_with_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    now = datetime(2026, 3, 4, 5, 6, 7)
+
+    def path(**keys: str) -> str:
+        return str(results_file(config_from_flat(MODEL | keys), now))
+
+    assert path() == "eval_results_03-04-2026-05-06-07.json"
+    assert path(eval_results_prefix="mine", save="run") == "run/mine_eval_results_03-04-2026-05-06-07.json"
+    assert path(save="run", log_dir="logs") == "logs/eval_results_03-04-2026-05-06-07.json"
+    assert path(save="run", eval_results_prefix="out/x") == "out/x_eval_results_03-04-2026-05-06-07.json"
+
+
+def test_tasks_of_the_harness_are_refused_with_a_clear_line():
+    with pytest.raises(UserError, match="eval_tasks: harness tasks are not supported yet"):
+        evaluate(config_from_flat(MODEL | {"eval_tasks": ["piqa"], "load": "somewhere"}))
+
+
+def test_an_evaluation_without_a_checkpoint_names_the_folder(tmp_path):
+    with pytest.raises(UserError, match=f"no checkpoint in {tmp_path}"):
+        evaluate(config_from_flat(MODEL | {"save": str(tmp_path)}))

@@ -1,0 +1,119 @@
+"""The log line, the units in it, and the arithmetic behind it."""
+
+import math
+
+import pytest
+
+from megatron.metrics.flops import peak_flops, training_flops_per_token
+from megatron.metrics.interval import Interval, Workload, interval_metrics, log_line
+from megatron.metrics.units import duration, perplexity, short_number
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0.00"),
+        (0.123, "0.123"),
+        (9.996, "10.0"),
+        (950, "950"),
+        (999.6, "1.00k"),
+        (39832, "39.8k"),
+        (1.7e18, "1700P"),
+    ],
+)
+def test_a_number_is_shortened_to_three_digits_and_a_prefix(value, text):
+    assert short_number(value) == text
+
+
+def test_the_prefix_belongs_to_the_unit():
+    assert short_number(1.714e14, "FLOP/s/gpu") == "171 TFLOP/s/gpu"
+    assert short_number(12.0, "FLOP/s/rank") == "12.0 FLOP/s/rank"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0s"), (59.6, "1m"), (75, "1m 15s"), (3601, "1h"), (3660, "1h 1m"), (100800, "1d 4h")],
+)
+def test_a_time_is_told_in_its_two_largest_units(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_perplexity_of_a_hopeless_loss_is_infinite_and_of_nan_is_nan():
+    assert perplexity(math.log(50)) == pytest.approx(50)
+    assert perplexity(1e6) == math.inf
+    assert math.isnan(perplexity(math.nan))
+
+
+def test_flops_of_a_token_are_six_per_parameter_and_the_attention_square():
+    assert training_flops_per_token(124_000_000, 12, 768, 1024) == 6 * 124e6 + 12 * 12 * 768 * 1024
+
+
+@pytest.mark.parametrize(
+    ("card", "tflops"),
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 836),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 125),
+    ],
+)
+def test_the_peak_of_a_known_card_is_found_by_its_name(card, tflops):
+    assert peak_flops(None, card, half_precision=True) == tflops * 1e12
+
+
+def test_a_peak_that_is_not_known_is_not_made_up():
+    assert peak_flops(None, "NVIDIA GeForce GTX 1080", half_precision=True) is None
+    assert peak_flops(None, "", half_precision=True) is None
+    assert peak_flops(None, "NVIDIA H200", half_precision=False) is None
+
+
+def test_a_configured_peak_wins():
+    assert peak_flops(100.0, "NVIDIA H200", half_precision=False) == 100e12
+
+
+def test_the_log_line_has_units_in_its_names_and_leaves_out_what_is_not_known():
+    work = Workload(tokens_per_step=16384, flops_per_token=4.3e9, ranks=1, peak_flops=989e12)
+    interval = Interval(100, 41.2, 3.2142, 5.9e-4, grad_norm=0.831, loss_scale=None, skipped_steps=0)
+    line = log_line(1200, 320000, interval_metrics(interval, work), on_gpu=True)
+    assert line == (
+        "step 1200/320000 | loss 3.214 | lr 5.9e-04 | grad norm 0.83 | 412 ms/step | 39.8k tokens/s "
+        "| 171 TFLOP/s/gpu | MFU 17% | ETA 1d 12h"
+    )
+
+
+def test_on_a_cpu_the_line_counts_ranks_and_names_no_utilization():
+    work = Workload(tokens_per_step=1000, flops_per_token=1e6, ranks=2, peak_flops=None)
+    metrics = interval_metrics(Interval(1, 1.0, 2.0, 1e-3, None, 1024.0, 1), work)
+    assert log_line(5, 5, metrics, on_gpu=False) == (
+        "step 5/5 | loss 2.000 | lr 1.0e-03 | loss scale 1024 | skipped 1 | 1000 ms/step | 1.00k tokens/s "
+        "| 500 MFLOP/s/rank | ETA 0s"
+    )
+    assert "runtime/model_flops_utilization" not in metrics
+
+
+def test_skipped_steps_are_told_with_a_loss_scale_and_wherever_there_were_some():
+    work = Workload(tokens_per_step=1000, flops_per_token=1e6, ranks=2, peak_flops=None)
+
+    def told(loss_scale, skipped):
+        metrics = interval_metrics(Interval(9, 1.0, 2.0, 1e-3, 1.0, loss_scale, skipped), work)
+        return metrics.get("train/skipped_steps")
+
+    assert [told(None, 0), told(256.0, 0), told(None, 2), told(256.0, 2)] == [None, 0, 2, 2]
+
+
+def test_metrics_have_the_documented_names_and_units():
+    work = Workload(tokens_per_step=1000, flops_per_token=6e6, ranks=2, peak_flops=1e10)
+    metrics = interval_metrics(Interval(10, 5.0, 2.0, 1e-3, 0.5, 256.0, 0), work)
+    assert metrics == {
+        "train/lm_loss": 2.0,
+        "train/learning_rate": 1e-3,
+        "train/grad_norm": 0.5,
+        "train/loss_scale": 256.0,
+        "train/skipped_steps": 0,
+        "runtime/iteration_time": 0.5,
+        "runtime/tokens_per_sec": 2000.0,
+        "runtime/flops_per_sec_per_gpu": 6e9,
+        "runtime/model_flops_utilization": 0.6,
+    }
