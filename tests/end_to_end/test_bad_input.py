@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron import doors
-from tests.end_to_end.commands import ENVIRONMENT, ROOT, SMALL, run
+from tests.end_to_end.commands import ENVIRONMENT, ROOT, SMALL, json_lines, run
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,10 @@ def test_an_output_file_survives_a_command_that_is_refused(folder):
 def test_a_run_that_diverges_ends_with_exit_code_one_and_saves_nothing_broken(folder):
     done = run(folder, "train.py", "small", "save=broken", "optimizer.params.lr=1e30", "warmup=0", expect=1)
     assert "the training has diverged" in done.stderr
+    [kept] = folder.rglob("bad_batch_step_*.jsonl")
+    rows = json_lines(kept)
+    assert [row["sample"] for row in rows] == list(range(rows[0]["sample"], rows[0]["sample"] + 8))
+    assert all(row["text"] for row in rows) and kept.name in done.stderr
     assert "Traceback" not in done.stderr
     assert "loss nan" in done.stdout and "skipped 1" in done.stdout
     assert not list((folder / "broken").glob("global_step*"))
