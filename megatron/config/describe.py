@@ -6,7 +6,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from megatron.config.estimate import embedding_parameters, largest_rank, parameter_count
+from megatron.config.describe_memory import holder_lines, inference_lines, memory_lines
+from megatron.config.estimate import checkpoint_bytes, embedding_parameters, flops_per_token, parameter_count
 from megatron.config.groups import Config
 from megatron.config.plan import ModelPlan, Plan
 from megatron.config.resolve import decay_steps
@@ -40,8 +41,11 @@ def dry_run(config: Config, plan: Plan, script: str, notes: Sequence[str]) -> st
     """What a run would be: sizes, layout, steps, and in `notes` and below what could not be checked."""
     lines = [f"{script} would run on {_count(plan.layout.world_size, 'rank')}:", *_layout_lines(plan)]
     lines += _model_lines(plan.model)
-    lines += _rank_lines(plan)
-    lines += _length_lines(config, plan) if script == "train.py" else []
+    if script == "train.py":
+        lines += [*_cost_lines(plan), *_length_lines(config, plan), *holder_lines(plan)]
+        lines += memory_lines(plan, config.launcher.gpu_memory)
+    else:
+        lines += inference_lines(plan, config.launcher.gpu_memory)
     return "\n".join([*lines, "not checked:", *(f"  {note}" for note in (*notes, *_unchecked(config)))])
 
 
@@ -94,16 +98,16 @@ def _model_lines(model: ModelPlan) -> list[str]:
         f"  model: {model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads "
         f"({model.num_kv_heads} key/value), feed-forward {model.ffn_hidden_size}, vocabulary {model.vocab_size:,} "
         f"({model.padded_vocab_size:,} in memory)",
-        f"  parameters: {total:,} ({short_number(total)}; {short_number(total - embedding)} without embeddings)",
+        f"  parameters: {total:,} ({short_number(total)}; {short_number(total - embedding)} without embeddings); "
+        "active per token: all",
     ]
 
 
-def _rank_lines(plan: Plan) -> list[str]:
-    rank = largest_rank(plan)
-    whole = plan.model.num_layers % plan.layout.pipe == 0 and plan.engine.partition_method.startswith("type:")
+def _cost_lines(plan: Plan) -> list[str]:
+    flops = flops_per_token(plan.model, plan.batch.sequence_length)
     return [
-        f"  per rank: {'' if whole else 'up to '}{rank.parameters:,} parameters, {rank.state_bytes / 2**30:.2f} GiB "
-        "of weights, gradients and optimizer (activations come on top)"
+        f"  FLOPs per token: {short_number(flops)} ({short_number(flops * plan.batch.tokens_per_step)} per step)",
+        f"  checkpoint: {checkpoint_bytes(plan) / 1e9:,.2f} GB",
     ]
 
 
@@ -123,8 +127,9 @@ def _unchecked(config: Config) -> list[str]:
     files = [config.tokenizer.vocab_file, config.tokenizer.merge_file]
     named = " with " + ", ".join(name for name in files if name) if any(files) else ""
     notes = [f"tokenizer: {config.tokenizer.tokenizer_type}{named}; the vocabulary is taken as {stated}"]
-    if config.data.data_impl != "mock" and config.data.data_path is not None:
-        notes.append(f"data: {config.data.data_path}")
+    paths = (config.data.data_path,) if config.data.data_path else config.data.train_data_paths or ()
+    if config.data.data_impl != "mock" and paths:
+        notes.append(f"data: {', '.join(paths)}")
     if config.checkpoint.load is not None:
         notes.append(f"checkpoint: {config.checkpoint.load}")
     return notes

@@ -1,20 +1,22 @@
-"""How many parameters a Plan has, whole and per rank, and what they take in memory.
+"""How many parameters a model has, whole and per rank, and what follows from that.
 
 Floor 1: arithmetic on sizes, so that --dry-run needs no torch. A test compares it with real models.
 Letters: h hidden size, f feed-forward width, n query heads, g key/value heads, d head size.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from megatron.config.plan import ModelPlan, Plan
 from megatron.config.widths import is_gated
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+MOMENTS = {"sgd": 1}  # tensors like the parameter that an optimizer keeps; the others keep two
 
 
 def parameter_count(model: ModelPlan) -> int:
     """Parameters of the whole model, without the padding of the vocabulary: what a checkpoint holds."""
-    return _outer(model, model.vocab_size) + model.num_layers * _block(model, split=1)
+    head = 0 if model.tied_embeddings else model.vocab_size * model.hidden_size
+    ends = (model.vocab_size + _positions(model)) * model.hidden_size + _norm(model) + head
+    return ends + model.num_layers * _block(model, split=1)
 
 
 def embedding_parameters(model: ModelPlan) -> int:
@@ -22,47 +24,28 @@ def embedding_parameters(model: ModelPlan) -> int:
     return (model.vocab_size + _positions(model)) * model.hidden_size
 
 
-@dataclass(frozen=True)
-class RankEstimate:
-    """The rank that holds most. Bytes are of weights, gradients and optimizer, without activations."""
-
-    parameters: int
-    state_bytes: int
-
-
-def largest_rank(plan: Plan) -> RankEstimate:
-    """Parameters in memory on the rank that holds most, and what training takes there.
-
-    Exact where the blocks divide evenly over the stages; else the largest share a stage can have.
-    """
-    model, layout = plan.model, plan.layout
-    embedding = _embedding(model, layout.model)
-    last = _norm(model) + model.padded_vocab_size // layout.model * model.hidden_size
-    blocks = -(-model.num_layers // layout.pipe) * _block(model, layout.model)
-    if layout.pipe == 1:
-        most = embedding + blocks + _norm(model) + (0 if model.tied_embeddings else last - _norm(model))
-    else:
-        most = blocks + max(embedding, last)
-    return RankEstimate(most, _state_bytes(plan, most))
+def layer_parameters(model: ModelPlan, split: int = 1) -> list[int]:
+    """Parameters in memory of every layer, on one of `split` tensor-parallel ranks: embedding, blocks, norm, head."""
+    rows = model.padded_vocab_size // split * model.hidden_size
+    blocks = [_block(model, split)] * model.num_layers
+    return [rows + _positions(model) * model.hidden_size, *blocks, _norm(model), rows]
 
 
-def _state_bytes(plan: Plan, parameters: int) -> int:
-    """Weights, gradients, and what the optimizer keeps: moments, and fp32 weights beside 16-bit ones."""
-    width, data = BYTES[plan.engine.precision], plan.layout.data
-    stage = plan.engine.zero_stage if width == 4 else max(1, plan.engine.zero_stage)  # the engine's choice for 16 bit
-    moments = 4 if plan.optimizer.kind == "sgd" else 8
-    sharded_from = ((width, 3), (width, 2), (moments + (0 if width == 4 else 4), 1))
-    return sum(parameters * size // (data if stage >= first else 1) for size, first in sharded_from)
+def held_parameters(model: ModelPlan, split: int, layers: Iterable[int]) -> int:
+    """Parameters in memory of some of the layers on one rank; tied ends that meet on it are one."""
+    held, counts = set(layers), layer_parameters(model, split)
+    shared = model.tied_embeddings and {0, len(counts) - 1} <= held
+    return sum(counts[layer] for layer in held) - (counts[-1] if shared else 0)
 
 
-def _outer(model: ModelPlan, rows: int) -> int:
-    """Everything but the blocks."""
-    head = 0 if model.tied_embeddings else rows * model.hidden_size
-    return (rows + _positions(model)) * model.hidden_size + _norm(model) + head
+def flops_per_token(model: ModelPlan, sequence_length: int) -> float:
+    """FLOPs of one token, forward and backward: 6 N + 12 L h s, recomputation not counted (see metrics/flops.py)."""
+    return 6.0 * parameter_count(model) + 12.0 * model.num_layers * model.hidden_size * sequence_length
 
 
-def _embedding(model: ModelPlan, split: int) -> int:
-    return (model.padded_vocab_size // split + _positions(model)) * model.hidden_size
+def checkpoint_bytes(plan: Plan) -> int:
+    """Bytes of a checkpoint: fp32 weights and moments, 12 a parameter with Adam."""
+    return 4 * (1 + MOMENTS.get(plan.optimizer.kind, 2)) * parameter_count(plan.model)
 
 
 def _positions(model: ModelPlan) -> int:

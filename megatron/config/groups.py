@@ -8,11 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from megatron.config.data_keys import DataKeys
 from megatron.config.group import Group
 from megatron.config.model_keys import ModelKeys, ParallelismKeys
 from megatron.config.run_keys import (
     CheckpointKeys,
-    DataKeys,
     EvaluationKeys,
     GenerationKeys,
     LauncherKeys,

@@ -4,8 +4,10 @@ Floor 1. Files are flat dictionaries that are put together; a key may stand in o
 what the files say, and reaches into a nested group by dots: `optimizer.params.lr=1e-4`.
 """
 
+import os
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from megatron import registry
 from megatron.config.group import Group
 from megatron.config.groups import Config, group_fields, group_of_key
 from megatron.config.messages import validation_problem
-from megatron.config.rules import broken_rules
+from megatron.config.neox import answer_keys, answer_values
+from megatron.config.neox_answers import ANSWERS, VALUES
+from megatron.config.rules import broken_rules, notes_on_defaults
 from megatron.config.yaml_file import Entries, Location, normal_key, parse_value, read_file
 from megatron.errors import UserError
 
@@ -35,24 +39,43 @@ class ConfigError(UserError):
         self.problems = tuple(problems)
 
 
+def say(line: str) -> None:
+    """Tell the user, once for all ranks, what became of a key."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+
+
 def load_config(
-    files: Sequence[str], folder: str | None = None, overrides: Sequence[str] = (), script: str | None = None
+    files: Sequence[str],
+    folder: str | None = None,
+    overrides: Sequence[str] = (),
+    script: str | None = None,
+    *,
+    planning: bool = False,
+    tell: Callable[[str], None] = say,
 ) -> Config:
     """Read, merge and check a configuration.
 
     files: with or without extension; a directory stands for its default.yml; none: configs/default.yml.
     folder: prefix of the files. overrides: "key=value" in YAML syntax. script: the name of the door that will run
-    ("train.py"), whose needs are then checked as well.
+    ("train.py"), whose needs are then checked as well; planning: all but data and checkpoint.
+    tell: gets a line for each key of GPT-NeoX that was translated or left out.
     Raises ConfigError with all problems.
     """
     paths, missing = find_files(files, folder)
     if missing:
         raise ConfigError("the command line", missing)
-    merged = merge([read_file(path) for path in paths])
+    parts = [read_file(path) for path in paths]
+    merged = merge(parts)
+    if any(part.problems and not part.values for part in parts):
+        raise ConfigError("the files", merged.problems)  # what else is wrong cannot be known
     for override in overrides:
         _override(merged, override)
     source = " + ".join([str(path) for path in paths] + (["the command line"] if overrides else []))
-    return build(merged, source, script)
+    config = build(merged, source, script, planning)
+    for note in merged.notes:
+        tell(note)
+    return config
 
 
 def config_from_flat(flat: Mapping[str, Any], source: str = "configuration", script: str | None = None) -> Config:
@@ -83,6 +106,7 @@ def merge(parts: Sequence[Entries]) -> Entries:
     merged = Entries()
     for part in parts:
         merged.problems += part.problems
+        merged.notes += part.notes
         for key, value in part.values.items():
             if key in merged.values:
                 here, there = part.locations[(key,)], merged.locations[(key,)]
@@ -93,8 +117,10 @@ def merge(parts: Sequence[Entries]) -> Entries:
     return merged
 
 
-def build(entries: Entries, source: str, script: str | None = None) -> Config:
+def build(entries: Entries, source: str, script: str | None = None, planning: bool = False) -> Config:
     """Check merged keys and build the Config. Raises ConfigError with all problems, `source` naming the files."""
+    answer_keys(entries, ANSWERS)
+    answer_values(entries, VALUES)
     problems = list(entries.problems)
     try:
         plugins = entries.values.get("plugins", ())
@@ -105,9 +131,10 @@ def build(entries: Entries, source: str, script: str | None = None) -> Config:
     unknown = [key for key in entries.values if key not in known and key != "plugins"]
     problems += [_at(entries, key) + _unknown_key(key, [*known, "plugins"]) for key in unknown]
     config, wrong = _build_groups(entries, problems)
-    problems += broken_rules(config, wrong, script)
+    problems += broken_rules(config, wrong, script, planning)
     if problems:
         raise ConfigError(source, problems)
+    entries.notes += notes_on_defaults(config)
     return config
 
 

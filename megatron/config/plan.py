@@ -67,6 +67,13 @@ class ModelPlan:
     sliding_window: int | None  # keys a query of a "local" layer sees, itself included
     attention_dropout: float
     hidden_dropout: float
+    reset_attention_mask: bool = False  # no token attends to another document than its own
+    reset_position_ids: bool = False  # positions count from the beginning of each document
+
+    @property
+    def keeps_documents_apart(self) -> bool:
+        """Whether the layers must be told where documents begin."""
+        return self.reset_attention_mask or self.reset_position_ids
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ class OptimizerPlan:
 
 @dataclass(frozen=True)
 class SchedulePlan:
-    """Learning rate over steps. `kind`: constant, linear or cosine (registry kind "lr_schedule")."""
+    """Learning rate over steps. `kind`: constant, linear, cosine or exponential (registry kind "lr_schedule")."""
 
     kind: str
     peak: float

@@ -11,27 +11,20 @@ def wanted(keys: PrecisionKeys) -> dict[str, Precision]:
     wishes: dict[str, Precision] = {}
     if keys.precision is not None:
         wishes[f"precision ({keys.precision})"] = NAMES[keys.precision]
-    for name in ("enabled", "fp16"):
-        if getattr(keys.fp16, name) and keys.fp16.type != "bfloat16":
-            wishes[f"fp16.{name} (true)"] = "fp16"
-    if keys.fp16.type == "bfloat16" and keys.fp16.enabled is not False:
-        wishes["fp16.type (bfloat16)"] = "bf16"
-    for name in ("enabled", "bf16"):
-        if getattr(keys.bf16, name):
-            wishes[f"bf16.{name} (true)"] = "bf16"
+    if keys.fp16.enabled:
+        wishes["fp16.enabled (true)"] = "fp16"
+    if keys.bf16.enabled:
+        wishes["bf16.enabled (true)"] = "bf16"
     return wishes
 
 
 def refused(keys: PrecisionKeys) -> dict[str, Precision]:
     """What keys set to false exclude: {"fp16.enabled (false)": "fp16"}."""
-    groups: tuple[tuple[Precision, bool | None, bool | None], ...] = (
-        ("fp16", keys.fp16.enabled, keys.fp16.fp16),
-        ("bf16", keys.bf16.enabled, keys.bf16.bf16),
-    )
     excluded: dict[str, Precision] = {}
-    for name, enabled, same in groups:
-        excluded |= {f"{name}.enabled (false)": name} if enabled is False else {}
-        excluded |= {f"{name}.{name} (false)": name} if same is False else {}
+    if keys.fp16.enabled is False:
+        excluded["fp16.enabled (false)"] = "fp16"
+    if keys.bf16.enabled is False:
+        excluded["bf16.enabled (false)"] = "bf16"
     return excluded
 
 

@@ -80,9 +80,10 @@ def _batch(config: Config, data: int, inference: bool, problems: list[str]) -> B
         micro, steps = micro or 1, steps or 1
         return BatchPlan(micro, steps, micro * steps * data, length)
     if micro is not None and steps is not None and micro * steps * data != whole:
+        fitting = f"{whole // (micro * steps)} replicas would give {whole}, or " if whole % (micro * steps) == 0 else ""
         problems.append(
             f"train_batch_size ({whole}) is not train_micro_batch_size_per_gpu ({micro}) x gradient_accumulation_steps "
-            f"({steps}) x {data} data-parallel replicas = {micro * steps * data}; leave one of the three out"
+            f"({steps}) x {data} data-parallel replicas = {micro * steps * data}; {fitting}leave one of the three out"
         )
     elif micro is None:
         steps = steps or 1
@@ -134,6 +135,8 @@ def _model(config: Config, vocab_size: int, rows: int) -> ModelPlan:
         sliding_window=keys.sliding_window_width,
         attention_dropout=keys.attention_dropout,
         hidden_dropout=keys.hidden_dropout,
+        reset_attention_mask=config.data.reset_attention_mask,
+        reset_position_ids=config.data.reset_position_ids,
     )
 
 

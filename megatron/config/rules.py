@@ -7,19 +7,40 @@ depend on the number of ranks or on the vocabulary are in `resolve`.
 import re
 from collections.abc import Iterator
 
+from megatron.config.data_rules import DATA_RULES
 from megatron.config.groups import Config
 from megatron.config.model_rules import MODEL_RULES
 from megatron.config.precision import refused, wanted
 from megatron.config.rule import Rule
+from megatron.config.stages import BLOCK_CLASS
+from megatron.config.widths import feed_forward_width, is_gated, neox_gated_width
 
-# The class whose layers pipe_partition_method usually counts.
-BLOCK_CLASS = "TransformerBlock"
 
+def broken_rules(config: Config, wrong: set[str], script: str | None = None, planning: bool = False) -> list[str]:
+    """One message for each broken rule.
 
-def broken_rules(config: Config, wrong: set[str], script: str | None = None) -> list[str]:
-    """One message for each broken rule. wrong: keys without a usable value. script: the door that will run."""
-    rules = (*MODEL_RULES, *RUN_RULES, *SCRIPT_RULES.get(script or "", ()))
+    wrong: keys without a usable value. script: the door that will run. planning: data and checkpoint need not be named.
+    """
+    needs = SCRIPT_RULES.get(script or "", ())
+    rules = (
+        *MODEL_RULES,
+        *DATA_RULES,
+        *RUN_RULES,
+        *(rule for rule in needs if not (planning and rule in NOT_FOR_A_PLAN)),
+    )
     return [problem for rule in rules if not wrong.intersection(rule.keys) for problem in rule.check(config)]
+
+
+def notes_on_defaults(config: Config) -> list[str]:
+    """A line for each default that was taken and is another one in GPT-NeoX."""
+    model = config.model
+    if not is_gated(model.activation) or model.ffn_hidden_size is not None:
+        return []
+    width, there = feed_forward_width(model), neox_gated_width(4 * model.hidden_size, model.mlp_multiple_of)
+    return [
+        f"activation ({model.activation}) without ffn_hidden_size: the width is {width}, two thirds of "
+        f"4 x hidden_size; in GPT-NeoX it is {there}. Writing ffn_hidden_size settles it"
+    ]
 
 
 def _pipeline_has_layers(config: Config) -> Iterator[str]:
@@ -83,15 +104,6 @@ def _minimum_is_below_peak(config: Config) -> Iterator[str]:
         yield f"min_lr ({lowest}) must not be above optimizer.params.lr ({peak}); a tenth of it is usual"
 
 
-def _split_is_three_shares(config: Config) -> Iterator[str]:
-    try:
-        shares = [float(share) for share in re.split("[,/]", config.data.split)]
-    except ValueError:
-        shares = []
-    if not 1 <= len(shares) <= 3 or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
-        yield f'split ("{config.data.split}") must be up to three shares such as "969, 30, 1"'
-
-
 def _loading_names_a_place(config: Config) -> Iterator[str]:
     keys = config.checkpoint
     if keys.load is None and keys.finetune:
@@ -124,8 +136,12 @@ def _training_has_a_batch(config: Config) -> Iterator[str]:
 
 
 def _data_are_named(config: Config) -> Iterator[str]:
-    if config.data.data_path is None and config.data.data_impl != "mock":
-        yield '"data_path" is missing; name a prefix of .bin and .idx files, or try things out with data_impl: mock'
+    keys = config.data
+    if keys.data_path is None and keys.train_data_paths is None and keys.data_impl != "mock":
+        yield (
+            '"data_path" is missing; name a prefix of .bin and .idx files (or several in train_data_paths), '
+            "or try things out with data_impl: mock"
+        )
 
 
 def _weights_are_named(config: Config) -> Iterator[str]:
@@ -141,18 +157,19 @@ RUN_RULES = (
     Rule(("optimizer", "weight_decay"), _weight_decay_is_one),
     Rule(("lr_decay_iters", "lr_decay_fraction"), _decay_length_is_one),
     Rule(("min_lr", "optimizer"), _minimum_is_below_peak),
-    Rule(("split",), _split_is_three_shares),
     Rule(("load", "save", "finetune", "iteration"), _loading_names_a_place),
     Rule(("text_gen_type", "sample_input_file"), _prompts_have_a_file),
     Rule(("include", "exclude", "num_gpus"), _devices_are_chosen_once),
 )
 
 _LOADS = Rule(("load", "save"), _weights_are_named)
+_HAS_DATA = Rule(("data_path", "train_data_paths", "data_impl"), _data_are_named)
+NOT_FOR_A_PLAN = (_LOADS, _HAS_DATA)
 SCRIPT_RULES = {
     "train.py": (
         Rule(("train_iters",), _training_has_an_end),
         Rule(("train_batch_size", "train_micro_batch_size_per_gpu"), _training_has_a_batch),
-        Rule(("data_path", "data_impl"), _data_are_named),
+        _HAS_DATA,
     ),
     "generate.py": (_LOADS,),
     "evaluate.py": (_LOADS,),

@@ -1,4 +1,4 @@
-"""Keys around the training: tokenizer, data, checkpoints, logging, generation, evaluation, launcher.
+"""Keys around the training: tokenizer, checkpoints, logging, generation, evaluation, launcher.
 
 Floor 1.
 """
@@ -35,25 +35,6 @@ class TokenizerKeys(Group):
     """Text of the token that ends a document. Unset: the tokenizer's own; it must exist either way."""
 
 
-class DataKeys(Group):
-    """Token files."""
-
-    data_path: str | None = None
-    """Prefix of the .bin and .idx files, such as data/mine_text_document."""
-
-    split: str = "969, 30, 1"
-    """Shares of training, validation and test; by document, or by token for a corpus of one document."""
-
-    data_impl: Literal["mmap", "mock", "infer"] = "mmap"
-    """mmap reads data_path; mock makes up text, for trying things out; infer means mmap."""
-
-    num_workers: NotNegativeInt = 2
-    """Processes per rank that read ahead."""
-
-    eod_mask_loss: bool = False
-    """Do not learn to predict what follows the end of a document."""
-
-
 class CheckpointKeys(Group):
     """What is kept, where, and from where a run goes on."""
 
@@ -66,11 +47,29 @@ class CheckpointKeys(Group):
     checkpoint_factor: PositiveInt | None = None
     """Steps between checkpoints. Unset: only at the end."""
 
+    checkpoint_scale: Literal["linear", "log"] = "linear"
+    """linear: every checkpoint_factor steps; log: after 1, f, f², f³, ... steps, f being checkpoint_factor."""
+
+    extra_save_iters: tuple[NotNegativeInt, ...] = ()
+    """Steps to save at besides; these checkpoints are never deleted. 0: the weights from the seed."""
+
     keep_last_n_checkpoints: PositiveInt | None = None
-    """Older checkpoints are deleted. Unset: all are kept."""
+    """Older checkpoints are deleted, but for those of extra_save_iters and the best. Unset: all are kept."""
+
+    keep_best_checkpoint: bool = False
+    """Save after a validation with the lowest loss so far, let the file `best` name it, and do not delete it."""
+
+    async_save: bool = False
+    """Copy the state to host memory (12 bytes per parameter, shared out over the ranks) and write while training."""
+
+    verify: Literal["quick", "full"] = "quick"
+    """What is checked of a checkpoint before it is loaded: sizes of its files, or their hashes as well."""
 
     finetune: bool = False
     """Take weights only from load, and start at step 0."""
+
+    allow_changes: tuple[Literal["seed", "data", "tokenizer"], ...] = ()
+    """What may differ from the run that wrote the checkpoint to go on from; anything else is refused."""
 
     no_load_optim: bool = False
     """Do not take the optimizer's state from load."""
@@ -172,8 +171,12 @@ class EvaluationKeys(Group):
 class LauncherKeys(Group):
     """How ranks are started."""
 
-    launcher: Annotated[str, registered("launcher")] = "local"
-    """local: all ranks on this machine, by DeepSpeed's launcher."""
+    launcher: Annotated[str, registered("launcher")] | None = None
+    """local: all ranks on this machine. pdsh: the hosts of the hostfile, by ssh. openmpi: mpirun. slurm: srun inside an
+    allocation. Unset: pdsh with a hostfile of several hosts, slurm in the script of several nodes, else local."""
+
+    launcher_args: str | None = None
+    """Further arguments of pdsh, mpirun or srun, such as "--mca btl_tcp_if_include eth0"."""
 
     num_gpus: PositiveInt | None = None
     """Processes per node, on a CPU machine too. Unset: one per visible GPU, or two on a CPU."""
@@ -182,7 +185,7 @@ class LauncherKeys(Group):
     """Machines of the run."""
 
     master_addr: str | None = None
-    """Address of rank 0. Unset: this machine."""
+    """Address of rank 0. Unset: the first host."""
 
     master_port: Annotated[int, Field(gt=0, lt=65536)] | None = None
     """Port of rank 0. Unset: a free one."""
@@ -191,10 +194,26 @@ class LauncherKeys(Group):
     """Lines such as "node1 slots=8". Unset: the file in DLTS_HOSTFILE, or /job/hostfile where it exists."""
 
     include: str | None = None
-    """Devices to use, as "localhost:0,2"."""
+    """Hosts and devices to use, as "node1@node2:0,2"; "localhost:0,2" without a hostfile."""
 
     exclude: str | None = None
-    """Devices to leave out, as "localhost:1"."""
+    """Hosts and devices to leave out, as "node1@node2:1"."""
+
+    forward_environment: tuple[str, ...] = ()
+    """Environment variables that every node gets, beside NCCL_*, GLOO_*, DS_*, OMP_*, WANDB_*, HF_* and their like."""
+
+    gpu_memory: PositiveFloat | None = None
+    """Memory of one device in GiB, such as 80: --dry-run then says whether the run fits."""
 
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """Unset: nccl on GPUs, gloo otherwise."""
+
+    watchdog_timeout: NotNegativeFloat | None = None
+    """Seconds that a step may take before all ranks are asked what they do; 0: never. Unset: ten times the running
+    median, at least 300."""
+
+    watchdog_action: Literal["end", "wait"] = "end"
+    """After the roll-call of a hang: end the run with exit code 1, or wait on."""
+
+    time_limit_minutes: PositiveFloat | None = None
+    """Minutes after which the run ends at a step boundary, with a checkpoint. Unset: no limit."""

@@ -64,7 +64,8 @@ class OptimizerKeys(Group):
     """Largest global gradient norm; 0: no clipping."""
 
     lr_decay_style: Annotated[str, registered("lr_schedule")] = "linear"
-    """Schedule after warm-up: constant, linear or cosine."""
+    """Schedule after warm-up: constant, linear or cosine (both from the peak to min_lr), exponential (to half of the
+    peak, never below min_lr)."""
 
     lr_decay_iters: PositiveInt | None = None
     """Steps, warm-up included, until the learning rate is min_lr. Unset: lr_decay_fraction, or train_iters."""
@@ -84,12 +85,6 @@ class Fp16Keys(Group):
 
     enabled: bool | None = None
     """Train in fp16 with loss scaling."""
-
-    fp16: bool | None = None
-    """The same as enabled, as some GPT-NeoX files write it."""
-
-    type: Literal["fp16", "bfloat16"] | None = None
-    """"bfloat16" asks for bfloat16, as some GPT-NeoX files write it."""
 
     loss_scale: NotNegativeFloat = 0.0
     """Constant loss scale; 0: dynamic."""
@@ -112,9 +107,6 @@ class Bf16Keys(Group):
 
     enabled: bool | None = None
     """Train in bfloat16 with fp32 master weights."""
-
-    bf16: bool | None = None
-    """The same as enabled, as some GPT-NeoX files write it."""
 
 
 class DataTypes(Group):

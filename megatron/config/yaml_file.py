@@ -27,11 +27,12 @@ class Location:
 
 @dataclass
 class Entries:
-    """Flat keys with their values, where each of them (and of their parts) stands, and what was wrong."""
+    """Flat keys with their values, where each of them (and of their parts) stands, what was wrong, and what to say."""
 
     values: dict[str, Any] = field(default_factory=dict)
     locations: dict[KeyPath, Location] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def location(self, path: KeyPath) -> Location | None:
         """Where `path` was written, or the nearest part above it."""

@@ -1,7 +1,7 @@
 """Learning rate as a pure function of the step.
 
 Nothing to save, nothing to restore: a resumed run asks for the same step and gets the same rate. Floor 3.
-Every schedule warms up linearly, then decays from `peak` to `minimum` and stays there.
+Every schedule warms up linearly, then decays from `peak` towards `minimum` and stays where it ends.
 """
 
 import math
@@ -19,20 +19,25 @@ def learning_rate(schedule: SchedulePlan, step: int) -> float:
         return schedule.peak * (step + 1) / (schedule.warmup_steps + 1)
     span = max(1, schedule.decay_steps - schedule.warmup_steps)
     progress = min(1.0, (step - schedule.warmup_steps) / span)
-    remaining: float = registry.resolve("lr_schedule", schedule.kind)(progress)
-    return schedule.minimum + (schedule.peak - schedule.minimum) * remaining
+    rate: float = registry.resolve("lr_schedule", schedule.kind)(progress, schedule.peak, schedule.minimum)
+    return rate
 
 
-def constant(progress: float) -> float:
+def constant(progress: float, peak: float, minimum: float) -> float:
     """No decay: `peak` for ever."""
-    return 1.0
+    return peak
 
 
-def linear(progress: float) -> float:
+def linear(progress: float, peak: float, minimum: float) -> float:
     """A straight line from `peak` to `minimum`."""
-    return 1.0 - progress
+    return minimum + (peak - minimum) * (1.0 - progress)
 
 
-def cosine(progress: float) -> float:
+def cosine(progress: float, peak: float, minimum: float) -> float:
     """Half a cosine wave (Loshchilov and Hutter, https://arxiv.org/abs/1608.03983, without restarts)."""
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return minimum + (peak - minimum) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def exponential(progress: float, peak: float, minimum: float) -> float:
+    """Down to half of `peak` at the end of the decay, as in GPT-NeoX, and never below `minimum`."""
+    return max(minimum, peak * math.pow(0.5, progress))

@@ -3,9 +3,8 @@
 import pytest
 
 from megatron.config.describe import dry_run, print_config, short_number
-from megatron.config.estimate import largest_rank, parameter_count
+from megatron.config.estimate import checkpoint_bytes, flops_per_token, held_parameters, parameter_count
 from megatron.config.load import config_from_flat, load_config
-from megatron.config.plan import Plan
 from megatron.config.resolve import resolve
 
 SHAPE = {"num_layers": 4, "hidden_size": 48, "num_attention_heads": 12, "seq_length": 8, "train_iters": 100}
@@ -46,7 +45,12 @@ def test_a_dry_run_says_layout_sizes_and_what_it_could_not_check():
         "tokens per step: 32",
         "100 steps, 3.2K tokens",
         f"parameters: {parameter_count(plan.model):,}",
-        f"per rank: {largest_rank(plan).parameters:,} parameters",
+        "FLOPs per token: ",
+        "checkpoint: 0.03 GB",
+        "stage 0, ranks 0-3: embedding, blocks 0 to 3, final norm, head; ",
+        "every matrix is cut in 2 over neighbouring ranks (tensor parallelism)",
+        "memory of a rank, in GiB",
+        "gpu_memory=80 would say whether it fits",
         "not checked:\n  something\n  tokenizer: GPT2BPETokenizer; the vocabulary is taken as 50,304, the usual one",
         "data: there",
         "checkpoint: elsewhere",
@@ -97,29 +101,23 @@ def test_the_estimate_counts_what_the_model_has(keys):
     finally:
         stop()
     parameters = [parameter for module in modules for parameter in module.parameters()]
-    assert largest_rank(plan).parameters == sum(parameter.numel() for parameter in parameters)
+    held = held_parameters(plan.model, 1, range(plan.model.num_layers + 3))
+    assert held == sum(parameter.numel() for parameter in parameters)
     padding = plan.model.padded_vocab_size - plan.model.vocab_size
     rows = padding * plan.model.hidden_size * (1 if plan.model.tied_embeddings else 2)
-    assert parameter_count(plan.model) == largest_rank(plan).parameters - rows
+    assert parameter_count(plan.model) == held - rows
 
 
-def state_bytes(plan: Plan) -> float:
-    return largest_rank(plan).state_bytes / largest_rank(plan).parameters
+def test_a_token_costs_what_the_log_of_a_run_reckons_with():
+    from megatron.metrics.flops import training_flops_per_token
+
+    _, plan = planned()
+    model = plan.model
+    count = parameter_count(model)
+    assert flops_per_token(model, 8) == training_flops_per_token(count, model.num_layers, model.hidden_size, 8)
 
 
-def test_states_take_sixteen_bytes_and_are_sharded_stage_by_stage():
-    keys = {"train_batch_size": 4}
-    assert state_bytes(planned(4, **keys)[1]) == 16
-    assert state_bytes(planned(4, zero_optimization={"stage": 1}, **keys)[1]) == pytest.approx(4 + 4 + 8 / 4)
-    assert state_bytes(planned(4, zero_optimization={"stage": 2}, **keys)[1]) == pytest.approx(4 + (4 + 8) / 4)
-    assert state_bytes(planned(4, zero_optimization={"stage": 3}, **keys)[1]) == pytest.approx(16 / 4)
-    sixteen_bit = planned(4, precision="bfloat16", zero_optimization={"stage": 1}, **keys)[1]
-    assert state_bytes(sixteen_bit) == pytest.approx(2 + 2 + 12 / 4)
-
-
-def test_a_pipeline_and_tensor_parallelism_make_the_largest_rank_smaller():
-    whole = largest_rank(planned(1)[1]).parameters
-    split = largest_rank(planned(2, model_parallel_size=2)[1]).parameters
-    staged = largest_rank(planned(2, pipe_parallel_size=2)[1]).parameters
-    assert whole / 2 < split < whole * 0.6
-    assert whole / 2 < staged < whole
+def test_a_checkpoint_takes_twelve_bytes_a_parameter_with_adam_and_eight_with_sgd():
+    plan = planned()[1]
+    assert checkpoint_bytes(plan) == 12 * parameter_count(plan.model)
+    assert checkpoint_bytes(planned(optimizer={"type": "SGD"})[1]) == 8 * parameter_count(plan.model)

@@ -61,7 +61,7 @@ BROKEN = [
         {"precision": "fp32", "fp16": {"enabled": True}},
         "precision (fp32) and fp16.enabled (true) contradict",
     ),
-    ({"bf16": {"enabled": True}, "fp16": {"fp16": True}}, "fp16.fp16 (true) and bf16.enabled (true) contradict"),
+    ({"bf16": {"enabled": True}, "fp16": {"fp16": True}}, "fp16.enabled (true) and bf16.enabled (true) contradict"),
     ({"precision": "fp16", "fp16": {"enabled": False}}, "precision (fp16) and fp16.enabled (false) contradict"),
     ({"weight_decay": 0.1, "optimizer": {"params": {"weight_decay": 0.2}}}, "weight_decay (0.1) and optimizer.params"),
     ({"lr_decay_iters": 5, "lr_decay_fraction": 0.5}, "lr_decay_iters (5) and lr_decay_fraction (0.5) say the same"),

@@ -1,0 +1,137 @@
+"""The figures of --dry-run: who holds what, what it takes, and whether that is what really happens."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from bench.memory import BEGIN, END, PAGE, at_rest, measure
+from megatron.config.describe import dry_run
+from megatron.config.load import config_from_flat
+from megatron.config.memory import fits, stage_memories
+from megatron.config.resolve import resolve
+from megatron.config.stages import layer_classes, stage_layers
+
+SHAPE = {"num_layers": 4, "hidden_size": 48, "num_attention_heads": 12, "seq_length": 8, "train_iters": 100}
+
+
+def planned(world_size=1, vocab_size=1000, **keys):
+    return resolve(config_from_flat(SHAPE | {"train_batch_size": 8} | keys), world_size, vocab_size)
+
+
+@pytest.mark.parametrize(
+    "method", ["type:transformer", "type:transformer|embedding", "type:.", "uniform", "parameters"]
+)
+@pytest.mark.parametrize(("layers", "stages"), [(2, 2), (4, 2), (5, 2), (6, 4), (7, 4), (9, 8), (12, 5), (8, 8)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_layers_are_dealt_as_deepspeed_deals_them(method, layers, stages, tied):
+    import re
+
+    from deepspeed.runtime.utils import partition_balanced, partition_uniform
+
+    from megatron.config.estimate import layer_parameters
+
+    plan = planned(
+        stages,
+        pipe_parallel_size=stages,
+        num_layers=layers,
+        pipe_partition_method=method,
+        no_weight_tying=not tied,
+        train_batch_size=8 * stages,
+    )
+    names = layer_classes(plan.model)
+    if method == "uniform":
+        bounds = partition_uniform(len(names), stages)
+    elif method == "parameters":
+        bounds = partition_balanced(layer_parameters(plan.model), stages)
+    else:
+        pattern = re.compile(method[5:], re.IGNORECASE)
+        bounds = partition_balanced([int(bool(pattern.search(name))) for name in names], stages)
+    assert [(layers.start, layers.stop) for layers in stage_layers(plan)] == list(itertools.pairwise(bounds))
+
+
+def bytes_per_parameter(*world, **keys):
+    stage = stage_memories(planned(*world, **keys))[0]
+    return [round(size / stage.parameters, 3) for size in (stage.weights, stage.gradients, stage.optimizer)]
+
+
+def test_states_are_sharded_stage_by_stage():
+    assert bytes_per_parameter(4) == [4, 4, 8]
+    assert bytes_per_parameter(4, zero_optimization={"stage": 1}) == [4, 4, 12 / 4]
+    assert bytes_per_parameter(4, zero_optimization={"stage": 2}) == [4, 1, 12 / 4]
+    assert bytes_per_parameter(4, zero_optimization={"stage": 3}) == [1, 1, 12 / 4]
+    assert bytes_per_parameter(4, precision="bfloat16") == [2, 2, 12 / 4], "stage 0 runs as stage 1"
+    assert bytes_per_parameter(4, precision="bfloat16", data_types={"grad_accum_dtype": "fp32"}) == [2, 4, 12 / 4]
+    assert bytes_per_parameter(1, optimizer={"type": "SGD"}) == [4, 4, 4]
+
+
+def test_a_stage_and_a_shard_hold_a_part():
+    whole = stage_memories(planned(1))[0]
+    split = stage_memories(planned(2, model_parallel_size=2))[0]
+    stages = stage_memories(planned(2, pipe_parallel_size=2))
+    assert whole.parameters / 2 < split.parameters < whole.parameters * 0.6
+    embedding = 1024 * 48  # tied: both ends of the pipeline hold it, and the positions stay with the first
+    assert sum(stage.parameters for stage in stages) == whole.parameters + embedding
+    assert [stage.logits > 0 for stage in stages] == [False, True]
+
+
+def test_an_earlier_stage_keeps_more_micro_batches():
+    stages = stage_memories(planned(4, pipe_parallel_size=4, gradient_accumulation_steps=8))
+    assert [round(stage.activations_kept / stages[2].activations_kept, 1) for stage in stages[:3]] == [2.0, 1.5, 1.0]
+
+
+def test_recomputation_keeps_one_hidden_state_for_a_group_of_blocks():
+    one = stage_memories(planned(checkpoint_activations=True))[0]
+    two = stage_memories(planned(checkpoint_activations=True, checkpoint_num_layers=2))[0]
+    assert one.activations == one.activations_recomputed < one.activations_kept
+    hidden = 8 * 8 * 48 * 4
+    assert one.activations - two.activations == 2 * hidden
+
+
+def test_it_is_said_whether_the_run_fits():
+    keys = {"num_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "seq_length": 2048}
+    config = config_from_flat(SHAPE | keys | {"train_batch_size": 8, "precision": "bfloat16", "gpu_memory": 80})
+    text = dry_run(config, resolve(config, 1, 50304), "train.py", [])
+    assert "it does NOT fit into gpu_memory 80 GiB" in text
+    assert "try checkpoint_activations: true" in text
+    assert "it fits into gpu_memory 80 GiB" in dry_run(
+        config_from_flat(SHAPE | {"gpu_memory": 80}), planned(), "train.py", []
+    )
+    assert fits(int(75.0 * 2**30), 80) is True
+    assert fits(int(75.1 * 2**30), 80) is False
+
+
+def test_generation_is_told_its_weights_and_the_room_for_texts():
+    config = config_from_flat(SHAPE | {"gpu_memory": 1, "save": "x"})
+    text = dry_run(config, resolve(config, 1, 1000, inference=True), "generate.py", [])
+    assert "1,536 bytes for each token of each text" in text
+    assert "gpu_memory 1 GiB: it does not fit" in text, "CUDA takes that much"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"activation": "gelu_tanh", "checkpoint_activations": True, "zero_optimization": {"stage": 1}},
+        {
+            "precision": "bfloat16",
+            "pos_emb": "rotary",
+            "activation": "swiglu",
+            "ffn_hidden_size": 512,
+            "num_kv_heads": 4,
+            "gradient_accumulation_steps": 2,
+        },
+    ],
+    ids=["GPT-2 in fp32, recomputed, ZeRO 1", "gated and grouped in bf16, accumulated"],
+)
+def test_a_real_step_allocates_what_was_estimated(keys):
+    sizes = {"hidden_size": 192, "seq_length": 64}
+    zero = {"zero_optimization": {"reduce_bucket_size": 300_000} | keys.get("zero_optimization", {})}
+    plan = planned(**(sizes | keys | zero))
+    real, stage = measure(plan), stage_memories(plan)[0]
+    assert at_rest(plan, 0) == pytest.approx(real.rest, rel=0.01)
+    assert stage.activations + stage.kept_logits == pytest.approx(real.saved, rel=0.01)
+    assert stage.peak == pytest.approx(real.peak, rel=0.05)
+
+
+def test_the_page_has_its_table():
+    assert Path(PAGE).read_text().partition(BEGIN)[2].partition(END)[0].count("\n| ") >= 15
