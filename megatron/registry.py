@@ -25,6 +25,10 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "corpus": {
         "stdlib": "megatron.data.corpora:stdlib",
+        "tinyshakespeare": "megatron.data.corpora:tinyshakespeare",
+        "enwik8": "megatron.data.corpora:enwik8",
+        "openwebtext": "megatron.data.corpora:openwebtext",
+        "fineweb-edu": "megatron.data.corpora:fineweb_edu",
     },
     "norm": {
         "layernorm": "megatron.model.norms:LayerNorm",
@@ -64,11 +68,16 @@ TABLE: dict[str, dict[str, str]] = {
         "constant": "megatron.optimizers.schedules:constant",
         "linear": "megatron.optimizers.schedules:linear",
         "cosine": "megatron.optimizers.schedules:cosine",
+        "exponential": "megatron.optimizers.schedules:exponential",
     },
     "launcher": {
-        "local": "megatron.launch.local:run_local",
+        "local": "megatron.launch.local:local",
+        "pdsh": "megatron.launch.pdsh:pdsh",
+        "openmpi": "megatron.launch.openmpi:openmpi",
+        "slurm": "megatron.launch.slurm:slurm",
     },
     "hook": {
+        "heartbeat": "megatron.training.heartbeat:heartbeat",
         "report": "megatron.training.report:report",
         "divergence": "megatron.training.divergence:divergence",
         "validation": "megatron.training.validation:validation",

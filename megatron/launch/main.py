@@ -12,7 +12,9 @@ from megatron.config.groups import Config
 from megatron.config.load import load_config
 from megatron.config.resolve import resolve
 from megatron.errors import UserError
-from megatron.launch.devices import place, planned_ranks
+from megatron.launch.devices import planned_ranks
+from megatron.launch.launch import Launch, usual_launcher
+from megatron.launch.supervise import supervise
 
 WRONG = 2
 
@@ -22,12 +24,17 @@ def main(arguments: Sequence[str], folder: Path) -> int:
     try:
         command = parse_command_line(arguments)
         script = find_script(command.script, folder)
-        config = command.merged or load_config(command.files, command.folder, command.overrides, script.name)
-        if command.print_config or command.dry_run:
+        planning = command.print_config or command.dry_run
+        config = command.merged or load_config(
+            command.files, command.folder, command.overrides, script.name, planning=planning
+        )
+        if planning:
             print(_described(command, config, script))
             return 0
-        _check_ranks(config, script, len(place(config, script.name, os.environ).devices))
-        return int(registry.resolve("launcher", config.launcher.launcher)(config, script))
+        name = config.launcher.launcher or usual_launcher(config, os.environ)
+        launch: Launch = registry.resolve("launcher", name)(config, script.name, os.environ)
+        _check_ranks(config, script, launch.ranks)
+        return supervise(launch, config, script)
     except UserError as error:
         print(error, file=sys.stderr)
         return WRONG

@@ -5,8 +5,11 @@ exception that nobody catches is printed there, last of all. Imports nothing bey
 script does. Floor 2.
 """
 
+import ctypes
+import faulthandler
 import os
 import runpy
+import signal
 import sys
 import traceback
 from collections import deque
@@ -20,9 +23,10 @@ ROOT = str(Path(__file__).resolve().parents[2])
 if __name__ == "__main__":
     sys.path[0] = ROOT
 
-from megatron.launch.records import RankRecord, write_record  # noqa: E402
+from megatron.launch.heartbeat import RUN_FOLDER, STACKS  # noqa: E402
+from megatron.launch.processes import PR_SET_PDEATHSIG  # noqa: E402
+from megatron.launch.records import RankRecord, write_rank  # noqa: E402
 
-RUN_FOLDER = "DEEPY_RUN_FOLDER"
 LOG_FOLDER = "DEEPY_LOG_FOLDER"
 
 
@@ -69,8 +73,12 @@ class Tee:
 def main(arguments: Sequence[str]) -> int:
     """Run the script `arguments[0]` as `__main__` and return its exit code."""
     folder, rank = Path(os.environ[RUN_FOLDER]), int(os.environ["RANK"])
+    _die_with_parent()
+    # Unbuffered, and written by a handler in C: it works while Python waits in a collective.
+    stacks = (folder / f"stacks_{rank}.txt").open("ab", buffering=0)
+    faulthandler.register(STACKS, stacks, all_threads=True)
     record = RankRecord(rank, os.getpid())
-    write_record(folder, record)
+    write_rank(folder, record)
     log = open_log(rank, Path(os.environ[LOG_FOLDER]) if LOG_FOLDER in os.environ else None, folder)
     errors = Recorder()
     _redirect(rank, log, errors)
@@ -84,17 +92,23 @@ def main(arguments: Sequence[str]) -> int:
     except BaseException as error:
         text = _traceback(error, script)
         log.write(text)
-        write_record(folder, record.ended(1, "exception", text))
+        write_rank(folder, record.ended(1, "exception", text))
         return 1
     finally:
         log.flush()
-    write_record(folder, record.ended(code, "exit", errors.text))
+    write_rank(folder, record.ended(code, "exit", errors.text))
     return code
 
 
 def open_log(rank: int, log_folder: Path | None, run_folder: Path) -> TextIO:
     """The rank's log, which later runs continue; in the run's own folder if there is no log folder."""
     return ((log_folder or run_folder) / f"rank_{rank}.log").open("a", encoding="utf-8", buffering=1)
+
+
+def _die_with_parent() -> None:
+    """No rank outlives the launcher of its node, whatever kills that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _redirect(rank: int, log: TextIO, errors: Recorder) -> None:

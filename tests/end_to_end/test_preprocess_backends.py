@@ -22,7 +22,8 @@ def nasty_corpus(path: Path, large: int) -> None:
     chance = random.Random(0)
     texts = [
         "", "plain", "ends here <|endoftext|> and goes on", "<|endoftext|>", " " * 20_000 + "x", "a\r\nb\r\n\r\nc",
-        "中文，没有空格的一段话。" * 50, "🦊👨‍👩‍👧‍👦🏳️‍🌈", "nul \0 nul", "\U00016100\U00010d50 Unicode 16", "\u088f\U00010940 Unicode 17",
+        "中文，没有空格的一段话。" * 50, "🦊👨‍👩‍👧‍👦🏳️‍🌈", "nul \0 nul",
+        "\U00016100\U00010d50 Unicode 16", "\u088f\U00010940 Unicode 17",
         "x" * 50_000, "\n" * 5_000, "e\u0301 \u00e9 \ufeff \u00a0\u3000\u200b", "\U0010ffff\U000f0000",
         "don't WE'LL ſ'ſ ٣٤٥ Ⅷ", *TEXT,
     ]  # fmt: skip

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.launch.devices import Placement
-from megatron.launch.local import rank_environment
+from megatron.launch.environment import for_ranks
 
 ROOT = Path(__file__).parents[2]
 SHAPE = """
@@ -114,11 +113,10 @@ print([folder for folder in sys.path if os.path.exists(os.path.join(folder, "eva
     assert (tmp_path / "logs" / "rank_1.log").read_text() == f"1{line}progress\nfrom a library in C\n[]\n"
 
 
-def test_what_the_user_has_set_for_threads_and_allocator_stays(tmp_path):
-    own = {"OMP_NUM_THREADS": "7", "GLIBC_TUNABLES": "glibc.malloc.check=0", "DEEPY_LOG_FOLDER": "of another run"}
-    environment = rank_environment(own, Placement("cpu", ("-1", "-1")), tmp_path, None)
-    assert environment.items() >= {"OMP_NUM_THREADS": "7", "GLIBC_TUNABLES": "glibc.malloc.check=0"}.items()
-    assert "DEEPY_LOG_FOLDER" not in environment
+def test_what_the_user_has_set_for_threads_and_allocator_stays():
+    own = {"OMP_NUM_THREADS": "7", "GLIBC_TUNABLES": "glibc.malloc.check=0"}
+    assert for_ranks(own, "cpu", threads=2) == own | {"DS_ACCELERATOR": "cpu"}
+    assert for_ranks({}, "cpu", threads=0)["OMP_NUM_THREADS"] == "1"
 
 
 def test_an_exception_ends_the_other_rank_and_its_traceback_comes_last(start, tmp_path):
@@ -175,7 +173,9 @@ def test_a_rank_ended_by_a_signal_is_named_with_the_signal_and_its_last_lines(st
     body = "if rank == '1':\n    print('last words')\n    os.kill(os.getpid(), signal.SIGKILL)\nhang(False)"
     code, _, err = finish(start(body))
     assert code == 1
-    assert err.startswith("rank 1 was ended by SIGKILL, usually because the machine ran out of memory\n")
+    assert err.startswith(
+        "rank 1 was ended by SIGKILL: the machine's memory was not used up, so a scheduler or a person did it\n"
+    )
     assert err.endswith("last words\n")
 
 
@@ -186,6 +186,30 @@ def test_stopping_deepy_ends_all_ranks_and_their_children(start, tmp_path, numbe
     process.send_signal(number)
     code, _, err = finish(process)
     assert (code, err) == (1, f"stopped by {number.name}\n")
+    assert_all_end(processes, seconds=1)
+
+
+def test_a_second_ctrl_c_ends_ranks_that_do_not_reach_a_step_boundary(start, tmp_path):
+    body = """
+from megatron.launch.heartbeat import Heartbeat
+signal.signal(signal.SIGINT, lambda *_: None)
+beat = Heartbeat.of_this_process()
+hang(stubborn=True)
+"""
+    process = start(body)
+    processes = hanging_processes(tmp_path, ranks=2)
+    time.sleep(1.5)  # until their heartbeats are known
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    asked = time.monotonic()
+    code, _, err = finish(process)
+    assert time.monotonic() - asked < 5
+    assert code == 1
+    assert err == (
+        "SIGINT: the run ends at the next step boundary, with a checkpoint; Ctrl-C ends it at once\nstopped by SIGINT\n"
+    )
     assert_all_end(processes, seconds=1)
 
 
@@ -214,7 +238,7 @@ def test_a_run_that_ends_while_deepspeed_starts_leaves_nothing(start):
         (["train.py", "shape", "model_parallel_size=2", "num_gpus=3"], "3 ranks cannot be divided by"),
         (["train.py", "shape", "num_nodes=2"], "starts ranks on this machine only"),
         (["train.py", "shape", "save=shape.yml/x"], "log_dir (shape.yml/x/logs) cannot be made"),
-        (["train.py", "shape", "launcher=pdsh"], 'unknown launcher "pdsh"'),
+        (["train.py", "shape", "launcher=pdssh"], 'unknown launcher "pdssh". Did you mean "pdsh"?'),
         (["train.py", "nothing"], "there is no file nothing"),
     ],
 )

@@ -1,0 +1,55 @@
+"""What one machine can compute with, found out without torch: importing it takes seconds.
+
+Floor 2, standard library only.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from megatron.errors import UserError
+
+# -1 is no GPU: a rank that is meant for the CPU must not see those that are there.
+NO_GPU = "-1"
+
+
+def visible_gpus(environment: Mapping[str, str], backend: str | None = None) -> list[str]:
+    """Indices (or UUIDs) of the GPUs that ranks may use; none where torch has no CUDA or gloo is asked for."""
+    if environment.get("DS_ACCELERATOR") == "cpu" or backend == "gloo":
+        return []
+    if not _torch_has_cuda():
+        return []
+    named = environment.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip() not in ("", NO_GPU)]
+    found = sorted(int(path.name[6:]) for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit())
+    return [str(index) for index in range(len(found))]
+
+
+def devices_of_slots(slots: Sequence[int], gpus: Sequence[str]) -> tuple[str, ...]:
+    """The device of each slot of this machine; on one without GPUs a slot is a process. Raises UserError."""
+    if not gpus:
+        return (NO_GPU,) * len(slots)
+    if len(slots) > len(gpus):
+        raise UserError(f"{len(slots)} ranks are asked for, but {len(gpus)} GPUs are visible; lower num_gpus")
+    missing = [slot for slot in slots if slot >= len(gpus)]
+    if missing:
+        raise UserError(f"slot {missing[0]} is asked for, but {len(gpus)} GPUs are visible, counted from 0")
+    return tuple(gpus[slot] for slot in slots)
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _torch_has_cuda() -> bool:
+    """Whether the installed torch was built for CUDA, read from its files."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    version = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    match = re.search(r"^cuda\b.*?=\s*(.+)$", version, re.MULTILINE)
+    return match is not None and match[1].strip() != "None"

@@ -1,0 +1,162 @@
+"""Hangs, stops and ends as the launcher understands them, without processes."""
+
+import signal
+import time
+
+import pytest
+
+from megatron.errors import UserError
+from megatron.launch.causes import cause_in_words, death_in_words
+from megatron.launch.environment import travelling
+from megatron.launch.heartbeat import Heartbeat, Pulse, read_pulse
+from megatron.launch.network import interface_towards
+from megatron.launch.processes import StopSignals
+from megatron.launch.records import RankStacks
+from megatron.launch.rollcall import roll_call
+from megatron.launch.watchdog import Watchdog
+
+MAIN = """  File "/repo/megatron/training/loop.py", line 38 in train_steps
+  File "/repo/train.py", line 14 in <module>
+  File "<frozen runpy>", line 88 in _run_code
+  File "/repo/megatron/launch/rank.py", line 99 in main
+  File "/repo/megatron/launch/rank.py", line 170 in <module>
+"""
+OTHER = """Thread 0x00007f (most recent call first):
+  File "/usr/lib/python3.11/threading.py", line 320 in wait
+
+Current thread 0x00007e (most recent call first):
+"""
+WAITS = """  File "/venv/site-packages/torch/distributed/distributed_c10d.py", line 2810 in all_reduce
+  File "/venv/site-packages/torch/distributed/c10d_logger.py", line 83 in wrapper
+  File "/venv/site-packages/deepspeed/runtime/engine.py", line 2600 in _take_model_step
+"""
+LOADS = """  File "/repo/megatron/data/windows.py", line 88 in __getitem__
+  File "/venv/site-packages/torch/utils/data/_utils/fetch.py", line 52 in fetch
+"""
+
+
+def pulse(rank=0, step=1201, phase="training step", age=0.0, median=1.0):
+    return Pulse(rank, step, phase, age, median)
+
+
+def test_the_roll_call_puts_together_who_does_the_same_and_names_the_odd_one():
+    pulses = {rank: pulse(rank, phase="data loading" if rank == 1 else "training step") for rank in range(4)}
+    stacks = [RankStacks(rank, "S", OTHER + (LOADS if rank == 1 else WAITS) + MAIN) for rank in range(4)]
+    assert roll_call(pulses, stacks, dict.fromkeys(range(4), "here")) == (
+        "ranks 0, 2, 3 wait in all_reduce (optimizer step, step 1201); "
+        "rank 1 is in data loading (windows.py:88, step 1201)"
+    )
+
+
+def test_the_roll_call_names_hosts_where_there_are_several_and_ranks_that_do_not_answer():
+    pulses = {rank: pulse(rank) for rank in range(3)}
+    stacks = [RankStacks(0, "S", WAITS + MAIN), RankStacks(1, "T", ""), RankStacks(2, "D", "")]
+    assert roll_call(pulses, stacks, {0: "node1", 1: "node1", 2: "node2"}) == (
+        "rank 0 on node1 waits in all_reduce (optimizer step, step 1201); "
+        "rank 1 on node1 is stopped by a signal or a debugger (training step, step 1201); "
+        "rank 2 on node2 does not answer (training step, step 1201)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("timeout", "seen", "limit"),
+    [
+        (None, pulse(median=1.0), 300),
+        (None, pulse(median=60.0), 600),
+        (None, pulse(median=None), 900),
+        (None, pulse(median=200.0, phase="saving"), 2000),
+        (5.0, pulse(median=60.0), 5),
+        (5.0, pulse(median=60.0, phase="saving"), 900),
+        (0.0, pulse(), float("inf")),
+    ],
+)
+def test_a_step_may_take_ten_medians_and_five_minutes_unless_the_timeout_says_otherwise(timeout, seen, limit):
+    assert Watchdog(timeout).limit(seen) == limit
+
+
+def test_the_watchdog_reports_the_rank_that_is_silent_for_longest_once_for_each_step():
+    dog = Watchdog(5.0)
+    assert dog.bites([pulse(0, age=4.9), pulse(1, age=0.1)]) is None
+    hanging = [pulse(0, age=5.5), pulse(1, age=6.0)]
+    assert dog.bites(hanging) == hanging[1]
+    assert dog.bites(hanging) is None
+    assert dog.bites([pulse(0, step=1202, age=7.0)]) is not None
+
+
+def test_a_heartbeat_is_read_by_others_and_ages(tmp_path):
+    assert read_pulse(tmp_path, 3) is None
+    heart = Heartbeat(3, tmp_path)
+    assert read_pulse(tmp_path, 3) == Pulse(3, 0, "starting", pytest.approx(0, abs=1), None)
+    heart.beat("data loading", 12, 0.25)
+    time.sleep(0.05)
+    seen = read_pulse(tmp_path, 3)
+    assert (seen.step, seen.phase, seen.median) == (12, "data loading", 0.25)
+    assert 0.05 <= seen.age < 1
+    Heartbeat(0, None).beat("anything", 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "the GPU's memory is used up"),
+        ("RuntimeError: DataLoader worker (pid 7) is killed by signal: Bus error. It is possible", "shared memory"),
+        ("RuntimeError: DataLoader worker (pid 7) is killed by signal: Killed.", "lower num_workers"),
+        ("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory", "the machine's memory is used up"),
+        ("[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=5", "a collective timed out"),
+        ("torch.distributed.DistBackendError: NCCL error ... Connection closed by peer", "lost its connection"),
+        ("RuntimeError: The server socket has failed to listen (errno: 98 - Address already in use)", "master_port"),
+        ("OSError: [Errno 28] No space left on device", "a disk is full"),
+        ("ValueError: rank one is unhappy", None),
+    ],
+)
+def test_the_cause_of_a_failure_is_said_in_words(text, words):
+    found = cause_in_words(f"Traceback\n  ...\n{text}")
+    assert found is None if words is None else words in found
+
+
+def test_the_death_of_a_rank_is_said_in_words():
+    assert "memory was used up" in death_in_words(-9, out_of_memory=True)
+    assert "scheduler or a person" in death_in_words(-9)
+    assert "/dev/shm" in death_in_words(-signal.SIGBUS)
+    assert death_in_words(3) == "ended with code 3 without a word"
+
+
+def test_a_second_request_is_urgent_but_not_what_a_scheduler_sends_when_time_runs_out():
+    for signals, urgent in (
+        ([signal.SIGTERM], False),
+        ([signal.SIGINT, signal.SIGINT], True),
+        ([signal.SIGTERM, signal.SIGINT], True),
+        ([signal.SIGTERM, signal.SIGTERM], True),
+        ([signal.SIGUSR1, signal.SIGTERM], False),
+        ([signal.SIGUSR1, signal.SIGUSR1], False),
+    ):
+        stop = StopSignals()
+        stop.received = signals
+        assert stop.urgent == urgent
+
+
+def test_what_matters_travels_and_the_machines_own_stays(tmp_path):
+    here = {
+        "NCCL_DEBUG": "INFO",
+        "HF_TOKEN": "t",
+        "HOME": "/root",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "MINE": "1",
+        "PATH": "/bin",
+    }
+    (tmp_path / ".deepspeed_env").write_text('# ours\nNCCL_DEBUG=WARN\nexport OWN="a b"\n')
+    assert travelling(here, [], []) == {"NCCL_DEBUG": "INFO", "HF_TOKEN": "t", "PATH": "/bin"}
+    assert travelling(here, ["MINE"], [tmp_path / "nowhere", tmp_path]) == {
+        **{"NCCL_DEBUG": "WARN", "HF_TOKEN": "t", "PATH": "/bin"},
+        **{"MINE": "1", "OWN": "a b"},
+    }
+    with pytest.raises(UserError, match="forward_environment names GONE"):
+        travelling(here, ["GONE"], [])
+    (tmp_path / ".deepspeed_env").write_text("NCCL_DEBUG\n")
+    with pytest.raises(UserError, match=r"deepspeed_env:1: \"NCCL_DEBUG\" must be NAME=value"):
+        travelling(here, [], [tmp_path])
+
+
+def test_the_interface_towards_this_machine_is_its_loopback():
+    assert interface_towards("127.0.0.1") == "lo"
+    assert interface_towards("no.such.host.invalid") is None
