@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # pip builds DeepSpeed from source; without isolation it sees the torch that is here instead of fetching another one
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install demo test test-all check format lock clean
+.PHONY: help install demo test test-all check format docs bench lock clean
 
 help:
 	@echo "make install   set up .venv (the other targets do it when they need it)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test      set up, then run the tests (under 12 minutes on 2 cores)"
 	@echo "make test-all  the long tests as well"
 	@echo "make check     lint, formatting, types, import rules      make format  mend the first two"
+	@echo "make docs      write the pages made from the code         make bench   the benchmarks (quiet machine)"
 	@echo "make lock      renew requirements/ from pyproject.toml"
 
 install: $(VENV)/.installed
@@ -47,6 +48,15 @@ $(VENV)/.installed: requirements/build.txt requirements/run.txt pyproject.toml
 $(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.txt
 	$(PIP_INSTALL) --no-build-isolation -r requirements/dev.txt
 	@touch $@
+
+docs: $(VENV)/.installed
+	$(BIN)/python tools/make_docs.py
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python bench/preprocess.py
+	$(BIN)/python bench/loader.py
+	$(BIN)/python bench/checkpoint_save.py
+	$(BIN)/python bench/memory.py
 
 lock:
 	$(PYTHON) tools/lock.py

@@ -1,0 +1,1 @@
+"""Deepy: pretraining of GPT models. `docs/architecture.md` shows the rooms."""

@@ -17,7 +17,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)])
 def test_a_signal_to_deepy_ends_the_run_with_a_checkpoint_that_it_goes_on_from(folder, number):
     with deepy(folder, "train.py", "small", MANY, "num_gpus=2") as process:
         wait_for(lambda: steps_done(folder / "run") >= 3, process)
@@ -36,6 +36,7 @@ def test_a_signal_to_deepy_ends_the_run_with_a_checkpoint_that_it_goes_on_from(f
     assert f"resuming from run/global_step{step}" in done.stdout
 
 
+@pytest.mark.long
 def test_a_stop_without_a_place_to_save_is_a_failure(folder):
     (folder / "small.yml").write_text(SMALL)
     with deepy(folder, "train.py", "small", MANY, "num_gpus=2", "log_dir=run/logs") as process:

@@ -91,6 +91,7 @@ def test_a_node_that_is_lost_ends_the_run_and_is_named(hosts, folder):
     assert not [number for number in others if is_running(number)]
 
 
+@pytest.mark.long
 def test_no_rank_outlives_a_launcher_that_is_killed(hosts, folder):
     with on_first(hosts, folder, MANY) as process:
         wait_for(lambda: steps_done(folder / "run") >= 3, process)

@@ -69,6 +69,7 @@ def test_a_rank_asleep_in_its_data_is_named_with_the_line(folder, monkeypatch):
     assert re.search(r"rank 0 waits in all_reduce \(.*, step 11\)", err), err
 
 
+@pytest.mark.long
 def test_with_watchdog_action_wait_the_run_goes_on_when_the_rank_does(folder):
     with deepy(
         folder, "train.py", "small", MANY, "num_gpus=2", "watchdog_timeout=2", "watchdog_action=wait"

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data.build import PARTS, Sources, build_sources, parse_split, split_ranges
+from megatron.data.build import PARTS, Sources, build_sources
 from megatron.data.indexed import IndexedWriter
 from megatron.data.mock import BEST_LOSS, MockStream
+from megatron.data.pieces import parse_split, split_ranges
 from megatron.errors import UserError
 
 

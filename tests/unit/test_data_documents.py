@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatron.data.documents import CHUNK_LINES, find_inputs, parse_chunk, read_chunks, read_texts
+from megatron.data.documents import parse_chunk, read_texts
+from megatron.data.inputs import Span, find_inputs
+from megatron.data.reading import read_chunks
 from megatron.errors import RunError, UserError
 
 TEXTS = ["first", "zweites: größer", "第三\nwith two lines", ""]
@@ -91,8 +93,8 @@ def test_a_bad_line_is_named_with_its_file_and_number(tmp_path: Path, line: byte
 
 
 def test_bad_lines_do_not_hide_the_good_ones(tmp_path: Path) -> None:
-    path = put(tmp_path, "x.jsonl", b'{"text": "a"}\nbad\n\n  \n{"text": "b"}\nworse')
-    (chunk,) = read_chunks(path)
+    path = put(tmp_path, "x.jsonl", b'{"text": "a"}\nbad\n\n  \n{"text": "b"}\nworse\n')
+    (chunk,) = read_chunks(Span(path))
     parsed = parse_chunk(chunk, ["text"])
     assert parsed.texts == {"text": ["a", "b"]}
     assert [line.split(":")[0] for line in parsed.bad_lines] == [f"{path}, line 2", f"{path}, line 6"]
@@ -105,7 +107,7 @@ def test_lone_surrogates_and_invalid_utf8_become_replacement_characters_and_are_
         b'{"text": "c\xffd"}',
         '{"text": "\ufffd"}'.encode(),
     ]
-    (chunk,) = read_chunks(put(tmp_path, "x.jsonl", b"\n".join(lines)))
+    (chunk,) = read_chunks(Span(put(tmp_path, "x.jsonl", b"\n".join(lines) + b"\n")))
     parsed = parse_chunk(chunk, ["text"])
     assert parsed.texts["text"] == ["a\ufffdb", "🦊", "c\ufffdd", "\ufffd"]
     assert parsed.repaired == 2
@@ -118,9 +120,11 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
 
 def test_chunks_are_bounded_and_say_how_far_the_file_was_read(tmp_path: Path) -> None:
     path = put(tmp_path, "x.jsonl", JSONL * 1000)
-    chunks = list(read_chunks(path))
-    assert max(len(chunk.pieces) for chunk in chunks) == CHUNK_LINES
-    assert [chunk.first_line for chunk in chunks[:3]] == [1, CHUNK_LINES + 1, 2 * CHUNK_LINES + 1]
+    chunks = list(read_chunks(Span(path), chunk_bytes=10_000))
+    assert all(10_000 - 200 < chunk.size <= 10_200 for chunk in chunks[:-1])
+    assert b"".join(chunk.data for chunk in chunks) == JSONL * 1000
+    assert [chunk.start for chunk in chunks[1:]] == [chunk.end for chunk in chunks[:-1]]
+    assert chunks[-1].end.line == 4000
     assert chunks[-1].bytes_read == len(JSONL) * 1000
 
 

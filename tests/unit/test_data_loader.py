@@ -1,15 +1,20 @@
 """Micro-batches: the same samples a step in every layout, from any position, with any number of workers."""
 
+import time
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from megatron.data.blend import Blend
 from megatron.data.build import build_sources
-from megatron.data.indexed import IndexedWriter
+from megatron.data.indexed import HEADER, MAGIC, IndexedWriter
 from megatron.data.loader import MicroBatchOrder, micro_batches
-from megatron.data.windows import SampleSource
+from megatron.data.windows import SampleSource, Windows
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +78,60 @@ def test_loading_leaves_the_random_numbers_of_training_alone(source: SampleSourc
 def test_a_global_batch_that_does_not_divide_is_refused(source: SampleSource, micro: int, ranks: int) -> None:
     with pytest.raises(ValueError, match="8 samples cannot be divided"):
         take(source, 1, micro_size=micro, data_size=ranks)
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from([4, 8, 12, 16]), min_size=1, max_size=4),
+    steps=st.lists(st.integers(0, 4), min_size=4, max_size=4),
+    ranks=st.sampled_from([1, 2, 4]),
+)
+def test_a_run_that_changes_its_batch_size_sees_every_sample_once_in_order(
+    sizes: list[int], steps: list[int], ranks: int
+) -> None:
+    """Runs that resume one another: each with its own global batch, and micro-batches of 1 or 2."""
+    consumed, seen = 0, []
+    for size, count in zip(sizes, steps, strict=False):
+        for _ in range(count):
+            step = []
+            for rank in range(ranks):
+                order = MicroBatchOrder(consumed, size, size // ranks if size < 8 else 1, rank, ranks)
+                batches = islice(order, size // ranks // order.micro_size)
+                step += [number for batch in batches for number in batch]
+            seen += sorted(step)
+            consumed += size
+    assert seen == list(range(consumed))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_resumed_blend_goes_on_at_the_next_unseen_sample(source: SampleSource, ranks: int) -> None:
+    blend = Blend((source, source), (2, 1))
+    wanted = [blend[n].tolist() for n in range(16)]
+    shares = [
+        take(blend, 8 // ranks, global_size=8, micro_size=1, data_rank=rank, data_size=ranks) for rank in range(ranks)
+    ]
+    first = [batch[0].tolist() for step in zip(*shares, strict=True) for batch in step]
+    [second] = take(blend, 1, consumed_samples=8, global_size=8, micro_size=8)
+    assert first + second.tolist() == wanted
+
+
+def test_offsets_beyond_four_billion_tokens_are_read_right(tmp_path: Path) -> None:
+    """10^11 tokens in a sparse file: each place that is looked at is written first."""
+    prefix, count, size = tmp_path / "big", 50, 2 * 10**9
+    sizes = np.full(count, size, dtype="<i4")
+    pointers = np.arange(count, dtype="<i8") * size * 2
+    header = HEADER.pack(MAGIC, 1, 8, count, count + 1)
+    index = header + sizes.tobytes() + pointers.tobytes() + np.arange(count + 1, dtype="<i8").tobytes()
+    Path(f"{prefix}.idx").write_bytes(index)
+    with Path(f"{prefix}.bin").open("wb") as file:
+        file.truncate(count * size * 2)
+    began = time.perf_counter()
+    source = build_sources(data_path=str(prefix), split="48, 1, 1", seq_length=2048, seed=1, vocab_size=60_000).train
+    assert isinstance(source, Windows) and time.perf_counter() - began < 1
+    starts = [source.start_of(n) for n in range(64)]
+    assert max(starts) > 2**34 and source.samples_per_epoch == (96 * 10**9 - 1) // 2048
+    with Path(f"{prefix}.bin").open("r+b") as file:
+        for number, start in enumerate(starts):
+            file.seek(2 * start)
+            file.write(np.full(2049, number + 1, dtype="<u2").tobytes())
+    assert [sorted(set(source[n].tolist())) for n in range(64)] == [[n + 1] for n in range(64)]

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 
-from megatron.data.documents import Chunk, read_chunks
+from megatron.data.encoding import Job, Totals
 from megatron.data.indexed import IndexedDataset
-from megatron.data.preprocess import Job, Totals, preprocess
+from megatron.data.preprocess import preprocess
+from megatron.data.reading import Chunk, read_chunks
 from megatron.errors import RunError
 from megatron.tokenizer.build import TokenizerSettings
+from megatron.tokenizer.checked import EncoderSettings
 from tests.tokenizer_files import TEXT, bpe_file
 
-BYTES = TokenizerSettings("CharLevelTokenizer")
+BYTES = EncoderSettings(TokenizerSettings("CharLevelTokenizer"))
 END = 256
 
 
@@ -63,11 +65,11 @@ def test_empty_documents_are_left_out_and_counted(tmp_path: Path) -> None:
 
 
 def test_files_are_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
-    tokenizer = TokenizerSettings("HFTokenizer", bpe_file(tmp_path))
+    tokenizer = EncoderSettings(TokenizerSettings("HFTokenizer", bpe_file(tmp_path)))
     path = jsonl(tmp_path / "x.jsonl", [{"text": f"{n} {TEXT[n % 3] * (n % 5)}"} for n in range(3000)])
     results = []
     for workers in (1, 2, 3):
-        job = Job((path, path), str(tmp_path / f"out{workers}"), append_eod=True, workers=workers)
+        job = Job((path, path), str(tmp_path / f"out{workers}"), append_eod=True, workers=workers, chunk_bytes=20_000)
         totals = preprocess(job, tokenizer)
         totals.seconds = 0
         results.append((totals, *(Path(f"{job.prefix('text')}.{end}").read_bytes() for end in ("bin", "idx"))))
@@ -101,7 +103,7 @@ def test_ftfy_mends_text_only_when_asked_for(tmp_path: Path) -> None:
 
 def test_documents_that_spell_the_end_of_document_token_are_counted(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", [{"text": "a<|endoftext|>b"}, {"text": "c"}, {"text": "d\ud800"}])
-    tokenizer = TokenizerSettings("HFTokenizer", bpe_file(tmp_path))
+    tokenizer = EncoderSettings(TokenizerSettings("HFTokenizer", bpe_file(tmp_path)))
     totals = preprocess(Job((path,), str(tmp_path / "out"), append_eod=True), tokenizer)
     assert (totals.contain_eod, totals.repaired) == (1, 1)
 
@@ -119,7 +121,7 @@ def test_progress_goes_up_to_the_size_of_the_input(tmp_path: Path) -> None:
     def note(totals: Totals) -> None:
         seen.append((totals.documents, totals.input_bytes))
 
-    preprocess(Job(paths, str(tmp_path / "out")), BYTES, note)
+    preprocess(Job(paths, str(tmp_path / "out"), chunk_bytes=10_000), BYTES, note)
     assert seen == sorted(seen) and len(seen) >= 4
     assert seen[-1] == (2000, sum(Path(path).stat().st_size for path in paths))
 
@@ -128,9 +130,9 @@ def test_reading_stays_a_few_chunks_ahead_of_the_workers(tmp_path: Path, monkeyp
     path = jsonl(tmp_path / "x.jsonl", [{"text": "a"}] * 512 * 40)
     read = done = most = 0
 
-    def counted(path: str) -> Iterator[Chunk]:
+    def counted(*arguments: Any) -> Iterator[Chunk]:
         nonlocal read
-        for chunk in read_chunks(path):
+        for chunk in read_chunks(*arguments):
             read += 1
             yield chunk
 
@@ -138,8 +140,8 @@ def test_reading_stays_a_few_chunks_ahead_of_the_workers(tmp_path: Path, monkeyp
         nonlocal done, most
         done, most = done + 1, max(most, read - done)
 
-    monkeypatch.setattr("megatron.data.preprocess.read_chunks", counted)
-    preprocess(Job((path,), str(tmp_path / "out"), workers=2), BYTES, note)
+    monkeypatch.setattr("megatron.data.workers.read_chunks", counted)
+    preprocess(Job((path,), str(tmp_path / "out"), workers=2, chunk_bytes=5_000), BYTES, note)
     assert done == read >= 40
     assert 2 <= most <= 7
 

@@ -1,5 +1,7 @@
 """Learning-rate schedules and parameter groups."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ def test_a_schedule_warms_up_to_its_peak_and_never_leaves_its_bounds(kind):
     schedule = SchedulePlan(kind, peak=1.0, minimum=0.1, warmup_steps=4, decay_steps=20)
     rates = [learning_rate(schedule, step) for step in range(40)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert all(later <= earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(rates[4:]))
     assert rates[-1] == pytest.approx({"constant": 1.0, "exponential": 0.5}.get(kind, 0.1))
 
 
