@@ -1,27 +1,38 @@
 """Make a named corpus ready for training: text, a tokenizer trained on it, token files. What is there already is kept.
 
-python tools/prepare_data.py stdlib        ->  data/stdlib/{stdlib.jsonl, tokenizer.json, stdlib_text_document.*}
+    python tools/prepare_data.py stdlib        ->  data/stdlib/{stdlib.jsonl, tokenizer.json, stdlib_text_document.*}
+    python tools/prepare_data.py roneneldan/TinyStories --num-docs 100000     any dataset of Hugging Face with a "text"
+
+stdlib needs no network.
 """
 
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from megatron.data.commands import describe_pair, exit_code, new_parser, progress, with_dashes
-from megatron.data.corpora import Corpus
+from megatron.data.corpora import Corpus, from_hugging_face
 from megatron.data.documents import read_texts
-from megatron.data.preprocess import Job, preprocess
+from megatron.data.encoding import Job
+from megatron.data.preprocess import preprocess
 from megatron.registry import names, resolve
 from megatron.tokenizer.build import TokenizerSettings
+from megatron.tokenizer.checked import EncoderSettings
+from megatron.tokenizer.comparison import choose
 from megatron.tokenizer.train import train_byte_level_bpe
+
+TRAINED_CHARACTERS = 200_000_000  # that a tokenizer is trained on
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
     """The name of a corpus, and where it goes."""
     parser = new_parser(__doc__)
-    parser.add_argument("name", choices=names("corpus"))
+    known = ", ".join(names("corpus"))
+    parser.add_argument("name", help=f"{known}, or OWNER/DATASET[:CONFIG[:SPLIT]] of Hugging Face")
+    parser.add_argument("-n", "--num-docs", type=int, metavar="N", help="the first N documents only")
     parser.add_argument("-d", "--data-dir", default="data", metavar="DIR", help="its folder DIR/NAME is made (data)")
     parser.add_argument("-f", "--force", action="store_true", help="make everything anew")
     return parser.parse_args(with_dashes(arguments))
@@ -29,13 +40,15 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
 def run(arguments: Namespace) -> None:
     """Go through the steps; one is done again when an earlier one was."""
-    corpus: Corpus = resolve("corpus", arguments.name)
-    folder = Path(arguments.data_dir, arguments.name)
+    is_registered = arguments.name in names("corpus") or "/" not in arguments.name
+    corpus: Corpus = resolve("corpus", arguments.name) if is_registered else from_hugging_face(arguments.name)
+    name = arguments.name.replace("/", "--").replace(":", "--")
+    folder = Path(arguments.data_dir, name)
     folder.mkdir(parents=True, exist_ok=True)
-    text, tokenizer, prefix = folder / f"{arguments.name}.jsonl", folder / "tokenizer.json", folder / arguments.name
+    text, tokenizer, prefix = folder / f"{name}.jsonl", folder / "tokenizer.json", folder / name
     pair = f"{prefix}_text_document"
     steps: tuple[tuple[Path, str, Callable[[], str]], ...] = (
-        (text, f"writing {corpus.description}", lambda: write_text(corpus, text)),
+        (text, f"writing {corpus.description}", lambda: write_text(corpus, text, arguments.num_docs)),
         (tokenizer, "training a byte-level BPE", lambda: train(corpus, text, tokenizer)),
         (Path(f"{pair}.idx"), "tokenizing", lambda: tokenize(text, tokenizer, str(prefix))),
     )
@@ -51,11 +64,11 @@ def run(arguments: Namespace) -> None:
     print(f"ready: data_path: {pair}, tokenizer_type: HFTokenizer, vocab_file: {tokenizer}")
 
 
-def write_text(corpus: Corpus, path: Path) -> str:
-    """Write the documents as JSON lines; the file gets its name when it is complete."""
+def write_text(corpus: Corpus, path: Path, limit: int | None = None) -> str:
+    """Write the documents, at most `limit`, as JSON lines; the file gets its name when it is complete."""
     partial, documents, size = path.with_suffix(".partial"), 0, 0
     with partial.open("w", encoding="utf-8") as file:
-        for document in corpus.documents():
+        for document in islice(corpus.documents(path.parent), limit):
             file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
             documents, size = documents + 1, size + len(document.encode())
     partial.replace(path)
@@ -63,15 +76,26 @@ def write_text(corpus: Corpus, path: Path) -> str:
 
 
 def train(corpus: Corpus, text: Path, path: Path) -> str:
-    """Train the corpus's tokenizer on the whole of it."""
-    return f"{train_byte_level_bpe(read_texts([str(text)], 'text'), corpus.vocab_size, str(path)):,} ids"
+    """Train the corpus's tokenizer on the first part of it."""
+    return f"{train_byte_level_bpe(beginning(text), corpus.vocab_size, str(path)):,} ids"
+
+
+def beginning(text: Path) -> Iterator[str]:
+    """The first documents, up to TRAINED_CHARACTERS."""
+    count = 0
+    for document in read_texts([str(text)], "text"):
+        yield document
+        count += len(document)
+        if count >= TRAINED_CHARACTERS:
+            return
 
 
 def tokenize(text: Path, tokenizer: Path, prefix: str) -> str:
     """Tokenize all documents, each ended by the end-of-document token."""
     job = Job((str(text),), prefix, append_eod=True)
+    settings = TokenizerSettings("HFTokenizer", str(tokenizer))
     with progress(text.stat().st_size, None, sys.maxsize) as show:
-        totals = preprocess(job, TokenizerSettings("HFTokenizer", str(tokenizer)), show)
+        totals = preprocess(job, EncoderSettings(settings, choose(settings)), show)
     return f"{totals.documents:,} documents, {totals.tokens:,} tokens from {totals.text_bytes:,} bytes"
 
 

@@ -10,7 +10,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from megatron.data.commands import exit_code, new_parser, with_dashes
-from megatron.data.documents import find_inputs, read_texts
+from megatron.data.documents import read_texts
+from megatron.data.inputs import find_inputs
 from megatron.tokenizer.base import END_OF_DOCUMENT
 from megatron.tokenizer.train import train_byte_level_bpe
 

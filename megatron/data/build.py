@@ -1,24 +1,43 @@
 """From the settings of the data to the samples of train, valid and test.
 
-A corpus is split by document: contiguous ranges of documents, in the proportion of the weights and rounded as GPT-NeoX
-rounds them. A corpus of a single document is split by token. A part that comes out empty is absent, with its reason.
-Floor 2; no torch.
+Either one corpus is divided by `split`, or each part names its corpora and blends them. A part that comes out empty is
+absent, with its reason. Floor 2; no torch.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
+from megatron.data.blend import Blend, whole_shares
 from megatron.data.indexed import IndexedDataset
 from megatron.data.mock import BEST_LOSS, MockStream
-from megatron.data.windows import CorpusStream, SampleSource, TokenStream, Windows
+from megatron.data.pieces import PackImpl, Piece, Sampling, divide, whole_corpus
+from megatron.data.windows import JoinedStreams, SampleSource, TokenStream, Windows, derived_key
 from megatron.errors import UserError
 
 Part = Literal["train", "valid", "test"]
 PARTS: tuple[Part, ...] = get_args(Part)
-CHECKED_TOKENS = 1_000_000
+CHECKED_TOKENS = 1_000_000  # of each part, when a run starts
 MOCK_TOKENS: Mapping[Part, int] = {"train": 2**40, "valid": 2**20, "test": 2**20}
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The corpora of one part. labels, weights: one for each path. alpha: weigh by documents ** alpha."""
+
+    paths: tuple[str, ...]
+    weights: tuple[float, ...] | None = None
+    labels: tuple[str, ...] | None = None
+    alpha: float | None = None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The samples of one corpus of a part, alone and in order. weight: its share of the part, all adding up to 1."""
+
+    name: str
+    weight: float
+    source: SampleSource
 
 
 @dataclass(frozen=True)
@@ -34,6 +53,7 @@ class Sources:
     streams: Mapping[Part, TokenStream]  # parts with at least two tokens, even if shorter than a sample
     reasons: Mapping[Part, str]
     description: tuple[str, ...]
+    corpora: Mapping[Part, tuple[Corpus, ...]] = field(default_factory=dict)  # of the parts that blend several
 
     def samples(self, part: Part) -> SampleSource:
         """The samples of a part that is needed. Raises UserError with the reason when there are none."""
@@ -50,92 +70,138 @@ class Sources:
 
 
 def build_sources(
-    *, data_path: str | None, data_impl: str, split: str, seq_length: int, seed: int, vocab_size: int
+    *,
+    data_path: str | None = None,
+    data_impl: str = "mmap",
+    split: str = "969, 30, 1",
+    mixtures: Mapping[Part, Mixture] | None = None,
+    seq_length: int,
+    seed: int,
+    vocab_size: int,
+    pack_impl: PackImpl = "packed",
+    allow_chopped: bool = True,
 ) -> Sources:
     """Open the data of a run and divide them.
 
-    split: weights of train, valid and test, such as "969, 30, 1". vocab_size: ids of the tokenizer; data with others
-    are refused. Training samples are shuffled by `seed`, the others come in order.
+    split: weights of train, valid and test, such as "969, 30, 1", for `data_path`. mixtures: the corpora of each part,
+    in place of both. vocab_size: ids of the tokenizer; data with others are refused. Training samples are shuffled by
+    `seed`, the others come in order.
     Raises UserError for missing, damaged or foreign data.
     """
+    sampling = Sampling(seq_length, seed, vocab_size, pack_impl, allow_chopped)
     if data_impl == "mock":
         head = f"data: mock (a Markov chain, best possible loss {BEST_LOSS:.3f})"
-        parts = {part: _Part(MockStream(part, n, vocab_size, seed), "made up") for part, n in MOCK_TOKENS.items()}
-    elif not data_path:
+        return _collect(head, {part: _mock(part, sampling) for part in PARTS})
+    if mixtures:
+        parts = {part: _mixed(part, mixtures.get(part), sampling) for part in PARTS}
+        return _collect(f"data: {sum(len(mixture.paths) for mixture in mixtures.values()):,} corpora", parts)
+    if not data_path:
         raise UserError("data_path is not set: give the prefix of a .bin/.idx pair, or data_impl: mock")
-    else:
-        dataset = IndexedDataset(data_path)
-        head = _describe(dataset)
-        parts = _divide(dataset, split, vocab_size)
-    return _sources(head, parts, seq_length, seed)
-
-
-def parse_split(split: str) -> tuple[float, float, float]:
-    """Shares of train, valid and test, which add up to 1, from weights parted by "," or "/"; missing ones are 0.
-
-    Raises UserError for anything else.
-    """
-    try:
-        weights = [float(word) for word in split.replace("/", ",").split(",")]
-    except ValueError:
-        weights = []
-    if not 1 <= len(weights) <= 3 or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
-        raise UserError(f'split ("{split}") must be one to three weights, such as "969, 30, 1"')
-    train, valid, test = (weight / sum(weights) for weight in [*weights, 0.0, 0.0][:3])
-    return train, valid, test
-
-
-def split_ranges(count: int, shares: Sequence[float]) -> list[tuple[int, int]]:
-    """Contiguous ranges of 0..count, one for each share, rounded as GPT-NeoX does."""
-    bounds = [0]
-    for share in shares:
-        bounds.append(bounds[-1] + round(share * count))
-    excess = bounds[-1] - count
-    bounds = [0] + [min(max(bound - excess, 0), count) for bound in bounds[1:]]
-    return list(pairwise(bounds))
+    dataset = IndexedDataset(data_path)
+    pieces = zip(PARTS, divide(dataset, split), strict=True)
+    return _collect(_describe(dataset), {part: _single(part, *piece, sampling) for part, piece in pieces})
 
 
 @dataclass(frozen=True)
 class _Part:
-    """The tokens of one part, if there are at least two, and a note: where they lie, or why there are none."""
+    """One part: its tokens and samples, or the reason why there are none; lines that describe it."""
 
-    stream: TokenStream | None
-    note: str
-
-
-def _divide(dataset: IndexedDataset, split: str, vocab_size: int) -> dict[Part, _Part]:
-    by_document = len(dataset) != 1
-    unit, count = ("documents", len(dataset)) if by_document else ("tokens", dataset.num_tokens)
-    parts = {}
-    for part, (first, last) in zip(PARTS, split_ranges(count, parse_split(split)), strict=True):
-        start, stop = (dataset.token_start(n) if by_document else n for n in (first, last))
-        stream = CorpusStream(dataset, start, stop - start, vocab_size)
-        if stream.num_tokens < 2:
-            parts[part] = _Part(None, f'split "{split}" leaves it {last - first:,} of {count:,} {unit}')
-        else:
-            stream.tokens(0, CHECKED_TOKENS)  # data of another tokenizer are refused before the work starts
-            parts[part] = _Part(stream, f"{unit} {first:,} to {last - 1:,}")
-    return parts
+    stream: TokenStream | None = None
+    source: SampleSource | None = None
+    reason: str = ""
+    lines: tuple[str, ...] = ()
+    corpora: tuple[Corpus, ...] = ()
 
 
-def _sources(head: str, parts: Mapping[Part, _Part], seq_length: int, seed: int) -> Sources:
-    streams = {name: part.stream for name, part in parts.items() if part.stream is not None}
-    samples = {
-        name: Windows(stream, seq_length, seed, shuffle=name == "train")
-        for name, stream in streams.items()
-        if stream.num_tokens > seq_length
-    }
-    reasons, lines = {}, [head]
+def _mock(part: Part, sampling: Sampling) -> _Part:
+    stream = MockStream(part, MOCK_TOKENS[part], sampling.vocab_size, sampling.seed)
+    source = Windows(stream, sampling.seq_length, sampling.seed, shuffle=part == "train")
+    line = f"{part}: made up, {stream.num_tokens:,} tokens, {source.samples_per_epoch:,} samples an epoch"
+    return _Part(stream, source, lines=(line,))
+
+
+def _single(part: Part, piece: Piece, reason: str, sampling: Sampling) -> _Part:
+    """A part that is (a piece of) one corpus."""
+    if piece.num_tokens < 2:
+        return _Part(reason=reason)
+    piece.check(sampling.vocab_size, CHECKED_TOKENS)
+    stream, source = piece.stream(sampling.vocab_size), piece.samples(sampling, shuffle=part == "train")
+    if source is None:
+        return _Part(stream, reason=_too_few(piece, sampling))
+    return _Part(stream, source, lines=(f"{part}: {piece.describe(source)}",))
+
+
+def _mixed(part: Part, mixture: Mixture | None, sampling: Sampling) -> _Part:
+    """A part that names its corpora. Raises UserError for one without a sample: its weight could not be kept."""
+    if mixture is None:
+        return _Part(reason=f"{part}_data_paths is not set")
+    pieces = _pieces(mixture)
+    if len(pieces) == 1:
+        found = _single(part, pieces[0], f"{pieces[0].dataset.prefix} holds no tokens", sampling)
+        head = f"{part}: {pieces[0].dataset.prefix}, "
+        return replace(found, lines=tuple(head + line.removeprefix(f"{part}: ") for line in found.lines))
+    for piece in pieces:
+        piece.check(sampling.vocab_size, CHECKED_TOKENS // len(pieces))
+    sources = [_own_samples(part, number, piece, sampling) for number, piece in enumerate(pieces)]
+    shares = whole_shares([piece.weight for piece in pieces])
+    weights = [share / sum(shares) for share in shares]
+    total = sum(piece.weight for piece in pieces)
+    rounded = any(abs(piece.weight / total - weight) > 1e-12 for piece, weight in zip(pieces, weights, strict=True))
+    lines = [f"{part}: a blend of {len(pieces)} corpora, exact every {sum(shares):,} samples"]
+    lines[0] += ", with weights rounded to millionths:" if rounded else ":"
+    lines += [
+        f"  {weight:.4%} {piece.dataset.prefix}: {piece.describe(source)}"
+        for piece, source, weight in zip(pieces, sources, weights, strict=True)
+    ]
+    corpora = tuple(map(Corpus, _unlike(pieces), weights, sources))
+    stream = JoinedStreams(tuple(piece.stream(sampling.vocab_size) for piece in pieces))
+    return _Part(stream, Blend(tuple(sources), shares), lines=tuple(lines), corpora=corpora)
+
+
+def _pieces(mixture: Mixture) -> list[Piece]:
+    """The corpora of a part, with their weights."""
+    count = len(mixture.paths)
+    rows = zip(mixture.paths, mixture.labels or [None] * count, mixture.weights or [1.0] * count, strict=True)
+    pieces = [whole_corpus(path, label, weight) for path, label, weight in rows]
+    if mixture.alpha is None:
+        return pieces
+    return [replace(piece, weight=float(len(piece.dataset)) ** mixture.alpha) for piece in pieces]
+
+
+def _own_samples(part: Part, number: int, piece: Piece, sampling: Sampling) -> SampleSource:
+    """The samples of one corpus of a blend, in an order of its own."""
+    own = replace(sampling, seed=derived_key(sampling.seed, "corpus", number))
+    source = piece.samples(own, shuffle=part == "train") if piece.num_tokens > 1 else None
+    if source is None:
+        raise UserError(f"{part}_data_paths: {piece.dataset.prefix} has no sample: {_too_few(piece, sampling)}")
+    return source
+
+
+def _too_few(piece: Piece, sampling: Sampling) -> str:
+    if sampling.pack_impl == "packed":
+        return f"its {piece.num_tokens:,} tokens are too few for seq_length ({sampling.seq_length:,})"
+    return f"none of its documents fits into seq_length ({sampling.seq_length:,}) with a label"
+
+
+def _unlike(pieces: Sequence[Piece]) -> list[str]:
+    """Names of the corpora, numbered where several have the same."""
+    names = [piece.name for piece in pieces]
+    return [name if names.count(name) == 1 else f"{name}#{number}" for number, name in enumerate(names, start=1)]
+
+
+def _collect(head: str, parts: Mapping[Part, _Part]) -> Sources:
+    lines = [head]
     for name, part in parts.items():
-        if name in samples:
-            tokens, count = streams[name].num_tokens, samples[name].samples_per_epoch
-            lines.append(f"{name}: {part.note}, {tokens:,} tokens, {count:,} samples an epoch")
-            continue
-        reasons[name] = part.note
-        if part.stream is not None:
-            reasons[name] = f"its {part.stream.num_tokens:,} tokens are too few for seq_length ({seq_length:,})"
-        lines.append(f"{name}: none, {reasons[name]}")
-    return Sources(samples.get("train"), samples.get("valid"), samples.get("test"), streams, reasons, tuple(lines))
+        lines += part.lines if part.source is not None else (f"{name}: none, {part.reason}",)
+    return Sources(
+        parts["train"].source,
+        parts["valid"].source,
+        parts["test"].source,
+        {name: part.stream for name, part in parts.items() if part.stream is not None},
+        {name: part.reason for name, part in parts.items() if part.source is None},
+        tuple(lines),
+        {name: part.corpora for name, part in parts.items() if part.corpora},
+    )
 
 
 def _describe(dataset: IndexedDataset) -> str:

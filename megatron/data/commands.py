@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from megatron.data.encoding import Job, Totals
 from megatron.data.indexed import IndexedDataset
-from megatron.data.preprocess import Job, Totals
 from megatron.errors import RunError, UserError
 
 INTERRUPTED = 130
@@ -39,7 +39,7 @@ def exit_code(main: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; no output was kept", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -86,6 +86,8 @@ def summary(job: Job, totals: Totals) -> list[str]:
     lines.append(f"from {totals.text_bytes:,} bytes of text in {totals.seconds:.1f} s ({speed(totals)})")
     notes = {
         "empty documents left out": totals.empty,
+        "documents left out for their length": totals.filtered,
+        "duplicates left out": totals.duplicates,
         "documents in which U+FFFD stands for invalid text": totals.repaired,
         "documents that spell the end-of-document token in their own text": totals.contain_eod,
         "bad lines left out, the first of them:": totals.bad_lines,

@@ -1,43 +1,21 @@
-"""Documents out of text files: .jsonl (one object a line) and .txt (one document), plain, .gz or .zst.
+"""Texts out of raw chunks: parsed, with invalid text replaced and lines that are no documents named.
 
-Reading is split in two, so that the costly half runs in workers: `read_chunks` cuts files into raw pieces with their
-line numbers, `parse_chunk` makes texts of a piece. Floor 2; no torch.
+Floor 2; no torch.
 """
 
-import gzip
-import io
 import json
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import zstandard
+import orjson
 
-from megatron.errors import RunError, UserError
+from megatron.data.inputs import Span
+from megatron.data.reading import Chunk, read_chunks
+from megatron.errors import RunError
 from megatron.text import well_formed
 
-COMPRESSIONS = ("", ".gz", ".zst")
-ENDINGS = tuple(kind + compression for kind in (".jsonl", ".json", ".txt") for compression in COMPRESSIONS)
-CHUNK_BYTES = 1 << 20
-CHUNK_LINES = 512
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of a file: lines of JSON, or the whole of a text file.
-
-    first_line: number of its first line, from 1; 0 marks a text file. bytes_read: of the file on the disk so far, this
-    piece included.
-    """
-
-    path: str
-    first_line: int
-    pieces: tuple[bytes, ...]
-    bytes_read: int
 
 
 @dataclass
@@ -51,43 +29,12 @@ class ParsedChunk:
     repaired: int = 0
     bad_lines: list[str] = field(default_factory=list)
 
-
-def find_inputs(names: str) -> list[str]:
-    """The files that a comma-separated list of files, folders and patterns (`data/*.jsonl`) stands for, in order.
-
-    Raises UserError for a name that stands for nothing, or a file whose ending is not one of ENDINGS.
-    """
-    found: list[str] = []
-    for name in (name.strip() for name in names.split(",")):
-        path = Path(name)
-        if path.is_dir():
-            matches = sorted(str(entry) for entry in path.iterdir() if entry.name.endswith(ENDINGS))
-        else:
-            matches = [name] if path.is_file() else sorted(map(str, path.parent.glob(path.name)))
-        if not matches:
-            raise UserError(f'input "{name}": no such file, and no {"/".join(ENDINGS[:3])} file in such a folder')
-        found += matches
-    wrong = [path for path in found if not path.endswith(ENDINGS)]
-    if wrong:
-        raise UserError(*(f"{path}: Deepy reads files ending in {', '.join(ENDINGS)}" for path in wrong))
-    return found
-
-
-def read_chunks(path: str) -> Iterator[Chunk]:
-    """Cut one file into chunks of about a megabyte. Raises RunError for one that is damaged or cut short."""
-    with Path(path).open("rb") as raw, _damage_named(path):
-        unpacked = _unpacked(path, raw)
-        if path.removesuffix(".gz").removesuffix(".zst").endswith(".txt"):
-            yield Chunk(path, 0, (unpacked.read(),), raw.tell())
-            return
-        first, lines, size = 1, list[bytes](), 0
-        for line in unpacked:
-            lines.append(line)
-            size += len(line)
-            if size >= CHUNK_BYTES or len(lines) >= CHUNK_LINES:
-                yield Chunk(path, first, tuple(lines), raw.tell())
-                first, lines, size = first + len(lines), [], 0
-        yield Chunk(path, first, tuple(lines), raw.tell())
+    def add(self, values: dict[str, Any]) -> None:
+        """A document that Python's own readers made, in which there may be surrogates."""
+        clean = {key: well_formed(value) for key, value in values.items()}
+        self.repaired += clean != values
+        for key, value in clean.items():
+            self.texts[key].append(value)
 
 
 def parse_chunk(chunk: Chunk, keys: Sequence[str]) -> ParsedChunk:
@@ -96,31 +43,63 @@ def parse_chunk(chunk: Chunk, keys: Sequence[str]) -> ParsedChunk:
     A line that is not an object with a string under each key is listed in `bad_lines`; blank lines are passed over.
     """
     parsed = ParsedChunk({key: [] for key in keys})
-    for number, piece in enumerate(chunk.pieces, start=chunk.first_line):
-        if number <= 1:
-            piece = piece.removeprefix(BYTE_ORDER_MARK)
-        text, is_valid = _decoded(piece)
-        if chunk.first_line and not text.strip():
-            continue
-        values = _values(text, keys) if chunk.first_line else dict.fromkeys(keys, text)
-        if isinstance(values, str):
-            parsed.bad_lines.append(f"{chunk.path}, line {number}: {values}")
-            continue
-        clean = {key: well_formed(value) for key, value in values.items()}
-        parsed.repaired += not is_valid or clean != values
-        for key, value in clean.items():
-            parsed.texts[key].append(value)
+    data = chunk.data if chunk.start.offset else chunk.data.removeprefix(BYTE_ORDER_MARK)
+    if chunk.columns:
+        _parse_rows(chunk, keys, parsed)
+    elif chunk.is_text:
+        text, is_valid = _decoded(data)
+        parsed.add(dict.fromkeys(keys, text))
+        parsed.repaired += not is_valid
+    else:
+        _parse_lines(chunk, data.split(b"\n"), keys, parsed)
     return parsed
 
 
-def read_texts(paths: Sequence[str], key: str) -> Iterator[str]:
-    """The texts under `key` of all files, in order. Raises RunError at the first bad line."""
+def read_texts(paths: Iterable[str], key: str) -> Iterator[str]:
+    """The texts under `key` of all inputs, in order. Raises RunError at the first bad line."""
     for path in paths:
-        for chunk in read_chunks(path):
+        for chunk in read_chunks(Span(path), [key]):
             parsed = parse_chunk(chunk, [key])
             if parsed.bad_lines:
                 raise RunError(parsed.bad_lines[0])
             yield from parsed.texts[key]
+
+
+def _parse_lines(chunk: Chunk, lines: list[bytes], keys: Sequence[str], parsed: ParsedChunk) -> None:
+    texts = [parsed.texts[key] for key in keys]
+    for number, line in enumerate(lines, start=chunk.start.line + 1):
+        try:
+            entry = orjson.loads(line)
+            values = [entry[key] for key in keys]
+        except (orjson.JSONDecodeError, KeyError, TypeError, IndexError):
+            values = []
+        if values and all(type(value) is str for value in values):
+            for place, value in zip(texts, values, strict=True):
+                place.append(value)
+        elif line.strip():
+            _parse_by_hand(f"{chunk.source}, line {number}", line, keys, parsed)
+
+
+def _parse_by_hand(name: str, line: bytes, keys: Sequence[str], parsed: ParsedChunk) -> None:
+    """A line that orjson is too strict for: invalid UTF-8, lone surrogates, NaN; or one that is bad."""
+    text, is_valid = _decoded(line)
+    values = _values(text, keys)
+    if isinstance(values, str):
+        parsed.bad_lines.append(f"{name}: {values}")
+        return
+    before = parsed.repaired
+    parsed.add(values)
+    parsed.repaired = before + (not is_valid or parsed.repaired > before)
+
+
+def _parse_rows(chunk: Chunk, keys: Sequence[str], parsed: ParsedChunk) -> None:
+    rows = zip(*(chunk.columns[key] for key in keys), strict=True)
+    for number, row in enumerate(rows, start=chunk.start.line + 1):
+        wrong = [key for key, value in zip(keys, row, strict=True) if not isinstance(value, str)]
+        if wrong:
+            parsed.bad_lines.append(f'{chunk.source}, row {number}: no text in the column "{wrong[0]}"')
+        else:
+            parsed.add(dict(zip(keys, row, strict=True)))
 
 
 def _values(line: str, keys: Sequence[str]) -> dict[str, str] | str:
@@ -145,54 +124,3 @@ def _decoded(piece: bytes) -> tuple[str, bool]:
         return piece.decode(), True
     except UnicodeDecodeError:
         return piece.decode("utf-8", "replace"), False
-
-
-def _unpacked(path: str, raw: BinaryIO) -> BinaryIO:
-    if path.endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
-    if path.endswith(".zst"):
-        return io.BufferedReader(_ZstandardFrames(raw), CHUNK_BYTES)
-    return raw
-
-
-class _ZstandardFrames(io.RawIOBase):
-    """All frames of a .zst file. Unlike zstandard's own reader it notices a file that was cut short."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._packed = b""
-        self._text = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._text and self._advance():
-            pass
-        count = min(len(buffer), len(self._text))
-        buffer[:count], self._text = self._text[:count], self._text[count:]
-        return count
-
-    def _advance(self) -> bool:
-        """Unpack a little more; False at the end of the file."""
-        self._packed = self._packed or self._raw.read(1 << 16)
-        if not self._packed:
-            if self._frame is not None:
-                raise EOFError("the last frame is not complete")
-            return False
-        if self._frame is None:
-            self._frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-        self._text = self._frame.decompress(self._packed)
-        self._packed = self._frame.unused_data
-        if self._frame.eof:
-            self._frame = None
-        return True
-
-
-@contextmanager
-def _damage_named(path: str) -> Iterator[None]:
-    try:
-        yield
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        raise RunError(f"{path} is damaged or was cut short: {error}") from error

@@ -19,7 +19,6 @@ Floor 2; no torch.
 import errno
 import os
 import struct
-from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +37,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 CACHED_MAGIC = b"TNTIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # 34 bytes
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats: no token ids
+PIECE = 1 << 18  # entries of an index that are written at a time
 DEFAULT_KEY_SUFFIX = "_text_document"  # what preprocess_data.py adds to --output-prefix for the key "text"
 
 
@@ -109,64 +109,99 @@ class IndexedWriter:
     """Writes one `.bin`/`.idx` pair, which appears under its final name when the `with` block ends without an error.
 
     prefix: path of the pair without its ending; its folder is made. dtype: of the ids in the file (see `best_dtype`).
-    Raises RunError when the disk is full; then, as after any other error, nothing is left behind.
+    resume_at: what `checkpoint` returned in a run that was interrupted; what it wrote later is cut off.
+    keep: set it to leave the unfinished files for such a run, whatever ends the block; else nothing is left behind.
+    Memory does not grow with the data. Raises RunError when the disk is full.
     """
 
-    def __init__(self, prefix: str, dtype: npt.DTypeLike) -> None:
+    def __init__(self, prefix: str, dtype: npt.DTypeLike, resume_at: tuple[int, int] | None = None) -> None:
         self.prefix = prefix
         self.dtype = np.dtype(dtype)
+        self.keep = resume_at is not None
         self._code = next(code for code, name in DTYPES.items() if np.dtype(name) == self.dtype)
-        self._sizes = array("i")
+        self._resume_at = resume_at
 
     def __enter__(self) -> Self:
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = Path(f"{self.prefix}.bin.partial").open("wb")
+        num_bytes, documents = self._resume_at or (0, 0)
+        self._file = self._open(".bin.partial", num_bytes)
+        self._sizes = self._open(".sizes.partial", 4 * documents)
         return self
 
     def add_document(self, ids: Sequence[int] | Ids) -> None:
         """Append one document. Raises ValueError for ids that the dtype cannot hold."""
         self.add_documents(ids, [len(ids)])
 
-    def add_documents(self, ids: Sequence[int] | Ids, sizes: Sequence[int]) -> None:
+    def add_documents(self, ids: Sequence[int] | Ids, sizes: Sequence[int] | Ids) -> None:
         """Append several documents, given as the ids of all of them and the number of tokens of each."""
         values = np.asarray(ids)
         limits = np.iinfo(self.dtype)
-        if values.size and (values.min() < limits.min or values.max() > limits.max):
+        if values.dtype != self.dtype and values.size and (values.min() < limits.min or values.max() > limits.max):
             raise ValueError(f"token ids from {values.min()} to {values.max()} do not fit into {self.dtype.name}")
         with _full_disk_named(self.prefix):
-            self._file.write(values.astype(self.dtype, copy=False).tobytes())
-        self._sizes.extend(sizes)
+            self._file.write(values.astype(self.dtype, copy=False).data)
+            self._sizes.write(np.asarray(sizes, "<i4").data)
+
+    def checkpoint(self) -> tuple[int, int]:
+        """Bring what was added to the disk. Returns its bytes and documents, for `resume_at`."""
+        with _full_disk_named(self.prefix):
+            _flush_to_disk(self._file)
+            _flush_to_disk(self._sizes)
+        return self._file.tell(), self._sizes.tell() // 4
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             with _full_disk_named(self.prefix):
-                if error is None:
+                if error is None and not self.keep:
                     self._finish()
         finally:
-            with suppress(OSError):  # what is still buffered does not fit either, and is deleted
-                self._file.close()
-            for ending in (".bin.partial", ".idx.partial"):
+            for file in (self._file, self._sizes):
+                with suppress(OSError):  # what is still buffered does not fit either, and is deleted
+                    file.close()
+            for ending in () if self.keep else (".bin.partial", ".sizes.partial", ".idx.partial"):
                 Path(self.prefix + ending).unlink(missing_ok=True)
+
+    def _open(self, ending: str, size: int) -> BinaryIO:
+        if self._resume_at is None:
+            return Path(self.prefix + ending).open("w+b")
+        file = Path(self.prefix + ending).open("r+b")  # noqa: SIM115 (closed at the end of the block)
+        file.truncate(size)
+        file.seek(size)
+        return file
 
     def _finish(self) -> None:
         _flush_to_disk(self._file)
+        self._sizes.flush()
         with Path(f"{self.prefix}.idx.partial").open("wb") as index:
-            index.write(self._index_bytes())
+            _write_index(index, self._sizes, self._code, self.dtype.itemsize)
             _flush_to_disk(index)
         # The old index goes first: a reader never sees the new tokens with the old index.
         Path(f"{self.prefix}.idx").unlink(missing_ok=True)
         Path(f"{self.prefix}.bin.partial").replace(f"{self.prefix}.bin")
         Path(f"{self.prefix}.idx.partial").replace(f"{self.prefix}.idx")
 
-    def _index_bytes(self) -> bytes:
-        sizes = np.asarray(self._sizes, dtype="<i4")
-        ends = np.cumsum(sizes, dtype="<i8") * self.dtype.itemsize
-        pointers = ends - sizes * np.int64(self.dtype.itemsize)
-        documents = np.arange(len(sizes) + 1, dtype="<i8")
-        header = HEADER.pack(MAGIC, 1, self._code, len(sizes), len(documents))
-        return header + sizes.tobytes() + pointers.tobytes() + documents.tobytes()
+
+def _write_index(index: BinaryIO, sizes: BinaryIO, code: int, itemsize: int) -> None:
+    """Write an index from a file of sizes, in pieces, so that the number of documents costs no memory."""
+    count = sizes.tell() // 4
+    index.write(HEADER.pack(MAGIC, 1, code, count, count + 1))
+
+    def pieces() -> Iterator[npt.NDArray[np.int32]]:
+        sizes.seek(0)
+        while data := sizes.read(4 * PIECE):
+            yield np.frombuffer(data, "<i4")
+
+    for piece in pieces():
+        index.write(piece.data)
+    start = 0
+    for piece in pieces():
+        ends = start + np.cumsum(piece, dtype="<i8") * itemsize
+        index.write((ends - piece * np.int64(itemsize)).data)
+        start = int(ends[-1])
+    for first in range(0, count + 1, PIECE):
+        index.write(np.arange(first, min(first + PIECE, count + 1), dtype="<i8").data)
 
 
 def find_prefix(prefix: str) -> str:

@@ -8,6 +8,7 @@ Letters: G global batch, M micro-batch, D data-parallel ranks, s sequence length
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -41,6 +42,22 @@ class MicroBatchOrder:
             start += self.micro_size * self.data_size
 
 
+CHUNK = 1 << 17  # tokens that a worker hands over at a time: handing over costs about a millisecond
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """The sample numbers of `count` micro-batches at a time."""
+
+    order: MicroBatchOrder
+    count: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        numbers = iter(self.order)
+        while True:
+            yield [number for batch in islice(numbers, self.count) for number in batch]
+
+
 class _Samples(Dataset[Tokens]):
     def __init__(self, source: SampleSource) -> None:
         self.source = source
@@ -61,16 +78,17 @@ def micro_batches(
     pin_memory: bool = False,
     start_method: str | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Endless micro-batches of token ids, each int64 [M, s + 1] on the CPU.
+    """Endless micro-batches of token ids, each int64 [M, s + 1] on the CPU; [M, 2, s + 1] with labels.
 
     num_workers: processes that read ahead; 0 reads when asked. The batches are the same for any number.
     start_method: of those processes ("fork", "spawn", "forkserver"); None is Python's own choice.
     Raises ValueError when the global batch does not divide.
     """
     order = MicroBatchOrder(consumed_samples, global_size, micro_size, data_rank, data_size)
+    count = max(1, CHUNK // (micro_size * source[consumed_samples].size)) if num_workers else 1
     loader = DataLoader(
         _Samples(source),
-        batch_sampler=order,  # has no length, and needs none
+        batch_sampler=_Chunks(order, count),  # has no length, and needs none
         num_workers=num_workers,
         pin_memory=pin_memory,
         collate_fn=_stacked,
@@ -78,7 +96,12 @@ def micro_batches(
         # Its own: DataLoader would otherwise draw from torch's, and a resumed run would see other random numbers.
         generator=torch.Generator(),
     )
-    return iter(loader)
+    return _micro_batches(iter(loader), micro_size)  # workers begin now, not when the first batch is asked for
+
+
+def _micro_batches(chunks: Iterator[torch.Tensor], size: int) -> Iterator[torch.Tensor]:
+    for chunk in chunks:
+        yield from chunk.split(size)
 
 
 def _stacked(samples: list[Tokens]) -> torch.Tensor:

@@ -1,213 +1,128 @@
-"""Text files to token files: read, tokenize in worker processes, write in order.
+"""Text files to token files: read, tokenize in worker processes, write in order, go on after an interruption.
 
-The tokenizer arrives as a function that makes one, so that each worker can make its own. Floor 2; no torch.
+The encoder arrives as settings that make one, so that each worker can make its own. Floor 2; no torch.
 """
 
-import multiprocessing
-import os
-import signal
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import chain
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from megatron.data.documents import Chunk, parse_chunk, read_chunks
+from megatron.data.encoding import Job, MakesEncoder, Totals, encoder_of
 from megatron.data.indexed import IndexedWriter, best_dtype
+from megatron.data.inputs import Span, input_size, is_file, plan_spans
+from megatron.data.journal import Checkpoint, Journal
+from megatron.data.manifest import read_manifest, write_manifest
+from megatron.data.output import Output
+from megatron.data.workers import Reader, encoded_chunks
 from megatron.errors import RunError
 
-LISTED_BAD_LINES = 10
 
+class AlarmError(Exception):
+    """The fast backend gave other ids than the reference; `found` are the code points to blame."""
 
-class Encoder(Protocol):
-    """The part of a tokenizer that is needed here."""
-
-    vocab_size: int
-    end_of_document: int
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to make.
-
-    keys: of the JSON objects; the texts under each become a pair `<output_prefix>_<key>_document` of their own.
-    append_eod: end each document with the end-of-document token. ftfy: mend broken Unicode first.
-    skip_bad_lines: leave out a line that is not a JSON object with these keys; otherwise it ends the work.
-    workers: processes that tokenize; with 1 it happens in this one, on the threads of the tokenizer's library.
-    """
-
-    inputs: tuple[str, ...]
-    output_prefix: str
-    keys: tuple[str, ...] = ("text",)
-    append_eod: bool = False
-    ftfy: bool = False
-    skip_bad_lines: bool = False
-    workers: int = 1
-
-    def prefix(self, key: str) -> str:
-        """The prefix of the pair that holds the texts under `key`."""
-        return f"{self.output_prefix}_{key}_document"
-
-
-@dataclass
-class Totals:
-    """What was done so far, all keys together. `bad_line_list` holds the first few of the `bad_lines`.
-
-    repaired: documents in which U+FFFD took the place of invalid text. contain_eod: those whose own text spells the
-    end-of-document token. input_bytes: read of the files on the disk.
-    """
-
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    empty: int = 0
-    repaired: int = 0
-    contain_eod: int = 0
-    bad_lines: int = 0
-    bad_line_list: list[str] = field(default_factory=list)
-    input_bytes: int = 0
-    seconds: float = 0.0
-
-    def add(self, other: "Totals") -> None:
-        """Count what `other` counted, but for input_bytes and seconds, which are no sums."""
-        for name in ("documents", "tokens", "text_bytes", "empty", "repaired", "contain_eod", "bad_lines"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.bad_line_list = (self.bad_line_list + other.bad_line_list)[:LISTED_BAD_LINES]
-
-
-@dataclass(frozen=True)
-class EncodedChunk:
-    """A chunk's documents: by key the ids of all of them, one after another, and the size of each."""
-
-    ids: dict[str, npt.NDArray[Any]]
-    sizes: dict[str, list[int]]
-    totals: Totals
+    def __init__(self, found: tuple[tuple[int, int], ...]) -> None:
+        super().__init__(f"a fast backend's ids differ for {found}")
+        self.found = found
 
 
 def preprocess(
-    job: Job, make_encoder: Callable[[], Encoder], progress: Callable[[Totals], None] = lambda totals: None
+    job: Job,
+    make_encoder: MakesEncoder,
+    progress: Callable[[Totals], None] = lambda totals: None,
+    resume: bool = False,
+    announce: Callable[[str], None] = lambda line: None,
 ) -> Totals:
-    """Tokenize `job.inputs`, in their order; the files are the same for any number of workers.
+    """Tokenize `job.inputs`, in their order; the files are the same for any workers, backend and interruptions.
 
-    make_encoder: can be pickled, and its copies are equal (`TokenizerSettings`). progress: called after each chunk.
-    Raises RunError for a bad line, a damaged file, a full disk or a lost worker; then no output is left behind.
+    progress: called after each chunk. announce: is told what a user should know. resume: go on where an interrupted run
+    of the same job stopped, or return its totals if it was completed.
+    Raises RunError for a bad line, a damaged file, a full disk or a lost worker. What is done up to the last checkpoint
+    is then kept for `resume`; before the first one nothing is left behind.
     """
-    started, totals = time.monotonic(), Totals()
-    dtype = best_dtype(_encoder(make_encoder).vocab_size)
-    with closing(_encoded_chunks(job, make_encoder)) as chunks, ExitStack() as stack:
-        writers = {key: stack.enter_context(IndexedWriter(job.prefix(key), dtype)) for key in job.keys}
-        for position, chunk in chunks:
+    spans = plan_spans(job.inputs, job.shard)
+    work = _work(job, encoder_of(make_encoder).fingerprint)
+    journal = Journal(f"{job.output_prefix}.journal", work)
+    if resume:
+        journal.load()
+        done = read_manifest(job.output_prefix)
+        if journal.last is None and done and done.get("work") == work:
+            announce("this work is complete already")
+            return Totals(**done["counts"])
+    else:
+        journal.clear()
+    while True:
+        try:
+            if journal.last is None or not journal.last.complete:
+                _run(job, spans, make_encoder, journal, progress)
+            return _finish(job, spans, make_encoder, journal)
+        except AlarmError as alarm:
+            count = sum(stop - start for start, stop in alarm.found)
+            journal.roll_back(alarm.found)
+            make_encoder = make_encoder.widened(alarm.found)
+            announce(f"{alarm}: these {count:,} go to the tokenizer's own library; documents with them are done again")
+
+
+def _work(job: Job, fingerprint: str) -> dict[str, Any]:
+    """What decides about the output, in JSON's own types."""
+    inputs = [[path, Path(path).stat().st_mtime_ns if is_file(path) else 0, input_size(path)] for path in job.inputs]
+    return {"inputs": inputs, "tokenizer": fingerprint, "settings": job.settings()}
+
+
+def _run(
+    job: Job, spans: Sequence[Span], make_encoder: MakesEncoder, journal: Journal, progress: Callable[[Totals], None]
+) -> None:
+    """Go on from the last checkpoint to the end of the inputs, and note that as complete."""
+    begin = journal.last or Checkpoint()
+    totals = Totals(**begin.totals)
+    started = saved = time.monotonic()
+    before, first_seen = totals.seconds, list[int]()
+    dtype = best_dtype(encoder_of(make_encoder).vocab_size)
+    reader = Reader(job, spans, begin)
+    with ExitStack() as stack:
+        output = stack.enter_context(Output(job, dtype, begin if journal.last else None))
+        chunks = stack.enter_context(closing(encoded_chunks(job, reader, make_encoder)))
+        place = Checkpoint(begin.span, begin.offset, begin.line)
+        for place, chunk in chunks:
+            if chunk.alarm:
+                raise AlarmError(chunk.alarm)
             if chunk.totals.bad_lines and not job.skip_bad_lines:
                 raise RunError(f"{chunk.totals.bad_line_list[0]} (--skip-bad-lines leaves such lines out)")
-            for key, writer in writers.items():
-                writer.add_documents(chunk.ids[key], chunk.sizes[key])
+            output.add(chunk)
             totals.add(chunk.totals)
-            totals.input_bytes, totals.seconds = position, time.monotonic() - started
+            first_seen += chunk.first_seen
+            totals.input_bytes, totals.seconds = reader.done_bytes(place), before + time.monotonic() - started
             progress(totals)
-        if not totals.documents:
+            if time.monotonic() - saved >= job.checkpoint_seconds:
+                journal.append(output.checkpoint(place, totals, reader.digests, first_seen))
+                saved, first_seen = time.monotonic(), []
+        if not totals.documents and job.shard is None:
             raise RunError(f"no document in {', '.join(job.inputs)} has any text under {', '.join(job.keys)}")
-    return totals
+        place.complete = True
+        journal.append(output.checkpoint(place, totals, reader.digests, first_seen))
 
 
-def encode_chunk(chunk: Chunk, job: Job, make_encoder: Callable[[], Encoder]) -> EncodedChunk:
-    """Parse and tokenize one chunk."""
-    encoder = _encoder(make_encoder)
-    parsed = parse_chunk(chunk, job.keys)
-    totals = Totals(repaired=parsed.repaired, bad_lines=len(parsed.bad_lines))
-    totals.bad_line_list = parsed.bad_lines[:LISTED_BAD_LINES]
-    ids, sizes = {}, {}
-    for key, texts in parsed.texts.items():
-        documents = _encode(_mended(texts) if job.ftfy else texts, encoder, totals)
-        if job.append_eod:
-            documents = [[*document, encoder.end_of_document] for document in documents]
-        sizes[key] = [len(document) for document in documents]
-        count = sum(sizes[key])
-        ids[key] = np.fromiter(chain.from_iterable(documents), best_dtype(encoder.vocab_size), count)
-        totals.tokens += count
-    return EncodedChunk(ids, sizes, totals)
-
-
-def _encode(texts: list[str], encoder: Encoder, totals: Totals) -> list[list[int]]:
-    """Ids of the texts that are not empty, counted."""
-    encoded = encoder.encode_batch(texts)
-    # An empty text may still get ids, from a tokenizer that marks the beginning of each.
-    documents = [ids for text, ids in zip(texts, encoded, strict=True) if text and ids]
-    totals.documents += len(documents)
-    totals.empty += len(texts) - len(documents)
-    totals.text_bytes += sum(len(text.encode()) for text in texts)
-    totals.contain_eod += sum(encoder.end_of_document in ids for ids in documents)
-    return documents
-
-
-def _mended(texts: list[str]) -> list[str]:
-    import ftfy  # only those who ask for it wait for it
-
-    return [ftfy.fix_text(text) for text in texts]
-
-
-def _positioned_chunks(inputs: Sequence[str]) -> Iterator[tuple[int, Chunk]]:
-    """Each chunk with the bytes read so far of all files."""
-    before = 0
-    for path in inputs:
-        for chunk in read_chunks(path):
-            yield before + chunk.bytes_read, chunk
-        before += Path(path).stat().st_size
-
-
-def _encoded_chunks(job: Job, make_encoder: Callable[[], Encoder]) -> Generator[tuple[int, EncodedChunk]]:
-    if job.workers <= 1:
-        for position, chunk in _positioned_chunks(job.inputs):
-            yield position, encode_chunk(chunk, job, make_encoder)
-        return
-    # Spawned: forking a process that has threads, as the tokenizer's library does, can hang.
-    pool = ProcessPoolExecutor(job.workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-    pending: deque[tuple[int, Future[EncodedChunk]]] = deque()
-    try:
-        for position, chunk in _positioned_chunks(job.inputs):
-            with _interrupts_held():
-                pending.append((position, pool.submit(encode_chunk, chunk, job, make_encoder)))
-            if len(pending) > 3 * job.workers:  # the bound on memory
-                yield _first(pending)
-        while pending:
-            yield _first(pending)
-    except BrokenProcessPool as error:
-        raise RunError("a worker process died, perhaps for want of memory; try fewer --workers") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _first(pending: deque[tuple[int, Future[EncodedChunk]]]) -> tuple[int, EncodedChunk]:
-    position, future = pending.popleft()
-    return position, future.result()
-
-
-def _start_worker() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back for a moment; processes started meanwhile never see it, and leave it to this one."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@lru_cache(maxsize=1)
-def _encoder(make_encoder: Callable[[], Encoder]) -> Encoder:
-    """One tokenizer for all chunks of a process."""
-    return make_encoder()
+def _finish(job: Job, spans: Sequence[Span], make_encoder: MakesEncoder, journal: Journal) -> Totals:
+    """Give the files their names and write the manifest. Can be done again after an interruption."""
+    last = journal.last
+    assert last is not None
+    dtype = best_dtype(encoder_of(make_encoder).vocab_size)
+    for key in job.keys:
+        if Path(f"{job.prefix(key)}.bin.partial").exists():  # else it has its name already
+            num_bytes, documents = last.outputs[key]
+            with IndexedWriter(job.prefix(key), dtype, (num_bytes, documents)) as writer:
+                writer.keep = False
+        Path(f"{job.prefix(key)}.sizes.partial").unlink(missing_ok=True)
+        Path(f"{job.prefix(key)}.hashes.partial").unlink(missing_ok=True)
+    inputs = [
+        {"path": span.path, "bytes": input_size(span.path), "from": span.start, "to": span.stop, "sha256": digest}
+        for span, digest in zip(spans, last.digests, strict=True)
+    ]
+    outputs = [job.prefix(key) + ending for key in job.keys for ending in (".bin", ".idx")]
+    work = _work(job, encoder_of(make_encoder).fingerprint)
+    write_manifest(
+        job.output_prefix, outputs, work=work, inputs=inputs, encoder=make_encoder.describe(), counts=last.totals
+    )
+    journal.clear()
+    return Totals(**last.totals)

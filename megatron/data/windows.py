@@ -16,10 +16,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed import Ids, IndexedDataset
 from megatron.errors import UserError
 
-Tokens = npt.NDArray[np.int64]  # [length]
+Tokens = npt.NDArray[np.int64]  # [length]; a sample with labels of its own is [2, length]
+NOT_A_LABEL = -100  # in the place of a label that nothing is to be learned from
 _MASK = (1 << 64) - 1
 
 
@@ -46,29 +47,68 @@ class SampleSource(Protocol):
         """Tokens in the stream the samples are cut from."""
 
     def __getitem__(self, sample: int) -> Tokens:
-        """Sample number `sample` >= 0 of the run, [s + 1]; epoch `sample // samples_per_epoch`."""
+        """Sample number `sample` >= 0 of the run; epoch `sample // samples_per_epoch`.
+
+        Tokens [s + 1], whose labels are themselves; or [2, s + 1], tokens and the label of each (or `NOT_A_LABEL`).
+        """
 
 
 @dataclass(frozen=True)
 class CorpusStream:
-    """Tokens `start` .. `start + num_tokens` of an indexed dataset, each checked to be an id below `vocab_size`."""
+    """Tokens `start` .. `start + num_tokens` of an indexed dataset, each checked to be an id below `vocab_size`.
+
+    are_labels: `NOT_A_LABEL` is allowed too.
+    """
 
     dataset: IndexedDataset
     start: int
     num_tokens: int
     vocab_size: int
+    are_labels: bool = False
 
     def tokens(self, start: int, length: int) -> Tokens:
         """Tokens `start` .. `start + length` of this part. Raises UserError for an id outside the vocabulary."""
         length = max(0, min(length, self.num_tokens - start))
-        ids = self.dataset.tokens(self.start + start, length).astype(np.int64)
-        if length and (ids.max() >= self.vocab_size or ids.min() < 0):
-            wrong = int(ids[(ids < 0) | (ids >= self.vocab_size)][0])
+        ids = self.dataset.tokens(self.start + start, length)
+        return checked_ids(ids, self.vocab_size, self.dataset.prefix, self.are_labels)
+
+
+def checked_ids(ids: Ids, vocab_size: int, prefix: str, are_labels: bool = False) -> Tokens:
+    """`ids` as int64. Raises UserError, naming the file, for one outside the vocabulary.
+
+    are_labels: `NOT_A_LABEL` is allowed too.
+    """
+    ids = ids.astype(np.int64)
+    if len(ids) and (ids.max() >= vocab_size or ids.min() < 0):
+        wrong = ids[((ids < 0) | (ids >= vocab_size)) & ~(are_labels & (ids == NOT_A_LABEL))]
+        if len(wrong):
             raise UserError(
-                f"{self.dataset.prefix}.bin holds the token id {wrong:,}, but the tokenizer's ids are "
-                f"0 to {self.vocab_size - 1:,}: these data were made with another tokenizer"
+                f"{prefix}.bin holds the token id {int(wrong[0]):,}, but the tokenizer's ids are "
+                f"0 to {vocab_size - 1:,}: these data were made with another tokenizer"
             )
-        return ids
+    return ids
+
+
+@dataclass(frozen=True)
+class JoinedStreams:
+    """Several streams, one after the other (a `TokenStream`)."""
+
+    streams: tuple[TokenStream, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all streams."""
+        return sum(stream.num_tokens for stream in self.streams)
+
+    def tokens(self, start: int, length: int) -> Tokens:
+        """Tokens `start` .. `start + length`, fewer at the end of the last stream."""
+        pieces = [np.empty(0, dtype=np.int64)]
+        for stream in self.streams:
+            if start < stream.num_tokens and length > 0:
+                pieces.append(stream.tokens(start, length))
+            length -= max(0, min(length, stream.num_tokens - start))
+            start = max(0, start - stream.num_tokens)
+        return np.concatenate(pieces)
 
 
 @dataclass(frozen=True)
@@ -76,13 +116,14 @@ class Windows:
     """Windows of `seq_length + 1` tokens of a stream: the samples of a run (a `SampleSource`).
 
     shuffle: rotate and permute anew each epoch, for training; else the windows come in order, from the first token.
-    The stream must hold at least one window.
+    labels: as long as the stream, for samples with labels of their own. The stream must hold at least one window.
     """
 
     stream: TokenStream
     seq_length: int
     seed: int
     shuffle: bool = True
+    labels: TokenStream | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -95,12 +136,10 @@ class Windows:
         return (self.num_tokens - 1) // self.seq_length
 
     def __getitem__(self, sample: int) -> Tokens:
-        """Sample number `sample` of the run, [s + 1]."""
-        start, length = self.start_of(sample), self.seq_length + 1
-        head = self.stream.tokens(start, length)
-        if len(head) == length:
-            return head
-        return np.concatenate([head, self.stream.tokens(0, length - len(head))])
+        """Sample number `sample` of the run, [s + 1], or [2, s + 1] with labels."""
+        start = self.start_of(sample)
+        ids = self._around(self.stream, start)
+        return ids if self.labels is None else np.stack([ids, self._around(self.labels, start)])
 
     def start_of(self, sample: int) -> int:
         """Where in the stream sample number `sample` begins; it may run past the end, on to the beginning."""
@@ -110,6 +149,14 @@ class Windows:
         window = permuted(position, self.samples_per_epoch, derived_key(self.seed, "order", epoch))
         offset = derived_key(self.seed, "offset", epoch) % self.num_tokens
         return (offset + window * self.seq_length) % self.num_tokens
+
+    def _around(self, stream: TokenStream, start: int) -> Tokens:
+        """S + 1 tokens from `start` on, past the end on to the beginning."""
+        length = self.seq_length + 1
+        head = stream.tokens(start, length)
+        if len(head) == length:
+            return head
+        return np.concatenate([head, stream.tokens(0, length - len(head))])
 
 
 def permuted(index: int, size: int, key: int) -> int:

@@ -22,7 +22,13 @@ class InferenceEngine:
         self.dtype = dtype
 
     @torch.inference_mode()
-    def forward(self, tokens: Tensor, cache: Any = None) -> Tensor:
-        """Tokens [b, s] in, logits [b, s, v/tp] out. With a cache, `tokens` continue what it holds."""
-        logits: Tensor = self.module(tokens.to(self.grid.device), cache)
+    def forward(self, tokens: Tensor, cache: Any = None, document_start: Tensor | None = None) -> Tensor:
+        """Tokens [b, s] in, logits [b, s, v/tp] out. With a cache, `tokens` continue what it holds.
+
+        document_start: int32 [b, s], the column in which each token's document begins, for a model that keeps them
+        apart; None: all in the first.
+        """
+        tokens = tokens.to(self.grid.device)
+        flow = tokens if document_start is None else (tokens, document_start.to(self.grid.device))
+        logits: Tensor = self.module(flow, cache)
         return logits

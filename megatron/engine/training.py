@@ -31,7 +31,9 @@ from megatron.optimizers.build import build_optimizer, state_names
 from megatron.parallel.grid import ParallelGrid
 
 Targets = tuple[Tensor, Tensor]  # labels [b, s] int64, loss weights [b, s] float32
-MicroBatch = tuple[Tensor, Targets]  # tokens [b, s] int64, targets
+# tokens [b, s] int64; where documents are kept apart, also the column in which each token's document begins, int32
+Inputs = Tensor | tuple[Tensor, Tensor]
+MicroBatch = tuple[Inputs, Targets]
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,13 @@ class TrainingEngine:
             loss: Tensor = self._engine.eval_batch(batches, num_micro_batches=len(micro_batches))
             return loss.detach().reshape(())
         with torch.no_grad():
-            losses = [self._loss(self._engine(tokens), targets) for tokens, targets in batches]
+            losses = [self._loss(self._engine(inputs), targets) for inputs, targets in batches]
         return self._mean_over_data(losses)
 
     def _train_sequential(self, batches: Iterator[MicroBatch]) -> Tensor:
         losses = []
-        for tokens, targets in batches:
-            loss = self._loss(self._engine(tokens), targets)
+        for inputs, targets in batches:
+            loss = self._loss(self._engine(inputs), targets)
             self._engine.backward(loss)
             self._engine.step()
             losses.append(loss.detach())
@@ -134,12 +136,12 @@ class TrainingEngine:
         return mean
 
     def _on_device(self, micro_batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
-        device = self._grid.device
-        for tokens, (labels, weights) in micro_batches:
-            yield (
-                tokens.to(device, non_blocking=True),
-                (labels.to(device, non_blocking=True), weights.to(device, non_blocking=True)),
-            )
+        def move(tensors: Any) -> Any:
+            if isinstance(tensors, tuple):
+                return tuple(move(tensor) for tensor in tensors)
+            return tensors.to(self._grid.device, non_blocking=True)
+
+        return map(move, micro_batches)
 
     def _loss_scale(self) -> float | None:
         return float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else None
@@ -162,6 +164,8 @@ def _import_deepspeed(grid: ParallelGrid) -> Any:
     logger.setLevel(logging.ERROR)
     # torch renames collectives that DeepSpeed still calls by their old names, at every step
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # and warns of its pipeline's exchange of activations, whose gradients DeepSpeed sends back itself
+    warnings.filterwarnings("ignore", message="c10d::broadcast_: an autograd kernel was not registered")
     if on_cpu:
         # its shared-memory collectives cost a minute of compiling at the first start, on every machine
         deepspeed.ops.__compatible_ops__ = defaultdict(bool)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from megatron.config.plan import AttentionKind, ModelPlan
 from megatron.model.attention_backends import Attend
-from megatron.model.cache import KVCache
+from megatron.model.cache import KVCache, Positions
 from megatron.model.init import weight_initialisers
-from megatron.model.positions import Rotation
+from megatron.model.positions import Rotation, positions_in_documents
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.parallel.random import own_stream
@@ -39,33 +39,43 @@ class Attention(nn.Module):
         self.kv_heads = model.num_kv_heads // grid.size("model")
         self.share = model.num_attention_heads // model.num_kv_heads
         self.head_size = model.head_size
+        self.separate, self.recount = model.reset_attention_mask, model.reset_position_ids
 
-    def forward(self, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, cache: KVCache | None = None, document_start: Tensor | None = None) -> Tensor:
         """Attend over `hidden` [b, s, h], the same on every tensor-parallel rank; returns [b, s, h].
 
+        document_start: int32 [b, s], the column in which each token's document begins; None: in the first.
         One all-reduce forward (in `self.dense`), one backward (in `self.query_key_value`).
         """
-        output: Tensor = self.dense(self.heads(hidden, cache))
+        output: Tensor = self.dense(self.heads(hidden, cache, document_start))
         return output
 
-    def heads(self, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+    def heads(self, hidden: Tensor, cache: KVCache | None = None, document_start: Tensor | None = None) -> Tensor:
         """What this rank's heads find, before the output projection: [b, s, h] -> [b, s, n*d]."""
-        query, key, value = self._query_key_value(hidden, cache)
+        query, key, value = self._query_key_value(hidden, cache, document_start)
         positions = None
         if cache is not None:
             key, value = cache.append(self.index, key, value)
             positions = cache.visibility()
+        elif document_start is not None and self.separate:
+            places = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+            positions = Positions(places, places, document_start)
         if not (self.training and self.dropout):
             return self.attend(query, key, value, positions, 0.0).flatten(2)
         with own_stream(self.grid):
             return self.attend(query, key, value, positions, self.dropout).flatten(2)
 
-    def _query_key_value(self, hidden: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _query_key_value(
+        self, hidden: Tensor, cache: KVCache | None, document_start: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Query [b, s, n, d], key and value [b, s, g, d], with positions turned in."""
         parts = self.query_key_value(hidden).unflatten(-1, (self.kv_heads, self.share + 2, self.head_size))
         queries_and_key, value = parts.split([self.share + 1, 1], dim=3)
         if self.rotation is not None:
-            queries_and_key = self.rotation(queries_and_key, None if cache is None else cache.positions)
+            positions = None if cache is None else cache.positions
+            if document_start is not None and self.recount:
+                positions = positions_in_documents(document_start)
+            queries_and_key = self.rotation(queries_and_key, positions)
         query, key = queries_and_key.split([self.share, 1], dim=3)
         return query.flatten(2, 3), key.squeeze(3), value.squeeze(3)
 

@@ -11,11 +11,14 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from megatron.config.plan import ModelPlan
 from megatron.model.cache import Positions
+from megatron.model.document_mask import document_blocks
 
 _SDPA = "torch's scaled_dot_product_attention"
+SMALLEST_FLEX_HEAD = 16  # of its kernel on a GPU
 _FLASH_TYPES = (torch.float16, torch.bfloat16)
 
 
@@ -95,18 +98,48 @@ class FlashAttention(ScaledDotProduct):
         return self.function(query, key, value, dropout_p=dropout, causal=True)
 
 
+class DocumentAttention(ScaledDotProduct):
+    """torch's FlexAttention (https://arxiv.org/abs/2412.05496) where documents are kept apart; else its usual kernel.
+
+    Only what a query may see is computed, and no s x s mask is made.
+    """
+
+    def __init__(self, window: int | None = None, compiled: bool = True) -> None:
+        """window: keys that a query sees, itself included. compiled: False computes all s x s scores, for tests."""
+        super().__init__(window)
+        self.function = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+
+    def describe(self, dtype: torch.dtype) -> str:
+        """Say what computes; see `Attend`."""
+        window = f" with a window of {self.window} tokens" if self.window else ""
+        return f"torch's FlexAttention{window}, because documents are kept apart"
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions | None, dropout: float
+    ) -> Tensor:
+        """Attend; see `Attend`. It has no dropout."""
+        if positions is None or positions.first is None:
+            return super().__call__(query, key, value, positions, dropout)
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        blocks = document_blocks(positions.first, self.window)
+        mixed: Tensor = self.function(query, key, value, block_mask=blocks, enable_gqa=query.shape[1] != key.shape[1])
+        return mixed.transpose(1, 2)
+
+
 def global_attention(model: ModelPlan, device: torch.device) -> Attend:
     """Attention to all tokens before, by torch."""
-    return ScaledDotProduct()
+    return _within_documents(model, device) or ScaledDotProduct()
 
 
 def local_attention(model: ModelPlan, device: torch.device) -> Attend:
-    """Attention to the last `sliding_window` tokens, by torch with a mask."""
-    return ScaledDotProduct(model.sliding_window)
+    """Attention to the last `sliding_window` tokens, by torch: with a mask, or by blocks within documents."""
+    return _within_documents(model, device, model.sliding_window) or ScaledDotProduct(model.sliding_window)
 
 
 def flash_attention(model: ModelPlan, device: torch.device) -> Attend:
     """Attention to all tokens before, by the package flash-attn where it can run, else by torch."""
+    if (attend := _within_documents(model, device)) is not None:
+        return attend
     if device.type != "cuda":
         return ScaledDotProduct(reason=f"flash-attn needs a GPU and this is the {device.type.upper()}")
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -118,3 +151,13 @@ def flash_attention(model: ModelPlan, device: torch.device) -> Attend:
     except ImportError as error:  # not there, or built for another torch
         return ScaledDotProduct(reason=f"flash-attn cannot be imported: {error}")
     return FlashAttention(flash_attn_func)
+
+
+def _within_documents(model: ModelPlan, device: torch.device, window: int | None = None) -> Attend | None:
+    """The kernel for documents that are kept apart, where it can run; None: one with a mask, or no mask at all."""
+    if not model.reset_attention_mask or device.type != "cuda":
+        return None
+    if model.head_size < SMALLEST_FLEX_HEAD:
+        reason = f"FlexAttention takes heads of at least {SMALLEST_FLEX_HEAD} and these are {model.head_size}"
+        return ScaledDotProduct(window, f"with a mask of s x s: {reason}")
+    return DocumentAttention(window)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megatron.config.plan import ModelPlan
 from megatron.model.attention import Attention
 from megatron.model.cache import KVCache
+from megatron.model.layer import Flow, put_together, taken_apart
 from megatron.model.mlp import MLP
 from megatron.model.positions import Rotation
 from megatron.parallel.grid import ParallelGrid
@@ -38,17 +39,18 @@ class TransformerBlock(nn.Module):
         self.mlp = MLP(model, grid)
         self.parallel_residual, self.dropout = model.parallel_residual, model.hidden_dropout
 
-    def forward(self, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
-        """[b, s, h] -> [b, s, h], the same on every tensor-parallel rank."""
+    def forward(self, flow: Flow, cache: KVCache | None = None) -> Flow:
+        """[b, s, h] -> [b, s, h], the same on every tensor-parallel rank; where documents begin is passed on."""
+        hidden, document_start = taken_apart(flow)
         if self.parallel_residual:
-            return hidden + self._drop(self._both_branches(hidden, cache))
+            return put_together(hidden + self._drop(self._both_branches(hidden, cache, document_start)), document_start)
         assert self.post_attention_norm is not None
-        hidden = hidden + self._drop(self.attention(self.input_norm(hidden), cache))
-        return hidden + self._drop(self.mlp(self.post_attention_norm(hidden)))
+        hidden = hidden + self._drop(self.attention(self.input_norm(hidden), cache, document_start))
+        return put_together(hidden + self._drop(self.mlp(self.post_attention_norm(hidden))), document_start)
 
-    def _both_branches(self, hidden: Tensor, cache: KVCache | None) -> Tensor:
+    def _both_branches(self, hidden: Tensor, cache: KVCache | None, document_start: Tensor | None) -> Tensor:
         normed = self.input_norm(hidden)
-        heads = self.attention.heads(normed, cache)
+        heads = self.attention.heads(normed, cache, document_start)
         wide = self.mlp.wide(normed if self.post_attention_norm is None else self.post_attention_norm(hidden))
         return row_parallel_sum((self.attention.dense, heads), (self.mlp.down, wide))
 

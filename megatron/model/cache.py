@@ -19,14 +19,17 @@ class Positions:
 
     queries: Tensor  # [b or 1, s] int64
     keys: Tensor  # [b or 1, k] int64
+    first: Tensor | None = None  # [b, s] the first key that each query sees, where not all keys before it are seen
 
     def visible(self, window: int | None = None) -> Tensor:
-        """Which keys each query sees, bool [b or 1, 1, s, k]; with a window, only the last `window` of them.
+        """Which keys each query sees, bool [b or 1, 1, s, k]; with a window, only the last `window` keys.
 
         Padding sees padding: a query without any key would turn to NaN and spread.
         """
         queries, keys = self.queries[:, None, :, None], self.keys[:, None, None, :]
         seen = (keys <= queries) & ((keys >= 0) | (queries < 0))
+        if self.first is not None:
+            seen = seen & (keys >= self.first[:, None, :, None])
         return seen if window is None else seen & (keys > queries - window)
 
 

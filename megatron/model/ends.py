@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from megatron.config.plan import ModelPlan
 from megatron.model.cache import KVCache
 from megatron.model.init import weight_initialisers
-from megatron.model.positions import PositionEmbedding
+from megatron.model.layer import Flow, put_together, taken_apart
+from megatron.model.positions import PositionEmbedding, positions_in_documents
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.layers import VocabParallelEmbedding
 from megatron.registry import resolve
@@ -25,12 +26,14 @@ class Embedding(VocabParallelEmbedding):
         super().__init__(model.vocab_size, model.padded_vocab_size, model.hidden_size, init, grid)
         self.positions = kind.at_embedding(model, grid) if kind and kind.at_embedding else None
         self.dropout, self.max_positions = model.hidden_dropout, model.max_position_embeddings
+        self.recount = model.reset_position_ids
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, flow: Flow, cache: KVCache | None = None) -> Flow:  # type: ignore[override]
         """Token ids [b, s] int64 -> [b, s, h]. With a cache the tokens continue what it holds, as its next step.
 
         Raises ValueError for more tokens, padding included, than the model has positions.
         """
+        tokens, document_start = taken_apart(flow)
         if cache is not None:
             cache.begin_step(tokens.shape[1])
         length = tokens.shape[1] if cache is None else cache.length
@@ -38,14 +41,17 @@ class Embedding(VocabParallelEmbedding):
             raise ValueError(f"{length} tokens are more than max_position_embeddings ({self.max_positions})")
         hidden = super().forward(tokens)
         if self.positions is not None:
-            hidden = self.positions(hidden, None if cache is None else cache.positions)
-        return F.dropout(hidden, self.dropout, self.training)
+            positions = None if cache is None else cache.positions
+            if document_start is not None and self.recount:
+                positions = positions_in_documents(document_start)
+            hidden = self.positions(hidden, positions)
+        return put_together(F.dropout(hidden, self.dropout, self.training), document_start)
 
 
-def embedding_logits(embedding: nn.Module, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+def embedding_logits(embedding: nn.Module, flow: Flow, cache: KVCache | None = None) -> Tensor:
     """Logits by the embedding's own weight: [b, s, h] -> [b, s, v/tp]."""
     assert isinstance(embedding, Embedding)
-    return embedding.logits(hidden)
+    return embedding.logits(taken_apart(flow)[0])
 
 
 class Head(VocabParallelEmbedding):
@@ -55,9 +61,9 @@ class Head(VocabParallelEmbedding):
         init, _ = weight_initialisers(model)
         super().__init__(model.vocab_size, model.padded_vocab_size, model.hidden_size, init, grid)
 
-    def forward(self, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, flow: Flow, cache: KVCache | None = None) -> Tensor:
         """[b, s, h] -> [b, s, v/tp], padding columns -inf."""
-        return self.logits(hidden)
+        return self.logits(taken_apart(flow)[0])
 
 
 class FinalNorm(nn.Module):
@@ -67,7 +73,7 @@ class FinalNorm(nn.Module):
         super().__init__()
         self.final_norm: nn.Module = resolve("norm", model.norm)(model.hidden_size, model.norm_epsilon, grid)
 
-    def forward(self, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
-        """[b, s, h] -> [b, s, h]."""
-        normed: Tensor = self.final_norm(hidden)
-        return normed
+    def forward(self, flow: Flow, cache: KVCache | None = None) -> Flow:
+        """[b, s, h] -> [b, s, h]; where documents begin is passed on, as another stage may hold the head."""
+        hidden, document_start = taken_apart(flow)
+        return put_together(self.final_norm(hidden), document_start)

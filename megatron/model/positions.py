@@ -79,6 +79,22 @@ class RotaryTable:
         return rows.view(*rows.shape[:2], *(1,) * (heads.dim() - 3), rows.shape[-1])
 
 
+def document_starts(tokens: Tensor, end: int) -> Tensor:
+    """For each token the column in which its document begins: int32 [b, s] from tokens [b, s].
+
+    A document lasts up to and with its `end`; the first one of a sample may have begun before, and counts from there.
+    """
+    places = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
+    begins = torch.zeros_like(tokens, dtype=torch.int32)
+    begins[:, 1:] = torch.where(tokens[:, :-1] == end, places[1:], 0)
+    return begins.cummax(dim=1).values
+
+
+def positions_in_documents(document_start: Tensor) -> Tensor:
+    """Positions counted from where each document begins: int32 [b, s] -> int64 [b, s]."""
+    return torch.arange(document_start.shape[1], device=document_start.device) - document_start
+
+
 learned = PositionEmbedding(at_embedding=LearnedTable)
 rotary = PositionEmbedding(at_attention=RotaryTable)
 none = PositionEmbedding()

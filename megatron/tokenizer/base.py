@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from megatron.arrays import Ids, flat
 from megatron.errors import UserError
 from megatron.registry import nearest
 from megatron.text import well_formed
@@ -24,6 +25,9 @@ class Tokenizer(ABC):
     vocab_size: int
     end_of_document: int
     fingerprint: str
+    # Strings that become one token wherever they stand in a text, and ids that are put around each text.
+    added_tokens: tuple[str, ...] = ()
+    affixes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`. Never raises: a lone surrogate counts as U+FFFD."""
@@ -32,6 +36,18 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, as `encode` gives them, faster than one by one."""
         return self._encode([well_formed(text) for text in texts])
+
+    def encode_arrays(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+        """Ids of texts without surrogates, one after another, and the number for each."""
+        return flat(self._encode(list(texts)))
+
+    def encode_bare(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts without surrogates, without the affixes."""
+        return self._encode(list(texts))
+
+    def normalized(self, text: str) -> str:
+        """The text as it is before it is cut into words."""
+        return text
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of any ids. Never raises: an id outside the vocabulary, or bytes that are no UTF-8, become U+FFFD."""

@@ -5,6 +5,11 @@ NUL: a text that holds one would be cut there. Its bytes have the same ids, so i
 documents look like NUL.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron.arrays import Ids, sizes_of
 from megatron.errors import UserError
 from megatron.tokenizer.base import END_OF_DOCUMENT, Tokenizer, digest
 
@@ -21,6 +26,11 @@ class CharLevelTokenizer(Tokenizer):
     def describe(self) -> str:
         """One line for the start of a run."""
         return f'CharLevelTokenizer, {self.vocab_size} ids (bytes), end of document "{END_OF_DOCUMENT}" ({BYTES})'
+
+    def encode_arrays(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+        """Ids of texts without surrogates, one after another, and the number for each."""
+        encoded = [text.encode() for text in texts]
+        return np.frombuffer(b"".join(encoded), np.uint8), sizes_of(encoded)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]

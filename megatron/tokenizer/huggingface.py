@@ -1,6 +1,9 @@
 """Tokenizers that the `tokenizers` library runs: a tokenizer.json, or GPT-2's vocab.json with merges.txt. Floor 2."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -29,10 +32,26 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(backend.get_vocab().values()) + 1
         self.end_of_document = found
         self.fingerprint = digest(definition, token)
+        self.added_tokens = tuple(entry.content for entry in backend.get_added_tokens_decoder().values())
+        self.affixes = _affixes(backend)
 
     def describe(self) -> str:
         """One line for the start of a run."""
         return self._line.format(f"{self.vocab_size:,}")
+
+    def encode_bare(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts without surrogates, without what the file's post-processor adds."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def normalized(self, text: str) -> str:
+        """The text as it is before it is cut into words."""
+        normalizer = self._backend.normalizer
+        return str(normalizer.normalize_str(text)) if normalizer else text
+
+    def definition(self) -> dict[str, Any]:
+        """The content of its tokenizer.json."""
+        content: dict[str, Any] = json.loads(self._backend.to_str())
+        return content
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts)]
@@ -73,6 +92,14 @@ def build_gpt2_bpe_tokenizer(vocab_file: str | None, merge_file: str | None, tok
         backend.add_special_tokens([AddedToken(token, normalized=False)])
     definition = vocab.read_text("utf-8") + merges.read_text("utf-8")
     return HuggingFaceTokenizer(backend, kind, vocab, definition, token)
+
+
+def _affixes(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the post-processor puts before and after the ids of a text."""
+    bare = backend.encode("a", add_special_tokens=False).ids
+    full = backend.encode("a").ids
+    start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+    return tuple(full[:start]), tuple(full[start + len(bare) :])
 
 
 def _special_tokens(backend: tokenizers.Tokenizer) -> list[str]:

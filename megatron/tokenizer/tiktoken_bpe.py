@@ -4,6 +4,8 @@ A name makes tiktoken download the ranks once and keep them in TIKTOKEN_CACHE_DI
 ranks only: the pattern that cuts text into words and the special tokens come from FAMILIES, by the file's name.
 """
 
+import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +71,8 @@ class TiktokenTokenizer(Tokenizer):
         if token not in special:
             raise missing_token(token, KIND, special)
         self._encoding = encoding
+        self.added_tokens = tuple(special)
+        self.pattern = encoding._pat_str  # named in tiktoken's README as the way to it
         self.vocab_size = encoding.n_vocab
         self.end_of_document = special[token]
         self._ids = frozenset(special.values()) | {
@@ -81,6 +85,18 @@ class TiktokenTokenizer(Tokenizer):
     def describe(self) -> str:
         """One line for the start of a run."""
         return self._line
+
+    def ranks(self) -> list[bytes]:
+        """The tokens in the order of their ids, without the special ones. Raises ValueError if an id is left out."""
+        tokens = {self._encoding.encode_single_token(value): value for value in self._encoding.token_byte_values()}
+        if sorted(tokens) != list(range(len(tokens))):
+            raise ValueError("the ids of its tokens have a gap")
+        return [tokens[rank] for rank in range(len(tokens))]
+
+    def with_ranks(self, tokens: Sequence[bytes]) -> tiktoken.Encoding:
+        """An encoding with the same pattern and other tokens."""
+        ranks = {token: rank for rank, token in enumerate(tokens)}
+        return tiktoken.Encoding("deepy", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={})
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return self._encoding.encode_batch(texts, num_threads=1, allowed_special="all")
@@ -101,6 +117,11 @@ def build_tiktoken_tokenizer(vocab_file: str | None, merge_file: str | None, tok
         raise UserError(f"{KIND} needs vocab_file: the name of an encoding, such as cl100k_base, or a .tiktoken file")
     encoding = _from_file(Path(vocab_file)) if Path(vocab_file).is_file() else _from_name(vocab_file)
     return TiktokenTokenizer(encoding, token or END_OF_DOCUMENT)
+
+
+def write_ranks(path: Path, tokens: Sequence[bytes]) -> None:
+    """Write a .tiktoken file; a token's id is its place."""
+    path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
 
 
 def _from_name(name: str) -> tiktoken.Encoding:

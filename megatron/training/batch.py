@@ -28,9 +28,7 @@ from megatron.training.hooks import Run
 class BatchBuilder:
     """Makes the micro-batches of one step out of samples."""
 
-    def __init__(
-        self, grid: ParallelGrid, masked_token: int | None = None, document_end: int | None = None
-    ) -> None:
+    def __init__(self, grid: ParallelGrid, masked_token: int | None = None, document_end: int | None = None) -> None:
         """masked_token: the label after this token does not count (`eod_mask_loss`: the end of a document).
 
         document_end: the token that ends a document, where the model is told where documents begin.
@@ -97,6 +95,6 @@ def _tokens_and_labels(ids: Tensor) -> tuple[Tensor, Tensor]:
 def training_batches(
     micro_batches: Iterator[Tensor], builder: BatchBuilder, accumulation_steps: int
 ) -> Iterator[list[MicroBatch]]:
-    """One list of micro-batches per optimizer step, for ever. micro_batches: samples in order, as the loader makes them."""
+    """One list of micro-batches per optimizer step, for ever. micro_batches: samples, as the loader makes them."""
     while samples := list(islice(micro_batches, accumulation_steps)):
         yield builder.build(samples)[0]

@@ -1,0 +1,110 @@
+"""Samples made of whole documents: `pack_impl: pack_until_overflow` and `unpacked`.
+
+pack_until_overflow puts documents into a sample, in the order of the file, until the next one does not fit; unpacked
+puts one into each. What is left of the s + 1 places is filled up with tokens that carry no label. A document of more
+than s + 1 tokens is cut there, or left out. Which documents share a sample never changes; each epoch of the training
+visits the samples in an order of its own, that of a keyed permutation.
+
+Unlike windows this needs the sizes of all documents: some 16 bytes for each, and a second for ten million.
+Letters: s sequence length. Floor 2; no torch.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron.data.indexed import IndexedDataset
+from megatron.data.windows import NOT_A_LABEL, Tokens, checked_ids, derived_key, permuted
+
+FILLER = 0  # any id will do: it has no label, and no token before it sees it
+
+
+@dataclass(frozen=True)
+class DocumentSamples:
+    """Samples [2, s + 1], tokens and labels, of whole documents (a `SampleSource`).
+
+    first, last: the range of documents. several: put as many into a sample as fit. shuffle: for training; else the
+    samples come in order. labels: a dataset of the same sizes. May turn out to hold no sample at all.
+    """
+
+    dataset: IndexedDataset
+    first: int
+    last: int
+    seq_length: int
+    seed: int
+    vocab_size: int
+    several: bool
+    allow_chopped: bool = True
+    shuffle: bool = True
+    labels: IndexedDataset | None = None
+    documents: npt.NDArray[np.int64] = field(init=False, repr=False, compare=False)  # numbers of those that are used
+    bounds: npt.NDArray[np.int64] = field(init=False, repr=False, compare=False)  # sample i: documents[b[i]:b[i + 1]]
+
+    def __post_init__(self) -> None:
+        sizes = self.dataset.sizes[self.first : self.last]
+        longest = sizes.max(initial=0) if self.allow_chopped else self.seq_length + 1
+        # alone, a document of one token would be a sample without a label
+        used = np.flatnonzero((sizes >= (1 if self.several else 2)) & (sizes <= longest))
+        kept = np.minimum(sizes[used].astype(np.int64), self.seq_length + 1)
+        object.__setattr__(self, "documents", used + self.first)
+        object.__setattr__(self, "bounds", _bounds(kept, self.seq_length + 1 if self.several else 0))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the documents that are used, without what is cut off."""
+        sizes = self.dataset.sizes[self.documents]
+        return int(np.minimum(sizes, self.seq_length + 1).sum(dtype=np.int64))
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples that hold all documents once."""
+        return len(self.bounds) - 1
+
+    @property
+    def num_chopped(self) -> int:
+        """Documents that are cut."""
+        return int((self.dataset.sizes[self.documents] > self.seq_length + 1).sum())
+
+    @property
+    def num_left_out(self) -> int:
+        """Documents that are not used: too long, or without a label."""
+        return self.last - self.first - len(self.documents)
+
+    def __getitem__(self, sample: int) -> Tokens:
+        """Sample number `sample` of the run, [2, s + 1]."""
+        row = np.full((2, self.seq_length + 1), FILLER, dtype=np.int64)
+        row[1] = NOT_A_LABEL
+        place = 0
+        for document in self.documents_of(sample):
+            ids = self._read(self.dataset, document)
+            stop = place + len(ids)
+            row[0, place:stop] = ids
+            row[1, place:stop] = ids if self.labels is None else self._read(self.labels, document)
+            place = stop
+        return row
+
+    def documents_of(self, sample: int) -> list[int]:
+        """The documents in sample number `sample` of the run."""
+        epoch, number = divmod(sample, self.samples_per_epoch)
+        if self.shuffle:
+            number = permuted(number, self.samples_per_epoch, derived_key(self.seed, "order", epoch))
+        numbers: list[int] = self.documents[self.bounds[number] : self.bounds[number + 1]].tolist()
+        return numbers
+
+    def _read(self, dataset: IndexedDataset, document: int) -> Tokens:
+        ids = dataset.get(document, 0, self.seq_length + 1)
+        return checked_ids(ids, self.vocab_size, dataset.prefix, are_labels=dataset is self.labels)
+
+
+def _bounds(sizes: npt.NDArray[np.int64], room: int) -> npt.NDArray[np.int64]:
+    """Where samples begin in a row of documents of these sizes, and the end; none is above `room`, or each is alone."""
+    if not room:
+        return np.arange(len(sizes) + 1)
+    ends = np.cumsum(sizes)
+    # for each document, the first one that does not fit into a sample which it begins
+    following = np.searchsorted(ends, ends - sizes + room, side="right").tolist()
+    bounds = [0]
+    while bounds[-1] < len(sizes):
+        bounds.append(following[bounds[-1]])
+    return np.array(bounds, dtype=np.int64)

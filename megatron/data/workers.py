@@ -1,0 +1,88 @@
+"""Chunks read in order, encoded in worker processes, and handed on in the same order. Floor 2; no torch."""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+
+from megatron.data.encoding import EncodedChunk, Job, MakesEncoder, encode_chunk
+from megatron.data.inputs import HUGGING_FACE, Span, input_size
+from megatron.data.journal import Checkpoint
+from megatron.data.reading import Chunk, Place, read_chunks
+from megatron.errors import RunError
+
+
+class Reader:
+    """The chunks of all inputs from a checkpoint on, each with the place after it, and a hash of each input read."""
+
+    def __init__(self, job: Job, spans: Sequence[Span], begin: Checkpoint) -> None:
+        self._job, self._spans, self._begin = job, spans, begin
+        self.digests: list[str | None] = list(begin.digests[: begin.span])
+        self._bytes_before = [0]
+        for span in spans:
+            stop = input_size(span.path) if span.stop is None else span.stop
+            self._bytes_before.append(self._bytes_before[-1] + stop - span.start)
+        self._bytes_read: dict[tuple[int, int], int] = {}
+
+    def __iter__(self) -> Iterator[tuple[Checkpoint, Chunk]]:
+        job, begin = self._job, self._begin
+        for number, span in enumerate(self._spans[begin.span :], start=begin.span):
+            place = Place(begin.offset, begin.line) if number == begin.span else None
+            digest = None if span.path.startswith(HUGGING_FACE) else hashlib.sha256()
+            for chunk in read_chunks(span, job.keys, place, job.chunk_bytes, digest):
+                self._bytes_read[number, chunk.end.offset] = chunk.bytes_read - span.start
+                yield Checkpoint(number, chunk.end.offset, chunk.end.line), chunk
+            self.digests.append(digest.hexdigest() if digest else None)
+
+    def done_bytes(self, place: Checkpoint) -> int:
+        """Bytes on the disk up to a place that was yielded."""
+        return self._bytes_before[place.span] + self._bytes_read.pop((place.span, place.offset), 0)
+
+
+def encoded_chunks(job: Job, reader: Reader, make_encoder: MakesEncoder) -> Generator[tuple[Checkpoint, EncodedChunk]]:
+    """Every chunk of `reader` encoded, with the place after it. Raises RunError when a worker is lost."""
+    if job.workers <= 1:
+        for place, chunk in reader:
+            yield place, encode_chunk(chunk, job, make_encoder)
+        return
+    # Spawned: forking a process that has threads, as the tokenizer's library does, can hang.
+    pool = ProcessPoolExecutor(job.workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    pending: deque[tuple[Checkpoint, int, Future[EncodedChunk]]] = deque()
+    try:
+        for place, chunk in reader:
+            # The bound on memory: a few chunks, or one large document.
+            while pending and sum(size for _, size, _ in pending) + chunk.size > 3 * job.workers * job.chunk_bytes:
+                yield _first(pending)
+            with _interrupts_held():
+                pending.append((place, chunk.size, pool.submit(encode_chunk, chunk, job, make_encoder)))
+            del chunk
+        while pending:
+            yield _first(pending)
+    except BrokenProcessPool as error:
+        raise RunError("a worker process died, perhaps for want of memory; try fewer --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _first(pending: deque[tuple[Checkpoint, int, Future[EncodedChunk]]]) -> tuple[Checkpoint, EncodedChunk]:
+    place, _, future = pending.popleft()
+    return place, future.result()
+
+
+def _start_worker() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back for a moment; processes started meanwhile never see it, and leave it to this one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,46 @@
+"""Attention within documents on a GPU: the mask of FlexAttention, which says block by block what is looked at.
+
+Shapes: b micro-batch, s sequence, c = ceil(s / 128) blocks of 128. Floor 3.
+
+Where a document begins never decreases along a sequence. So what a block of 128 queries sees is a range of blocks of
+keys: from the one in which the document of its first query begins, to its own. Of these the blocks before its own that
+lie within the document of its last query are seen whole. The mask is made of these ranges, c x c bits for a sequence;
+nothing of the size s x s exists at any time.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+BLOCK = 128  # queries and keys that the kernel handles together
+
+
+def document_blocks(first: Tensor, window: int | None = None) -> BlockMask:
+    """The mask in which each query sees the keys from `first` to itself, at most the last `window`.
+
+    first: [b, s], never decreasing along s.
+    """
+    length, device = first.shape[1], first.device
+    blocks = torch.arange(-(-length // BLOCK), device=device)
+    begin, end = blocks * BLOCK, (blocks * BLOCK + BLOCK - 1).clamp(max=length - 1)  # first and last query of each
+    lowest, highest = first[:, begin], first[:, end]  # where the keys of these queries begin, [b, c]
+    if window is not None:
+        lowest, highest = torch.maximum(lowest, begin - window + 1), torch.maximum(highest, end - window + 1)
+    rows, columns = blocks[:, None], blocks[None, :]
+    seen = (columns <= rows) & (columns >= (lowest // BLOCK)[:, :, None])
+    whole = (columns < rows) & (begin[None, :] >= highest[:, :, None])
+    padded = torch.nn.functional.pad(first, (0, len(blocks) * BLOCK - length))  # a kernel may look behind the end
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        visible = (key <= query) & (key >= padded[batch, query])
+        return visible if window is None else visible & (key > query - window)
+
+    return BlockMask.from_kv_blocks(
+        *_listed(seen & ~whole), *_listed(seen & whole), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(length, length)
+    )
+
+
+def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of blocks how many are chosen, and which, these first: [b, c, c] -> [b, 1, c] and [b, 1, c, c]."""
+    order = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None].contiguous()

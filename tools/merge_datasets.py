@@ -1,0 +1,66 @@
+"""Join pairs of token files into one: the shards of an array job, or several corpora.
+
+    python tools/merge_datasets.py --input data/part*_text_document.idx --output-prefix data/all_text_document
+    python tools/merge_datasets.py --input data/all_text_document --output-prefix data/mixed --shuffle 1234
+
+Documents keep their order, part after part: shards 0/n .. n-1/n of one job give, byte for byte, what one run without
+--shard gives. With --shuffle SEED they come in a random order, in memory that does not grow with the data.
+"""
+
+import re
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from megatron.data.commands import describe_pair, exit_code, new_parser, with_dashes
+from megatron.data.indexed import DEFAULT_KEY_SUFFIX
+from megatron.data.manifest import read_manifest, write_manifest
+from megatron.data.merge import merge, merge_shuffled, open_parts
+
+
+def parse(arguments: Sequence[str]) -> Namespace:
+    """The flags."""
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add(
+        "--input", required=True, nargs="+", metavar="PREFIX", help="pairs, in this order; .bin and .idx may be left on"
+    )
+    add("--output-prefix", required=True, metavar="P", help="P.bin and P.idx are written")
+    add("--shuffle", type=int, metavar="SEED", help="put the documents in a random order")
+    return parser.parse_args(with_dashes(arguments))
+
+
+def run(arguments: Namespace) -> None:
+    """Check the parts, join them, and say in a manifest what was joined."""
+    prefixes = dict.fromkeys(re.sub(r"\.(bin|idx)$", "", name) for name in arguments.input)
+    parts = open_parts(list(prefixes))
+    tokens = sum(part.num_tokens for part in parts)
+    with tqdm(total=tokens, unit="tokens", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+
+        def show(done: int) -> None:
+            bar.update(done - bar.n)
+
+        if arguments.shuffle is None:
+            merge(parts, arguments.output_prefix, show)
+        else:
+            merge_shuffled(parts, arguments.output_prefix, arguments.shuffle, show)
+    outputs = [arguments.output_prefix + ending for ending in (".bin", ".idx")]
+    counts = {"documents": sum(map(len, parts)), "tokens": tokens}
+    sources = [
+        {"prefix": part.prefix, "documents": len(part), "tokens": part.num_tokens, "manifest": manifest_of(part.prefix)}
+        for part in parts
+    ]
+    write_manifest(arguments.output_prefix, outputs, merged=sources, shuffle=arguments.shuffle, counts=counts)
+    print(describe_pair(arguments.output_prefix))
+
+
+def manifest_of(prefix: str) -> object:
+    """The manifest beside a part, if there is one."""
+    return read_manifest(prefix) or read_manifest(prefix.removesuffix(DEFAULT_KEY_SUFFIX))
+
+
+if __name__ == "__main__":
+    options = parse(sys.argv[1:])
+    sys.exit(exit_code(lambda: run(options)))
