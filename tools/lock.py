@@ -27,9 +27,11 @@ def main() -> None:
         python = Path(folder) / "bin" / "python"
         install(python, BUILD)
         write("build.txt", freeze(python, only={"setuptools", "wheel", "ninja", "torch"}))
-        install(python, project["dependencies"])
+        install(python, [*project["dependencies"], *extras["fast"]])
         write("run.txt", freeze(python))
-        install(python, [*extras["logging"], *extras["convert"], *develop])
+        wanted = next(need for need in extras["dev"] if need.startswith("deepy["))
+        named = wanted.removeprefix("deepy[").removesuffix("]").split(",")
+        install(python, [*(need for name in named for need in extras[name]), *develop])
         write("dev.txt", freeze(python))
 
 
