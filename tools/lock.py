@@ -27,7 +27,7 @@ def main() -> None:
         python = Path(folder) / "bin" / "python"
         install(python, BUILD)
         write("build.txt", freeze(python, only={"setuptools", "wheel", "ninja", "torch"}))
-        install(python, [*project["dependencies"], *extras["fast"]])
+        install(python, project["dependencies"])
         write("run.txt", freeze(python))
         wanted = next(need for need in extras["dev"] if need.startswith("deepy["))
         named = wanted.removeprefix("deepy[").removesuffix("]").split(",")
