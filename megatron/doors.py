@@ -67,7 +67,7 @@ def _has_environment() -> bool:
 def _become_environment(folder: Path, script: str) -> None:
     python = folder / ".venv" / "bin" / "python"
     if python.exists() and MOVED not in os.environ:
-        print(f"This Python has no torch; going on with {python}", file=sys.stderr, flush=True)
+        print(f"This Python lacks what Deepy needs; going on with {python}", file=sys.stderr, flush=True)
         os.execve(python, [str(python), script, *sys.argv[1:]], {**os.environ, MOVED: "1"})
     print(
         f"This Python ({sys.executable}) lacks what Deepy needs ({', '.join(NEEDED)}; Python 3.11 or newer).\n"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.folder import find_checkpoint
-from megatron.checkpoint.store import load_weights
+from megatron.checkpoint.store import agree_on_checkpoint, load_weights
 from megatron.config.groups import Config
 from megatron.config.plan import Plan
 from megatron.config.resolve import resolve
@@ -110,6 +110,7 @@ def open_trained_model(found: FoundModel, backend: str | None) -> TrainedModel:
     grid = start(model=found.plan.layout.model, backend=backend)
     layers = gpt_layers(found.plan.model, grid, found.plan.engine.seed)
     engine = InferenceEngine(layers, grid, DTYPES[found.plan.engine.precision])
+    agree_on_checkpoint(found.checkpoint)
     load_weights(engine, found.checkpoint)
     log.info("%s", found.tokenizer.describe())
     log.info("model: weights of %s in %s", found.checkpoint, found.plan.engine.precision)

@@ -19,6 +19,10 @@ from megatron.tokenizer.build import build_tokenizer
 
 # What changes the function that the weights compute without changing their shapes, and the keys it comes from.
 FUNCTION = {
+    "num_layers": "num_layers",
+    "tied_embeddings": "tying of the embeddings (no_weight_tying false)",
+    "bias_in_attention": "use_bias_in_attn_linear",
+    "bias_in_mlp": "use_bias_in_mlp",
     "num_attention_heads": "num_attention_heads",
     "num_kv_heads": "num_kv_heads",
     "position_embedding": "pos_emb",

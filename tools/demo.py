@@ -59,7 +59,7 @@ def summarise(seconds: float) -> int:
         f"data             data/stdlib\n"
         f"checkpoints      {CHECKPOINTS} (metrics and logs in {CHECKPOINTS}/logs)\n"
         f"evaluation       {newest.relative_to(ROOT)}\n"
-        f"samples          out.txt; the first of them:\n{sample['context']}{sample['text']}"
+        f"samples          out.txt; the first of them:\n{sample['context']}{sample['text'] or ''}"
     )
     return 0 if entropy - loss >= GAIN else 1
 

@@ -1,7 +1,7 @@
 """The folder `save`: which checkpoints it holds, whether they are whole, and which of them stay.
 
     <save>/latest                      the name of the newest checkpoint
-    <save>/global_step1000/            state/ (tensors), progress.json, config.json, manifest.json
+    <save>/global_step1000/            state/ (tensors), progress.json, config.json, identity.json, manifest.json
     <save>/.global_step2000.unfinished what a crash may leave; it is never read
 
 A checkpoint is written under another name, its manifest last, and renamed when everything is on disk: a folder
@@ -77,11 +77,11 @@ def damage(path: Path, verify: Verification = "quick") -> list[str]:
     """What is wrong with the files of a checkpoint, one message a file; empty when it is whole."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        return [f"{MANIFEST} cannot be read ({error})"]
-    if manifest["format"] != FORMAT:
-        return [f"its format is {manifest['format']}, and this version of Deepy reads format {FORMAT}"]
-    checks = (_file_damage(path / name, entry, verify) for name, entry in sorted(manifest["files"].items()))
+        if manifest["format"] != FORMAT:
+            return [f"its format is {manifest['format']}, and this version of Deepy reads format {FORMAT}"]
+        checks = [_file_damage(path / name, entry, verify) for name, entry in sorted(manifest["files"].items())]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
     return [problem for problem in checks if problem]
 
 
@@ -137,7 +137,14 @@ def prune(folder: Path, retention: Retention) -> None:
 
 
 def clear_remains(folder: Path) -> None:
-    """Remove what crashed runs left: unfinished, replaced and half-deleted checkpoints."""
+    """Remove what crashed runs left: unfinished and half-deleted checkpoints.
+
+    One that was just being replaced, and whose place is empty, comes back.
+    """
+    for path in folder.glob(".global_step*.replaced"):
+        final = path.with_name(path.name[1:].removesuffix(".replaced"))
+        if not final.exists():
+            path.rename(final)
     for path in folder.glob(".global_step*"):
         shutil.rmtree(path, ignore_errors=True)
 

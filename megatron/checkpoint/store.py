@@ -23,6 +23,7 @@ from megatron.engine.inference import InferenceEngine
 from megatron.engine.optimizer_state import MASTER
 from megatron.engine.training import TrainingEngine
 from megatron.errors import RunError, UserError
+from megatron.parallel.grid import ParallelGrid
 
 
 class CheckpointWriter:
@@ -169,18 +170,37 @@ def _load(engine: TrainingEngine | InferenceEngine, path: Path, kinds: tuple[str
     slices = global_slices(engine.state.runs(), engine.grid, owned_only=False, replicated_over_data=False)
     wanted = {name: piece for name, piece in slices.items() if kinds is None or name.rpartition("/")[2] in kinds}
     reader = SafeReader(path / "state")
-    _check_same_shapes(wanted, tensor_shapes(reader), path)
+    _check_same_model(wanted, tensor_shapes(reader), path, engine.grid)
     dcp.load(wanted, storage_reader=reader, planner=LoadPlanner())
     engine.state.finish_loading()
 
 
-def _check_same_shapes(wanted: dict[str, Slices], stored: dict[str, Any], path: Path) -> None:
+def agree_on_checkpoint(path: Path | None) -> None:
+    """Make sure that every rank has found the same checkpoint. Collective. Raises RunError on all of them if not.
+
+    Ranks look into the folder each for itself: another run may save meanwhile, or nodes may see different disks.
+    """
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, path and str(path))
+    if len(set(found)) > 1:
+        seen = "; ".join(f"rank {rank}: {name or 'none'}" for rank, name in enumerate(found[:8]))
+        raise RunError(f"ranks found different checkpoints ({seen}); all nodes must see the same folder")
+
+
+def _check_same_model(wanted: dict[str, Slices], stored: dict[str, Any], path: Path, grid: ParallelGrid) -> None:
+    """Compare names and shapes over all stages of the pipeline, so that all ranks come to the same result."""
     problems = [
         f"{name}: the configuration makes it {list(piece.size())}, "
         + (f"the checkpoint has {list(stored[name])}" if name in stored else "the checkpoint has no such tensor")
         for name, piece in wanted.items()
         if stored.get(name) != piece.size()
     ]
+    stages: list[Any] = [None] * grid.size("pipe")
+    dist.all_gather_object(stages, (set(wanted), problems), group=grid.group("pipe"))
+    known = set().union(*(names for names, _ in stages))
+    problems = [problem for _, of_stage in stages for problem in of_stage]
+    weights = sorted(name for name in stored if name.endswith(f"/{MASTER}") and name not in known)
+    problems += [f"{name}: the checkpoint has it, the configured model has not" for name in weights]
     if problems:
         more = [f"... and {len(problems) - 5} more"] if len(problems) > 5 else []
         raise UserError(f"{path} holds another model than the configuration describes:", *problems[:5], *more)

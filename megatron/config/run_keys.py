@@ -75,7 +75,7 @@ class CheckpointKeys(Group):
     """Do not take the optimizer's state from load."""
 
     no_load_rng: bool = False
-    """Do not take random state from load."""
+    """Changes nothing: no random state is saved, since dropout and data order are functions of seed and step."""
 
     iteration: PositiveInt | None = None
     """Step of the checkpoint to load. Unset: the latest."""

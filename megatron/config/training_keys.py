@@ -58,7 +58,7 @@ class OptimizerKeys(Group):
     """Type and params."""
 
     weight_decay: NotNegativeFloat = 0.1
-    """Decoupled weight decay of matrices; norms and biases have none."""
+    """Weight decay of matrices, decoupled with Adam and L2 with SGD; norms and biases have none."""
 
     gradient_clipping: NotNegativeFloat = 1.0
     """Largest global gradient norm; 0: no clipping."""

@@ -67,6 +67,8 @@ class OptimizerState:
         self._inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         self._moments = moments
         self._kind = type(optimizer).__name__
+        if self.loss_scale:  # it would end the run by itself; when enough is enough, a hook of the training says
+            optimizer.loss_scaler.raise_error_at_min_scale = False
 
     @property
     def replicated_over_data(self) -> bool:

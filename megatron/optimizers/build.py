@@ -40,7 +40,10 @@ def adamw(groups: Sequence[dict[str, Any]], plan: OptimizerPlan) -> Optimizer:
 
 
 def sgd(groups: Sequence[dict[str, Any]], plan: OptimizerPlan) -> Optimizer:
-    """Stochastic gradient descent, fused as well; the first of `betas` is its momentum."""
+    """Stochastic gradient descent, fused as well; the first of `betas` is its momentum.
+
+    Its weight decay is L2: added to the gradient, and so part of the momentum.
+    """
     return torch.optim.SGD(groups, lr=plan.learning_rate, momentum=plan.betas[0], fused=True)
 
 

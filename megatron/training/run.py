@@ -67,6 +67,7 @@ def train(config: Config) -> None:
         batches = run.pulse.watched(batches, state.step)
         rate, hooks, last_step = partial(learning_rate, run.plan.schedule), build_hooks(run), run.last_step
         with closing(writers_of(run)) as writers:
+            run.clock.lap()  # what came before was set-up
             try:
                 state = train_steps(
                     run.engine, batches, rate, state, last_step, run.plan.batch, hooks, writers, vote.after_step

@@ -65,7 +65,7 @@ class Saving(Hook):
         if self._best_loss is not None and loss is not None:
             self._writer.finish()  # its thread and this one must not speak at once
             is_best = self._writer.agree(loss < self._best_loss)
-            self._best_loss = min(loss, self._best_loss)
+            self._best_loss = loss if is_best else self._best_loss
         if is_best or step.is_last or step.state.step in self._steps:
             self._save(step.state, loss, is_best)
         return NOTHING

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron.checkpoint.folder import find_checkpoint
 from megatron.checkpoint.state import TrainState
-from megatron.checkpoint.store import load_checkpoint, load_weights
+from megatron.checkpoint.store import agree_on_checkpoint, load_checkpoint, load_weights
 from megatron.config.run_keys import CheckpointKeys
 from megatron.engine.training import TrainingEngine
 from megatron.errors import UserError
@@ -43,6 +43,7 @@ def check_writable(folder: Path, key: str) -> None:
 
 def begin(engine: TrainingEngine, checkpoint: Path | None, keys: CheckpointKeys) -> tuple[TrainState, str]:
     """Bring `engine` to where the run begins. Returns the state there and a line that says so. Collective."""
+    agree_on_checkpoint(checkpoint)
     if checkpoint is None:
         return TrainState(), "starting fresh: weights from the seed, step 0"
     if keys.finetune:

@@ -30,6 +30,10 @@ def check(tmp_path: Path, here: dict, there: dict) -> None:
 @pytest.mark.parametrize(
     "change",
     [
+        {"num_layers": 1},
+        {"no_weight_tying": True},
+        {"use_bias_in_mlp": False},
+        {"use_bias_in_attn_linear": False},
         {"rotary_pct": 0.5},
         {"rotary_emb_base": 500000},
         {"pos_emb": "none"},
