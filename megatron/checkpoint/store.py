@@ -23,7 +23,6 @@ from megatron.engine.inference import InferenceEngine
 from megatron.engine.optimizer_state import MASTER
 from megatron.engine.training import TrainingEngine
 from megatron.errors import RunError, UserError
-from megatron.parallel.grid import ParallelGrid
 
 
 class CheckpointWriter:
@@ -170,7 +169,7 @@ def _load(engine: TrainingEngine | InferenceEngine, path: Path, kinds: tuple[str
     slices = global_slices(engine.state.runs(), engine.grid, owned_only=False, replicated_over_data=False)
     wanted = {name: piece for name, piece in slices.items() if kinds is None or name.rpartition("/")[2] in kinds}
     reader = SafeReader(path / "state")
-    _check_same_model(wanted, tensor_shapes(reader), path, engine.grid)
+    _check_same_model(wanted, tensor_shapes(reader), path, engine)
     dcp.load(wanted, storage_reader=reader, planner=LoadPlanner())
     engine.state.finish_loading()
 
@@ -187,7 +186,9 @@ def agree_on_checkpoint(path: Path | None) -> None:
         raise RunError(f"ranks found different checkpoints ({seen}); all nodes must see the same folder")
 
 
-def _check_same_model(wanted: dict[str, Slices], stored: dict[str, Any], path: Path, grid: ParallelGrid) -> None:
+def _check_same_model(
+    wanted: dict[str, Slices], stored: dict[str, Any], path: Path, engine: TrainingEngine | InferenceEngine
+) -> None:
     """Compare names and shapes over all stages of the pipeline, so that all ranks come to the same result."""
     problems = [
         f"{name}: the configuration makes it {list(piece.size())}, "
@@ -195,9 +196,9 @@ def _check_same_model(wanted: dict[str, Slices], stored: dict[str, Any], path: P
         for name, piece in wanted.items()
         if stored.get(name) != piece.size()
     ]
-    stages: list[Any] = [None] * grid.size("pipe")
-    dist.all_gather_object(stages, (set(wanted), problems), group=grid.group("pipe"))
-    known = set().union(*(names for names, _ in stages))
+    stages: list[Any] = [None] * engine.grid.size("pipe")
+    dist.all_gather_object(stages, (engine.parameter_names, problems), group=engine.grid.group("pipe"))
+    known = {f"{name}/{MASTER}" for names, _ in stages for name in names}
     problems = [problem for _, of_stage in stages for problem in of_stage]
     weights = sorted(name for name in stored if name.endswith(f"/{MASTER}") and name not in known)
     problems += [f"{name}: the checkpoint has it, the configured model has not" for name in weights]

@@ -6,6 +6,7 @@ is number a (M D) + d M + m, so that neither D nor the number of micro-batches c
 Letters: G global batch, M micro-batch, D data-parallel ranks, s sequence length. Floor 2.
 """
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -93,6 +94,7 @@ def micro_batches(
         pin_memory=pin_memory,
         collate_fn=_stacked,
         multiprocessing_context=start_method if num_workers else None,
+        worker_init_fn=_outlive_stop_signals if num_workers else None,
         # Its own: DataLoader would otherwise draw from torch's, and a resumed run would see other random numbers.
         generator=torch.Generator(),
     )
@@ -102,6 +104,12 @@ def micro_batches(
 def _micro_batches(chunks: Iterator[torch.Tensor], size: int) -> Iterator[torch.Tensor]:
     for chunk in chunks:
         yield from chunk.split(size)
+
+
+def _outlive_stop_signals(_: int) -> None:
+    """A signal to the whole group of processes asks the run to end in good order: workers read on until it does."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _stacked(samples: list[Tokens]) -> torch.Tensor:

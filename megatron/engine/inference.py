@@ -1,6 +1,6 @@
 """A list of layers for generation and evaluation: forward only, no DeepSpeed, no gradients. Floor 4."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from megatron.engine.modules import Sequential
 from megatron.engine.optimizer_state import ModuleState
 from megatron.model.layer import Layer
 from megatron.parallel.grid import ParallelGrid
+from megatron.parallel.parameter import PlacedParameter
 
 
 class InferenceEngine:
@@ -20,6 +21,11 @@ class InferenceEngine:
         self.state = ModuleState(self.module)
         self.grid = grid
         self.dtype = dtype
+
+    @property
+    def parameter_names(self) -> set[str]:
+        """Global names of the parameters this rank computes with."""
+        return {cast(PlacedParameter, parameter).global_name for parameter in self.module.parameters()}
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, cache: Any = None, document_start: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from megatron.engine.settings import deepspeed_settings, is_sharded
 from megatron.model.layer import Layer
 from megatron.optimizers.build import build_optimizer, state_names
 from megatron.parallel.grid import ParallelGrid
+from megatron.parallel.parameter import PlacedParameter
 
 Targets = tuple[Tensor, Tensor]  # labels [b, s] int64, loss weights [b, s] float32
 # tokens [b, s] int64; where documents are kept apart, also the column in which each token's document begins, int32
@@ -88,6 +89,11 @@ class TrainingEngine:
     def grid(self) -> ParallelGrid:
         """Where this rank stands."""
         return self._grid
+
+    @property
+    def parameter_names(self) -> set[str]:
+        """Global names of the parameters this rank computes with."""
+        return {cast(PlacedParameter, parameter).global_name for parameter in self._engine.module.parameters()}
 
     def parameters_on_rank(self) -> int:
         """Elements of the parameters that this rank computes with (ZeRO 3: before they are partitioned)."""

@@ -53,6 +53,8 @@ MEETING_SECONDS = 60.0
 # Python writes its stacks from a signal handler; a process on a busy machine needs a moment for it.
 STACKS_SECONDS = 1.0
 GRACE_SECONDS = 5.0
+# DeepSpeed's launcher looks at its ranks once a second and then leaves by itself.
+LEAVING_SECONDS = 3.0
 
 
 class Agent:
@@ -96,6 +98,11 @@ class Agent:
                     self._gather_stacks(orders.stacks)
                 time.sleep(POLL_SECONDS)
         finally:
+            if (
+                self._record.ranks and not self._running()
+            ):  # DeepSpeed's launcher is about to see that, and a signal would cross its exit
+                with suppress(subprocess.TimeoutExpired):
+                    group.wait(LEAVING_SECONDS)
             if group.poll() != 0:
                 stop_group(group, grace)
         self._look()

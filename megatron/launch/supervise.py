@@ -37,6 +37,8 @@ SILENCE_AFTER_FAILURE_SECONDS = 4.0
 SILENCE_SECONDS = 20.0
 START_SECONDS = 90.0
 STACKS_SECONDS = 10.0
+# A rank that began to train a moment ago may not have been told of yet.
+NEWS_SECONDS = 1.5
 
 
 @dataclass
@@ -85,6 +87,7 @@ class Supervisor:
         self._started = time.monotonic()
         self._poll = REMOTE_POLL_SECONDS if launch.remote else POLL_SECONDS
         self._hung = False
+        self._asked_at: float | None = None  # when a stop was asked for and no rank had begun to train
 
     def run(self) -> int:
         """Start the agents and stay until all is over; returns the exit code."""
@@ -112,7 +115,8 @@ class Supervisor:
             if self._signals.received and self._orders.given.stop is None:
                 if self._stops_at_once():
                     break
-                self._stop_at_step_boundary()
+                if self._pulses():
+                    self._stop_at_step_boundary()
             failed = self._failed()
             if failed and deadline == float("inf"):
                 deadline = time.monotonic() + self._last_words()
@@ -169,8 +173,11 @@ class Supervisor:
         ]
 
     def _stops_at_once(self) -> bool:
-        """Whether a stop that is asked for now finds no rank that could save."""
-        return bool(self._signals.received) and self._orders.given.stop is None and not self._pulses()
+        """Whether a stop that is asked for finds no rank that could save, even when agents had time to tell of one."""
+        if not self._signals.received or self._orders.given.stop is not None or self._pulses():
+            return False
+        self._asked_at = self._asked_at or time.monotonic()
+        return time.monotonic() - self._asked_at > NEWS_SECONDS
 
     def _stop_at_step_boundary(self) -> None:
         name = self._signals.received[0].name

@@ -49,7 +49,7 @@ def test_a_stop_without_a_place_to_save_is_a_failure(folder):
 def test_under_torchrun_all_ranks_stop_after_the_same_step(folder):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
     torchrun += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
-    with started(folder, [*torchrun, *command("train.py", "small", MANY)[1:]]) as process:
+    with started(folder, [*torchrun, *command("train.py", "small", MANY, "num_workers=2")[1:]]) as process:
         wait_for(lambda: steps_done(folder / "run") >= 3, process)
         _, out, _ = end(process, signal.SIGTERM)
     step = steps_done(folder / "run")
@@ -57,6 +57,7 @@ def test_under_torchrun_all_ranks_stop_after_the_same_step(folder):
     assert (folder / "run" / "latest").read_text() == f"global_step{step}"
 
 
+@pytest.mark.long
 def test_the_limit_of_time_ends_the_run_with_a_checkpoint(folder):
     done = run(folder, "deepy.py", "train.py", "small", MANY, "num_gpus=2", "time_limit_minutes=0.2")
     step = steps_done(folder / "run")

@@ -58,6 +58,7 @@ def test_a_rank_that_is_stopped_is_named_and_the_run_ended(folder):
     assert not [process for process in ranks if is_running(process)]
 
 
+@pytest.mark.long
 def test_a_rank_asleep_in_its_data_is_named_with_the_line(folder, monkeypatch):
     (folder / "sleeper.py").write_text(SLEEPER)
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
