@@ -56,6 +56,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python bench/preprocess.py
 	$(BIN)/python bench/loader.py
 	$(BIN)/python bench/checkpoint_save.py
+	$(BIN)/python bench/checkpoint_moves.py
 	$(BIN)/python bench/memory.py
 
 lock:

@@ -159,7 +159,7 @@ class EvaluationKeys(Group):
     """evaluate.py."""
 
     eval_tasks: tuple[str, ...] | None = None
-    """Tasks of the evaluation harness."""
+    """Tasks of the evaluation harness. Not supported yet: evaluate.py refuses them; leave it out for perplexity."""
 
     eval_results_prefix: str = ""
     """Begins the name of the results file."""

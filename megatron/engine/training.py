@@ -26,12 +26,12 @@ from megatron.engine.model_parallel_unit import ModelParallelUnit
 from megatron.engine.modules import Sequential, pipeline_module
 from megatron.engine.optimizer_state import OptimizerState
 from megatron.engine.settings import deepspeed_settings, is_sharded
+from megatron.model.gpt import Targets
 from megatron.model.layer import Layer
 from megatron.optimizers.build import build_optimizer, state_names
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.parameter import PlacedParameter
 
-Targets = tuple[Tensor, Tensor]  # labels [b, s] int64, loss weights [b, s] float32
 # tokens [b, s] int64; where documents are kept apart, also the column in which each token's document begins, int32
 Inputs = Tensor | tuple[Tensor, Tensor]
 MicroBatch = tuple[Inputs, Targets]
