@@ -114,7 +114,7 @@ def _parser(script: str | None) -> _Parser:
     parser.add_argument("-d", "--conf_dir", "--conf-dir", metavar="DIR", help="folder of the CONFIG files")
     for flags, key, kind, help_text in KEY_FLAGS:
         parser.add_argument(*_both_spellings(flags), dest=key, type=kind, metavar="X", help=help_text)
-    parser.add_argument("--eval_tasks", "--eval-tasks", nargs="+", metavar="TASK", help="harness tasks (refused as yet)")
+    parser.add_argument("--eval_tasks", "--eval-tasks", nargs="+", metavar="T", help="harness tasks: refused as yet")
     parser.add_argument("--print-config", action="store_true", help="print the merged, checked configuration and stop")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run and stop")
     parser.add_argument(MERGED_FLAG, help=argparse.SUPPRESS)
