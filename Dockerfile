@@ -1,24 +1,34 @@
-# Deepy with everything it needs for GPUs: torch's wheels bring CUDA, the host brings the driver.
+# Deepy with everything it needs for GPUs; the host brings the driver (580 or newer) and NVIDIA's container toolkit.
 #   docker build -t deepy .
-#   docker run --gpus all --shm-size=8g -v "$PWD/data:/deepy/data" -v "$PWD/checkpoints:/deepy/checkpoints" \
-#       deepy ./deepy.py train.py configs
-# NCCL exchanges data between the GPUs of a machine through /dev/shm: Docker's default of 64 MB is too little.
-FROM python:3.12-slim-bookworm
+#   docker run --gpus all --shm-size=8g --user "$(id -u):$(id -g)" --env HOME=/tmp \
+#       --volume "$PWD/data:/deepy/data" --volume "$PWD/checkpoints:/deepy/checkpoints" deepy ./deepy.py train.py configs
+# docs/container.md says more.
 
-# a C++ compiler for torch.compile; ssh and pdsh for jobs on several nodes
+# The CUDA that torch's wheel is built with: flash-attn, DeepSpeed and torch.compile compile with this image's nvcc.
+FROM nvidia/cuda:13.0.2-devel-ubuntu24.04
+
+# Python with its headers, for torch.compile; ssh, pdsh and ip for jobs on several nodes. Their versions are Ubuntu's.
+# hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ make git openssh-client pdsh \
+    && apt-get install --yes --no-install-recommends \
+        git g++ iproute2 openssh-client pdsh python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
+RUN useradd --create-home --uid 10001 deepy && install --directory --owner=deepy /deepy
+USER 10001
 WORKDIR /deepy
-ENV PATH=/deepy/.venv/bin:$PATH PYTHONUNBUFFERED=1
+ENV PATH=/deepy/.venv/bin:$PATH PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
-# packages first: a change of the code does not fetch them again
-COPY Makefile pyproject.toml README.md LICENSE ./
-COPY requirements requirements
-RUN mkdir megatron && touch megatron/__init__.py && make install
+# Packages first, so that a change of the code does not fetch and compile them again.
+COPY --chown=10001 requirements requirements
+RUN python3 -m venv .venv \
+    && pip install -r requirements/build.txt \
+    && pip install --no-build-isolation -r requirements/run.txt
+# flash-attn is compiled, which takes long: about 4 GB of memory for each job.
+ARG MAX_JOBS=4
+RUN MAX_JOBS=$MAX_JOBS pip install --no-build-isolation -r requirements/gpu.txt
 
-COPY . .
-RUN useradd --create-home deepy && chown -R deepy /deepy
-USER deepy
-CMD ["./deepy.py", "train.py", "--help"]
+COPY --chown=10001 . .
+RUN pip install --no-build-isolation --constraint requirements/dev.txt --editable ".[logging,corpora,eval,convert]"
+
+CMD ["./deepy.py", "--help"]

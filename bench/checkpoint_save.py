@@ -2,7 +2,9 @@
 
     python bench/checkpoint_save.py [--hidden 512] [--rounds 5]
 
-Two CPU ranks, ZeRO 1, a model of the given width; the two ways alternate in one run. The last line is one JSON object.
+Two CPU ranks, ZeRO 1, a model of the given width; the ways alternate in one run. What a checkpoint costs in all shows
+in the time from one to the next, steps between them included, against the time of the steps alone. The last line is
+one JSON object.
 """
 
 import argparse
@@ -27,6 +29,8 @@ from megatron.model.gpt import gpt_layers, make_loss  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.ranks.run import run_ranks  # noqa: E402
 
+STEPS = 4  # between checkpoints
+
 
 def measure(folder: str, hidden: int, rounds: int) -> None:
     """On a rank: save by turns, and time what the training has to wait for."""
@@ -36,21 +40,25 @@ def measure(folder: str, hidden: int, rounds: int) -> None:
     plan = replace(plan, model=replace(plan.model, vocab_size=8192, padded_vocab_size=8192))
     grid = start()
     engine = TrainingEngine(gpt_layers(plan.model, grid, 1), make_loss(plan.model, grid), grid, plan)
-    waits: dict[str, list[float]] = {"synchronous": [], "stall": [], "whole": []}
     writers = {
-        kind: CheckpointWriter(engine, Path(folder, kind), {}, asynchronous=kind == "stall")
-        for kind in ("synchronous", "stall")
+        kind: CheckpointWriter(engine, Path(folder, kind), {}, asynchronous=kind == "asynchronous")
+        for kind in ("synchronous", "asynchronous")
     }
+    waits: dict[str, list[float]] = {f"{kind} {what}": [] for kind in writers for what in ("stall", "period")}
+    waits["steps alone"] = []
+    batch = tiny.micro_batches(0, plan, grid.rank("data"))
     for step in range(rounds):
-        engine.train_batch(tiny.micro_batches(step, plan, grid.rank("data")), step=step, learning_rate=1e-3)
-        for kind, writer in writers.items():
+        for kind, writer in [*writers.items(), (None, None)]:
             torch.distributed.barrier()
             began = time.perf_counter()
-            writer.save(TrainState(step + 1))
-            waits[kind].append(time.perf_counter() - began)
-            writer.finish()
-            if kind == "stall":
-                waits["whole"].append(time.perf_counter() - began)
+            if writer is not None:
+                writer.save(TrainState(step + 1))
+                waits[f"{kind} stall"].append(time.perf_counter() - began)
+            for _ in range(STEPS):
+                engine.train_batch(batch, step=step, learning_rate=1e-3)
+            if writer is not None:
+                writer.finish()
+            waits[f"{kind} period" if kind else "steps alone"].append(time.perf_counter() - began)
     if grid.rank("data") == 0:
         parameters = engine.parameters_on_rank()
         Path(folder, "waits.json").write_text(json.dumps({"parameters": parameters, "seconds": waits}))
@@ -66,13 +74,20 @@ def main() -> None:
         run_ranks(2, measure, folder, arguments.hidden, arguments.rounds, timeout=600)
         found = json.loads(Path(folder, "waits.json").read_text())
     seconds = {kind: values[1:] for kind, values in found["seconds"].items()}  # the first round warms up
-    ratios = [stall / whole for stall, whole in zip(seconds["stall"], seconds["synchronous"], strict=True)]
+    stalls = zip(seconds["asynchronous stall"], seconds["synchronous stall"], strict=True)
+    ratios = [stall / whole for stall, whole in stalls]
+    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
     for kind, values in seconds.items():
-        print(f"{kind:12} {statistics.median(values):.3f} s  [{min(values):.3f}, {max(values):.3f}]")
+        print(f"{kind:20} {medians[kind]:.3f} s  [{min(values):.3f}, {max(values):.3f}]")
     result = {
         "parameters": found["parameters"],
         "stall_over_synchronous": round(statistics.median(ratios), 4),
         "spread": [round(min(ratios), 4), round(max(ratios), 4)],
+        "mebibytes_per_second": round(12 * found["parameters"] / 2**20 / medians["synchronous stall"]),
+        "throughput": {
+            kind: round(medians["steps alone"] / medians[f"{kind} period"], 3)
+            for kind in ("synchronous", "asynchronous")
+        },
     }
     print(json.dumps(result))
 

@@ -25,9 +25,10 @@ from megatron.config.load import config_from_flat
 from megatron.config.memory import stage_memories
 from megatron.config.plan import Plan
 from megatron.config.resolve import resolve
-from megatron.engine.distributed import start, stop
+from megatron.engine.distributed import start_layout, stop
 from megatron.engine.modules import Sequential
-from megatron.engine.training import TrainingEngine
+from megatron.engine.recompute import checkpoint_function
+from megatron.engine.training import TrainingEngine, own_part
 from megatron.model.gpt import gpt_layers, make_loss
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "estimates.md"
@@ -73,6 +74,7 @@ CASES: dict[str, tuple[int, dict[str, object]]] = {
     "NeoX, bf16, parallel residual": (1, NEOX | BF16 | {"gpt_j_residual": True}),
     "NeoX, bf16, recompute": (1, NEOX | BF16 | RECOMPUTE),
     "NeoX, bf16, recompute, accumulation 4": (1, NEOX | BF16 | RECOMPUTE | {"gradient_accumulation_steps": 4}),
+    "NeoX, bf16, recompute selective": (1, NEOX | BF16 | RECOMPUTE | {"recompute_granularity": "selective"}),
     "NeoX, bf16, gradients in fp32": (1, NEOX | BF16 | RECOMPUTE | {"data_types": {"grad_accum_dtype": "fp32"}}),
     "Llama, bf16": (1, LLAMA | BF16),
     "Llama, bf16, recompute": (1, LLAMA | BF16 | RECOMPUTE),
@@ -81,6 +83,9 @@ CASES: dict[str, tuple[int, dict[str, object]]] = {
     "NeoX, bf16, 2 replicas, ZeRO 2": (2, NEOX | BF16 | RECOMPUTE | zero(2)),
     "NeoX, bf16, 2 replicas, ZeRO 3": (2, NEOX | BF16 | RECOMPUTE | zero(3)),
     "Llama, bf16, tensor 2": (2, LLAMA | BF16 | {"model_parallel_size": 2}),
+    "NeoX, bf16, tensor 2": (2, NEOX | BF16 | {"model_parallel_size": 2}),
+    "NeoX, bf16, tensor 2, sequence": (2, NEOX | BF16 | {"model_parallel_size": 2, "sequence_parallel": True}),
+    "NeoX, bf16, context 2": (2, NEOX | BF16 | zero(1) | {"context_parallel_size": 2}),
     "NeoX, bf16, pipeline 2, accumulation 4": (
         2,
         NEOX | BF16 | {"pipe_parallel_size": 2, "gradient_accumulation_steps": 4},
@@ -135,13 +140,15 @@ def plan_of(case: str) -> Plan:
 
 def measure(plan: Plan) -> Figures:
     """Train a few steps under `plan` and count. Collective."""
-    grid = start(plan.layout.pipe, plan.layout.model)
+    grid = start_layout(plan.layout)
     try:
         loss, saved = make_loss(plan.model, grid), None
         batches = _batches(plan, grid.device)
         if plan.layout.pipe == 1:
-            module = Sequential(gpt_layers(plan.model, grid, 1), plan.engine.recompute_layers)
-            saved = _saved(lambda: loss(module(batches[0][0]), batches[0][1]), module.to(grid.device), plan)
+            checkpoint = checkpoint_function(plan.engine, grid)
+            module = Sequential(gpt_layers(plan.model, grid, 1), plan.engine.recompute_layers, checkpoint)
+            inputs, targets = own_part(batches[0], grid)
+            saved = _saved(lambda: loss(module(inputs), targets), module.to(grid.device), plan)
             del module
         with measured() as rest:
             engine = TrainingEngine(gpt_layers(plan.model, grid, 1), loss, grid, plan)

@@ -31,4 +31,6 @@ def surrounded(ids: Ids, sizes: Ids, before: Sequence[int], after: Sequence[int]
     columns = [ends - sizes] * len(before) + [ends] * len(after)
     around = np.array([*before, *after])
     ids = ids.astype(np.promote_types(ids.dtype, np.min_scalar_type(around.max())), copy=False)
+    if len(sizes) == 1:  # perhaps a large one, of which an insertion would make several copies
+        return np.concatenate([np.asarray(ends, ids.dtype) for ends in (before, ids, after)])
     return np.insert(ids, np.column_stack(columns).ravel(), np.tile(around, len(sizes)))

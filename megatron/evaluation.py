@@ -1,4 +1,4 @@
-"""How well a trained model predicts held-out text: perplexity per token, word and byte.
+"""evaluate.py: how well a trained model does at tasks, or predicts held-out text: perplexity per token, word and byte.
 
 Shapes: b windows, s sequence. Floor 6.
 
@@ -24,8 +24,9 @@ from torch import Tensor
 from megatron.config.groups import Config
 from megatron.data.windows import TokenStream
 from megatron.engine.distributed import stop
-from megatron.errors import UserError
-from megatron.inference import TrainedModel, find_trained_model, open_trained_model
+from megatron.errors import UserError, work_begins
+from megatron.harness.run import evaluate_tasks
+from megatron.inference import FoundModel, TrainedModel, find_trained_model, open_trained_model
 from megatron.inputs import open_data
 from megatron.logging import configure
 from megatron.metrics.units import perplexity
@@ -48,33 +49,40 @@ class TextSize:
 
 
 def evaluate(config: Config) -> None:
-    """Score `eval_split` with the model in `load`, print a table and write a JSON file. Every rank calls it.
+    """Measure the model in `load`, print a table and write a JSON file. Every rank calls it.
 
-    Raises UserError, before ranks meet, for whatever is wrong with configuration, data or checkpoint.
+    Raises UserError, before work begins, for whatever is wrong with configuration, data, tasks or checkpoint.
     """
     configure(int(os.environ.get("RANK", "0")))
-    if config.evaluation.eval_tasks:
-        raise UserError("eval_tasks: harness tasks are not supported yet; leave eval_tasks out to measure perplexity")
     found = find_trained_model(config)
-    part = config.evaluation.eval_split
-    sequence = found.plan.batch.sequence_length
-    stream = open_data(config, found.tokenizer.vocab_size).part(part)
     target = results_file(config, datetime.now())
+    if config.evaluation.eval_tasks:
+        evaluate_tasks(config, found, target)
+    else:
+        measure_perplexity(config, found, target)
+    stop()
+
+
+def measure_perplexity(config: Config, found: FoundModel, target: Path) -> None:
+    """Score `eval_split` and write to `target`. Collective."""
+    part = config.evaluation.eval_split
+    stream = open_data(config, found.tokenizer.vocab_size).part(part)
     model = open_trained_model(found, config.launcher.distributed_backend)
     batch = config.batch.train_micro_batch_size_per_gpu or config.generation.generation_batch_size
-    nats = negative_log_likelihood(model, stream, sequence, batch)
-    if dist.get_rank() == 0:
+    with work_begins():
+        nats = negative_log_likelihood(model, stream, found.plan.batch.sequence_length, batch)
+        if dist.get_rank() != 0:
+            return
         results = score(nats, measure_text(stream, found.tokenizer))
-        log.info("%s", table(part, results))
-        document = {
-            "results": {part: results},
-            "checkpoint": str(found.checkpoint),
-            "tokenizer": found.tokenizer.describe(),
-            "config": config.to_flat(),
-        }
-        target.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        log.info("written to %s", target)
-    stop()
+    log.info("%s", table(part, results))
+    document = {
+        "results": {part: results},
+        "checkpoint": str(found.checkpoint),
+        "tokenizer": found.tokenizer.describe(),
+        "config": config.to_flat(),
+    }
+    target.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    log.info("written to %s", target)
 
 
 def negative_log_likelihood(model: TrainedModel, stream: TokenStream, sequence: int, batch: int) -> float:

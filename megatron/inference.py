@@ -101,13 +101,17 @@ def find_trained_model(config: Config) -> FoundModel:
         raise UserError(f"there is no checkpoint in {folder}: train first, or set load to a folder that has one")
     tokenizer = open_tokenizer(config)
     plan = resolve(config, int(os.environ.get("WORLD_SIZE", "1")), tokenizer.vocab_size, inference=True)
-    check_same_model(plan.model, checkpoint)
+    if "model" not in keys.allow_changes:
+        check_same_model(plan.model, checkpoint)
     return FoundModel(plan, tokenizer, checkpoint)
 
 
-def open_trained_model(found: FoundModel, backend: str | None) -> TrainedModel:
-    """Let the ranks meet, build the model and load its weights. Collective. backend: of torch.distributed, or None."""
-    grid = start(model=found.plan.layout.model, backend=backend)
+def open_trained_model(found: FoundModel, backend: str | None, timeout_minutes: float = 30) -> TrainedModel:
+    """Let the ranks meet, build the model and load its weights. Collective.
+
+    backend: of torch.distributed, or None. timeout_minutes: that ranks wait for one another.
+    """
+    grid = start(model=found.plan.layout.model, backend=backend, timeout_minutes=timeout_minutes)
     layers = gpt_layers(found.plan.model, grid, found.plan.engine.seed)
     engine = InferenceEngine(layers, grid, DTYPES[found.plan.engine.precision])
     agree_on_checkpoint(found.checkpoint)

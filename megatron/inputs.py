@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron.checkpoint.store import checkpoint_config
 from megatron.config.data_keys import DataKeys
-from megatron.config.groups import Config
+from megatron.config.groups import Config, group_of_key
 from megatron.config.load import config_from_flat
 from megatron.config.plan import ModelPlan
 from megatron.config.resolve import resolve
@@ -36,6 +36,9 @@ FUNCTION = {
     "local_layers": "attention_config",
     "sliding_window": "sliding_window_width",
 }
+
+# The groups of keys which the function depends on.
+GROUPS_OF_FUNCTION = {"model", "parallelism", "data"}
 
 
 def open_tokenizer(config: Config) -> Tokenizer:
@@ -75,8 +78,7 @@ def check_same_model(model: ModelPlan, checkpoint: Path) -> None:
 
     Raises UserError with each setting in which `model` differs from the run that wrote `checkpoint`.
     """
-    source = str(checkpoint / "config.json")
-    config = config_from_flat(checkpoint_config(checkpoint), source)
+    config = config_from_flat(_keys_of_function(checkpoint_config(checkpoint)), str(checkpoint / "config.json"))
     written = resolve(config, config.parallelism.model_parallel_size, model.vocab_size, inference=True).model
     here, there = _function(model), _function(written)
     differing = [
@@ -85,7 +87,20 @@ def check_same_model(model: ModelPlan, checkpoint: Path) -> None:
         if here[field] != there[field]
     ]
     if differing:
-        raise UserError(f"{checkpoint} holds another model than the configuration describes:", *differing)
+        raise UserError(
+            f"{checkpoint} holds another model than the configuration describes:",
+            *differing,
+            "to take its weights all the same: allow_changes=[model]",
+        )
+
+
+def _keys_of_function(flat: dict[str, object]) -> dict[str, object]:
+    """What of a checkpoint's configuration matters, and keys that this version does not know, to be told of.
+
+    Its plugins are left out: no module is imported because a file says so.
+    """
+    groups = group_of_key() | {"plugins": ""}
+    return {key: value for key, value in flat.items() if groups.get(key, "model") in GROUPS_OF_FUNCTION}
 
 
 def _function(model: ModelPlan) -> dict[str, object]:

@@ -45,6 +45,12 @@ VARIETY = {
         bias_in_attention=False,
         bias_in_mlp=False,
     ),
+    "qwen 3": small(
+        norm="rmsnorm", activation="swiglu", rotary_fraction=1.0, num_kv_heads=2, head_size=12, qk_norm="head"
+    ),
+    "olmo 2": small(
+        norm="rmsnorm", activation="swiglu", num_kv_heads=2, qk_norm="full", norms_on_outputs=True, bias_in_mlp=False
+    ),
     "local": small(attention_kinds=("local", "global", "local"), sliding_window=3, activation="relu"),
     "no positions": small(position_embedding="none", activation="silu", num_kv_heads=2),
     "full vocabulary": small(vocab_size=64, activation="reglu", tied_embeddings=True),

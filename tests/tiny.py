@@ -1,5 +1,6 @@
 """A model small enough for a test to train, and plans for it under any layout."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -56,19 +57,23 @@ def plan(
     pipe: int = 1,
     tensor: int = 1,
     data: int = 1,
+    context: int = 1,
+    sequence_parallel: bool = False,
     zero: int = 0,
     precision: str = "fp32",
     accumulation: int = 1,
     recompute: int = 0,
+    zero_options: dict[str, object] | None = None,
+    engine: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
     loss_scale: LossScalePlan | None = None,
 ) -> Plan:
-    """A plan for `pipe * tensor * data` ranks that trains GLOBAL_BATCH samples a step."""
-    zero_options: dict[str, object] = {"stage3_param_persistence_threshold": 100} if zero == 3 else {}
+    """A plan for `pipe * tensor * data * context` ranks that trains GLOBAL_BATCH samples a step."""
+    zero_options = ({"stage3_param_persistence_threshold": 100} if zero == 3 else {}) | (zero_options or {})
     scale = loss_scale or LossScalePlan(dynamic=True, initial=256.0, window=4, hysteresis=1, minimum=1.0)
     return Plan(
-        layout=Layout(pipe * tensor * data, pipe, data, tensor),
+        layout=Layout(pipe * tensor * data * context, pipe, data, tensor, context, sequence_parallel),
         batch=BatchPlan(GLOBAL_BATCH // data // accumulation, accumulation, GLOBAL_BATCH, SEQUENCE),
         model=replace(MODEL, **(model or {})),
         optimizer=replace(
@@ -76,17 +81,25 @@ def plan(
             **(optimizer or {}),
         ),
         schedule=SchedulePlan("cosine", 1e-2, 1e-3, warmup_steps=2, decay_steps=20),
-        engine=EnginePlan(
-            precision=precision,
-            zero_stage=zero,
-            zero_options=zero_options,
-            loss_scale=scale if precision == "fp16" else None,
-            partition_method="type:transformer",
-            recompute_layers=recompute,
-            gradient_accumulation_dtype=None,
-            seed=1234,
+        engine=replace(
+            EnginePlan(
+                precision=precision,
+                zero_stage=zero,
+                zero_options=zero_options,
+                loss_scale=scale if precision == "fp16" else None,
+                partition_method="type:transformer",
+                recompute_layers=recompute,
+                gradient_accumulation_dtype=None,
+                seed=1234,
+            ),
+            **(engine or {}),
         ),
     )
+
+
+def ranks_of(settings: dict[str, Any]) -> int:
+    """How many ranks the layout in the settings of a plan takes."""
+    return math.prod(settings.get(axis, 1) for axis in ("pipe", "tensor", "data", "context"))
 
 
 def micro_batches(step: int, plan: Plan, data_rank: int) -> list[tuple[Tensor, tuple[Tensor, Tensor]]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from megatron.checkpoint.folder import checkpoint_name, damage, steps_in
+from megatron.checkpoint.folder import checkpoint_path, damage, steps_in
 from megatron.checkpoint.reading import SafeReader, read_tensors, tensor_shapes
 from megatron.errors import UserError
 
@@ -51,7 +51,7 @@ def checkpoints_of(path: Path) -> list[Path]:
         return [path]
     if not (steps := steps_in(path)):
         raise UserError(f"{path} is no checkpoint and holds none")
-    return [path / checkpoint_name(step) for step in steps]
+    return [checkpoint_path(path, step) for step in steps]
 
 
 def summary(checkpoint: Path) -> str:

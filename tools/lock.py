@@ -5,6 +5,7 @@
 build.txt comes first in an installation: DeepSpeed is built from source and wants torch and setuptools present.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ BUILD = ["setuptools>=77", "wheel", "ninja", "torch==2.13.0"]
 
 
 def main() -> None:
-    """Write build.txt, run.txt (to run Deepy) and dev.txt (to work on it)."""
+    """Write build.txt, run.txt (to run Deepy), dev.txt (to work on it) and gpu.txt (what GPUs need besides)."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     develop = [need for need in extras["dev"] if not need.startswith("deepy[")]
@@ -32,12 +33,17 @@ def main() -> None:
         wanted = next(need for need in extras["dev"] if need.startswith("deepy["))
         named = wanted.removeprefix("deepy[").removesuffix("]").split(",")
         install(python, [*(need for name in named for need in extras[name]), *develop])
-        write("dev.txt", freeze(python))
+        write("dev.txt", development := freeze(python))
+        # Without what they depend on: on a GPU torch brings its own triton.
+        install(python, ["--no-deps", *extras["gpu"]])
+        write("gpu.txt", [pin for pin in freeze(python) if pin not in development])
 
 
 def install(python: Path, needs: list[str]) -> None:
-    """Install `needs` into the environment of `python`."""
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-build-isolation", *needs], check=True)
+    """Install `needs` into the environment of `python`; flash-attn without its kernels, which take nvcc and an hour."""
+    environment = os.environ | {"FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE"}
+    command = [python, "-m", "pip", "install", "--quiet", "--no-build-isolation", *needs]
+    subprocess.run(command, check=True, env=environment)
 
 
 def freeze(python: Path, only: set[str] | None = None) -> list[str]:

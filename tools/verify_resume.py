@@ -3,7 +3,8 @@
     python tools/verify_resume.py configs/my.yml [key=value ...] [--steps 4]
 
 Trains 2N steps at once, and N steps, a restart and N more, through the real commands in a temporary folder; then
-compares the loss of every step, the samples consumed, and every weight and optimizer moment, bit for bit.
+compares the loss of every step, the samples consumed, and every weight and optimizer moment, bit for bit. The runs are
+deterministic unless you say deterministic=false: on a GPU two runs differ otherwise, with or without a restart.
 Exit code: 0 when all are equal, 1 when not, 2 when the runs cannot be made.
 """
 
@@ -43,7 +44,7 @@ def main() -> int:
 
 def train(config: list[str], folder: Path, train_iters: int, pause_every: int) -> int:
     """One run of train.py into `folder`, until its end or the next multiple of `pause_every`; its exit code."""
-    overrides = {
+    overrides: dict[str, object] = {
         "save": folder,
         "load": folder,
         "log_dir": folder / "logs",
@@ -51,6 +52,8 @@ def train(config: list[str], folder: Path, train_iters: int, pause_every: int) -
         "exit_interval": pause_every,
         "log_interval": 1,
     }
+    if not any(word.startswith("deterministic=") for word in config):
+        overrides["deterministic"] = "true"
     command = [sys.executable, str(DEEPY), "train.py", *config, *(f"{key}={value}" for key, value in overrides.items())]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:

@@ -3,6 +3,7 @@
     <save>/latest                      the name of the newest checkpoint
     <save>/global_step1000/            state/ (tensors), progress.json, config.json, identity.json, manifest.json
     <save>/.global_step2000.unfinished what a crash may leave; it is never read
+    <save>/.global_step1000.replaced   likewise; it is read where the one that was to replace it is not there
 
 A checkpoint is written under another name, its manifest last, and renamed when everything is on disk: a folder
 `global_step*` was whole once, and its manifest tells whether it still is. Floor 5; no tensors here.
@@ -45,8 +46,12 @@ def checkpoint_name(step: int) -> str:
 
 def steps_in(folder: Path) -> list[int]:
     """Steps with a checkpoint in `folder`, damaged ones included, in order."""
-    matches = (re.fullmatch(r"global_step(\d+)", path.name) for path in folder.glob("global_step*"))
-    return sorted(int(match[1]) for match in matches if match)
+    return sorted(_checkpoints(folder))
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps is."""
+    return _checkpoints(folder).get(step, folder / checkpoint_name(step))
 
 
 def find_checkpoint(folder: Path, iteration: int | None = None, verify: Verification = "quick") -> Path | None:
@@ -161,7 +166,7 @@ def _of_iteration(folder: Path, iteration: int, steps: list[int], verify: Verifi
     if iteration not in steps:
         known = ", ".join(map(str, steps)) or "none"
         raise UserError(f"iteration {iteration}: no such checkpoint in {folder}; there are: {known}")
-    path = folder / checkpoint_name(iteration)
+    path = checkpoint_path(folder, iteration)
     if problems := damage(path, verify):
         raise UserError(f"{path} is damaged:", *(f"  {problem}" for problem in problems))
     return path
@@ -176,7 +181,16 @@ def _newest_first(folder: Path, steps: list[int]) -> list[Path]:
         log.warning("%s %s: taking the newest whole checkpoint", folder / "latest", what)
     newest = max(steps, default=0) if current is None else current
     ordered = sorted(steps, key=lambda step: (step <= newest, step), reverse=True)
-    return [folder / checkpoint_name(step) for step in ordered]
+    return [checkpoint_path(folder, step) for step in ordered]
+
+
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """Step -> its checkpoint; one that was to be replaced counts while the new one is not there."""
+    found: dict[int, Path] = {}
+    for pattern in (r"\.global_step(\d+)\.replaced", r"global_step(\d+)"):
+        matches = ((path, re.fullmatch(pattern, path.name)) for path in folder.glob("*global_step*"))
+        found |= {int(match[1]): path for path, match in matches if match}
+    return found
 
 
 def _pointer(folder: Path, pointer: str = "latest") -> str | None:

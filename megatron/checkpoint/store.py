@@ -19,6 +19,7 @@ from megatron.checkpoint import folder as folders
 from megatron.checkpoint.reading import SafeReader, tensor_shapes
 from megatron.checkpoint.slices import LoadPlanner, SavePlanner, Slices, global_slices
 from megatron.checkpoint.state import TrainState
+from megatron.checkpoint.writing import Writer
 from megatron.engine.inference import InferenceEngine
 from megatron.engine.optimizer_state import MASTER
 from megatron.engine.training import TrainingEngine
@@ -104,8 +105,9 @@ class CheckpointWriter:
         unfinished = self._folder / f".{final.name}.unfinished"
         self._on_rank_0(lambda: _fresh_folder(unfinished))
         try:
-            writer = dcp.FileSystemWriter(unfinished / "state")
-            dcp.save(slices, storage_writer=writer, planner=SavePlanner(), process_group=self._group)
+            dcp.save(
+                slices, storage_writer=Writer(unfinished / "state"), planner=SavePlanner(), process_group=self._group
+            )
         except dcp.CheckpointException as error:
             self._on_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True))
             free = shutil.disk_usage(self._folder).free
@@ -122,9 +124,16 @@ class CheckpointWriter:
         rank = dist.get_rank()
         mine = list((unfinished / "state").glob(f"__{rank}_*"))
         mine += [unfinished / "state" / ".metadata"] if rank == 0 else []
-        described = {str(path.relative_to(unfinished)): folders.describe_file(path) for path in mine}
+        described: Any
+        try:
+            described = {str(path.relative_to(unfinished)): folders.describe_file(path) for path in mine}
+        except OSError as error:
+            described = error
         everyones: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyones, described, group=self._group)
+        for failure in everyones:
+            if isinstance(failure, OSError):
+                raise RunError(f"cannot save into {self._folder}: {failure}")
         return {name: entry for entries in everyones for name, entry in entries.items()}
 
     def _on_rank_0(self, action: Callable[[], object]) -> None:

@@ -36,6 +36,9 @@ KEY_FLAGS: tuple[tuple[tuple[str, ...], str, type, str], ...] = (
     (("--launcher",), "launcher", str, "how ranks are started"),
     (("-i", "--sample_input_file"), "sample_input_file", str, "prompts to continue"),
     (("-o", "--sample_output_file"), "sample_output_file", str, "file of JSON lines"),
+    (("--num_fewshot", "--eval_num_fewshot"), "eval_num_fewshot", int, "examples before each question of a task"),
+    (("--limit", "--eval_limit"), "eval_limit", float, "documents of each task, below 1 a share of them"),
+    (("--include_path", "--eval_include_path"), "eval_include_path", str, "folder with tasks of one's own"),
     (("--eval_results_prefix",), "eval_results_prefix", str, "begins the name of the results file"),
     (("--iteration",), "iteration", int, "step of the checkpoint to load"),
     (("--wandb_group",), "wandb_group", str, "group at Weights & Biases"),
@@ -114,7 +117,8 @@ def _parser(script: str | None) -> _Parser:
     parser.add_argument("-d", "--conf_dir", "--conf-dir", metavar="DIR", help="folder of the CONFIG files")
     for flags, key, kind, help_text in KEY_FLAGS:
         parser.add_argument(*_both_spellings(flags), dest=key, type=kind, metavar="X", help=help_text)
-    parser.add_argument("--eval_tasks", "--eval-tasks", nargs="+", metavar="T", help="harness tasks: refused as yet")
+    tasks = "tasks of the lm-evaluation-harness"
+    parser.add_argument("--eval_tasks", "--eval-tasks", nargs="+", metavar="T", help=tasks)
     parser.add_argument("--print-config", action="store_true", help="print the merged, checked configuration and stop")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run and stop")
     parser.add_argument(MERGED_FLAG, help=argparse.SUPPRESS)

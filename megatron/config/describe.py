@@ -85,7 +85,9 @@ def _layout_lines(plan: Plan) -> list[str]:
     layout, batch = plan.layout, plan.batch
     return [
         f"  layout: {_count(layout.world_size, 'rank')} = pipeline {layout.pipe} x data {layout.data} "
-        f"x tensor {layout.model}, ZeRO {plan.engine.zero_stage}, {plan.engine.precision}",
+        f"{f'x context {layout.context} ' if layout.context > 1 else ''}x tensor {layout.model}"
+        f"{' with its sequence' if layout.sequence_parallel else ''}, ZeRO "
+        f"{plan.engine.zero_stage}, {plan.engine.precision}",
         f"  batch: {batch.global_size} samples = micro-batch {batch.micro_size} x accumulation "
         f"{batch.accumulation_steps} x {layout.data} data-parallel",
         f"  tokens per step: {batch.tokens_per_step:,}",

@@ -10,7 +10,7 @@ GIB = 2**30
 
 def holder_lines(plan: Plan) -> list[str]:
     """Each stage with its layers, its ranks and the parameters of one of them; and how these are sharded."""
-    ranks = plan.layout.data * plan.layout.model
+    ranks = plan.layout.replicas * plan.layout.model
     lines = ["  who holds what:"]
     for number, stage in enumerate(stage_memories(plan)):
         who = f"rank {number}" if ranks == 1 else f"ranks {number * ranks}-{(number + 1) * ranks - 1}"
@@ -32,6 +32,8 @@ def memory_lines(plan: Plan, gpu_memory: float | None) -> list[str]:
         f"    activations with checkpoint_activations {_gib(max(s.activations_recomputed for s in stages))}, "
         f"without {_gib(max(s.activations_kept for s in stages))}"
     )
+    if any(stage.host for stage in stages):
+        lines.append(f"    offloaded to the host: {_gib(max(s.host for s in stages))} a rank, and gradients besides")
     return [*lines, _verdict(most, gpu_memory)]
 
 
@@ -65,9 +67,14 @@ def _shards(plan: Plan) -> list[str]:
     lines = []
     if layout.model > 1:
         lines.append(f"    every matrix is cut in {layout.model} over neighbouring ranks (tensor parallelism)")
-    if stage and layout.data > 1:
+    if layout.sequence_parallel:
+        lines.append(f"    between the matrices each of these {layout.model} ranks has a part of the sequence")
+    if layout.context > 1:
+        lines.append(f"    every sequence is cut in {layout.context} parts, and in attention the heads are instead")
+    if stage and layout.replicas > 1:
         what = ("optimizer states", "optimizer states and gradients", "optimizer states, gradients and weights")
-        lines.append(f"    {what[stage - 1]} are cut in {layout.data} over the data-parallel ranks (ZeRO {stage})")
+        who = "ranks with the same weights" if layout.context > 1 else "data-parallel ranks"
+        lines.append(f"    {what[stage - 1]} are cut in {layout.replicas} over the {who} (ZeRO {stage})")
     return lines
 
 

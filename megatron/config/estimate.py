@@ -39,8 +39,9 @@ def held_parameters(model: ModelPlan, split: int, layers: Iterable[int]) -> int:
 
 
 def flops_per_token(model: ModelPlan, sequence_length: int) -> float:
-    """FLOPs of one token, forward and backward: 6 N + 12 L h s, recomputation not counted (see metrics/flops.py)."""
-    return 6.0 * parameter_count(model) + 12.0 * model.num_layers * model.hidden_size * sequence_length
+    """FLOPs of one token, forward and backward: 6 N + 12 L n d s, recomputation not counted (see metrics/flops.py)."""
+    width = model.num_attention_heads * model.head_size
+    return 6.0 * parameter_count(model) + 12.0 * model.num_layers * width * sequence_length
 
 
 def checkpoint_bytes(plan: Plan) -> int:
@@ -65,4 +66,9 @@ def _block(model: ModelPlan, split: int) -> int:
     attention = (fused + queries) * hidden // split
     feed_forward = (inner + width) * hidden // split
     biases = (fused // split + hidden) * model.bias_in_attention + (inner // split + hidden) * model.bias_in_mlp
-    return attention + feed_forward + biases + (1 if model.tied_norm else 2) * _norm(model)
+    norms = (1 if model.tied_norm else 2) * _norm(model)
+    if model.qk_norm == "head":
+        norms += 2 * model.head_size
+    elif model.qk_norm == "full":
+        norms += (model.num_attention_heads + model.num_kv_heads) * model.head_size // split
+    return attention + feed_forward + biases + norms

@@ -84,21 +84,28 @@ def config_from_flat(flat: Mapping[str, Any], source: str = "configuration", scr
 
 
 def find_files(files: Sequence[str], folder: str | None = None) -> tuple[list[Path], list[str]]:
-    """The paths that `files` mean, and a message for each that is not there."""
+    """The paths that `files` mean, and a message for each that is not there or may mean two things."""
     if not files:
         files = ["."] if folder is not None else [DEFAULT_FOLDER]
     paths, missing = [], []
     for name in files:
         path = Path(folder or "") / name
-        if path.is_dir():
-            path = path / DEFAULT_FILE
-        candidates = [path, *(path.with_name(path.name + suffix) for suffix in SUFFIXES)]
-        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+        beside = [other for other in _with_suffixes(path) if other.is_file()]
+        if path.is_dir() and beside and not name.endswith("/"):
+            missing.append(f"{path} is a folder and {beside[0]} a file; write {name}/ or {name}{beside[0].suffix}")
+            continue
+        path = path / DEFAULT_FILE if path.is_dir() else path
+        found = next((candidate for candidate in (path, *_with_suffixes(path)) if candidate.is_file()), None)
         if found is None:
             missing.append(_no_such_file(path))
         else:
             paths.append(found)
     return paths, missing
+
+
+def _with_suffixes(path: Path) -> list[Path]:
+    """What a name without its extension may mean."""
+    return [path.with_name(path.name + suffix) for suffix in SUFFIXES] if path.name else []
 
 
 def merge(parts: Sequence[Entries]) -> Entries:
@@ -120,13 +127,14 @@ def merge(parts: Sequence[Entries]) -> Entries:
 def build(entries: Entries, source: str, script: str | None = None, planning: bool = False) -> Config:
     """Check merged keys and build the Config. Raises ConfigError with all problems, `source` naming the files."""
     answer_keys(entries, ANSWERS)
-    answer_values(entries, VALUES)
-    problems = list(entries.problems)
     try:
         plugins = entries.values.get("plugins", ())
         registry.load_plugins([name for name in plugins if isinstance(name, str)] if isinstance(plugins, tuple) else [])
     except UserError as error:
-        problems.append(_at(entries, "plugins") + str(error))
+        entries.problems.append(_at(entries, "plugins") + str(error))
+    known_names = {name for names in registry.TABLE.values() for name in names}  # what a plugin brings is honoured
+    answer_values(entries, {key: answer for key, answer in VALUES.items() if key[1] not in known_names})
+    problems = list(entries.problems)
     known = group_of_key()
     unknown = [key for key in entries.values if key not in known and key != "plugins"]
     problems += [_at(entries, key) + _unknown_key(key, [*known, "plugins"]) for key in unknown]

@@ -27,6 +27,7 @@ class StageMemory:
     parameters: int
     weights: int
     optimizer: int  # moments, and fp32 weights where the optimizer keeps its own
+    host: int  # what is offloaded: in the memory of the host instead
     gradients: int  # at the end of the backward pass
     activations: int  # of all micro-batches in flight, logits not counted
     activations_kept: int  # what they would be without recomputation
@@ -54,7 +55,7 @@ def zero_stage(plan: Plan) -> int:
 
 
 def _stage(plan: Plan, number: int, layers: range) -> StageMemory:
-    stage, data = zero_stage(plan), plan.layout.data
+    stage, replicas = zero_stage(plan), plan.layout.replicas
     parameters = held_parameters(plan.model, plan.layout.model, layers)
     # every ZeRO optimizer steps an fp32 copy of its own, of fp32 weights too
     kept_by_optimizer = MOMENTS.get(plan.optimizer.kind, 2) + (1 if stage else 0)
@@ -64,11 +65,15 @@ def _stage(plan: Plan, number: int, layers: range) -> StageMemory:
     passing, buckets = _buffers(plan, parameters, stage), _permanent_buckets(plan, parameters, stage)
     pipeline = _stage_buffers(plan, number, kept_logits)
     gradients = _gradients(plan, parameters, stage)
+    weights = parameters * WIDTH[plan.engine.precision] // (replicas if stage == 3 else 1)
+    optimizer = 4 * parameters // (replicas if stage else 1) * kept_by_optimizer
+    away = (_is_offloaded(plan, "offload_param"), _is_offloaded(plan, "offload_optimizer"))
     memory = StageMemory(
         layers=layers,
         parameters=parameters,
-        weights=parameters * WIDTH[plan.engine.precision] // (data if stage == 3 else 1),
-        optimizer=4 * parameters // (data if stage else 1) * kept_by_optimizer,
+        weights=0 if away[0] else weights,
+        optimizer=0 if away[1] else optimizer,
+        host=weights * away[0] + optimizer * away[1],
         gradients=gradients,
         activations=in_flight * _activations(plan, layers, plan.engine.recompute_layers),
         activations_kept=in_flight * _activations(plan, layers, 0),
@@ -88,7 +93,8 @@ def _peak(plan: Plan, memory: StageMemory, passing: int) -> int:
     gradients = 0 if _keeps_gradients(plan, stage) else memory.gradients
     # beside the micro-batch that is under way: what earlier ones left, and weights that are whole for a while
     held = gradients + passing if several else passing if stage == 3 else 0
-    again = _block(plan) * plan.engine.recompute_layers + _gradients_in_flight(plan)
+    there = _products(plan) if plan.engine.recompute_selective else 0
+    again = (_block(plan) - there) * plan.engine.recompute_layers + _gradients_in_flight(plan)
     stale = memory.kept_logits if plan.layout.pipe > 1 else 0  # the pipeline's buffers hold these logits already
     moments = {
         "the loss is there": held + memory.activations + memory.logits,
@@ -116,7 +122,12 @@ def _blocks(plan: Plan, layers: range) -> int:
 
 
 def _tokens(plan: Plan) -> int:
-    return plan.batch.micro_size * plan.batch.sequence_length
+    return plan.batch.micro_size * plan.batch.sequence_length // plan.layout.context
+
+
+def _stream_tokens(plan: Plan) -> int:
+    """Tokens whose hidden states a rank has between the split matrices."""
+    return _tokens(plan) // (plan.layout.model if plan.layout.sequence_parallel else 1)
 
 
 def _accumulator(plan: Plan) -> int:
@@ -126,18 +137,23 @@ def _accumulator(plan: Plan) -> int:
 
 def _gradients(plan: Plan, parameters: int, stage: int) -> int:
     """Gradients when all of them are there; from stage 2 on a rank keeps those of its own shard."""
-    return parameters * _accumulator(plan) // (plan.layout.data if stage >= 2 else 1)
+    return parameters * _accumulator(plan) // (plan.layout.replicas if stage >= 2 else 1)
 
 
 def _step(plan: Plan, parameters: int, stage: int) -> int:
     """What the optimizer's step adds to the gradients: this shard's, flattened, and then in fp32."""
-    if stage == 0:
+    if stage == 0 or _is_offloaded(plan, "offload_optimizer"):
         return 0
-    shard = parameters // plan.layout.data
+    shard = parameters // plan.layout.replicas
     narrow = _accumulator(plan)
     if stage == 3:
         return min(shard, _option(plan, "sub_group_size")) * 4
     return shard * (narrow + (4 if narrow != 4 else 0))  # a flat fp32 gradient is used as it is
+
+
+def _is_offloaded(plan: Plan, name: str) -> bool:
+    option = plan.engine.zero_options.get(name)
+    return isinstance(option, dict) and option.get("device") == "cpu"
 
 
 _OPTIONS = {
@@ -156,11 +172,11 @@ def _buffers(plan: Plan, parameters: int, stage: int) -> int:
     """Buckets in which gradients travel, and in stage 3 the parameters that are whole for a while."""
     if stage == 0:
         whole = min(parameters, _option(plan, "reduce_bucket_size")) * _accumulator(plan)
-        return whole if plan.layout.data > 1 else 0
+        return whole if plan.layout.replicas > 1 else 0
     if stage == 3:
         live = _option(plan, "stage3_max_live_parameters") + _option(plan, "stage3_prefetch_bucket_size")
-        return min(parameters, live) * WIDTH[plan.engine.precision] if plan.layout.data > 1 else 0
-    return 0 if stage == 1 and plan.layout.data > 1 else _buckets(plan, parameters)
+        return min(parameters, live) * WIDTH[plan.engine.precision] if plan.layout.replicas > 1 else 0
+    return 0 if stage == 1 and plan.layout.replicas > 1 else _buckets(plan, parameters)
 
 
 def _buckets(plan: Plan, parameters: int) -> int:
@@ -179,14 +195,14 @@ def _keeps_gradients(plan: Plan, stage: int) -> bool:
 
 def _permanent_buckets(plan: Plan, parameters: int, stage: int) -> int:
     """Stages 1 and 3 keep their buckets once they are there."""
-    return _buckets(plan, parameters) if stage == 3 or (stage == 1 and plan.layout.data > 1) else 0
+    return _buckets(plan, parameters) if stage == 3 or (stage == 1 and plan.layout.replicas > 1) else 0
 
 
 def _stage_buffers(plan: Plan, number: int, kept_logits: int) -> int:
     """What DeepSpeed's pipeline keeps of micro-batches: inputs and outputs, logits in the last stage."""
     if plan.layout.pipe == 1:
         return 0
-    hidden = _tokens(plan) * plan.model.hidden_size * WIDTH[plan.engine.precision]
+    hidden = _stream_tokens(plan) * plan.model.hidden_size * WIDTH[plan.engine.precision]
     count = max(2, min(plan.layout.pipe - number, plan.batch.accumulation_steps))
     return count * ((hidden if number else 0) + (kept_logits or hidden))
 
@@ -196,15 +212,36 @@ def _activations(plan: Plan, layers: range, group: int) -> int:
 
     group: blocks that are recomputed together, of which only the input is kept; 0: everything is kept.
     """
-    tokens, hidden = _tokens(plan), _tokens(plan) * plan.model.hidden_size * WIDTH[plan.engine.precision]
+    hidden = _stream_tokens(plan) * plan.model.hidden_size * WIDTH[plan.engine.precision]
     blocks = _blocks(plan, layers)
-    saved = -(-blocks // group) * hidden if group else blocks * _block(plan)
+    saved = -(-blocks // group) * _kept_inputs(plan, hidden) if group else blocks * _block(plan)
+    if group and plan.engine.recompute_selective:
+        saved += blocks * _products(plan)
     last = len(layer_classes(plan.model)) - 1
     if 0 in layers:
-        saved += 8 * tokens  # token ids
+        saved += 8 * _tokens(plan)  # token ids
     if last - 1 in layers:
         saved += 2 * hidden + _statistics(plan)  # input and output of the final norm
     return saved
+
+
+def _kept_inputs(plan: Plan, hidden: int) -> int:
+    """What is left on the device of the input of a group of blocks that is computed again."""
+    if plan.engine.checkpoint_in_cpu:
+        return 0
+    cut = plan.engine.partition_activations and not plan.layout.sequence_parallel
+    return hidden // (plan.layout.model if cut else 1)
+
+
+def _products(plan: Plan) -> int:
+    """Results of a block's matrix products and of attention, which selective recomputation keeps."""
+    model, tokens, width = plan.model, _tokens(plan), WIDTH[plan.engine.precision]
+    queries = model.num_attention_heads * model.head_size // plan.layout.model
+    keys = model.num_kv_heads * model.head_size // plan.layout.model
+    wide = (2 if is_gated(model.activation) else 1) * model.ffn_hidden_size // plan.layout.model
+    softmax = 4 * tokens * model.num_attention_heads // plan.layout.model
+    outputs = (1 if model.parallel_residual else 2) * model.hidden_size
+    return tokens * (queries + 2 * keys + queries + wide + outputs) * width + softmax
 
 
 def _block(plan: Plan) -> int:
@@ -213,7 +250,7 @@ def _block(plan: Plan) -> int:
 
 
 def _norms_and_stream(plan: Plan) -> int:
-    model, tokens = plan.model, _tokens(plan)
+    model, tokens = plan.model, _stream_tokens(plan)
     hidden = tokens * model.hidden_size * WIDTH[plan.engine.precision]
     norms = 1 if model.tied_norm else 2
     streams = 1 if model.parallel_residual else 2  # inputs of the norms that differ
@@ -223,7 +260,7 @@ def _norms_and_stream(plan: Plan) -> int:
 
 def _statistics(plan: Plan) -> int:
     """Mean and deviation of every token, in fp32."""
-    return _tokens(plan) * (4 if plan.model.norm == "rmsnorm" else 8)
+    return _stream_tokens(plan) * (4 if plan.model.norm == "rmsnorm" else 8)
 
 
 def _attention(plan: Plan) -> int:
@@ -233,12 +270,25 @@ def _attention(plan: Plan) -> int:
     elements = queries + 2 * keys + queries  # the fused projection, of which the values are a view; the result
     if model.position_embedding == "rotary":
         elements += queries + keys  # turned copies
+    if plan.layout.context > 1:  # queries and keys (turned or not), values and result, which then goes back
+        elements = queries + 2 * keys + 2 * queries
     if model.num_kv_heads != model.num_attention_heads:
         elements += queries  # the query heads of a group, next to each other
     softmax = 4 * tokens * model.num_attention_heads // plan.layout.model
     masked = sum(kind == "local" for kind in model.attention_kinds) / model.num_layers
     mask = round(masked * plan.batch.sequence_length**2 * width) if _needs_mask(plan) else 0
-    return tokens * elements * width + softmax + mask
+    return tokens * elements * width + softmax + mask + _query_key_norm(plan)
+
+
+def _query_key_norm(plan: Plan) -> int:
+    """Queries and keys before the weights of their norm, and what their norms need beside them."""
+    model, tokens, width = plan.model, _tokens(plan), WIDTH[plan.engine.precision]
+    heads = (model.num_attention_heads + model.num_kv_heads) // plan.layout.model
+    if model.qk_norm == "head":
+        return tokens * heads * (model.head_size * width + 4)  # a mean square of each head
+    if model.qk_norm == "full":
+        return tokens * heads * model.head_size * (width if width == 4 else width + 4)  # the sum is taken in fp32
+    return 0
 
 
 def _needs_mask(plan: Plan) -> bool:
@@ -255,7 +305,8 @@ def _feed_forward(plan: Plan) -> int:
 def _gradients_in_flight(plan: Plan) -> int:
     """Gradients of activations while a feed-forward layer is in its backward pass: the widest moment of a block."""
     wide = (3 if is_gated(plan.model.activation) else 2) * plan.model.ffn_hidden_size // plan.layout.model
-    return _tokens(plan) * (wide + plan.model.hidden_size) * WIDTH[plan.engine.precision]
+    hidden = plan.model.hidden_size * (2 if plan.layout.sequence_parallel else 1)  # gathered inputs, their gradient
+    return _tokens(plan) * (wide + hidden) * WIDTH[plan.engine.precision]
 
 
 def _kept_logits(plan: Plan) -> int:

@@ -29,6 +29,26 @@ AttentionConfig = Annotated[
 ]
 
 
+class RopeScalingKeys(Group):
+    """`rope_scaling`, as in a config.json of Hugging Face: {"rope_type": "llama3", "factor": 8.0, ...}."""
+
+    rope_type: Literal["default", "linear", "llama3"] = "default"
+    """default: nothing is stretched; linear: all positions are divided by factor; llama3: long wavelengths are
+    stretched by factor, short ones stay, those between are blended (Llama 3.1)."""
+
+    factor: Annotated[float, Field(ge=1)] | None = None
+    """How far positions are stretched."""
+
+    low_freq_factor: PositiveFloat | None = None
+    """llama3: wavelengths above original_max_position_embeddings / low_freq_factor are stretched whole."""
+
+    high_freq_factor: PositiveFloat | None = None
+    """llama3: wavelengths below original_max_position_embeddings / high_freq_factor stay as they are."""
+
+    original_max_position_embeddings: PositiveInt | None = None
+    """llama3: positions of the model before it was stretched."""
+
+
 class ParallelismKeys(Group):
     """How the model is cut over ranks; what is left of the ranks is data parallelism."""
 
@@ -37,6 +57,14 @@ class ParallelismKeys(Group):
 
     model_parallel_size: PositiveInt = 1
     """Tensor-parallel size: ranks that share each matrix."""
+
+    sequence_parallel: bool = False
+    """Cut the sequence over the tensor-parallel ranks between their matrices, where norms, dropout and the residual
+    stream are; model_parallel_size must divide seq_length. No effect with a model_parallel_size of 1."""
+
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share each sequence, for long ones: each has a part of the tokens, and in attention all tokens for a
+    part of the heads (Ulysses). Must divide the key/value heads of a rank and seq_length; excludes a pipeline."""
 
     pipe_partition_method: str = "type:transformer"
     """How layers are dealt to stages: "type:REGEX" balances the layers whose class name matches,
@@ -53,7 +81,10 @@ class ModelKeys(Group):
     """Width of the residual stream."""
 
     num_attention_heads: PositiveInt
-    """Query heads. Must divide hidden_size, and be divisible by model_parallel_size."""
+    """Query heads. Must divide hidden_size unless head_dim is set, and be divisible by model_parallel_size."""
+
+    head_dim: PositiveInt | None = None
+    """Size of each head, where it is not hidden_size / num_attention_heads."""
 
     num_kv_heads: PositiveInt | None = None
     """Key/value heads (grouped-query attention). Must divide num_attention_heads. Unset: num_attention_heads."""
@@ -76,7 +107,14 @@ class ModelKeys(Group):
     """Positions the model can tell apart, at least seq_length. Unset: seq_length."""
 
     norm: Annotated[str, registered("norm")] = "layernorm"
-    """Normalisation before each branch and at the end: layernorm or rmsnorm."""
+    """Normalisation of each branch and at the end: layernorm or rmsnorm."""
+
+    norm_placement: Literal["input", "output"] = "input"
+    """Where the norm of a branch stands: on its input (GPT-2, Llama), or on its output before it is added (OLMo 2)."""
+
+    qk_norm: Literal["head", "full"] | None = None
+    """RMSNorm of queries and keys before positions are turned in: of each head (Qwen 3), or over the width of all
+    heads together (OLMo 2). Needs norm: rmsnorm."""
 
     layernorm_epsilon: PositiveFloat = 1e-5
     """Epsilon of layernorm."""
@@ -92,6 +130,9 @@ class ModelKeys(Group):
 
     rotary_emb_base: PositiveFloat = 10000
     """Base of the rotary wavelengths."""
+
+    rope_scaling: RopeScalingKeys = RopeScalingKeys()
+    """How rotary positions are stretched for longer texts."""
 
     no_weight_tying: bool = False
     """Give the output layer weights of its own instead of those of the embedding."""

@@ -13,6 +13,7 @@ from megatron.config.neox import Answer
 HONOURED: dict[str, str] = {
     "pipe_parallel_size": "0 and 1 are the same here",
     "model_parallel_size": "",
+    "sequence_parallel": "model_parallel_size must divide seq_length",
     "pipe_partition_method": "blocks are called TransformerBlock; type:transformer|mlp finds them too",
     "precision": "",
     "num_layers": "",
@@ -96,6 +97,9 @@ HONOURED: dict[str, str] = {
     "weight_decay": "norms and biases have none, as there",
     "checkpoint_activations": "",
     "checkpoint_num_layers": "",
+    "partition_activations": "no effect with sequence_parallel, which cuts them already",
+    "checkpoint_in_cpu": "",
+    "fp32_allreduce": "",
     "text_gen_type": "unconditional, input-file or interactive",
     "temperature": "",
     "top_p": "",
@@ -108,7 +112,7 @@ HONOURED: dict[str, str] = {
     "num_samples": "",
     "recompute": "",
     "eval_results_prefix": "",
-    "eval_tasks": "evaluate.py refuses it, with exit code 2, until the harness is built in",
+    "eval_tasks": "tasks, groups and tags; all documents unless eval_limit says otherwise, GPT-NeoX takes 10",
     "train_batch_size": "",
     "train_micro_batch_size_per_gpu": "",
     "gradient_accumulation_steps": "unset: derived from the two other sizes, else 1",
@@ -128,7 +132,7 @@ HONOURED: dict[str, str] = {
     "bf16": "",
     "bf16.enabled": "",
     "gradient_clipping": "",
-    "zero_optimization": "stages 0 to 3; DeepSpeed's offload is not built in",
+    "zero_optimization": "stages 0 to 3; offload_optimizer and offload_param to the CPU, not to NVMe",
     "zero_optimization.stage": "16-bit training with stage 0 runs as stage 1: the same numbers, less memory",
     "zero_optimization.allgather_partitions": "",
     "zero_optimization.allgather_bucket_size": "",
@@ -175,6 +179,14 @@ TRANSLATED: tuple[tuple[tuple[str, ...], Answer], ...] = (
             for key in ("loss_scale", "loss_scale_window", "initial_scale_power", "hysteresis", "min_loss_scale")
         ),
         Answer("translated", "bfloat16 has the range of fp32 and needs no loss scale"),
+    ),
+    (
+        ("zero_optimization.cpu_offload",),
+        Answer(
+            "translated",
+            "DeepSpeed's name since 2021",
+            change=lambda value, _: {"zero_optimization.offload_optimizer.device": "cpu" if value else "none"},
+        ),
     ),
     (
         ("save_interval",),
@@ -230,10 +242,13 @@ TRANSLATED: tuple[tuple[tuple[str, ...], Answer], ...] = (
             "mamba_use_bias_in_conv",
             "mamba_use_bias_in_linears",
             "dim_att",
-            "head_size",
             "ffn_dim",
         ),
         Answer("translated", "only Mamba and RWKV layers read it, and there are none here"),
+    ),
+    (
+        ("head_size",),
+        Answer("translated", "only RWKV layers read it, and there are none here; for attention write head_dim"),
     ),
     (
         ("sparsity_config", "sparsity_config.block", "sparsity_config.num_local_blocks"),
@@ -302,8 +317,8 @@ TRANSLATED: tuple[tuple[tuple[str, ...], Answer], ...] = (
         Answer("translated", "GPT-NeoX has deprecated it; see checkpoint_activations"),
     ),
     (
-        ("partition_activations", "contiguous_checkpointing", "synchronize_each_layer"),
-        Answer("translated", "recomputed activations are kept whole on each rank; the numbers are the same"),
+        ("contiguous_checkpointing", "synchronize_each_layer"),
+        Answer("translated", "torch's own allocator and streams see to it; the numbers are the same"),
     ),
     (("steps_per_print", "wall_clock_breakdown", "dump_state"), Answer("translated", "log_interval sets our own log")),
     (("no_ssh_check", "force_multi"), Answer("translated", "the launcher finds out by itself")),
@@ -336,11 +351,13 @@ REFUSED: tuple[tuple[tuple[str, ...], Answer], ...] = (
         ("global_num_gpus",),
         Answer("refused", "num_nodes and num_gpus with --dry-run plan for machines that are not here"),
     ),
-    (("sequence_parallel",), Answer("refused", "it is not built yet; checkpoint_activations saves more memory")),
     (("expansion_factor",), Answer("refused", "write ffn_hidden_size, the true width (factor x hidden_size)")),
     (
         ("use_qk_layernorm",),
-        Answer("refused", "queries and keys are not normalised here; there is no other key for it"),
+        Answer(
+            "refused",
+            "its numbers depend on model_parallel_size; write qk_norm: head (Qwen 3) or full (OLMo 2), with rmsnorm",
+        ),
     ),
     (("opt_pos_emb_offset",), Answer("refused", "OPT's shifted positions are not built in", harmless=(0,))),
     (("num_unique_layers",), Answer("refused", "layers do not share weights, there neither; leave it out")),
@@ -365,10 +382,6 @@ REFUSED: tuple[tuple[tuple[str, ...], Answer], ...] = (
             "zero_allgather_bucket_size",
         ),
         Answer("refused", "write it in the group zero_optimization"),
-    ),
-    (
-        ("zero_optimization.cpu_offload", "zero_optimization.offload_optimizer", "zero_optimization.offload_param"),
-        Answer("refused", "offload is not built in; zero_optimization.stage 2 or 3 shards over ranks instead"),
     ),
     (
         ("use_checkpoint_lr_scheduler",),
@@ -399,7 +412,6 @@ REFUSED: tuple[tuple[tuple[str, ...], Answer], ...] = (
         Answer("refused", "evaluate.py measures a checkpoint; what is loaded is checked by shape and name"),
     ),
     (("train_epochs",), Answer("refused", "write train_iters: epochs x tokens / (train_batch_size x seq_length)")),
-    (("checkpoint_in_cpu",), Answer("refused", "recomputed activations stay on the device")),
     (("char_level_ppl",), Answer("refused", "evaluate.py always tells perplexity per token, word and byte")),
     (("use_mup", "coord_check", "save_base_shapes"), Answer("refused", "muP is not built in; set lr and init_method")),
     (
@@ -409,8 +421,8 @@ REFUSED: tuple[tuple[tuple[str, ...], Answer], ...] = (
     (("deepspeed",), Answer("refused", "training always goes through DeepSpeed; leave it out", harmless=(True,))),
     (("scheduler",), Answer("refused", "write lr_decay_style, warmup and min_lr")),
     (
-        ("fp32_allreduce", "communication_data_type"),
-        Answer("refused", "gradients travel in their own format; precision: fp32 makes it fp32"),
+        ("communication_data_type",),
+        Answer("refused", "gradients travel in their own format; fp32_allreduce: true makes it fp32"),
     ),
     (
         ("prescale_gradients", "gradient_predivide_factor"),

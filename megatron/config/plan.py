@@ -13,17 +13,24 @@ AttentionKind = str  # a name of the registry kind "attention_backend"
 
 @dataclass(frozen=True)
 class Layout:
-    """How ranks are arranged: `world_size = pipe * data * model`."""
+    """How ranks are arranged: `world_size = pipe * data * context * model`."""
 
     world_size: int
     pipe: int  # stages of the pipeline; 1 means no pipeline
     data: int  # data-parallel replicas
     model: int  # tensor-parallel size
+    context: int = 1  # ranks that share a sequence
+    sequence_parallel: bool = False  # the tensor-parallel ranks share the sequence outside of the split matrices
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights and average their gradients; what ZeRO shards over."""
+        return self.data * self.context
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Sizes in samples: `global_size = micro_size * accumulation_steps * data_parallel`."""
+    """Sizes in samples: `global_size = micro_size * accumulation_steps * data`, `data` being that of the layout."""
 
     micro_size: int
     accumulation_steps: int
@@ -34,6 +41,17 @@ class BatchPlan:
     def tokens_per_step(self) -> int:
         """Labels per optimizer step."""
         return self.global_size * self.sequence_length
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary positions are stretched; the last three for llama3 only."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_frequency: float = 0.0
+    high_frequency: float = 0.0
+    original_positions: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,6 +85,9 @@ class ModelPlan:
     sliding_window: int | None  # keys a query of a "local" layer sees, itself included
     attention_dropout: float
     hidden_dropout: float
+    norms_on_outputs: bool = False  # of the branches, where others have them on their inputs
+    qk_norm: Literal["head", "full"] | None = None  # RMSNorm of queries and keys: of each head, or of all together
+    rope_scaling: RopeScaling | None = None
     reset_attention_mask: bool = False  # no token attends to another document than its own
     reset_position_ids: bool = False  # positions count from the beginning of each document
 
@@ -122,6 +143,12 @@ class EnginePlan:
     recompute_layers: int  # 0: off; N: recompute in groups of N blocks
     gradient_accumulation_dtype: Literal["fp32", "bf16", "fp16"] | None
     seed: int
+    recompute_selective: bool = False  # keep the results of matrix products and attention
+    partition_activations: bool = False  # over the tensor-parallel ranks, what recomputation keeps
+    checkpoint_in_cpu: bool = False  # what recomputation keeps, in the memory of the host
+    fp32_allreduce: bool = False
+    compile: bool = False  # blocks and loss, by torch.compile
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Floor 1. Pure: the same arguments give the same Plan on every machine and rank, and every derived value is made here.
 """
 
+from megatron.config.estimate import flops_per_token
 from megatron.config.groups import Config
 from megatron.config.load import ConfigError
 from megatron.config.plan import (
@@ -13,17 +14,23 @@ from megatron.config.plan import (
     ModelPlan,
     OptimizerPlan,
     Plan,
+    RopeScaling,
     SchedulePlan,
 )
 from megatron.config.precision import resolve_precision
-from megatron.config.widths import attention_names, feed_forward_width, round_up
+from megatron.config.widths import attention_names, feed_forward_width, head_size, round_up
+
+WORTH_COMPILING = (
+    1e11  # FLOPs of a micro-batch on one rank: a model for tests is far below, one of 19M parameters above
+)
 
 
 def resolve(config: Config, world_size: int, vocab_size: int, *, inference: bool = False) -> Plan:
     """Derive everything from a checked Config.
 
     world_size: ranks of the run. vocab_size: ids the tokenizer can produce.
-    inference: arrange the ranks for generation and evaluation: no pipeline, a micro-batch where none is written.
+    inference: arrange the ranks for generation and evaluation: whole sequences, no pipeline, a micro-batch where none
+    is written.
     Raises ConfigError with every rule that the ranks or the vocabulary break.
     """
     problems: list[str] = []
@@ -32,8 +39,9 @@ def resolve(config: Config, world_size: int, vocab_size: int, *, inference: bool
     batch = _batch(config, layout.data, inference, problems)
     if problems:
         raise ConfigError(f"the configuration for {world_size} ranks", problems)
-    optimizer = _optimizer(config)
-    return Plan(layout, batch, _model(config, vocab_size, rows), optimizer, _schedule(config), _engine(config))
+    model = _model(config, vocab_size, rows)
+    engine = _engine(config, _compiles(config, model, layout, batch))
+    return Plan(layout, batch, model, _optimizer(config), _schedule(config), engine)
 
 
 def padded_vocabulary(config: Config, vocab_size: int) -> int:
@@ -42,14 +50,18 @@ def padded_vocabulary(config: Config, vocab_size: int) -> int:
 
 
 def _layout(config: Config, world_size: int, inference: bool, problems: list[str]) -> Layout:
-    pipe = 1 if inference else max(1, config.parallelism.pipe_parallel_size)
-    model = config.parallelism.model_parallel_size
-    if world_size % (pipe * model):
+    keys = config.parallelism
+    pipe = 1 if inference else max(1, keys.pipe_parallel_size)
+    context, sequence_parallel = (1, False) if inference else (keys.context_parallel_size, keys.sequence_parallel)
+    model = keys.model_parallel_size
+    taken = pipe * context * model
+    if world_size % taken:
+        shared = f"context_parallel_size ({context}) x " if context > 1 else ""
         problems.append(
-            f"{world_size} ranks cannot be divided by pipe_parallel_size ({pipe}) x model_parallel_size ({model}); "
-            f"num_gpus {pipe * model} or a multiple of it would work"
+            f"{world_size} ranks cannot be divided by pipe_parallel_size ({pipe}) x {shared}model_parallel_size "
+            f"({model}); num_gpus {taken} or a multiple of it would work"
         )
-    return Layout(world_size, pipe, max(1, world_size // (pipe * model)), model)
+    return Layout(world_size, pipe, max(1, world_size // taken), model, context, sequence_parallel and model > 1)
 
 
 def _vocabulary_rows(config: Config, vocab_size: int, problems: list[str]) -> int:
@@ -112,7 +124,7 @@ def _model(config: Config, vocab_size: int, rows: int) -> ModelPlan:
         hidden_size=keys.hidden_size,
         num_attention_heads=keys.num_attention_heads,
         num_kv_heads=keys.num_kv_heads or keys.num_attention_heads,
-        head_size=keys.hidden_size // keys.num_attention_heads,
+        head_size=head_size(keys),
         ffn_hidden_size=feed_forward_width(keys),
         vocab_size=vocab_size,
         padded_vocab_size=rows,
@@ -135,8 +147,24 @@ def _model(config: Config, vocab_size: int, rows: int) -> ModelPlan:
         sliding_window=keys.sliding_window_width,
         attention_dropout=keys.attention_dropout,
         hidden_dropout=keys.hidden_dropout,
+        norms_on_outputs=keys.norm_placement == "output",
+        qk_norm=keys.qk_norm,
+        rope_scaling=_rope_scaling(config),
         reset_attention_mask=config.data.reset_attention_mask,
         reset_position_ids=config.data.reset_position_ids,
+    )
+
+
+def _rope_scaling(config: Config) -> RopeScaling | None:
+    keys = config.model.rope_scaling
+    if keys.rope_type == "default":
+        return None
+    return RopeScaling(
+        keys.rope_type,
+        keys.factor or 1.0,
+        keys.low_freq_factor or 0.0,
+        keys.high_freq_factor or 0.0,
+        keys.original_max_position_embeddings or 0,
     )
 
 
@@ -165,7 +193,18 @@ def _schedule(config: Config) -> SchedulePlan:
     return SchedulePlan(keys.lr_decay_style, keys.optimizer.params.lr, keys.min_lr, round(keys.warmup * steps), steps)
 
 
-def _engine(config: Config) -> EnginePlan:
+def _compiles(config: Config, model: ModelPlan, layout: Layout, batch: BatchPlan) -> bool:
+    if config.engine.compile is not None:
+        return config.engine.compile
+    if config.engine.checkpoint_activations and config.engine.recompute_granularity == "selective":
+        return False  # it picks operations, which a compiled block has none of
+    flops = flops_per_token(model, batch.sequence_length) * batch.micro_size * batch.sequence_length
+    # collectives inside of a block break its graph, and leave little to fuse
+    whole = layout.model == layout.context == 1 and config.engine.zero_optimization.stage < 3
+    return whole and flops / layout.pipe >= WORTH_COMPILING
+
+
+def _engine(config: Config, compile: bool) -> EnginePlan:
     precision, keys = resolve_precision(config.precision), config.engine
     return EnginePlan(
         precision=precision,
@@ -176,6 +215,12 @@ def _engine(config: Config) -> EnginePlan:
         recompute_layers=keys.checkpoint_num_layers if keys.checkpoint_activations else 0,
         gradient_accumulation_dtype=config.precision.data_types.grad_accum_dtype,
         seed=config.training.seed,
+        deterministic=config.training.deterministic,
+        recompute_selective=keys.checkpoint_activations and keys.recompute_granularity == "selective",
+        partition_activations=keys.checkpoint_activations and keys.partition_activations,
+        checkpoint_in_cpu=keys.checkpoint_activations and keys.checkpoint_in_cpu,
+        fp32_allreduce=keys.fp32_allreduce,
+        compile=compile,
     )
 
 

@@ -58,6 +58,38 @@ def _zero_allows_pipeline(config: Config) -> Iterator[str]:
         )
 
 
+def _selection_has_operations(config: Config) -> Iterator[str]:
+    keys = config.engine
+    if keys.recompute_granularity == "selective" and not keys.checkpoint_activations:
+        yield "recompute_granularity (selective) needs checkpoint_activations (false); set it to true"
+    elif keys.recompute_granularity == "selective" and keys.compile:
+        yield (
+            "recompute_granularity (selective) and compile (true) exclude each other, as it picks operations and a "
+            "compiled block is one; keep one of them"
+        )
+    elif keys.recompute_granularity == "selective" and keys.zero_optimization.stage == 3:
+        yield (
+            "recompute_granularity (selective) excludes zero_optimization.stage 3, which takes weights away that the "
+            "kept results still need; use stage 0 to 2, or recompute_granularity full"
+        )
+
+
+def _compiling_leaves_weights_in_place(config: Config) -> Iterator[str]:
+    if config.engine.compile and config.engine.zero_optimization.stage == 3:
+        yield (
+            "compile (true) excludes zero_optimization.stage 3, which gathers weights between the operations that "
+            "compiling fuses; use stage 0 to 2, or compile false"
+        )
+
+
+def _offload_has_a_stage(config: Config) -> Iterator[str]:
+    keys = config.engine.zero_optimization
+    if keys.offload_optimizer.device != "none" and keys.stage == 0:
+        yield "zero_optimization.offload_optimizer (cpu) needs zero_optimization.stage 1, 2 or 3, not 0"
+    if keys.offload_param.device != "none" and keys.stage != 3:
+        yield f"zero_optimization.offload_param (cpu) needs zero_optimization.stage 3, not {keys.stage}"
+
+
 def _partition_method_is_known(config: Config) -> Iterator[str]:
     method = config.parallelism.pipe_partition_method
     kind, _, pattern = method.lower().partition(":")
@@ -125,6 +157,14 @@ def _devices_are_chosen_once(config: Config) -> Iterator[str]:
         yield f"{' and '.join(given)} exclude each other; keep one of them"
 
 
+def _harness_keys_have_tasks(config: Config) -> Iterator[str]:
+    keys = config.evaluation
+    named = ("eval_num_fewshot", "eval_limit", "eval_include_path")
+    given = [f"{name} ({getattr(keys, name)})" for name in named if getattr(keys, name) is not None]
+    if given and not keys.eval_tasks:
+        yield f"{' and '.join(given)} mean nothing without eval_tasks; name the tasks, or leave them out"
+
+
 def _training_has_an_end(config: Config) -> Iterator[str]:
     if config.training.train_iters is None:
         yield '"train_iters" is missing; training needs the number of steps'
@@ -152,6 +192,11 @@ def _weights_are_named(config: Config) -> Iterator[str]:
 RUN_RULES = (
     Rule(("num_layers", "pipe_parallel_size"), _pipeline_has_layers),
     Rule(("zero_optimization", "pipe_parallel_size"), _zero_allows_pipeline),
+    Rule(("zero_optimization",), _offload_has_a_stage),
+    Rule(("compile", "zero_optimization"), _compiling_leaves_weights_in_place),
+    Rule(
+        ("checkpoint_activations", "recompute_granularity", "compile", "zero_optimization"), _selection_has_operations
+    ),
     Rule(("pipe_partition_method",), _partition_method_is_known),
     Rule(("precision", "fp16", "bf16"), _precision_is_one),
     Rule(("optimizer", "weight_decay"), _weight_decay_is_one),
@@ -160,6 +205,7 @@ RUN_RULES = (
     Rule(("load", "save", "finetune", "iteration"), _loading_names_a_place),
     Rule(("text_gen_type", "sample_input_file"), _prompts_have_a_file),
     Rule(("include", "exclude", "num_gpus"), _devices_are_chosen_once),
+    Rule(("eval_tasks", "eval_num_fewshot", "eval_limit", "eval_include_path"), _harness_keys_have_tasks),
 )
 
 _LOADS = Rule(("load", "save"), _weights_are_named)

@@ -68,8 +68,9 @@ class CheckpointKeys(Group):
     finetune: bool = False
     """Take weights only from load, and start at step 0."""
 
-    allow_changes: tuple[Literal["seed", "data", "tokenizer"], ...] = ()
-    """What may differ from the run that wrote the checkpoint to go on from; anything else is refused."""
+    allow_changes: tuple[Literal["seed", "data", "tokenizer", "model"], ...] = ()
+    """What may differ from the run that wrote the checkpoint to go on from; anything else is refused. model: settings
+    that change what the weights compute and not their shapes, such as rotary_emb_base; finetune needs it as well."""
 
     no_load_optim: bool = False
     """Do not take the optimizer's state from load."""
@@ -159,13 +160,22 @@ class EvaluationKeys(Group):
     """evaluate.py."""
 
     eval_tasks: tuple[str, ...] | None = None
-    """Tasks of the evaluation harness. Not supported yet: evaluate.py refuses them; leave it out for perplexity."""
+    """Tasks, groups or tags of the lm-evaluation-harness; `*` and `?` match as in file names. Unset: perplexity."""
+
+    eval_num_fewshot: NotNegativeInt | None = None
+    """Examples before each question, but for tasks that insist on 0. Unset: what each task says."""
+
+    eval_limit: PositiveFloat | None = None
+    """Documents of each task, or below 1 a share of them. Unset: all."""
+
+    eval_include_path: str | None = None
+    """Folder with task files of one's own, which outrank the harness's."""
 
     eval_results_prefix: str = ""
     """Begins the name of the results file."""
 
     eval_split: Literal["train", "valid", "test"] = "valid"
-    """Part of the data whose perplexity is measured."""
+    """Part of the data whose perplexity is measured, without eval_tasks."""
 
 
 class LauncherKeys(Group):

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from megatron import registry
 from megatron.config.group import (
     Elements,
     Fraction,
@@ -21,8 +22,10 @@ from megatron.config.group import (
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-def _lower_case(value: object) -> object:
-    return value.lower() if isinstance(value, str) else value
+def _registered_spelling(value: object) -> object:
+    """The optimizer's name as the registry writes it: upper and lower case are the same."""
+    spellings = {name.lower(): name for name in registry.names("optimizer")}
+    return spellings.get(value.lower(), value.lower()) if isinstance(value, str) else value
 
 
 class OptimizerParams(Group):
@@ -44,8 +47,9 @@ class OptimizerParams(Group):
 class OptimizerChoice(Group):
     """`optimizer`: `{type: Adam, params: {lr: 6e-4, betas: [0.9, 0.95], eps: 1e-8}}`."""
 
-    type: Annotated[str, BeforeValidator(_lower_case), registered("optimizer")] = "adam"
-    """Adam and AdamW are both AdamW (decoupled weight decay); SGD. Upper and lower case are the same."""
+    type: Annotated[str, BeforeValidator(_registered_spelling), registered("optimizer")] = "adam"
+    """Adam and AdamW are both AdamW (decoupled weight decay); SGD, whose weight decay is L2: added to the gradient
+    after the clip, and so part of its momentum. Upper and lower case are the same."""
 
     params: OptimizerParams = OptimizerParams()
     """Settings of the optimizer."""
@@ -132,6 +136,16 @@ class PrecisionKeys(Group):
     """Further formats."""
 
 
+class OffloadKeys(Group):
+    """`zero_optimization.offload_optimizer` and `.offload_param`."""
+
+    device: Literal["none", "cpu"] = "none"
+    """cpu: kept in the memory of the host."""
+
+    pin_memory: bool = True
+    """In pages that stay, for faster copies; false where the limit of locked memory is small."""
+
+
 class ZeroKeys(Group):
     """`zero_optimization`: DeepSpeed's ZeRO."""
 
@@ -175,9 +189,18 @@ class ZeroKeys(Group):
     stage3_max_reuse_distance: Elements = 1_000_000_000
     """Stage 3: a parameter used again within this many elements is not released."""
 
+    offload_optimizer: OffloadKeys = OffloadKeys()
+    """Stages 1 to 3: fp32 weights and optimizer states in the memory of the host, where its CPU makes the update."""
+
+    offload_param: OffloadKeys = OffloadKeys()
+    """Stage 3: the weights in the memory of the host, and on the device only while they are used."""
+
 
 class EngineKeys(Group):
     """Memory against speed."""
+
+    fp32_allreduce: bool = False
+    """Average 16-bit gradients over ranks in fp32: twice the traffic, less rounding."""
 
     zero_optimization: ZeroKeys = ZeroKeys()
     """Sharding of optimizer states, gradients and parameters."""
@@ -187,6 +210,20 @@ class EngineKeys(Group):
 
     checkpoint_num_layers: PositiveInt = 1
     """Blocks that are recomputed together."""
+
+    recompute_granularity: Literal["full", "selective"] = "full"
+    """With checkpoint_activations: full keeps the input of each group of blocks only; selective also keeps what is
+    dear to compute again, the results of matrix products and of attention. Not with compile or ZeRO 3."""
+
+    partition_activations: bool = False
+    """With checkpoint_activations: what is kept is cut over the tensor-parallel ranks, and gathered when it is used."""
+
+    checkpoint_in_cpu: bool = False
+    """With checkpoint_activations: the inputs that are kept wait in the memory of the host."""
+
+    compile: bool | None = None
+    """Compile blocks and loss with torch.compile. Unset: where a micro-batch is work enough for it to pay (10^11 FLOPs
+    on a rank) and blocks are not split over ranks. Not with ZeRO 3."""
 
 
 class BatchKeys(Group):
@@ -216,6 +253,10 @@ class TrainingKeys(Group):
 
     seed: NotNegativeInt = 1234
     """Decides initial weights, order of data, dropout and sampling."""
+
+    deterministic: bool = False
+    """The same bits each time on a GPU too, where that is slower: of each operation the form that gives them, and an
+    error where there is none. On CPUs they are the same anyway."""
 
     exit_interval: PositiveInt | None = None
     """End the run, with a checkpoint, at the first step that this divides."""

@@ -43,9 +43,14 @@ def attention_names(model: ModelKeys) -> tuple[str, ...]:
     return tuple(names)
 
 
+def head_size(model: ModelKeys) -> int:
+    """Size of a head, as written or by default."""
+    return model.head_dim or model.hidden_size // model.num_attention_heads
+
+
 def rotary_elements(model: ModelKeys) -> int:
     """Elements of each head that rotary positions turn."""
-    return int(model.hidden_size // model.num_attention_heads * model.rotary_pct)
+    return int(head_size(model) * model.rotary_pct)
 
 
 def divisors(number: int) -> list[int]:

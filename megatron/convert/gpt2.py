@@ -62,6 +62,7 @@ def parameter_map(model: ModelPlan) -> ParameterMap:
         position_embedding=["learned"],
         activation=sorted(set(ACTIVATIONS.values())),
         num_kv_heads=[model.num_attention_heads],
+        head_size=[model.hidden_size // model.num_attention_heads],
         parallel_residual=[False],
         tied_embeddings=[True],
         bias_in_attention=[True],

@@ -47,6 +47,7 @@ def parameter_map(model: ModelPlan) -> ParameterMap:
         position_embedding=["rotary"],
         activation=sorted(set(ACTIVATIONS.values())),
         num_kv_heads=[model.num_attention_heads],
+        head_size=[model.hidden_size // model.num_attention_heads],
         tied_norm=[False],
         bias_in_mlp=[True],
     )

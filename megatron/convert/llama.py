@@ -1,5 +1,10 @@
-"""LlamaForCausalLM of Hugging Face and our GPT. Floor 5."""
+"""LlamaForCausalLM of Hugging Face and our GPT, and the two models that differ from it in their norms.
 
+Qwen 3 (Qwen3ForCausalLM) normalises each head's query and key; OLMo 2 (Olmo2ForCausalLM) all of them together, and the
+outputs of attention and feed-forward layer where the others normalise the inputs. Floor 5.
+"""
+
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.config.plan import ModelPlan
@@ -19,53 +24,73 @@ ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "relu": "re
 IGNORED = ("rotary_emb.inv_freq",)  # a buffer of older versions
 
 
-def model_keys(config: Any) -> dict[str, Any]:
-    """Our configuration keys for a transformers.LlamaConfig. Raises UserError for what we cannot express."""
-    if config.head_dim * config.num_attention_heads != config.hidden_size:
-        raise UserError(f"head_dim ({config.head_dim}) must be hidden_size / num_attention_heads here")
-    return rotary_keys(config) | {
-        "num_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_kv_heads": config.num_key_value_heads,
-        "ffn_hidden_size": config.intermediate_size,
-        "seq_length": config.max_position_embeddings,
-        "max_position_embeddings": config.max_position_embeddings,
-        "norm": "rmsnorm",
-        "rms_norm_epsilon": config.rms_norm_eps,
-        "activation": named_as(ACTIVATIONS, config.hidden_act, "hidden_act"),
-        "gpt_j_residual": False,
-        "no_weight_tying": not config.tie_word_embeddings,
-        "use_bias_in_attn_linear": config.attention_bias,
-        "use_bias_in_mlp": config.mlp_bias,
-    }
+@dataclass(frozen=True)
+class Family:
+    """What tells the architectures apart."""
+
+    name: str
+    qk_norm: str | None = None
+    norms_on_outputs: bool = False
+    bias_in_mlp: bool = False  # whether its feed-forward layer may have biases
+
+    def model_keys(self, config: Any) -> dict[str, Any]:
+        """Our configuration keys for a configuration of transformers. Raises UserError for what we cannot express."""
+        if getattr(config, "use_sliding_window", False):
+            raise UserError("use_sliding_window must be False: only some of its layers would have a window")
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return rotary_keys(config) | {
+            "num_layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "num_attention_heads": config.num_attention_heads,
+            "num_kv_heads": config.num_key_value_heads,
+            "head_dim": size,
+            "ffn_hidden_size": config.intermediate_size,
+            "seq_length": config.max_position_embeddings,
+            "max_position_embeddings": config.max_position_embeddings,
+            "norm": "rmsnorm",
+            "rms_norm_epsilon": config.rms_norm_eps,
+            "norm_placement": "output" if self.norms_on_outputs else "input",
+            "qk_norm": self.qk_norm,
+            "activation": named_as(ACTIVATIONS, config.hidden_act, "hidden_act"),
+            "gpt_j_residual": False,
+            "no_weight_tying": not config.tie_word_embeddings,
+            "use_bias_in_attn_linear": config.attention_bias,
+            "use_bias_in_mlp": getattr(config, "mlp_bias", False),
+        }
+
+    def parameter_map(self, model: ModelPlan) -> ParameterMap:
+        """The map of every parameter. Raises UserError for a model that this architecture cannot hold."""
+        require(
+            model,
+            self.name,
+            norm=["rmsnorm"],
+            norms_on_outputs=[self.norms_on_outputs],
+            qk_norm=[self.qk_norm],
+            position_embedding=["rotary"],
+            rotary_fraction=[1.0],
+            activation=sorted(set(ACTIVATIONS.values())),
+            parallel_residual=[False],
+            bias_in_mlp=[False, True] if self.bias_in_mlp else [False],
+        )
+        entries = [same("embedding.weight", "model.embed_tokens.weight")]
+        for index in range(model.num_layers):
+            entries += _block(f"blocks.{index}", f"model.layers.{index}", model)
+        entries.append(same("final_norm.weight", "model.norm.weight"))
+        if model.tied_embeddings:
+            return ParameterMap(entries, (*IGNORED, "lm_head.weight"))
+        return ParameterMap([*entries, same("head.weight", "lm_head.weight")], IGNORED)
 
 
-def parameter_map(model: ModelPlan) -> ParameterMap:
-    """The map of every parameter. Raises UserError for a model that LlamaForCausalLM cannot hold."""
-    require(
-        model,
-        "Llama",
-        norm=["rmsnorm"],
-        position_embedding=["rotary"],
-        rotary_fraction=[1.0],
-        activation=sorted(set(ACTIVATIONS.values())),
-        parallel_residual=[False],
-    )
-    entries = [same("embedding.weight", "model.embed_tokens.weight")]
-    for index in range(model.num_layers):
-        entries += _block(f"blocks.{index}", f"model.layers.{index}", model)
-    entries.append(same("final_norm.weight", "model.norm.weight"))
-    if model.tied_embeddings:
-        return ParameterMap(entries, (*IGNORED, "lm_head.weight"))
-    return ParameterMap([*entries, same("head.weight", "lm_head.weight")], IGNORED)
+llama = Family("Llama", bias_in_mlp=True)
+qwen3 = Family("Qwen3", qk_norm="head")
+olmo2 = Family("Olmo2", qk_norm="full", norms_on_outputs=True)
 
 
 def _block(ours: str, theirs: str, model: ModelPlan) -> list[Entry]:
     attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
     kinds = ("weight", "bias") if model.bias_in_attention else ("weight",)
     return [
-        same(f"{ours}.input_norm.weight", f"{theirs}.input_layernorm.weight"),
+        *_norms(ours, theirs, model),
         *(
             separate_heads(
                 f"{ours}.attention.query_key_value.{kind}",
@@ -75,8 +100,16 @@ def _block(ours: str, theirs: str, model: ModelPlan) -> list[Entry]:
             for kind in kinds
         ),
         *weight_and_bias(same, f"{ours}.attention.dense", f"{attention}.o_proj", model.bias_in_attention),
-        same(f"{ours}.post_attention_norm.weight", f"{theirs}.post_attention_layernorm.weight"),
         *weight_and_bias(same, f"{ours}.mlp.gate", f"{mlp}.gate_proj", model.bias_in_mlp),
         *weight_and_bias(same, f"{ours}.mlp.up", f"{mlp}.up_proj", model.bias_in_mlp),
         *weight_and_bias(same, f"{ours}.mlp.down", f"{mlp}.down_proj", model.bias_in_mlp),
     ]
+
+
+def _norms(ours: str, theirs: str, model: ModelPlan) -> list[Entry]:
+    names = {"input_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
+    if model.norms_on_outputs:
+        names = {"post_attention_norm": "post_attention_layernorm", "post_mlp_norm": "post_feedforward_layernorm"}
+    if model.qk_norm is not None:
+        names |= {"attention.norm.query": "self_attn.q_norm", "attention.norm.key": "self_attn.k_norm"}
+    return [same(f"{ours}.{mine}.weight", f"{theirs}.{other}.weight") for mine, other in names.items()]

@@ -95,16 +95,27 @@ class ParameterMap:
 
 
 def require(model: ModelPlan, architecture: str, **allowed: Sequence[object]) -> None:
-    """Raise UserError naming each field of `model` whose value is not among those the architecture knows."""
+    """Raise UserError naming each field of `model` whose value is not among those the architecture knows.
+
+    Norms that few architectures have need not be named by the others.
+    """
+    usual: dict[str, Sequence[object]] = {"qk_norm": [None], "norms_on_outputs": [False]}
     problems = [
         f"{architecture} has no {field} {getattr(model, field)!r}; it knows {', '.join(map(repr, values))}"
-        for field, values in allowed.items()
+        for field, values in (usual | allowed).items()
         if getattr(model, field) not in values
     ]
     if "local" in model.attention_kinds:
         problems.append(f"{architecture} has no local attention")
     if problems:
         raise UserError(*problems)
+
+
+_STRETCHES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 def named_as(table: Mapping[str, str], value: str, key: str) -> str:
@@ -117,13 +128,15 @@ def named_as(table: Mapping[str, str], value: str, key: str) -> str:
 def rotary_keys(config: Any) -> dict[str, Any]:
     """Our configuration keys for a transformers configuration with rotary positions.
 
-    Raises UserError for stretched positions (linear, yarn, llama3, ...).
+    Raises UserError for positions that are stretched in a way we do not know (yarn, dynamic, ...).
     """
     rope = config.rope_parameters
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(f"rope_type {rope['rope_type']!r} has no counterpart here; only the default is known")
-    return {
+    keys = {
         "pos_emb": "rotary",
         "rotary_pct": rope.get("partial_rotary_factor", 1.0),
         "rotary_emb_base": rope["rope_theta"],
     }
+    kind = rope.get("rope_type", "default")
+    if kind not in _STRETCHES:
+        raise UserError(f"rope_type {kind!r} has no counterpart here; known: {', '.join(_STRETCHES)}")
+    return keys | {"rope_scaling": {"rope_type": kind} | {name: rope[name] for name in _STRETCHES[kind]}}

@@ -5,8 +5,6 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from tqdm import tqdm
-
 from megatron.data.encoding import Job, Totals
 from megatron.data.indexed import IndexedDataset
 from megatron.errors import RunError, UserError
@@ -53,6 +51,8 @@ def progress(input_bytes: int, num_docs: int | None, log_interval: int) -> Itera
     if not sys.stderr.isatty():
         yield _LinePrinter(log_interval)
         return
+    from tqdm import tqdm  # a tenth of a second, in every process
+
     unit, total, scale = ("docs", num_docs, False) if num_docs else ("B", input_bytes, True)
     with tqdm(total=total, unit=unit, unit_scale=scale, dynamic_ncols=True) as bar:
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from threading import local
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from megatron.data.duplicates import text_hash
 from megatron.data.indexed import best_dtype
 from megatron.data.inputs import Shard
 from megatron.data.reading import CHUNK_BYTES, Chunk
+from megatron.text import utf8_length
 
 LISTED_BAD_LINES = 10
 COUNTS = (
@@ -43,7 +44,14 @@ class Encoder(Protocol):
 
 
 class MakesEncoder(Protocol):
-    """Settings of an encoder (`EncoderSettings`), to be pickled; copies are equal."""
+    """Settings of an encoder (`EncoderSettings`), to be pickled; copies are equal.
+
+    in_threads: the encoder leaves Python's lock to others while it works, so that threads are as good as processes.
+    """
+
+    @property
+    def in_threads(self) -> bool:
+        """See above."""
 
     def __hash__(self) -> int:
         """The same for equal settings."""
@@ -66,8 +74,8 @@ class Job:
     append_eod: end each document with the end-of-document token. ftfy: mend broken Unicode first.
     min_chars, max_chars: texts with fewer or more characters are left out. deduplicate: so is all but the first of
     equal texts. skip_bad_lines: leave out a line that is not a JSON object with these keys, which else ends the work.
-    shard: the share of the inputs to do. workers: processes that tokenize; with 1 it happens in this one, on the
-    threads of the tokenizer's library. checkpoint_seconds: work that an interruption can cost.
+    shard: the share of the inputs to do. workers: threads or processes that tokenize; with 1 it happens in between
+    reading and writing, on the threads of the tokenizer's library. checkpoint_seconds: what an interruption may cost.
     """
 
     inputs: tuple[str, ...]
@@ -144,6 +152,7 @@ def encode_chunk(chunk: Chunk, job: Job, make_encoder: MakesEncoder) -> EncodedC
     """Parse and tokenize one chunk."""
     encoder = encoder_of(make_encoder)
     parsed = parse_chunk(chunk, job.keys)
+    chunk.release()  # the one who handed it over holds it still
     result = EncodedChunk(Totals(repaired=parsed.repaired, bad_lines=len(parsed.bad_lines)))
     result.totals.bad_line_list = parsed.bad_lines[:LISTED_BAD_LINES]
     for key, texts in parsed.texts.items():
@@ -151,10 +160,15 @@ def encode_chunk(chunk: Chunk, job: Job, make_encoder: MakesEncoder) -> EncodedC
     return result
 
 
-@lru_cache(maxsize=1)
+_made = local()
+
+
 def encoder_of(make_encoder: MakesEncoder) -> Encoder:
-    """One encoder for all chunks of a process."""
-    return make_encoder()
+    """One encoder for all chunks of a thread: it remembers what it has seen, and each chunk has to say that."""
+    if getattr(_made, "by", None) != make_encoder:
+        _made.encoder, _made.by = make_encoder(), make_encoder
+    encoder: Encoder = _made.encoder
+    return encoder
 
 
 def _chosen(texts: list[str], job: Job, totals: Totals) -> list[str]:
@@ -185,7 +199,7 @@ def _encode_texts(key: str, texts: list[str], job: Job, encoder: Encoder, result
         ids, sizes = surrounded(ids, sizes, (), (encoder.end_of_document,)), sizes + 1
     totals.documents += len(sizes)
     totals.tokens += len(ids)
-    totals.text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+    totals.text_bytes += sum(map(utf8_length, texts))
     totals.by_reference += encoded.by_reference
     result.ids[key] = ids.astype(best_dtype(encoder.vocab_size), copy=False)
     result.sizes[key] = sizes.astype("<i4")

@@ -92,6 +92,7 @@ def _run(
             output.add(chunk)
             totals.add(chunk.totals)
             first_seen += chunk.first_seen
+            del chunk  # which can be large, before the next one is there
             totals.input_bytes, totals.seconds = reader.done_bytes(place), before + time.monotonic() - started
             progress(totals)
             if time.monotonic() - saved >= job.checkpoint_seconds:

@@ -32,7 +32,7 @@ class Place:
     line: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Chunk:
     """A piece of an input: whole lines of JSON, the whole of a text file (`is_text`), or columns of a table.
 
@@ -52,6 +52,10 @@ class Chunk:
     def size(self) -> int:
         """About how many bytes it takes."""
         return len(self.data) + sum(len(text or "") for texts in self.columns.values() for text in texts)
+
+    def release(self) -> None:
+        """Give up what was read, which others may still hold the chunk of."""
+        self.data, self.columns = b"", {}
 
 
 def read_chunks(

@@ -1,4 +1,4 @@
-"""Chunks read in order, encoded in worker processes, and handed on in the same order. Floor 2; no torch."""
+"""Chunks read in order, encoded by threads or processes, and handed on in the same order. Floor 2; no torch."""
 
 import hashlib
 import multiprocessing
@@ -6,7 +6,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
@@ -50,17 +50,16 @@ def encoded_chunks(job: Job, reader: Reader, make_encoder: MakesEncoder) -> Gene
         for place, chunk in reader:
             yield place, encode_chunk(chunk, job, make_encoder)
         return
-    # Spawned: forking a process that has threads, as the tokenizer's library does, can hang.
-    pool = ProcessPoolExecutor(job.workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    pool = _pool(job, make_encoder)
     pending: deque[tuple[Checkpoint, int, Future[EncodedChunk]]] = deque()
     try:
         for place, chunk in reader:
-            # The bound on memory: a few chunks, or one large document.
-            while pending and sum(size for _, size, _ in pending) + chunk.size > 3 * job.workers * job.chunk_bytes:
-                yield _first(pending)
             with _interrupts_held():
                 pending.append((place, chunk.size, pool.submit(encode_chunk, chunk, job, make_encoder)))
             del chunk
+            # The bound on memory: a few chunks, or one large document, and then nothing is read beside it.
+            while sum(size for _, size, _ in pending) > 3 * job.workers * job.chunk_bytes:
+                yield _first(pending)
         while pending:
             yield _first(pending)
     except BrokenProcessPool as error:
@@ -72,6 +71,14 @@ def encoded_chunks(job: Job, reader: Reader, make_encoder: MakesEncoder) -> Gene
 def _first(pending: deque[tuple[Checkpoint, int, Future[EncodedChunk]]]) -> tuple[Checkpoint, EncodedChunk]:
     place, _, future = pending.popleft()
     return place, future.result()
+
+
+def _pool(job: Job, make_encoder: MakesEncoder) -> Executor:
+    """Threads for a fast backend: nothing is copied between processes and no memory is used twice."""
+    if make_encoder.in_threads and not job.ftfy:
+        return ThreadPoolExecutor(job.workers)
+    # Spawned: forking a process that has threads, as the tokenizer's library does, can hang.
+    return ProcessPoolExecutor(job.workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
 
 
 def _start_worker() -> None:

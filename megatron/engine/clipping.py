@@ -1,9 +1,8 @@
 """What happens between the gradients and the update where DeepSpeed does not see to it.
 
 The clip where no ZeRO optimizer is at work: DeepSpeed's own for this case leaves out what replicated parameters of
-later stages contribute. And, under every optimizer, no update from gradients that are not finite: it is left out on
-the device, through `found_inf` of torch's fused optimizers, from the norm that is known by then on all ranks.
-Floor 4.
+later stages contribute. And, under every optimizer, no update from gradients that are not finite, judged by the norm
+that is known by then on all ranks. Floor 4.
 """
 
 from collections.abc import Callable
@@ -20,12 +19,23 @@ from megatron.parallel.parameter import PlacedParameter
 _SPLIT_OVER: tuple[Axis, ...] = ("model", "pipe")  # the axes along which ranks hold different parameters
 
 
-def skip_if_not_finite(optimizer: Optimizer, norm: Callable[[], Tensor | float]) -> None:
-    """Make every step of `optimizer` do nothing, its step count included, when `norm()` is not finite by then."""
+def skip_if_not_finite(optimizer: Optimizer, norm: Callable[[], Tensor | float], on_device: bool) -> None:
+    """Make every step of `optimizer` do nothing, its step count included, when `norm()` is not finite by then.
+
+    on_device: the optimizer reads `found_inf`, as the fused ones of torch do; then nothing waits for the device.
+    From any other the gradients are taken away, since none touches a parameter without one; that waits once a step.
+    """
 
     def before_step(*_: object) -> None:
-        found = torch.as_tensor(norm(), dtype=torch.float32).isfinite().logical_not().float()
-        cast(Any, optimizer).found_inf = found  # the fused optimizers of torch read it
+        finite = torch.as_tensor(norm(), dtype=torch.float32).isfinite()
+        if on_device:
+            # wherever its parameters are: on the host if they are offloaded
+            devices = [parameter.device for group in optimizer.param_groups for parameter in group["params"]]
+            cast(Any, optimizer).found_inf = finite.logical_not().float().to(devices[0] if devices else finite.device)
+        elif not finite:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     optimizer.register_step_pre_hook(before_step)
 

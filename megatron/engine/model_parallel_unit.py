@@ -24,16 +24,16 @@ class ModelParallelUnit:
         return self._grid.group("model")
 
     def get_data_parallel_rank(self) -> int:
-        """Place along the data axis."""
-        return self._grid.rank("data")
+        """Place among the ranks with the same weights: data and context axis together."""
+        return self._grid.rank("replica")
 
     def get_data_parallel_world_size(self) -> int:
-        """Ranks along the data axis."""
-        return self._grid.size("data")
+        """Ranks with the same weights."""
+        return self._grid.size("replica")
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """The data-parallel group."""
-        return self._grid.group("data")
+        """The group of the ranks with the same weights, over which gradients are averaged."""
+        return self._grid.group("replica")
 
     get_tensor_model_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_model_parallel_world_size

@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from megatron.engine.recompute import Checkpoint, recompute_all
 from megatron.model.layer import Layer
 from megatron.parallel.grid import ParallelGrid
 
@@ -19,11 +19,14 @@ Call = Callable[..., Any]
 class Sequential(nn.Module):
     """The layers one after the other, on one rank."""
 
-    def __init__(self, layers: list[Layer], recompute_layers: int = 0) -> None:
-        """Build every layer. recompute_layers: N > 0 recomputes groups of N blocks in the backward pass."""
+    def __init__(self, layers: list[Layer], recompute_layers: int = 0, checkpoint: Checkpoint = recompute_all) -> None:
+        """Build every layer. recompute_layers: N > 0 recomputes groups of N blocks in the backward pass.
+
+        checkpoint: how.
+        """
         super().__init__()
         self.layers = nn.ModuleList()
-        self.recompute_layers = recompute_layers
+        self.recompute_layers, self.checkpoint = recompute_layers, checkpoint
         self._calls: list[tuple[Call, bool]] = []
         tied: dict[str, nn.Module] = {}
         for layer in layers:
@@ -45,7 +48,7 @@ class Sequential(nn.Module):
         recompute = self.recompute_layers if self.training else 0
         for calls, in_checkpoint in _segments(self._calls, recompute):
             run = partial(_chain, calls)
-            inputs = checkpoint(run, inputs, use_reentrant=False) if in_checkpoint else run(inputs)
+            inputs = self.checkpoint(run, inputs) if in_checkpoint else run(inputs)
         return inputs
 
 
@@ -55,6 +58,7 @@ def pipeline_module(
     grid: ParallelGrid,
     partition_method: str,
     recompute_layers: int,
+    checkpoint: Checkpoint = recompute_all,
 ) -> nn.Module:
     """This rank's stage of `layers`, as DeepSpeed's PipelineModule."""
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -85,7 +89,7 @@ def pipeline_module(
         loss_fn=loss,
         partition_method=partition_method,
         activation_checkpoint_interval=recompute_layers,
-        activation_checkpoint_func=partial(checkpoint, use_reentrant=False),
+        activation_checkpoint_func=checkpoint,
         checkpointable_layers=sorted({layer.module_class.__name__ for layer in layers if layer.recompute}),
     )
     return module

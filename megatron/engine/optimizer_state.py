@@ -15,8 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from megatron.optimizers.traits import OptimizerTraits
 
 MASTER = "fp32"
+_GATHERED_AT_ONCE = 1 << 20  # elements
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,12 @@ class ModuleState:
 class OptimizerState:
     """Masters, moments, step count and loss scale of a DeepSpeed engine's optimizer."""
 
-    def __init__(self, optimizer: Any, moments: tuple[str, ...]) -> None:
-        """optimizer: `engine.optimizer`. moments: names of the tensors the inner optimizer keeps per parameter."""
-        self._optimizer = optimizer
-        self._inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-        self._moments = moments
+    def __init__(self, optimizer: Any, inner: Optimizer, traits: OptimizerTraits) -> None:
+        """optimizer: `engine.optimizer`. inner: the optimizer that DeepSpeed was given; it may have wrapped it."""
+        self._optimizer, self._inner, self._traits = optimizer, inner, traits
         self._kind = type(optimizer).__name__
+        if not self.replicated_over_data:
+            self._keep_inner_optimizer()
         if self.loss_scale:  # it would end the run by itself; when enough is enough, a hook of the training says
             optimizer.loss_scaler.raise_error_at_min_scale = False
 
@@ -77,7 +81,7 @@ class OptimizerState:
 
     def runs(self) -> list[Run]:
         """All state of this rank, as live views: writing to them changes the optimizer (see `finish_loading`)."""
-        self._create_missing_moments()
+        self._create_missing_state()
         return [
             Run(place.parameter, place.shape, place.start, place.numel, self._views(place)) for place in self._places()
         ]
@@ -85,22 +89,22 @@ class OptimizerState:
     def finish_loading(self) -> None:
         """Carry fp32 masters that were written through `runs` into the weights the model computes with. Collective."""
         if self._kind == "DeepSpeedZeroOptimizer":
-            self._optimizer.update_lp_params()
+            self._push_stage_1_and_2()
         elif self._kind == "DeepSpeedZeroOptimizer_Stage3":
             self._push_stage_3()
 
     @property
     def updates(self) -> int:
         """Optimizer updates made so far (skipped steps do not count): Adam's bias correction depends on it."""
-        steps = [int(state["step"]) for state in self._inner.state.values() if "step" in state]
-        return steps[0] if steps else 0
+        counts = [int(state[name]) for state in self._inner.state.values() for name in self._traits.counters]
+        return counts[0] if counts else 0
 
     @updates.setter
     def updates(self, updates: int) -> None:
-        self._create_missing_moments()
+        self._create_missing_state()
         for state in self._inner.state.values():
-            if "step" in state:
-                state["step"].fill_(float(updates))
+            for name in self._traits.counters:
+                state[name] = torch.full_like(state[name], updates) if self._traits.counts_in_tensors else updates
 
     @property
     def loss_scale(self) -> dict[str, float]:
@@ -119,7 +123,7 @@ class OptimizerState:
 
     def _views(self, place: _Place) -> dict[str, Tensor]:
         state = self._inner.state[place.flat]
-        sources = {MASTER: place.flat} | {name: state[name] for name in self._moments}
+        sources = {MASTER: place.flat} | {name: state[name] for name in self._traits.moments}
         return {name: source.detach().view(-1).narrow(0, place.at, place.numel) for name, source in sources.items()}
 
     def _places(self) -> Iterator[_Place]:
@@ -158,15 +162,41 @@ class OptimizerState:
             return list(self._optimizer.fp32_partitioned_groups_flat)
         return [parameter for group in self._inner.param_groups for parameter in group["params"]]
 
-    def _create_missing_moments(self) -> None:
-        """Give a fresh optimizer the state it would create in its first step: zeros."""
+    def _create_missing_state(self) -> None:
+        """Give a fresh optimizer the state it would create in its first step."""
         for flat in self._stepped():
-            state = self._inner.state[flat]
-            for name in self._moments:
-                if name not in state:
-                    state[name] = torch.zeros_like(flat.detach(), memory_format=torch.preserve_format)
-            if "exp_avg" in self._moments and "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+            self._traits.fill(self._inner.state[flat], flat)
+
+    def _keep_inner_optimizer(self) -> None:
+        """Undo what DeepSpeed does to an optimizer that makes its state when it is built.
+
+        It builds torch's Adagrad anew, and loses its groups. It leaves all others with state for parameters that they
+        do not step, and without any for those that they do.
+        """
+        if self._optimizer.optimizer is not self._inner:
+            self._optimizer.optimizer = self._inner
+            if self._kind == "DeepSpeedZeroOptimizer":
+                self._optimizer._link_all_hp_params()
+        if self._inner.state:
+            self._inner.state.clear()
+            self._create_missing_state()
+
+    def _push_stage_1_and_2(self) -> None:
+        """What DeepSpeed's `update_lp_params` does, in pieces: gloo gathers into a copy of all that is gathered."""
+        zero = self._optimizer
+        groups = zip(
+            zero.parallel_partitioned_bit16_groups,
+            zero.single_partition_of_fp32_groups,
+            zero.real_dp_process_group,
+            strict=True,
+        )
+        for partitions, master, group in groups:
+            mine = partitions[dist.get_rank(group)]
+            mine.data.copy_(master.data)
+            length = max(1, _GATHERED_AT_ONCE // len(partitions))
+            for at in range(0, mine.numel() if len(partitions) > 1 else 0, length):
+                pieces = [partition.data[at : at + length] for partition in partitions]
+                dist.all_gather(pieces, mine.data[at : at + length], group)
 
     def _push_stage_3(self) -> None:
         zero = self._optimizer

@@ -24,6 +24,8 @@ def deepspeed_settings(plan: Plan) -> dict[str, Any]:
         settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
     if plan.engine.precision == "fp16" and plan.engine.loss_scale is not None:
         settings["fp16"] = {"enabled": True} | _loss_scale(plan.engine.loss_scale)
+    if plan.engine.fp32_allreduce:
+        settings["communication_data_type"] = "fp32"
     if plan.engine.gradient_accumulation_dtype is not None:
         settings["data_types"] = {"grad_accum_dtype": plan.engine.gradient_accumulation_dtype}
     return settings

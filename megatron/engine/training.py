@@ -22,13 +22,16 @@ from torch import Tensor, nn
 
 from megatron.config.plan import Plan
 from megatron.engine.clipping import GradientClip, skip_if_not_finite
+from megatron.engine.compiling import compiled, compiled_blocks
 from megatron.engine.model_parallel_unit import ModelParallelUnit
 from megatron.engine.modules import Sequential, pipeline_module
 from megatron.engine.optimizer_state import OptimizerState
+from megatron.engine.recompute import checkpoint_function
 from megatron.engine.settings import deepspeed_settings, is_sharded
 from megatron.model.gpt import Targets
 from megatron.model.layer import Layer
-from megatron.optimizers.build import build_optimizer, state_names
+from megatron.optimizers.build import build_optimizer
+from megatron.optimizers.traits import traits_of
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.parameter import PlacedParameter
 
@@ -60,16 +63,19 @@ class TrainingEngine:
         replicas, which is what DeepSpeed forms, is the mean over the tokens.
         """
         deepspeed = _import_deepspeed(grid)
+        if plan.engine.compile:
+            layers, loss = compiled_blocks(layers), compiled(loss)
         self._grid, self._loss, self._seed = grid, loss, plan.engine.seed
         self._accumulation = plan.batch.accumulation_steps
         self._pipelined = plan.layout.pipe > 1
-        recompute = plan.engine.recompute_layers
+        recompute, checkpoint = plan.engine.recompute_layers, checkpoint_function(plan.engine, grid)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its set-up
             module: nn.Module = (
-                pipeline_module(layers, loss, grid, plan.engine.partition_method, recompute)
+                pipeline_module(layers, loss, grid, plan.engine.partition_method, recompute, checkpoint)
                 if self._pipelined
-                else Sequential(layers, recompute).to(grid.device)
+                else Sequential(layers, recompute, checkpoint).to(grid.device)
             )
+            traits = traits_of(plan.optimizer)
             optimizer = build_optimizer(module.parameters(), plan.optimizer)
             self._engine, *_ = deepspeed.initialize(
                 model=module,
@@ -82,8 +88,9 @@ class TrainingEngine:
         self._norm: Callable[[], Tensor | float] = (lambda: clip.norm) if clip else self._engine.get_global_grad_norm
         # DeepSpeed sets its norm after the step that it takes from it
         zero = self._engine.optimizer
-        skip_if_not_finite(optimizer, (lambda: clip.norm) if clip else lambda: zero._global_grad_norm)
-        self.state = OptimizerState(self._engine.optimizer, state_names(optimizer))
+        norm = (lambda: clip.norm) if clip else lambda: zero._global_grad_norm
+        skip_if_not_finite(optimizer, norm, traits.on_device)
+        self.state = OptimizerState(zero, optimizer, traits)
 
     @property
     def grid(self) -> ParallelGrid:
@@ -104,7 +111,7 @@ class TrainingEngine:
 
         step: decides the random streams, so that dropout needs no saved state.
         """
-        torch.manual_seed(_stream(self._seed, step, self._grid.rank("data"), self._grid.rank("pipe")))
+        torch.manual_seed(_stream(self._seed, step, self._grid.rank("replica"), self._grid.rank("pipe")))
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.module.train()
@@ -123,7 +130,7 @@ class TrainingEngine:
             return loss.detach().reshape(())
         with torch.no_grad():
             losses = [self._loss(self._engine(inputs), targets) for inputs, targets in batches]
-        return self._mean_over_data(losses)
+        return self._mean_over_replicas(losses)
 
     def _train_sequential(self, batches: Iterator[MicroBatch]) -> Tensor:
         losses = []
@@ -132,13 +139,13 @@ class TrainingEngine:
             self._engine.backward(loss)
             self._engine.step()
             losses.append(loss.detach())
-        return self._mean_over_data(losses)
+        return self._mean_over_replicas(losses)
 
-    def _mean_over_data(self, losses: Sequence[Tensor]) -> Tensor:
+    def _mean_over_replicas(self, losses: Sequence[Tensor]) -> Tensor:
         mean = torch.stack([loss.float() for loss in losses]).mean()
-        if self._grid.size("data") > 1:
-            dist.all_reduce(mean, group=self._grid.group("data"))
-            mean /= self._grid.size("data")
+        if self._grid.size("replica") > 1:
+            dist.all_reduce(mean, group=self._grid.group("replica"))
+            mean /= self._grid.size("replica")
         return mean
 
     def _on_device(self, micro_batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
@@ -147,15 +154,30 @@ class TrainingEngine:
                 return tuple(move(tensor) for tensor in tensors)
             return tensors.to(self._grid.device, non_blocking=True)
 
-        return map(move, micro_batches)
+        return map(move, (own_part(batch, self._grid) for batch in micro_batches))
 
     def _loss_scale(self) -> float | None:
         return float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else None
 
 
-def _stream(seed: int, step: int, data_rank: int, pipe_rank: int) -> int:
+def own_part(batch: MicroBatch, grid: ParallelGrid) -> MicroBatch:
+    """This rank's part of the sequences of a micro-batch; where documents begin is told of the whole sequences.
+
+    The weights grow with the ranks that share a sequence, as the mean over replicas divides by them.
+    """
+    ranks = grid.size("context")
+    if ranks == 1:
+        return batch
+    inputs, (labels, weights) = batch
+    length = labels.shape[1] // ranks
+    part = slice(grid.rank("context") * length, (grid.rank("context") + 1) * length)
+    inputs = (inputs[0][:, part], inputs[1]) if isinstance(inputs, tuple) else inputs[:, part]
+    return inputs, (labels[:, part], weights[:, part] * ranks)
+
+
+def _stream(seed: int, step: int, replica: int, pipe_rank: int) -> int:
     """A 63-bit seed for this step on this rank; the ranks of a tensor-parallel group share it."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{data_rank}/{pipe_rank}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}/{step}/{replica}/{pipe_rank}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

@@ -4,7 +4,7 @@ Shapes: b texts, s columns (the longest text, shorter ones padded on the left), 
 Floor 6. Every rank of a tensor-parallel group does the same on the same logits and so chooses the same tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -36,31 +36,39 @@ class Continuation:
 
 
 def continue_texts(
-    model: TrainedModel, prompts: Sequence[Sequence[int]], settings: DecodingSettings, seeds: Sequence[str]
+    model: TrainedModel,
+    prompts: Sequence[Sequence[int]],
+    settings: DecodingSettings,
+    seeds: Sequence[str],
+    is_complete: Callable[[Sequence[int]], bool] = lambda tokens: False,
 ) -> list[Continuation]:
     """Generate for each prompt until the end of the document or `maximum_tokens`.
 
     prompts: ids, at least one each and at most the model's context. seeds: one per prompt; the sampled text depends
-    on prompt and seed only. Beyond the context each token is predicted from the last `context` tokens, computed anew.
+    on prompt and seed only. is_complete: whether the tokens generated for a prompt are all that is wanted of it.
+    Beyond the context each token is predicted from the last `context` tokens, computed anew.
     """
     next_logits = NextLogits(model, settings)
     texts = [list(prompt) for prompt in prompts]
     found = [Continuation() for _ in texts]
     streams = [Random(seed) for seed in seeds]
+    growing = set(range(len(texts)))
     for _ in range(settings.maximum_tokens):
         logits = next_logits(texts)
         draws = torch.tensor([stream.random() for stream in streams], dtype=torch.float64)
         chosen = choose(logits, settings.sampling, draws).tolist()
         for i, token in enumerate(chosen):
             texts[i].append(token)
-            if found[i].finished:
+            if i not in growing:
                 continue
             found[i].finished = token == model.tokenizer.end_of_document
             if not found[i].finished:
                 found[i].tokens.append(token)
                 if settings.keep_logits:
                     found[i].logits.append(logits[i].tolist())
-        if all(continuation.finished for continuation in found):
+            if found[i].finished or is_complete(found[i].tokens):
+                growing.remove(i)
+        if not growing:
             break
     return found
 

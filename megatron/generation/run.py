@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.config.groups import Config
 from megatron.config.run_keys import GenerationKeys
 from megatron.engine.distributed import stop
-from megatron.errors import UserError
+from megatron.errors import UserError, work_begins
 from megatron.generation.decoding import DecodingSettings, continue_texts
 from megatron.generation.prompts import encode_prompts, read_prompts, typed_prompts
 from megatron.generation.records import JsonLinesFile, record
@@ -37,7 +37,7 @@ class Prompt:
 def generate(config: Config) -> None:
     """Continue the prompts that `config` names with the model in `load`. Every rank calls it; rank 0 writes.
 
-    Raises UserError, before ranks meet, for whatever is wrong with configuration, prompts or checkpoint.
+    Raises UserError, before work begins, for whatever is wrong with configuration, prompts or checkpoint.
     """
     rank = int(os.environ.get("RANK", "0"))
     configure(rank)
@@ -46,6 +46,8 @@ def generate(config: Config) -> None:
     found = find_trained_model(config)
     context = found.plan.model.max_position_embeddings
     if source == "interactive":
+        for line in ignored_at_a_prompt(keys) if rank == 0 else ():
+            log.warning("%s", line)
         converse(open_trained_model(found, config.launcher.distributed_backend), keys, config.training.seed)
         stop()
         return
@@ -58,7 +60,8 @@ def generate(config: Config) -> None:
     with ExitStack() as opened:
         output = opened.enter_context(JsonLinesFile(Path(keys.sample_output_file))) if rank == 0 else None
         model = open_trained_model(found, config.launcher.distributed_backend)
-        write_all(model, prompts, keys, output)
+        with work_begins():
+            write_all(model, prompts, keys, output)
     stop()
 
 
@@ -68,6 +71,22 @@ def prompt_source(keys: GenerationKeys) -> str:
     if source != "input-file" and keys.sample_input_file:
         log.warning("sample_input_file (%s) is not read: text_gen_type is %s", keys.sample_input_file, source)
     return source
+
+
+def ignored_at_a_prompt(keys: GenerationKeys) -> list[str]:
+    """A line for each setting that has no effect where prompts are typed in and texts are shown."""
+    fields = GenerationKeys.model_fields
+    reasons = {
+        "num_samples": "each prompt gets one text",
+        "return_logits": "the text alone is shown",
+        "sample_output_file": "texts are shown, not written",
+    }
+    given = {name: getattr(keys, name) for name in reasons}
+    return [
+        f"{name} ({value}) has no effect: text_gen_type is interactive, {reasons[name]}"
+        for name, value in given.items()
+        if value != fields[name].default
+    ]
 
 
 def decoding_settings(keys: GenerationKeys) -> DecodingSettings:

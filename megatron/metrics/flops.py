@@ -1,6 +1,7 @@
 """Arithmetic of training: FLOPs per token, and the share of the card's peak that they are.
 
-L layers, d hidden size, T tokens per sequence, N parameters. One multiply-add is two FLOPs. Floor 5.
+L layers, d width of all heads (mostly the hidden size), T tokens per sequence, N parameters. One multiply-add is two
+FLOPs. Floor 5.
 """
 
 # Dense bf16 matrix peaks in TFLOP/s, from the makers' data sheets; matched in this order within the device's name.
@@ -19,7 +20,7 @@ PEAKS = (
 )
 
 
-def training_flops_per_token(parameters: int, layers: int, hidden_size: int, sequence_length: int) -> float:
+def training_flops_per_token(parameters: int, layers: int, attention_width: int, sequence_length: int) -> float:
     """FLOPs of one token's forward and backward pass: 6 N + 12 L d T.
 
     6 N: a multiply-add per weight forward and two backward, embeddings counted with the rest.
@@ -27,7 +28,7 @@ def training_flops_per_token(parameters: int, layers: int, hidden_size: int, seq
     (https://arxiv.org/abs/2204.02311, appendix B) counts them. Recomputed activations are not counted: this is the
     numerator of model FLOPs utilization, not of hardware utilization.
     """
-    return 6.0 * parameters + 12.0 * layers * hidden_size * sequence_length
+    return 6.0 * parameters + 12.0 * layers * attention_width * sequence_length
 
 
 def peak_flops(configured_tflops: float | None, device_name: str, half_precision: bool) -> float | None:

@@ -15,6 +15,8 @@ from megatron.model.attention_backends import Attend
 from megatron.model.cache import KVCache, Positions
 from megatron.model.init import weight_initialisers
 from megatron.model.positions import Rotation, positions_in_documents
+from megatron.model.query_key_norm import query_key_norm
+from megatron.parallel.collectives import exchange
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.parallel.random import own_stream
@@ -33,6 +35,7 @@ class Attention(nn.Module):
         outputs = width + 2 * model.num_kv_heads * model.head_size
         init, output_init = weight_initialisers(model)
         self.query_key_value = ColumnParallelLinear(model.hidden_size, outputs, bias, init, grid)
+        self.norm = query_key_norm(model, grid)
         self.dense = RowParallelLinear(width, model.hidden_size, bias, output_init, grid)
         self.attend: Attend = resolve("attention_backend", kind)(model, grid.device)
         self.index, self.rotation, self.dropout, self.grid = index, rotation, model.attention_dropout, grid
@@ -44,6 +47,8 @@ class Attention(nn.Module):
     def forward(self, hidden: Tensor, cache: KVCache | None = None, document_start: Tensor | None = None) -> Tensor:
         """Attend over `hidden` [b, s, h], the same on every tensor-parallel rank; returns [b, s, h].
 
+        Where the sequence is cut over ranks, `hidden` is this rank's part of it, and each rank of the context axis sees
+        the whole sequence for its share of the heads (Ulysses, https://arxiv.org/abs/2309.14509).
         document_start: int32 [b, s], the column in which each token's document begins; None: in the first.
         One all-reduce forward (in `self.dense`), one backward (in `self.query_key_value`).
         """
@@ -58,19 +63,24 @@ class Attention(nn.Module):
             key, value = cache.append(self.index, key, value)
             positions = cache.visibility()
         elif document_start is not None and self.separate:
-            places = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+            places = torch.arange(query.shape[1], device=hidden.device).unsqueeze(0)
             positions = Positions(places, places, document_start)
         if not (self.training and self.dropout):
-            return self.attend(query, key, value, positions, 0.0).flatten(2)
-        with own_stream(self.grid):
-            return self.attend(query, key, value, positions, self.dropout).flatten(2)
+            mixed = self.attend(query, key, value, positions, 0.0)
+        else:
+            with own_stream(self.grid):
+                mixed = self.attend(query, key, value, positions, self.dropout)
+        return exchange(mixed, 1, 2, self.grid.group("context")).flatten(2)
 
     def _query_key_value(
         self, hidden: Tensor, cache: KVCache | None, document_start: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query [b, s, n, d], key and value [b, s, g, d], with positions turned in."""
+        """Query [b, s, n, d], key and value [b, s, g, d], turned by position; n/cp and g/cp with context ranks."""
         parts = self.query_key_value(hidden).unflatten(-1, (self.kv_heads, self.share + 2, self.head_size))
         queries_and_key, value = parts.split([self.share + 1, 1], dim=3)
+        if self.norm is not None:
+            queries_and_key = self.norm(queries_and_key)
+        queries_and_key, value = (exchange(part, 2, 1, self.grid.group("context")) for part in (queries_and_key, value))
         if self.rotation is not None:
             positions = None if cache is None else cache.positions
             if document_start is not None and self.recount:

@@ -4,7 +4,6 @@ Shapes: b micro-batch, s sequence, h hidden, v vocabulary in memory, tp tensor-p
 Floor 3.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config.plan import ModelPlan
@@ -14,6 +13,7 @@ from megatron.model.layer import Flow, put_together, taken_apart
 from megatron.model.positions import PositionEmbedding, positions_in_documents
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.layers import VocabParallelEmbedding
+from megatron.parallel.random import dropout
 from megatron.registry import resolve
 
 
@@ -31,21 +31,23 @@ class Embedding(VocabParallelEmbedding):
     def forward(self, flow: Flow, cache: KVCache | None = None) -> Flow:  # type: ignore[override]
         """Token ids [b, s] int64 -> [b, s, h]. With a cache the tokens continue what it holds, as its next step.
 
+        Where the sequence is cut over ranks, the tokens are this rank's context-parallel part, [b, s/cp], and the
+        result its sequence-parallel part of that; where documents begin is told of the whole sequence.
         Raises ValueError for more tokens, padding included, than the model has positions.
         """
         tokens, document_start = taken_apart(flow)
         if cache is not None:
             cache.begin_step(tokens.shape[1])
-        length = tokens.shape[1] if cache is None else cache.length
+        length = tokens.shape[1] * self.grid.size("context") if cache is None else cache.length
         if length > self.max_positions:
             raise ValueError(f"{length} tokens are more than max_position_embeddings ({self.max_positions})")
         hidden = super().forward(tokens)
         if self.positions is not None:
             positions = None if cache is None else cache.positions
             if document_start is not None and self.recount:
-                positions = positions_in_documents(document_start)
+                positions = positions_in_documents(document_start)[:, self.grid.own_tokens(hidden.shape[1])]
             hidden = self.positions(hidden, positions)
-        return put_together(F.dropout(hidden, self.dropout, self.training), document_start)
+        return put_together(dropout(hidden, self.dropout, self.training, self.grid), document_start)
 
 
 def embedding_logits(embedding: nn.Module, flow: Flow, cache: KVCache | None = None) -> Tensor:

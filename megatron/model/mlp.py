@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from megatron.config.plan import ModelPlan
 from megatron.model.activations import Activation
 from megatron.model.init import weight_initialisers
-from megatron.parallel.collectives import copy_to_group
 from megatron.parallel.grid import ParallelGrid
-from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear, column_parallel
 from megatron.registry import resolve
 
 
@@ -28,16 +27,18 @@ class MLP(nn.Module):
         self.up = ColumnParallelLinear(hidden, width, bias, init, grid)
         self.gate = ColumnParallelLinear(hidden, width, bias, init, grid) if activation.gated else None
         self.down = RowParallelLinear(width, hidden, bias, output_init, grid)
-        self.group = grid.group("model")
+        self.grid = grid
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[b, s, h] -> [b, s, h]. One all-reduce forward (in `self.down`), one backward (of `hidden`)."""
+        """[b, s, h] -> [b, s, h], or [b, s/tp, h] to the same. One all-reduce forward (in `self.down`), one back."""
         output: Tensor = self.down(self.wide(hidden))
         return output
 
     def wide(self, hidden: Tensor) -> Tensor:
-        """The activations before the output projection: [b, s, h] -> [b, s, f/tp]."""
-        hidden = copy_to_group(hidden, self.group)
+        """The activations before the output projection: [b, s, h] or [b, s/tp, h] -> [b, s, f/tp]."""
         if self.gate is None:
-            return self.function(self.up.local(hidden))
-        return self.function(self.gate.local(hidden)) * self.up.local(hidden)
+            return self.function(self.up(hidden))
+        gate, up = column_parallel(
+            hidden, self.grid, (self.gate.weight, self.gate.bias), (self.up.weight, self.up.bias)
+        )
+        return self.function(gate) * up

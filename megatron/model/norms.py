@@ -1,6 +1,7 @@
 """Normalisations of the hidden state.
 
-Shapes: b micro-batch, s sequence, h hidden. Every tensor-parallel rank has all of h, and the same weights.
+Shapes: b micro-batch, s sequence (or this rank's part of it), h hidden. Every tensor-parallel rank has all of h, and
+the same weights.
 Statistics are taken in fp32 whatever the type of the input (torch's kernels do so).
 Floor 3.
 """
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.parallel.grid import ParallelGrid
-from megatron.parallel.layers import zeros
+from megatron.parallel.layers import of_all_parts, zeros
 from megatron.parallel.parameter import new_parameter
 
 
@@ -26,11 +27,12 @@ class LayerNorm(nn.Module):
         super().__init__()
         self.weight = new_parameter((hidden_size,), None, ones, grid)
         self.bias = new_parameter((hidden_size,), None, zeros, grid)
-        self.epsilon = epsilon
+        self.grid, self.epsilon = grid, epsilon
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[b, s, h] -> [b, s, h]."""
-        return F.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.epsilon)
+        weight, bias = of_all_parts(self.weight, self.grid), of_all_parts(self.bias, self.grid)
+        return F.layer_norm(hidden, weight.shape, weight, bias, self.epsilon)
 
 
 class RMSNorm(nn.Module):
@@ -39,8 +41,8 @@ class RMSNorm(nn.Module):
     def __init__(self, hidden_size: int, epsilon: float, grid: ParallelGrid) -> None:
         super().__init__()
         self.weight = new_parameter((hidden_size,), None, ones, grid)
-        self.epsilon = epsilon
+        self.grid, self.epsilon = grid, epsilon
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[b, s, h] -> [b, s, h]."""
-        return F.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
+        return F.rms_norm(hidden, self.weight.shape, of_all_parts(self.weight, self.grid), self.epsilon)

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.config.plan import ModelPlan
+from megatron.config.plan import ModelPlan, RopeScaling
 from megatron.errors import UserError
 from megatron.model.init import weight_initialisers
 from megatron.parallel.grid import ParallelGrid
+from megatron.parallel.layers import of_all_parts
 from megatron.parallel.parameter import new_parameter
 
 Rotation = Callable[[Tensor, Tensor | None], Tensor]  # (queries or keys [b, s, ..., d], positions) -> the same shape
@@ -34,14 +35,16 @@ class LearnedTable(nn.Module):
 
     def __init__(self, model: ModelPlan, grid: ParallelGrid) -> None:
         super().__init__()
+        self.grid = grid
         initialise, _ = weight_initialisers(model)
         self.weight = new_parameter((model.max_position_embeddings, model.hidden_size), None, initialise, grid)
 
     def forward(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
-        """[b, s, h] -> [b, s, h]."""
+        """[b, s, h] -> [b, s, h]; where the sequence is cut over ranks, this rank's part of it and of the positions."""
+        table = of_all_parts(self.weight, self.grid)
         if positions is None:
-            return hidden + self.weight[: hidden.shape[1]]
-        return hidden + F.embedding(positions, self.weight)
+            return hidden + table[self.grid.own_tokens(hidden.shape[1])]
+        return hidden + F.embedding(positions, table)
 
 
 class RotaryTable:
@@ -60,9 +63,8 @@ class RotaryTable:
                 " it must be an even number, at least 2"
             )
         exponents = torch.arange(0, self.width, 2, dtype=torch.float32) / self.width
-        angles = torch.outer(
-            torch.arange(model.max_position_embeddings, dtype=torch.float32), 1.0 / model.rotary_base**exponents
-        )
+        frequencies = stretched(1.0 / model.rotary_base**exponents, model.rope_scaling)
+        angles = torch.outer(torch.arange(model.max_position_embeddings, dtype=torch.float32), frequencies)
         self.cosine, self.sine = (f(angles).to(grid.device) for f in (torch.cos, torch.sin))  # [m, p/2]
 
     def __call__(self, heads: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -77,6 +79,22 @@ class RotaryTable:
         """The rows of `table` at the positions, [b or 1, s, 1..., p/2], to broadcast over heads."""
         rows = table[: heads.shape[1]].unsqueeze(0) if positions is None else table[positions]
         return rows.view(*rows.shape[:2], *(1,) * (heads.dim() - 3), rows.shape[-1])
+
+
+def stretched(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
+    """Rotary frequencies [p/2], in radians per token, for a model that is made for longer texts.
+
+    linear: Position Interpolation (https://arxiv.org/abs/2306.15595). llama3: wavelengths that the original context
+    holds many times stay, those it hardly holds are stretched, with a straight blend of the two frequencies between
+    (https://arxiv.org/abs/2407.21783; the four numbers are those of the published config.json).
+    """
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    turns = scaling.original_positions * frequencies / (2 * torch.pi)  # within the original context
+    kept = ((turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
 
 
 def document_starts(tokens: Tensor, end: int) -> Tensor:

@@ -1,6 +1,8 @@
 """Optimizers by name, and which parameters they decay.
 
-Floor 3: plain torch. The engine hands the result to DeepSpeed, which shards it.
+An optimizer is a function of groups and plan that returns a torch optimizer, and a line in the registry; what else has
+to be known of it is found out by trying (`traits.py`). The engine hands the result to DeepSpeed, which shards it.
+Floor 3: plain torch.
 """
 
 from collections.abc import Iterable, Sequence
@@ -45,10 +47,3 @@ def sgd(groups: Sequence[dict[str, Any]], plan: OptimizerPlan) -> Optimizer:
     Its weight decay is L2: added to the gradient, and so part of the momentum.
     """
     return torch.optim.SGD(groups, lr=plan.learning_rate, momentum=plan.betas[0], fused=True)
-
-
-def state_names(optimizer: Optimizer) -> tuple[str, ...]:
-    """Names of the tensors shaped like the parameter that `optimizer` keeps for each of them."""
-    if isinstance(optimizer, torch.optim.SGD):
-        return ("momentum_buffer",) if optimizer.defaults["momentum"] else ()
-    return ("exp_avg", "exp_avg_sq")

@@ -1,5 +1,6 @@
 """Collectives over a process group that gradients can pass through.
 
+Shapes: b micro-batch, s the sequence or the part of it that is talked about, p ranks of the group.
 With one rank in the group each is the identity and costs nothing.
 Floor 2.
 """
@@ -31,6 +32,46 @@ def gather_from_group(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     One all-gather forward; backward keeps this rank's slice, with no communication.
     """
     return tensor if dist.get_world_size(group) == 1 else _GatherFromGroup.apply(tensor, group)
+
+
+def gather_sequence(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Join the ranks' parts of a sequence: [b, s/p, ...] -> [b, s, ...], for computations that differ by rank.
+
+    One all-gather forward; one reduce-scatter backward, which sums what the ranks' computations say about a part.
+    """
+    return tensor if dist.get_world_size(group) == 1 else _GatherSequence.apply(tensor, group)
+
+
+def scatter_sequence(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum the ranks' partial results and keep this rank's part of the sequence: [b, s, ...] -> [b, s/p, ...].
+
+    One reduce-scatter forward; one all-gather backward.
+    """
+    return tensor if dist.get_world_size(group) == 1 else _ScatterSequence.apply(tensor, group)
+
+
+def exchange(tensor: Tensor, split: int, join: int, group: dist.ProcessGroup) -> Tensor:
+    """Cut `tensor` along `split` into a part for each rank, and join along `join` the parts that come from them.
+
+    One all-to-all forward, and the opposite one backward (https://arxiv.org/abs/2309.14509).
+    """
+    return tensor if dist.get_world_size(group) == 1 else _Exchange.apply(tensor, split, join, group)
+
+
+def all_gather_sequence(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[b, s/p, ...] of each rank -> [b, s, ...], the same on every rank. No gradient passes."""
+    ranks = dist.get_world_size(group)
+    parts = part.new_empty((ranks, *part.shape))
+    dist.all_gather_into_tensor(parts.flatten(0, 1), part.contiguous(), group=group)
+    return parts.transpose(0, 1).flatten(1, 2)
+
+
+def reduce_scatter_sequence(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Each rank's summand [b, s, ...] -> this rank's part of the sum, [b, s/p, ...]. No gradient passes."""
+    parts = whole.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1).contiguous()
+    mine = torch.empty_like(parts[0])
+    dist.reduce_scatter_tensor(mine, parts.flatten(0, 1), group=group)
+    return mine
 
 
 class _CopyToGroup(torch.autograd.Function):
@@ -66,6 +107,49 @@ class _GatherFromGroup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient.narrow(-1, dist.get_rank(ctx.group) * ctx.width, ctx.width), None
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_gather_sequence(part, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter_sequence(gradient, ctx.group), None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return reduce_scatter_sequence(whole, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return all_gather_sequence(gradient, ctx.group), None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, split: int, join: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.split, ctx.join, ctx.group = split, join, group
+        return _exchanged(tensor, split, join, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchanged(gradient, ctx.join, ctx.split, ctx.group), None, None, None
+
+
+def _exchanged(tensor: Tensor, split: int, join: int, group: dist.ProcessGroup) -> Tensor:
+    parts = torch.stack(tensor.chunk(dist.get_world_size(group), split))
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts, group=group)
+    return torch.cat(received.unbind(), join)
 
 
 def _all_reduced(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

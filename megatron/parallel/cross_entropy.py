@@ -2,7 +2,8 @@
 
 Shapes: b micro-batch, s sequence, v vocabulary in memory, tp ranks of the group, t tokens = b * s.
 Neither fp32 logits nor a softmax of the whole batch is ever kept: forward and backward go through the tokens in
-chunks, and backward computes the softmax again from the logits and one number per token.
+chunks, and backward computes the softmax again from the logits and one number per token. Under torch.compile a chunk is
+the whole batch, since its kernels keep nothing between reading a logit and writing its gradient.
 Floor 2.
 """
 
@@ -38,27 +39,29 @@ class _VocabParallelNLL(torch.autograd.Function):
         largest, total = (torch.cat(part) for part in zip(*parts, strict=True))
         if dist.get_world_size(group) > 1:
             largest, total, own = _combine(largest, total, own, group)
-        ctx.save_for_backward(logits, column, elsewhere, largest + total.log())
+        ctx.save_for_backward(logits, column, elsewhere, own, largest + total.log())
         # the label's logit is compared with the largest one first: their difference is exact where logits are large
         return (total.log() - (own - largest)).view(labels.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, column, elsewhere, log_sum = ctx.saved_tensors
-        flat, rows = logits.flatten(0, -2), _rows(logits)
+        logits, column, elsewhere, own, log_sum = ctx.saved_tensors
+        flat, scale = logits.flatten(0, -2), gradient.flatten()
         result = torch.empty_like(flat, memory_format=torch.contiguous_format)
-        tensors = (flat, column, elsewhere, log_sum, gradient.flatten(), result)
-        parts = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
-        for chunk, index, absent, normaliser, scale, target in parts:
-            softmax = (chunk.float() - normaliser.unsqueeze(-1)).exp_()
-            softmax.scatter_add_(-1, index.unsqueeze(-1), absent.float().sub_(1).unsqueeze(-1))
-            target.copy_(softmax.mul_(scale.unsqueeze(-1)))
+        parts = zip(*(tensor.split(_rows(logits)) for tensor in (flat, log_sum, scale, result)), strict=True)
+        for chunk, normaliser, factor, target in parts:
+            target.copy_((chunk.float() - normaliser.unsqueeze(-1)).exp_().mul_(factor.unsqueeze(-1)))
+        # softmax - 1 where the label is, of which the first part is often almost 1
+        of_label = (torch.expm1(own - log_sum) * scale).to(result.dtype).unsqueeze(-1)
+        column, elsewhere = column.unsqueeze(-1), elsewhere.unsqueeze(-1)
+        result.scatter_(-1, column, torch.where(elsewhere, result.gather(-1, column), of_label))
         return result.view(logits.shape), None, None, None
 
 
 def _rows(logits: Tensor) -> int:
-    return max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+    """Tokens of a chunk."""
+    return logits.numel() if torch.compiler.is_compiling() else max(1, _CHUNK_ELEMENTS // logits.shape[-1])
 
 
 def _largest_and_total(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-Axis = Literal["pipe", "data", "context", "model"]
+# Ranks that differ along "data" see other samples, along "context" another part of the same samples; "replica" is both
+# of them together: ranks with the same weights, whose gradients are averaged.
+Axis = Literal["pipe", "data", "context", "model", "replica"]
 # Outermost to innermost, the order DeepSpeed's topology uses: tensor-parallel neighbours share a node.
 AXES: tuple[Axis, ...] = ("pipe", "data", "context", "model")
+REPLICA_AXES: tuple[Axis, ...] = ("pipe", "replica", "model")
 
 
 @dataclass(frozen=True)
@@ -20,32 +23,57 @@ class ParallelGrid:
     """The pipe x data x context x model grid of ranks."""
 
     mesh: DeviceMesh
+    replicas: DeviceMesh  # the same ranks as pipe x replica x model
+    sequence_parallel: bool = False  # between the split matrices, each tensor-parallel rank has a part of the sequence
 
     @classmethod
-    def create(cls, pipe: int = 1, model: int = 1, device: str = "cpu") -> "ParallelGrid":
+    def create(
+        cls, pipe: int = 1, model: int = 1, context: int = 1, sequence_parallel: bool = False, device: str = "cpu"
+    ) -> "ParallelGrid":
         """Arrange the ranks of the running process group; the data axis takes what is left.
 
-        pipe: stages of the pipeline. model: tensor-parallel size. device: "cpu" or "cuda".
+        pipe: stages of the pipeline. model: tensor-parallel size. context: ranks that share a sequence.
+        device: "cpu" or "cuda".
         Collective: every rank of the world calls it. Raises ValueError when the world does not divide.
         """
-        world = dist.get_world_size()
-        if world % (pipe * model):
+        world, taken = dist.get_world_size(), pipe * context * model
+        if world % taken:
             raise ValueError(
-                f"{world} ranks cannot be divided by pipe_parallel_size ({pipe}) x model_parallel_size ({model})"
+                f"{world} ranks cannot be divided by pipe_parallel_size ({pipe}) x context_parallel_size ({context}) "
+                f"x model_parallel_size ({model})"
             )
-        return cls(init_device_mesh(device, (pipe, world // (pipe * model), 1, model), mesh_dim_names=AXES))
+        mesh = init_device_mesh(device, (pipe, world // taken, context, model), mesh_dim_names=AXES)
+        replicas = mesh
+        if context > 1:
+            replicas = init_device_mesh(device, (pipe, world // (pipe * model), model), mesh_dim_names=REPLICA_AXES)
+        return cls(mesh, replicas, sequence_parallel and model > 1)
 
     def size(self, axis: Axis) -> int:
         """Ranks along `axis`."""
-        return self.mesh.size(AXES.index(axis))
+        mesh, name = self._mesh_of(axis)
+        return mesh.size((mesh.mesh_dim_names or ()).index(name))
 
     def rank(self, axis: Axis) -> int:
         """This rank's place along `axis`, from 0."""
-        return self.mesh.get_local_rank(axis)
+        mesh, name = self._mesh_of(axis)
+        return mesh.get_local_rank(name)
 
     def group(self, axis: Axis) -> dist.ProcessGroup:
         """The process group of the ranks that differ from this one along `axis` only."""
-        return self.mesh.get_group(axis)
+        mesh, name = self._mesh_of(axis)
+        return mesh.get_group(name)
+
+    def own_tokens(self, length: int) -> slice:
+        """The places in a sequence of the `length` tokens that this rank's hidden states stand for."""
+        part = self.rank("context")
+        if self.sequence_parallel:
+            part = part * self.size("model") + self.rank("model")
+        return slice(part * length, (part + 1) * length)
+
+    def _mesh_of(self, axis: Axis) -> tuple[DeviceMesh, str]:
+        if axis != "replica":
+            return self.mesh, axis
+        return self.replicas, "replica" if "replica" in (self.replicas.mesh_dim_names or ()) else "data"
 
     @property
     def device(self) -> torch.device:

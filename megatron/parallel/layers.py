@@ -2,18 +2,28 @@
 
 Shapes: b micro-batch, s sequence, h hidden, i input width, o output width, tp ranks of the group.
 A column-parallel layer followed by a row-parallel one costs one all-reduce forward and one backward (Megatron-LM,
-https://arxiv.org/abs/1909.08053).
+https://arxiv.org/abs/1909.08053). With sequence parallelism (https://arxiv.org/abs/2205.05198) the hidden states
+outside of the two are [b, s/tp, h]: the all-reduce becomes an all-gather before and a reduce-scatter after them, which
+cost as much together.
 Floor 2.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from megatron.parallel.collectives import copy_to_group, reduce_from_group
+from megatron.parallel.collectives import (
+    all_gather_sequence,
+    copy_to_group,
+    reduce_from_group,
+    reduce_scatter_sequence,
+    scatter_sequence,
+)
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.parameter import Initialiser, new_parameter
 
@@ -28,17 +38,50 @@ class ColumnParallelLinear(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, bias: bool, initialise: Initialiser, grid: ParallelGrid) -> None:
         super().__init__()
-        self.group = grid.group("model")
+        self.grid = grid
         self.weight = new_parameter((outputs, inputs), 0, initialise, grid)
         self.bias = new_parameter((outputs,), 0, zeros, grid) if bias else None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[b, s, i], the same on every rank -> [b, s, o/tp]. One all-reduce backward."""
-        return self.local(copy_to_group(inputs, self.group))
+        """[b, s, i], the same on every rank ([b, s/tp, i] with sequence parallelism) -> [b, s, o/tp]."""
+        return column_parallel(inputs, self.grid, (self.weight, self.bias))[0]
 
-    def local(self, inputs: Tensor) -> Tensor:
-        """The same for `inputs` that went through `copy_to_group` already: layers that share them share its cost."""
-        return F.linear(inputs, self.weight, self.bias)
+
+def column_parallel(inputs: Tensor, grid: ParallelGrid, *layers: tuple[Tensor, Tensor | None]) -> list[Tensor]:
+    """Several column-parallel layers, each a weight [o/tp, i] and a bias, of the same inputs, which share the cost.
+
+    inputs: [b, s, i], the same on every rank; [b, s/tp, i] with sequence parallelism.
+    Returns [b, s, o/tp] of each. One all-reduce backward; with sequence parallelism one all-gather forward, and an
+    all-gather and a reduce-scatter backward, as only a rank's own part of the inputs is kept.
+    """
+    group = grid.group("model")
+    if grid.sequence_parallel:
+        flat = [tensor for layer in layers for tensor in layer]
+        return list(_GatheredLinear.apply(inputs, group, *flat))
+    inputs = copy_to_group(inputs, group)
+    return [F.linear(inputs, weight, bias) for weight, bias in layers]
+
+
+class _GatheredLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup, *flat: Any) -> tuple[Tensor, ...]:
+        ctx.group = group
+        ctx.save_for_backward(part, *flat[::2])
+        whole = all_gather_sequence(part, group)
+        return tuple(F.linear(whole, weight, bias) for weight, bias in zip(flat[::2], flat[1::2], strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        part, *weights = ctx.saved_tensors
+        whole = all_gather_sequence(part, ctx.group).flatten(0, -2)
+        inputs = sum_of([gradient @ weight for gradient, weight in zip(gradients, weights, strict=True)])
+        results: list[Tensor | None] = [reduce_scatter_sequence(inputs, ctx.group), None]
+        for number, gradient in enumerate(gradients):
+            rows = gradient.flatten(0, -2)
+            results.append(rows.t() @ whole if ctx.needs_input_grad[2 + 2 * number] else None)
+            results.append(rows.sum(0) if ctx.needs_input_grad[3 + 2 * number] else None)
+        return tuple(results)
 
 
 class RowParallelLinear(nn.Module):
@@ -46,25 +89,41 @@ class RowParallelLinear(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, bias: bool, initialise: Initialiser, grid: ParallelGrid) -> None:
         super().__init__()
-        self.group = grid.group("model")
+        self.grid = grid
         self.weight = new_parameter((outputs, inputs), 1, initialise, grid)
         self.bias = new_parameter((outputs,), None, zeros, grid) if bias else None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[b, s, i/tp] -> [b, s, o], the same on every rank. One all-reduce forward."""
+        """[b, s, i/tp] -> [b, s, o], the same on every rank; [b, s/tp, o] with sequence parallelism."""
         return row_parallel_sum((self, inputs))
 
 
 def row_parallel_sum(*branches: tuple[RowParallelLinear, Tensor]) -> Tensor:
-    """The sum of several row-parallel layers, each of its own inputs [b, s, i/tp] -> [b, s, o].
+    """The sum of several row-parallel layers, each of its own inputs [b, s, i/tp] -> [b, s, o] or [b, s/tp, o].
 
-    One all-reduce forward for all of them. The biases are added once, after it, as one sum: torch 2.13's inductor
-    cannot compile the backward of two bf16 biases that get the same gradient.
+    One all-reduce (or reduce-scatter) forward for all of them. The biases are added once, after it, as one sum:
+    torch 2.13's inductor cannot compile the backward of two bf16 biases that get the same gradient.
     """
     partial = sum_of([F.linear(inputs, layer.weight) for layer, inputs in branches])
-    whole = reduce_from_group(partial, branches[0][0].group)
+    grid = branches[0][0].grid
+    whole = sum_over_ranks(partial, grid)
     biases = [layer.bias for layer, _ in branches if layer.bias is not None]
-    return whole + sum_of(biases) if biases else whole
+    return whole + of_all_parts(sum_of(biases), grid) if biases else whole
+
+
+def sum_over_ranks(partial: Tensor, grid: ParallelGrid) -> Tensor:
+    """Summands [b, s, h] of the tensor-parallel ranks -> hidden states: [b, s, h], or [b, s/tp, h]."""
+    group = grid.group("model")
+    return scatter_sequence(partial, group) if grid.sequence_parallel else reduce_from_group(partial, group)
+
+
+def of_all_parts(parameter: Tensor, grid: ParallelGrid) -> Tensor:
+    """A parameter that every rank has whole, for use on hidden states.
+
+    With sequence parallelism each rank uses it on its part of the sequence: the gradient is summed over the group here,
+    inside autograd, as ZeRO may have reduced and freed it when the backward pass is over.
+    """
+    return copy_to_group(parameter, grid.group("model")) if grid.sequence_parallel else parameter
 
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:
@@ -88,7 +147,7 @@ class VocabParallelEmbedding(nn.Module):
         self, vocab_size: int, padded_size: int, hidden_size: int, initialise: Initialiser, grid: ParallelGrid
     ) -> None:
         super().__init__()
-        self.group = grid.group("model")
+        self.grid = grid
         self.weight = new_parameter((vocab_size, hidden_size), 0, initialise, grid, padded_size)
         rows = padded_size // grid.size("model")
         self.start = grid.rank("model") * rows
@@ -98,16 +157,16 @@ class VocabParallelEmbedding(nn.Module):
         self.register_buffer("padding_logits", logits if bool(beyond.any()) else None, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids [b, s] int64 -> [b, s, h], the same on every rank. One all-reduce forward."""
+        """Token ids [b, s] int64 -> [b, s, h], the same on every rank; [b, s/tp, h] with sequence parallelism."""
         rows = self.weight.shape[0]
-        if dist.get_world_size(self.group) == 1:
+        if self.grid.size("model") == 1:
             return F.embedding(tokens, self.weight)
         row = tokens - self.start
         elsewhere = (row < 0) | (row >= rows)
         vectors = F.embedding(row.masked_fill(elsewhere, 0), self.weight)
-        return reduce_from_group(vectors.masked_fill(elsewhere.unsqueeze(-1), 0), self.group)
+        return sum_over_ranks(vectors.masked_fill(elsewhere.unsqueeze(-1), 0), self.grid)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[b, s, h] -> [b, s, padded_size/tp], padding columns -inf. One all-reduce backward."""
+        """[b, s, h] or [b, s/tp, h] -> [b, s, padded_size/tp], padding columns -inf."""
         padding = None if self.padding_logits is None else self.padding_logits.to(hidden.dtype)
-        return F.linear(copy_to_group(hidden, self.group), self.weight, padding)
+        return column_parallel(hidden, self.grid, (self.weight, padding))[0]

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from megatron.parallel.grid import ParallelGrid
 
@@ -23,3 +25,13 @@ def own_stream(grid: ParallelGrid) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(seeds[grid.rank("model")]))
         yield
+
+
+def dropout(hidden: Tensor, probability: float, training: bool, grid: ParallelGrid) -> Tensor:
+    """Dropout of hidden states: one mask for all tensor-parallel ranks, or each its own for its part of a sequence."""
+    if not (training and probability):
+        return hidden
+    if not grid.sequence_parallel:
+        return F.dropout(hidden, probability)
+    with own_stream(grid):
+        return F.dropout(hidden, probability)

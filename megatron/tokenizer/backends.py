@@ -113,6 +113,19 @@ def probe_reference(reference: Tokenizer, tokens: Sequence[bytes]) -> Encode:
     raise Unsupported("not a byte-level BPE")
 
 
+def token_bytes(reference: Tokenizer) -> Ids:
+    """The length in bytes of each token of a byte-level BPE, by id. Raises Unsupported for a model of another kind."""
+    if isinstance(reference, HuggingFaceTokenizer):
+        tokens = dict(byte_level_definition(reference, None)["model"]["vocab"])
+    elif isinstance(reference, TiktokenTokenizer):
+        tokens = {token: rank for rank, token in enumerate(reference.ranks())}
+    else:
+        raise Unsupported("not a byte-level BPE")
+    lengths = np.zeros(reference.vocab_size, np.int64)
+    lengths[list(tokens.values())] = [len(token) for token in tokens]  # a letter of a name stands for a byte
+    return lengths
+
+
 def byte_level_definition(reference: HuggingFaceTokenizer, tokens: Sequence[bytes] | None) -> dict[str, Any]:
     """The tokenizer.json of the bare byte-level BPE: no normalizer, added tokens or post-processor.
 

@@ -8,15 +8,17 @@ where that was. Floor 2; no torch.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from os.path import commonprefix
 
 import numpy as np
 
 from megatron.arrays import Ids, flat, split, surrounded
-from megatron.tokenizer.backends import BACKENDS, Encode, backend_versions
+from megatron.tokenizer.backends import BACKENDS, Encode, backend_versions, token_bytes
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import TokenizerSettings
 from megatron.tokenizer.comparison import REFERENCE_ALONE, Comparison, bare_encoder, widen
+from megatron.tokenizer.long_words import LONG_CHARACTERS, LongWords
 from megatron.tokenizer.pieces import pieces
 from megatron.tokenizer.probes import (
     CODE_POINTS,
@@ -31,7 +33,7 @@ from megatron.tokenizer.probes import (
 
 SAMPLE_EVERY = 1024  # pieces of text between two that are encoded twice
 SAMPLED_CHARACTERS = 16_384  # at most, of each
-GROUP_CHARACTERS = 2 << 20  # handed to a library at a time, which bounds its memory
+GROUP_BYTES = 2 << 20  # handed to a library at a time, which bounds its memory
 SCANNED_CHARACTERS = 1 << 18  # at a time, which bounds the memory for the scan
 
 
@@ -57,7 +59,8 @@ class CheckedEncoder:
         self, reference: Tokenizer, fast: Encode | None, comparison: Comparison, sample_every: int = SAMPLE_EVERY
     ) -> None:
         self.vocab_size, self.end_of_document = reference.vocab_size, reference.end_of_document
-        self._reference, self._fast, self._cuts = reference, fast, comparison.cuts
+        self._reference, self._fast = reference, fast
+        self._cuts, self._runs = comparison.cuts, comparison.runs
         self.fingerprint = reference.fingerprint
         self._dtype = np.uint16 if reference.vocab_size <= 1 << 16 else np.uint32
         self._forbidden = table_of(comparison.differing)
@@ -70,12 +73,13 @@ class CheckedEncoder:
         """Ids of texts without surrogates, as the reference gives them."""
         if not self._cuts:
             return self._encode_whole(texts)
-        result, arrays, sizes = Encoded(np.empty(0), np.empty(0)), list[Ids](), np.zeros(len(texts), np.int64)
+        result, sizes = Encoded(np.empty(0), np.empty(0)), np.zeros(len(texts), np.int64)
+        found = bytearray()  # which grows without being copied
         for owners, group in self._groups(texts):
             ids, piece_sizes = self._encode_pieces(group, result)
-            arrays.append(ids.astype(self._dtype))
+            found += ids.astype(self._dtype, copy=False).data
             np.add.at(sizes, owners, piece_sizes)
-        result.ids, result.sizes = np.concatenate([np.empty(0, self._dtype), *arrays]), sizes
+        result.ids, result.sizes = np.frombuffer(found, self._dtype), sizes
         return self._with_affixes(result)
 
     def _groups(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
@@ -85,8 +89,8 @@ class CheckedEncoder:
             for piece in pieces(text, self._reference.added_tokens):
                 owners.append(number)
                 group.append(piece)
-                size += len(piece)
-                if size >= GROUP_CHARACTERS:
+                size += len(piece) if piece.isascii() else 3 * len(piece)
+                if size >= GROUP_BYTES:
                     yield owners, group
                     owners, group, size = [], [], 0
         if group:
@@ -106,12 +110,22 @@ class CheckedEncoder:
         result.by_reference += len(slow)
         result.alarm = result.alarm or self._compare_sample(fast)
         if self._fast is None or not fast:
-            return flat(self._reference.encode_bare(slow))
+            return self._bounded(slow, bare_encoder(self._reference))
         if not slow:
-            return self._fast(fast)
-        fast_parts = iter(split(*self._fast(fast)))
-        slow_parts = iter(split(*flat(self._reference.encode_bare(slow))))
+            return self._bounded(fast, self._fast)
+        fast_parts = iter(split(*self._bounded(fast, self._fast)))
+        slow_parts = iter(split(*self._bounded(slow, bare_encoder(self._reference))))
         return flat([next(fast_parts if ok else slow_parts) for ok in goes_fast])
+
+    def _bounded(self, texts: Sequence[str], encode: Encode) -> tuple[Ids, Ids]:
+        """What `encode` gives, in little memory for a piece that has no place to cut."""
+        if not self._runs or all(len(text) <= LONG_CHARACTERS for text in texts):
+            return encode(texts)
+        return self._long_words.encode(texts, encode)
+
+    @cached_property
+    def _long_words(self) -> LongWords:
+        return LongWords(token_bytes(self._reference), self._runs, self._reference.added_tokens, self._dtype)
 
     def _may_go_fast(self, text: str, first_seen: list[int]) -> bool:
         if self._fast is None or self._all_forbidden or any(mark in text for mark in self._marks):
@@ -162,6 +176,11 @@ class EncoderSettings:
     tokenizer: TokenizerSettings
     comparison: Comparison = REFERENCE_ALONE
     sample_every: int = SAMPLE_EVERY
+
+    @property
+    def in_threads(self) -> bool:
+        """Fast backends leave Python's lock to others while they work; the tokenizer's own library makes lists."""
+        return self.comparison.backend in BACKENDS
 
     def __call__(self) -> CheckedEncoder:
         """The encoder. Raises what `build_tokenizer` raises."""

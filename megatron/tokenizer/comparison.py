@@ -15,10 +15,11 @@ from typing import Any
 from megatron.arrays import flat
 from megatron.errors import UserError
 from megatron.text import well_formed
-from megatron.tokenizer.backends import BACKENDS, Encode, Unsupported, backend_versions, probe_reference
+from megatron.tokenizer.backends import BACKENDS, Encode, Unsupported, backend_versions, probe_reference, token_bytes
 from megatron.tokenizer.base import Tokenizer, digest
 from megatron.tokenizer.build import TokenizerSettings
 from megatron.tokenizer.huggingface import HuggingFaceTokenizer
+from megatron.tokenizer.long_words import safe_runs
 from megatron.tokenizer.probes import (
     Ranges,
     ascii_texts,
@@ -32,7 +33,7 @@ from megatron.tokenizer.probes import (
 )
 
 CHOICES = ("auto", *BACKENDS, "hf")
-SCHEME = "1"  # of the probes: a change makes old outcomes worthless
+SCHEME = "2"  # of the probes: a change makes old outcomes worthless
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,14 @@ class Comparison:
     """What is known of a backend against a tokenizer.
 
     refused: why it cannot be used; None if it can. differing: the code points whose texts go to the reference.
-    cuts: long texts may be cut into pieces (`pieces`).
+    cuts: long texts may be cut into pieces (`pieces`). runs: where windows on a long word may meet (`long_words`).
     """
 
     backend: str
     refused: str | None = None
     differing: Ranges = ()
     cuts: bool = False
+    runs: tuple[str, ...] = ()
 
 
 REFERENCE_ALONE = Comparison("hf")
@@ -60,7 +62,7 @@ def compare(tokenizer: Tokenizer, backend: str, announce: Callable[[str], None] 
         found = _compare(tokenizer, backend, announce)
         _store(name, asdict(found))
         return found
-    return Comparison(**kept | {"differing": _as_ranges(kept["differing"])})
+    return Comparison(**kept | {"differing": _as_ranges(kept["differing"]), "runs": tuple(kept["runs"])})
 
 
 def widen(tokenizer: Tokenizer, comparison: Comparison, found: Ranges) -> Comparison:
@@ -97,10 +99,11 @@ def _compare(tokenizer: Tokenizer, backend: str, announce: Callable[[str], None]
     except Unsupported as reason:
         return Comparison(backend, refused=None if backend == "hf" else str(reason))
     cuts = _affixes_only_at_the_ends(tokenizer) and cuts_are_safe(reference) and cuts_are_safe(bare_encoder(tokenizer))
-    if backend == "hf":
-        return Comparison(backend, cuts=cuts)
-    if not cuts:
+    if not cuts and backend != "hf":
         return Comparison(backend, refused="its own library does not cut text into words that stand alone")
+    runs = safe_runs(token_bytes(tokenizer), bare_encoder(tokenizer), tokenizer.added_tokens) if cuts else ()
+    if backend == "hf":
+        return Comparison(backend, cuts=cuts, runs=runs)
     try:
         fast, probe = BACKENDS[backend].build(tokenizer), BACKENDS[backend].build(tokenizer, tokens)
     except Unsupported as reason:
@@ -108,9 +111,8 @@ def _compare(tokenizer: Tokenizer, backend: str, announce: Callable[[str], None]
     announce(f"comparing {backend} with the tokenizer's own library on all of Unicode; kept in {folder()}")
     if any(different_texts(reference, probe, ascii_texts())):
         return Comparison(backend, refused=f"{backend} cuts ASCII text into other words")
-    return _with_vocabulary(
-        tokenizer, fast, Comparison(backend, None, _classes(tokenizer, backend, reference, probe), cuts)
-    )
+    outcome = Comparison(backend, None, _classes(tokenizer, backend, reference, probe), cuts, runs)
+    return _with_vocabulary(tokenizer, fast, outcome)
 
 
 def _classes(tokenizer: Tokenizer, backend: str, reference: Encode, probe: Encode) -> Ranges:

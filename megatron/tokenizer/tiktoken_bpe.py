@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tiktoken
-from requests.exceptions import RequestException
 from tiktoken.load import load_tiktoken_bpe
 
 from megatron.errors import UserError
@@ -134,7 +133,7 @@ def _from_name(name: str) -> tiktoken.Encoding:
         )
     try:
         return tiktoken.get_encoding(name)
-    except (RequestException, OSError) as error:
+    except OSError as error:
         raise UserError(
             f'the encoding "{name}" could not be fetched ({type(error).__name__}): without a network, set vocab_file '
             f"to a copy of {name}.tiktoken, or TIKTOKEN_CACHE_DIR to a folder where tiktoken has kept it"

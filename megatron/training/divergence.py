@@ -11,30 +11,44 @@ from megatron.checkpoint.state import TrainState
 from megatron.errors import RunError
 from megatron.training.hooks import NOTHING, FinishedStep, Hook, Run
 
-# A dynamic loss scale that starts far too high halves once in a few steps until it fits; that is no divergence.
-PATIENCE = {"fp32": 10, "bf16": 10, "fp16": 100}
+PATIENCE = 10
+# Of fp16 besides: a dynamic scale that starts far too high halves once in a few steps until it fits.
+PATIENCE_WHILE_THE_SCALE_FALLS = 100
 
 
 class Divergence(Hook):
-    """Counts steps without an update. One bad batch is passed over; `patience` of them in a row end the run.
+    """Counts steps without an update. One bad batch is passed over; too many of them in a row end the run.
 
     The engine updates nothing from gradients that are no numbers, so the weights, and whatever was saved of them,
     are those from before.
     """
 
-    def __init__(self, patience: int, write_batch: Callable[[TrainState], str] = lambda _: "") -> None:
-        """patience: steps in a row that may be skipped. write_batch: keeps the batch of a step; returns where."""
+    def __init__(
+        self,
+        patience: int,
+        write_batch: Callable[[TrainState], str] = lambda _: "",
+        lowest_scale: float | None = None,
+    ) -> None:
+        """patience: steps in a row that may be skipped. write_batch: keeps the batch of a step; returns where.
+
+        lowest_scale: of fp16; while the loss scale is above it, there is more patience.
+        """
         self._patience = patience
         self._write_batch = write_batch
-        self._skipped = 0
+        self._lowest_scale = lowest_scale
+        self._skipped = self._without_hope = 0
 
     def after_step(self, step: FinishedStep) -> Mapping[str, float]:
         """Raise RunError when there have been too many skipped steps in a row."""
+        scale, lowest = step.output.loss_scale, self._lowest_scale
+        falls = scale is not None and lowest is not None and scale > lowest
         self._skipped = self._skipped + 1 if step.output.skipped else 0
-        if self._skipped >= self._patience:
+        self._without_hope = self._without_hope + 1 if step.output.skipped and not falls else 0
+        if self._without_hope >= self._patience or self._skipped >= PATIENCE_WHILE_THE_SCALE_FALLS:
+            with_scale = "" if scale is None else f", loss scale {scale:g}{'' if falls else ', which is its lowest'}"
             raise RunError(
                 f"the training has diverged: the gradients of the last {self._skipped} steps, up to step "
-                f"{step.state.step}, were not finite (loss {float(step.output.loss)}). "
+                f"{step.state.step}, were not finite (loss {float(step.output.loss)}{with_scale}). "
                 f"A lower learning rate or a longer warm-up may help. {self._write_batch(step.state)}"
             )
         return NOTHING
@@ -42,7 +56,9 @@ class Divergence(Hook):
 
 def divergence(run: Run) -> Divergence:
     """Registry entry: in every run."""
-    return Divergence(PATIENCE[run.plan.engine.precision], lambda state: keep_batch(run, state))
+    scale = run.plan.engine.loss_scale
+    lowest = None if scale is None else scale.minimum if scale.dynamic else scale.initial
+    return Divergence(PATIENCE, lambda state: keep_batch(run, state), lowest)
 
 
 def keep_batch(run: Run, state: TrainState) -> str:

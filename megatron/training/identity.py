@@ -1,13 +1,15 @@
-"""Whether the run that resumes is the run that was saved: same tokenizer, same data, same seed. Floor 6.
+"""Whether the run that resumes is the run that was saved: same tokenizer, data, seed and optimizer. Floor 6.
 
 The model is compared in `megatron/inputs.py`. What may differ freely is not asked about: layout, precision, batch
 size, schedule, where files are kept.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron import registry
 from megatron.checkpoint.store import checkpoint_config
 from megatron.config.data_keys import DataKeys
 from megatron.config.groups import Config
@@ -28,7 +30,8 @@ def identity_of(tokenizer: Tokenizer) -> dict[str, str]:
 def check_same_run(config: Config, tokenizer: Tokenizer, checkpoint: Path) -> None:
     """Compare the configuration with that of the run that wrote `checkpoint`.
 
-    Raises UserError with every difference that `allow_changes` does not name.
+    Raises UserError with every difference that `allow_changes` does not name; another optimizer is allowed where its
+    state is not loaded, since the tensors of one may well have the names of another's.
     """
     written = checkpoint_config(checkpoint)
     differences = {
@@ -39,15 +42,23 @@ def check_same_run(config: Config, tokenizer: Tokenizer, checkpoint: Path) -> No
             (set(DataKeys.model_fields) - _FREE) | {"seq_length"},
         ),
         "tokenizer": _tokenizer_differs(tokenizer, checkpoint),
+        "optimizer": _optimizer_differs(config.optimizer.optimizer.type, written),
     }
-    allowed = config.checkpoint.allow_changes
+    allowed = {*config.checkpoint.allow_changes, *(["optimizer"] if config.checkpoint.no_load_optim else [])}
     refused = {kind: lines for kind, lines in differences.items() if lines and kind not in allowed}
     if refused:
         raise UserError(
             f"{checkpoint} was written by a run with another {' and another '.join(refused)}:",
             *(f"  {line}" for lines in refused.values() for line in lines),
-            f"to go on from it all the same: allow_changes=[{', '.join(refused)}]; to take only its weights: finetune",
+            f"to go on from it all the same: {_way_out(refused)}; to take only its weights: finetune",
         )
+
+
+def _way_out(refused: Iterable[str]) -> str:
+    """The keys that allow what was refused."""
+    named = [kind for kind in refused if kind != "optimizer"]
+    ways = [f"allow_changes=[{', '.join(named)}]"] if named else []
+    return " ".join([*ways, *(["no_load_optim=true"] if "optimizer" in refused else [])])
 
 
 def _differing(here: dict[str, Any], there: dict[str, Any], keys: set[str]) -> list[str]:
@@ -64,3 +75,11 @@ def _tokenizer_differs(tokenizer: Tokenizer, checkpoint: Path) -> list[str]:
     if written in (None, tokenizer.fingerprint):
         return []
     return [f"the tokenizer here is {tokenizer.describe()}, which makes other tokens than the one there"]
+
+
+def _optimizer_differs(here: str, written: dict[str, Any]) -> list[str]:
+    there = written.get("optimizer", {}).get("type", here)
+    known = registry.TABLE["optimizer"]
+    if here == there or known[here] == known.get(there):  # Adam is AdamW
+        return []
+    return [f"optimizer.type is {here} here, and was {there} there"]

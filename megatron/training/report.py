@@ -56,9 +56,8 @@ def mean_loss(losses: Sequence[float], skipped: Sequence[bool]) -> float:
 def workload(run: Run) -> Workload:
     """What a step amounts to, for the rates in the log."""
     model, batch, device = run.plan.model, run.plan.batch, run.engine.grid.device
-    per_token = training_flops_per_token(
-        parameter_count(model), model.num_layers, model.hidden_size, batch.sequence_length
-    )
+    width = model.num_attention_heads * model.head_size
+    per_token = training_flops_per_token(parameter_count(model), model.num_layers, width, batch.sequence_length)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     half_precision = run.plan.engine.precision != "fp32"
     peak = peak_flops(run.config.logging.peak_theoretical_tflops, card, half_precision)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.checkpoint.lock import SaveLock
 from megatron.checkpoint.state import TrainState
 from megatron.config.describe import plan_lines
 from megatron.config.groups import Config
@@ -18,9 +19,9 @@ from megatron.config.plan import Plan
 from megatron.config.resolve import resolve
 from megatron.data.build import Sources
 from megatron.data.loader import micro_batches
-from megatron.engine.distributed import start, stop
+from megatron.engine.distributed import be_deterministic, start_layout, stop
 from megatron.engine.training import TrainingEngine
-from megatron.errors import RunError, UserError
+from megatron.errors import RunError, work_begins
 from megatron.inference import DTYPES
 from megatron.inputs import check_same_model, open_data, open_tokenizer
 from megatron.launch.heartbeat import Heartbeat
@@ -55,11 +56,20 @@ class Prepared:
 def train(config: Config) -> None:
     """Train a model as `config` says. Every rank of the run calls it.
 
-    Raises UserError, before ranks meet, for whatever a user can mend; RunError when the training itself fails.
+    Raises UserError, before the first step, for whatever a user can mend; RunError when the training itself fails.
     """
-    configure(int(os.environ.get("RANK", "0")))
+    rank = int(os.environ.get("RANK", "0"))
+    configure(rank)
     request = StopRequest(config.launcher.time_limit_minutes)
-    prepared = prepare(config, int(os.environ.get("WORLD_SIZE", "1")))
+    with SaveLock(Path(config.checkpoint.save) if config.checkpoint.save and rank == 0 else None) as lock:
+        lock.take()  # before looking at the folder: a run that is about to end may still save there
+        prepared = prepare(config, int(os.environ.get("WORLD_SIZE", "1")))
+        lock.take()  # a folder that was not there is there now
+        _train(config, prepared, request)
+
+
+def _train(config: Config, prepared: Prepared, request: StopRequest) -> None:
+    """Let the ranks meet, train, and say how it ended."""
     with request.listening():
         run, state = set_up(config, prepared)
         vote = StopVote(request, run.engine.grid.device)
@@ -68,12 +78,10 @@ def train(config: Config) -> None:
         rate, hooks, last_step = partial(learning_rate, run.plan.schedule), build_hooks(run), run.last_step
         with closing(writers_of(run)) as writers:
             run.clock.lap()  # what came before was set-up
-            try:
+            with work_begins():
                 state = train_steps(
                     run.engine, batches, rate, state, last_step, run.plan.batch, hooks, writers, vote.after_step
                 )
-            except UserError as error:  # such as ids that no tokenizer made, deep in the data: too late for code 2
-                raise RunError(str(error)) from error
     stop()
     finish(config, state.step, vote.reason)
 
@@ -95,8 +103,9 @@ def prepare(config: Config, world_size: int) -> Prepared:
     sources = open_data(config, tokenizer.vocab_size)
     sources.samples("train")
     checkpoint = checkpoint_to_load(config.checkpoint)
-    if checkpoint is not None and not config.checkpoint.finetune:
+    if checkpoint is not None and "model" not in config.checkpoint.allow_changes:
         check_same_model(plan.model, checkpoint)
+    if checkpoint is not None and not config.checkpoint.finetune:
         check_same_run(config, tokenizer, checkpoint)
     for key, folder in (("save", config.checkpoint.save), ("log_dir", config.log_folder)):
         if folder is not None:
@@ -107,13 +116,14 @@ def prepare(config: Config, world_size: int) -> Prepared:
 def set_up(config: Config, prepared: Prepared) -> tuple[Run, TrainState]:
     """Let the ranks meet, build the model and bring it to where the run begins. Collective."""
     plan, pulse = prepared.plan, Pulse(Heartbeat.of_this_process())
-    grid = start(plan.layout.pipe, plan.layout.model, config.launcher.distributed_backend)
+    same_bits = be_deterministic() if plan.engine.deterministic else []
+    grid = start_layout(plan.layout, config.launcher.distributed_backend)
     layers = gpt_layers(plan.model, grid, plan.engine.seed)
     engine = TrainingEngine(layers, make_loss(plan.model, grid), grid, plan)
     lines = [prepared.tokenizer.describe(), *prepared.sources.description, *plan_lines(plan)]
     lines += describe_attention(plan.model, grid.device, DTYPES[plan.engine.precision])
     state, beginning = begin(engine, prepared.checkpoint, config.checkpoint)
-    for line in [*lines, *_where_files_go(config), beginning]:
+    for line in [*lines, *same_bits, *_where_files_go(config), beginning]:
         log.info("%s", line)
     last_step = final_step(state.step, config.training.train_iters or 0, config.training.exit_interval)
     clock = Clock(grid.device)

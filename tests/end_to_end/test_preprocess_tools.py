@@ -25,8 +25,8 @@ def command(tool: str, *arguments: object) -> list[str]:
     return [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
 
 
-def run(tool: str, *arguments: object, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(tool, *arguments), capture_output=True, text=True, cwd=folder, timeout=120)
+def run(tool: str, *arguments: object, folder: Path = ROOT, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(tool, *arguments), capture_output=True, text=True, cwd=folder, timeout=timeout)
 
 
 @pytest.fixture
@@ -182,6 +182,18 @@ def check_standard_library(folder: Path) -> None:
     size = sum(len(text.encode()) for text in texts)
     assert 1_000_000 < size < 30_000_000
     assert 2.5 < size / dataset.num_tokens < 6
+
+
+@pytest.mark.parametrize("documents", [1, 40])
+def test_a_tokenizer_never_sees_what_is_held_out(tmp_path: Path, documents: int) -> None:
+    folder = tmp_path / "data" / "tinyshakespeare"
+    folder.mkdir(parents=True)
+    texts = [*["to be or not to be "] * 38, *["zqzqzqzq " * 50] * 2]
+    texts = texts if documents > 1 else ["to be or not to be " * 1000 + "zqzqzqzq " * 50]
+    (folder / "tinyshakespeare.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert run("prepare_data.py", "tinyshakespeare", folder=tmp_path).returncode == 0
+    tokenizer = build_tokenizer("HFTokenizer", str(folder / "tokenizer.json"))
+    assert len(tokenizer.encode("to be or not")) < 8 and len(tokenizer.encode("zqzqzqzq")) == 8
 
 
 def test_an_unknown_corpus_is_an_error_that_lists_the_known_ones(tmp_path: Path) -> None:

@@ -20,14 +20,25 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_twenty_steps_and_twice_ten_give_the_same_losses_and_weights(folder):
-    for _ in range(2):
-        run(folder, "train.py", "small", "save=parts", "load=parts", "exit_interval=10", "num_workers=2")
+    """On a CPU deterministic or not: its operations are."""
+    parts = ("save=parts", "load=parts", "exit_interval=10", "num_workers=2")
+    said = [run(folder, "train.py", "small", *parts, f"deterministic={same}").stdout for same in ("true", "false")]
+    assert ["deterministic: every operation" in text for text in said] == [True, False]
     assert losses(folder / "parts") == losses(folder / "whole")
     assert sorted(path.name for path in (folder / "parts").glob("global_step*")) == ["global_step10", "global_step20"]
     whole, parts = (read_tensors(folder / name / "global_step20") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and whole
     for name, tensor in whole.items():
         assert torch.equal(tensor, parts[name]), name
+
+
+@pytest.mark.long
+def test_verify_resume_proves_it_for_a_configuration_and_sees_what_differs(folder):
+    words = ("small", "num_gpus=2", "zero_optimization={stage: 2}", "bf16={enabled: true}", "--steps", 2)
+    said = run(folder, "tools/verify_resume.py", *words).stdout
+    assert "4 steps equal 2 + restart + 2, bit for bit" in said
+    said = run(folder, "tools/verify_resume.py", "small", "no_load_optim=true", "--steps", 2, expect=1).stdout
+    assert "step 4: " in said and "exp_avg differs" in said
 
 
 def test_going_back_to_an_earlier_step_trains_it_again_and_keeps_the_old_metrics(folder):
@@ -44,6 +55,10 @@ def test_finetuning_takes_the_weights_and_nothing_else(folder):
     tuned, whole = losses(folder / "tuned"), losses(folder / "whole")
     assert list(tuned) == [1, 2, 3]
     assert tuned[1] < whole[1] - 1.0
+    other = ("small", "save=other", "load=whole", "finetune=true", "train_iters=1", "rotary_emb_base=500000")
+    told = run(folder, "train.py", *other, expect=2).stderr
+    assert "rotary_emb_base is 500000.0 here, and was 10000.0 there" in told and "allow_changes=[model]" in told
+    run(folder, "train.py", *other, "allow_changes=[model]")
 
 
 def test_a_finished_run_has_nothing_left_to_do(folder):

@@ -1,23 +1,21 @@
-"""Kill a run at random moments, with signal 9: the next one goes on and ends as if nothing had happened.
+"""Kill a run with signal 9 in the middle of whatever it does: the next one goes on and ends as if nothing had happened.
 
-The runs save after every step, in the background, and prune; so most moments lie in saving, in pruning, or between a
-finished and an unfinished checkpoint.
+The run saves after every step and prunes, so that there is much to interrupt. `killer.py` chooses the moment.
 """
 
+import json
 import os
-import random
-import signal
+import shutil
 import subprocess
-import time
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
+from megatron.checkpoint.folder import damage
 from megatron.checkpoint.reading import read_tensors
 from tests.end_to_end.commands import ENVIRONMENT, SMALL, command, run
+from tests.end_to_end.killer import ORDER
 
 STEPS = 30
 SAVING = f"""
@@ -25,10 +23,10 @@ train_iters: {STEPS}
 eval_interval: 1000
 checkpoint_factor: 1
 keep_last_n_checkpoints: 2
-async_save: true
 num_gpus: 2
 zero_optimization: {{stage: 1}}
 """
+MOMENTS = ("asynchronous saving", "loading", "saving", "pruning", "training")
 
 
 @pytest.fixture(scope="module")
@@ -37,52 +35,50 @@ def whole(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("torture")
     text = SMALL.replace("train_iters: 20\n", "").replace("eval_interval: 10\n", "")
     (folder / "small.yml").write_text(text + SAVING)
-    run(folder, "deepy.py", "train.py", "small", "save=whole", "load=whole")
+    run(folder, "deepy.py", "train.py", "small", "save=whole", "load=whole", "async_save=true")
     return folder
 
 
-def ranks_of(launcher: "subprocess.Popen[bytes]") -> list[psutil.Process]:
-    """The processes that train."""
-    children = psutil.Process(launcher.pid).children(recursive=True)
-    return [child for child in children if any(word.endswith("rank.py") for word in child.cmdline())]
-
-
-def killed_run(folder: Path, save: str, seed: int) -> int:
-    """Start a run, kill one rank or everything at a random moment; returns the exit code (0: it was too late)."""
-    choice = random.Random(seed)
-    log = folder / save / "logs" / "rank_0.log"
-    process = subprocess.Popen(
-        command("deepy.py", "train.py", "small", f"save={save}", f"load={save}"),
-        cwd=folder,
-        env=os.environ | ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+def killed_run(folder: Path, save: str, moment: str, seed: int) -> str:
+    """Start a run that is killed at `moment`; returns where exactly that was."""
+    report = folder / f"{save}.txt"
+    modules = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    order = {ORDER: json.dumps([moment, seed, str(report)]), "PYTHONPATH": modules}
+    behind = moment in ("asynchronous saving", "pruning")
+    words = command(
+        "deepy.py", "train.py", "small", f"save={save}", f"load={save}", f"async_save={str(behind).lower()}"
     )
-    deadline = time.monotonic() + 120
-    while not (log.exists() and "starting fresh" in log.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline, "the run did not begin to train"
-        time.sleep(0.02)
-    time.sleep(choice.uniform(0, 3.0))
-    victims = ranks_of(process)
-    if victims:
-        for victim in victims if choice.random() < 0.5 else [choice.choice(victims)]:
-            with suppress(psutil.NoSuchProcess):
-                victim.send_signal(signal.SIGKILL)
-    return process.wait(timeout=120)
+    words.append("plugins=[killer]")
+    done = subprocess.run(
+        words, cwd=folder, env=os.environ | ENVIRONMENT | order, capture_output=True, text=True, timeout=240
+    )
+    assert report.exists() and done.returncode == 1, f"nobody was killed:\n{done.stdout}\n{done.stderr}"
+    return report.read_text()
+
+
+def without_the_last(folder: Path, save: Path) -> None:
+    """A copy of the whole run that has yet to do its last step, so that there is something to load."""
+    shutil.copytree(folder / "whole", save, ignore=shutil.ignore_patterns(f"global_step{STEPS}", "logs"))
+    (save / "latest").write_text(f"global_step{STEPS - 1}")
 
 
 def moments() -> list:
-    """Forty seeds; one of them in the short run of the tests."""
-    return [seed if seed < 1 else pytest.param(seed, marks=pytest.mark.long) for seed in range(40)]
+    """Forty seeds, eight for each kind of work; one of them in the short run of the tests."""
+    cases = [(MOMENTS[seed % len(MOMENTS)], seed) for seed in range(40)]
+    return [case if case[1] < 1 else pytest.param(*case, marks=pytest.mark.long) for case in cases]
 
 
-@pytest.mark.parametrize("seed", moments())
-def test_a_killed_run_resumes_and_ends_like_an_undisturbed_one(whole, seed):
+@pytest.mark.parametrize(("moment", "seed"), moments())
+def test_a_killed_run_resumes_and_ends_like_an_undisturbed_one(whole, moment, seed):
     save = f"killed_{seed}"
-    code = killed_run(whole, save, seed)
-    assert code in (0, 1)
+    if moment == "loading":
+        without_the_last(whole, whole / save)
+    where = killed_run(whole, save, moment, seed)
+    print(where)
     run(whole, "deepy.py", "train.py", "small", f"save={save}", f"load={save}")
-    wanted, found = (read_tensors(whole / name / f"global_step{STEPS}") for name in ("whole", save))
+    last = whole / save / f"global_step{STEPS}"
+    wanted, found = read_tensors(whole / "whole" / last.name), read_tensors(last)
     assert wanted.keys() == found.keys()
-    assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
-    assert sorted(path.name for path in (whole / save).glob(".global*")) == [], "what the crash left is cleared away"
+    assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == [], where
+    assert damage(last, "full") == []
+    assert sorted(path.name for path in (whole / save).glob(".global*")) == [], f"what is left of {where}"

@@ -9,10 +9,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron import registry
 from megatron.checkpoint.folder import find_checkpoint
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.store import CheckpointWriter, load_checkpoint
-from megatron.engine.distributed import start
+from megatron.engine.distributed import start_layout
 from megatron.engine.training import TrainingEngine
 from megatron.model.gpt import gpt_layers, make_loss
 from megatron.optimizers.schedules import learning_rate
@@ -25,6 +26,8 @@ STEPS = 4  # before the move, and again after it
 TIED = {"tied_embeddings": True}
 GROUPED = {"num_kv_heads": 2, "activation": "swiglu", "norm": "rmsnorm", "bias_in_mlp": False}
 SGD = {"kind": "sgd"}
+OFFLOADED = {"zero_options": {"offload_optimizer": {"device": "cpu"}}}
+ALL_OFFLOADED = {"zero_options": OFFLOADED["zero_options"] | {"offload_param": {"device": "cpu"}}}
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,10 @@ class Move:
 
 def layout_name(settings: Settings) -> str:
     """Such as "pp2 tp2 zero1"."""
-    short = {"pipe": "pp", "tensor": "tp", "data": "dp", "zero": "zero"}
+    short = {"pipe": "pp", "tensor": "tp", "context": "cp", "data": "dp", "zero": "zero"}
     named = " ".join(f"{short[key]}{settings[key]}" for key in short if key in settings)
+    named += " sp" if settings.get("sequence_parallel") else ""
+    named += " offloaded" if "offload_optimizer" in settings.get("zero_options", {}) else ""
     return " ".join(part for part in (named or "one rank", settings.get("precision", "")) if part)
 
 
@@ -55,7 +60,8 @@ def describe(common: Settings) -> str:
     return f" ({', '.join(words)})" if words else ""
 
 
-# ZeRO 0-3, pipeline and tensor sizes 1, 2, 4, tied and untied, grouped queries, two optimizers, three precisions
+# ZeRO 0-3, offloaded too; pipeline, tensor and context sizes 1, 2, 4; sequences cut over tensor-parallel ranks; tied
+# and untied, grouped queries, two optimizers, three precisions
 MOVES = [
     Move({"pipe": 2, "tensor": 2, "zero": 1}, {"data": 4, "zero": 3}, {"model": TIED | GROUPED}),
     Move({"data": 2, "zero": 3}, {"tensor": 2}),
@@ -73,6 +79,10 @@ MOVES = [
     Move({"pipe": 2, "tensor": 2}, {"data": 2, "zero": 2}, {"optimizer": SGD, "model": TIED}),
     Move({"tensor": 2, "data": 2, "zero": 3}, {"pipe": 2, "zero": 1}, {"precision": "bf16", "optimizer": SGD}),
     Move({"data": 2, "zero": 1, "precision": "bf16"}, {"zero": 0, "precision": "fp32"}),
+    Move({"tensor": 2, "context": 2, "sequence_parallel": True}, {"context": 2, "zero": 3}, {"model": TIED}),
+    Move({"context": 2, "data": 2, "zero": 1}, {"tensor": 2, "sequence_parallel": True}, {"precision": "bf16"}),
+    Move({"data": 2, "zero": 1} | OFFLOADED, {"data": 2, "zero": 3} | ALL_OFFLOADED, {"precision": "fp16"}),
+    Move({"data": 2, "zero": 3} | ALL_OFFLOADED, {"pipe": 2}, {"precision": "bf16"}),
 ]
 
 
@@ -103,10 +113,11 @@ def carry_out(move: Move, folder: Path, with_noise: bool = True) -> Outcome:
 
 def engine_of(settings: Settings) -> tuple[TrainingEngine, Any]:
     """An engine on this rank, and its plan."""
+    registry.load_plugins(["tests.own_optimizers"])
     plan = tiny.plan(**settings)
     if plan.engine.precision == "fp16":
         allow_fp16_on_cpu()
-    grid = start(plan.layout.pipe, plan.layout.model)
+    grid = start_layout(plan.layout)
     layers = gpt_layers(plan.model, grid, plan.engine.seed)
     return TrainingEngine(layers, make_loss(plan.model, grid), grid, plan), plan
 
@@ -141,8 +152,7 @@ def segment(folder: str, settings: Settings, load: str | None, steps: int) -> No
 
 def train(folder: Path, settings: Settings, load: Path | None, steps: int) -> tuple[Path, list[float]]:
     """Run `segment` on the ranks of a layout; returns the checkpoint and the losses."""
-    world = settings.get("pipe", 1) * settings.get("tensor", 1) * settings.get("data", 1)
-    run_ranks(world, segment, str(folder), settings, load and str(load), steps, timeout=180)
+    run_ranks(tiny.ranks_of(settings), segment, str(folder), settings, load and str(load), steps, timeout=180)
     found = find_checkpoint(folder)
     assert found is not None
     return found, json.loads((folder / "losses.json").read_text())

@@ -1,4 +1,7 @@
-"""Run a function on several gloo ranks of this machine, and say clearly which rank failed and how.
+"""Run a function on several ranks of this machine, and say clearly which rank failed and how.
+
+Ranks talk over gloo on the CPU. With RANKS_BACKEND=nccl in the environment each is a GPU, and a test of more ranks than
+there are GPUs is skipped.
 
 Ranks are forked from a server process that has imported torch, so that a test of two ranks costs a tenth of a second.
 A rank that fails ends the others; a rank that hangs is asked for its stack and then killed.
@@ -17,6 +20,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
@@ -25,18 +29,22 @@ from megatron.parallel.grid import ParallelGrid
 
 # torch._dynamo: torch.testing imports it (half a second) at its first use
 PRELOADED = ["pytest", "torch", "torch._dynamo", "torch.testing", "torch.distributed.device_mesh", "deepspeed"]
+BACKEND = os.environ.get("RANKS_BACKEND", "gloo")
 GRACE_SECONDS = 1.0  # for the other ranks to fail as well, once one has
 
 
 def run_ranks(world: int, body: Callable[..., object], *arguments: object, timeout: float = 60) -> None:
-    """Run `body(*arguments)` on `world` ranks, in an initialised gloo process group.
+    """Run `body(*arguments)` on `world` ranks, in an initialised process group.
 
     body: a function at the top of a module, which every rank imports: no place for slow imports.
     timeout: seconds until ranks that still run count as hung.
     Raises AssertionError with the traceback of every rank that failed and the stack of every rank that hung.
     """
     __tracebackhide__ = True  # for pytest: the rank's traceback is what counts
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the server inherits it; DeepSpeed looks when it is imported
+    if not can_run(world):
+        pytest.skip(f"{world} ranks over {BACKEND} need as many GPUs, and there are {torch.cuda.device_count()}")
+    if BACKEND == "gloo":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the server inherits it; DeepSpeed looks when it is imported
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as name:
@@ -59,6 +67,11 @@ def run_ranks(world: int, body: Callable[..., object], *arguments: object, timeo
         raise AssertionError("\n\n".join(["", *filter(None, reports)]))
 
 
+def can_run(world: int) -> bool:
+    """Whether this machine has what `world` ranks need: over nccl, a GPU for each."""
+    return BACKEND != "nccl" or world <= torch.cuda.device_count()
+
+
 @contextmanager
 def one_rank() -> Iterator[ParallelGrid]:
     """A grid of this process alone, for tests that need no second rank."""
@@ -77,7 +90,9 @@ def _rank(body: Callable[..., object], arguments: tuple[object, ...], rank: int,
         torch.set_num_threads(1)
         torch.manual_seed(1234)
         try:
-            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+            if BACKEND == "nccl":
+                torch.cuda.set_device(rank)
+            dist.init_process_group(BACKEND, init_method=f"file://{folder}/store", rank=rank, world_size=world)
             body(*arguments)
             dist.barrier()
             dist.destroy_process_group()

@@ -11,14 +11,16 @@ import torch
 
 from megatron.checkpoint.folder import Retention, damage, find_checkpoint, prune, publish
 from megatron.checkpoint.reading import read_tensors
+from megatron.checkpoint.slices import global_slices
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.store import CheckpointWriter, checkpoint_config, load_checkpoint, load_weights
+from megatron.config.estimate import parameter_count
 from megatron.engine.distributed import start
 from megatron.engine.inference import InferenceEngine
 from megatron.errors import RunError, UserError
 from megatron.model.gpt import gpt_layers
 from tests import tiny
-from tests.ranks.moves import MOVES, carry_out, different_tensors, engine_of, run_steps, tensors, train
+from tests.ranks.moves import MOVES, TIED, Move, carry_out, different_tensors, engine_of, run_steps, tensors, train
 from tests.ranks.run import run_ranks
 
 MODEL = {"tied_embeddings": True, "hidden_dropout": 0.1}
@@ -43,7 +45,7 @@ def test_ten_steps_at_once_equal_five_and_five_after_a_restart(tmp_path, setting
     assert different_tensors(whole, resumed) == []
 
 
-QUICK = (0, 1, 3, 7)  # the others are long
+QUICK = (0, 1, 3, 7, 16)  # the others are long
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,42 @@ def test_another_layout_takes_over_every_bit_and_trains_on_the_same(tmp_path, mo
     outcome = carry_out(move, tmp_path, with_noise=in_16_bit)
     assert outcome.same_bits
     assert outcome.gap < (max(4 * outcome.noise, 0.01) if in_16_bit else 1e-5)
+
+
+OWN = [
+    Move({"data": 2, "zero": 1}, {"tensor": 2}, {"optimizer": {"kind": "signs"}}),
+    Move({"data": 2, "zero": 3}, {"pipe": 2}, {"optimizer": {"kind": "adagrad"}}),
+    Move({"pipe": 2}, {"data": 2, "zero": 1}, {"optimizer": {"kind": "adagrad"}}),
+]
+
+
+@pytest.mark.parametrize("move", [OWN[0], *(pytest.param(move, marks=pytest.mark.long) for move in OWN[1:])], ids=str)
+def test_the_state_of_an_optimizer_that_a_plugin_brings_moves_as_well(tmp_path, move):
+    """The plugin is `tests/own_optimizers.py`. fp32, and bound as the other moves are, but for what signs do:
+
+    a sign turns where rounding moves a gradient through zero, and takes the weight two learning rates away.
+    """
+    outcome = carry_out(move, tmp_path, with_noise=True)
+    assert outcome.same_bits
+    assert outcome.gap < max(1e-5, 4 * outcome.noise)
+
+
+def every_element_has_one_owner(settings: dict) -> None:
+    engine, plan = engine_of(settings)
+    replicated = engine.state.replicated_over_data
+    owned = global_slices(engine.state.runs(), engine.grid, owned_only=True, replicated_over_data=replicated)
+    count = torch.tensor(sum(part.numel() for piece in owned.values() for part in piece.parts.values()))
+    torch.distributed.all_reduce(count)
+    assert int(count) == 3 * parameter_count(plan.model)  # the master and two moments
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"tensor": 2, "context": 2}, {"data": 2, "context": 2, "zero": 1}, {"pipe": 2, "tensor": 2, "model": TIED}],
+    ids=str,
+)
+def test_every_element_is_written_by_one_rank(settings):
+    run_ranks(4, every_element_has_one_owner, settings)
 
 
 def inference_logits(checkpoint: str, out: str, settings: dict) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.config.plan import ModelPlan
-from megatron.engine.distributed import start
+from megatron.engine.distributed import start_layout
 from megatron.engine.modules import Sequential
 from megatron.engine.training import TrainingEngine
 from megatron.model.gpt import gpt_layers, make_loss
@@ -64,7 +64,7 @@ def packed(model: dict, layout: dict) -> tuple[float, float, list[tuple[torch.nn
     """Loss in training and in evaluation of the samples as they are, and each parameter with its gradient."""
     optimizer = {"kind": "sgd", "weight_decay": 0.0, "gradient_clipping": 0.0}
     plan = tiny.plan(**layout, model=model, optimizer=optimizer)
-    grid = start(plan.layout.pipe, plan.layout.model)
+    grid = start_layout(plan.layout)
     engine = TrainingEngine(gpt_layers(plan.model, grid, 1234), make_loss(plan.model, grid), grid, plan)
     shares = samples().view(plan.batch.accumulation_steps, plan.layout.data, plan.batch.micro_size, -1)
     apart = plan.model.keeps_documents_apart
@@ -97,14 +97,14 @@ LAYOUTS = [
     {"pipe": 2, "accumulation": 2, "recompute": 1},
     {"pipe": 2, "tensor": 2, "accumulation": 4},
     {"pipe": 2, "data": 2, "accumulation": 2},
+    {"context": 2, "tensor": 2, "sequence_parallel": True},
 ]
 
 
 def check(model: dict, layout: dict) -> None:
     with one_rank() as grid:
         loss, gradients = alone(replace(tiny.MODEL, **model), grid)
-    world = layout.get("pipe", 1) * layout.get("tensor", 1) * layout.get("data", 1)
-    run_ranks(world, compare, model, layout, loss, gradients, timeout=180)
+    run_ranks(tiny.ranks_of(layout), compare, model, layout, loss, gradients, timeout=180)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(f"{k}{v}" for k, v in layout.items()) or "one")
@@ -113,7 +113,11 @@ def test_every_layout_gives_what_each_document_gives_alone(layout):
 
 
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "rotary"])
-@pytest.mark.parametrize("layout", [{}, {"pipe": 2, "tensor": 2, "accumulation": 2}], ids=["one", "pipe2-tensor2"])
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"pipe": 2, "tensor": 2, "accumulation": 2, "sequence_parallel": True}, {"context": 2, "accumulation": 2}],
+    ids=["one", "pipe2-tensor2-sequence", "context2"],
+)
 def test_every_kind_of_positions_and_attention_does(model, layout):
     check(MODELS[model], layout)
 

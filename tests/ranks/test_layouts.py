@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.engine.distributed import start
+from megatron.engine.distributed import start_layout
 from megatron.engine.training import TrainingEngine
 from megatron.model.gpt import gpt_layers, make_loss
 from megatron.optimizers.schedules import learning_rate
@@ -26,7 +26,7 @@ TOLERANCE = 1e-5
 def train(file: str, steps: int, settings: dict) -> None:
     """Train on this rank; rank 0 writes what it saw."""
     plan = tiny.plan(**settings)
-    grid = start(plan.layout.pipe, plan.layout.model)
+    grid = start_layout(plan.layout)
     engine = TrainingEngine(gpt_layers(plan.model, grid, plan.engine.seed), make_loss(plan.model, grid), grid, plan)
     losses, norms = [], []
     for step in range(steps):
@@ -40,9 +40,8 @@ def train(file: str, steps: int, settings: dict) -> None:
 
 
 def curve(folder: Path, steps: int = STEPS, **settings) -> dict:
-    world = settings.get("pipe", 1) * settings.get("tensor", 1) * settings.get("data", 1)
     file = folder / "curve.json"
-    run_ranks(world, train, str(file), steps, settings, timeout=180)
+    run_ranks(tiny.ranks_of(settings), train, str(file), steps, settings, timeout=180)
     return json.loads(file.read_text())
 
 
@@ -67,6 +66,7 @@ def assert_same(found: dict, wanted: dict) -> None:
     assert abs(found["validation"] - wanted["validation"]) < TOLERANCE
 
 
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 LAYOUTS = [
     {"data": 2},
     {"tensor": 2},
@@ -77,12 +77,24 @@ LAYOUTS = [
     {"data": 2, "zero": 3},
     {"pipe": 2, "data": 2, "zero": 1},
     {"tensor": 2, "data": 2, "zero": 3},
+    {"pipe": 2, "tensor": 2, "sequence_parallel": True},
+    {"context": 2, "tensor": 2, "sequence_parallel": True, "zero": 3},
+    {"context": 2, "data": 2},
+    {"data": 2, "zero": 2, "zero_options": OFFLOAD},
+    {"data": 2, "zero": 3, "zero_options": OFFLOAD | {"offload_param": {"device": "cpu"}}},
 ]
 TIED = {"tied_embeddings": True}
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(f"{k}{v}" for k, v in layout.items()))
+def name_of(layout: dict) -> str:
+    return "-".join(key if isinstance(value, dict) else f"{key}{value}" for key, value in layout.items())
+
+
+# accumulation 1 and 4 in turn; all pairs of everything are in test_layout_table.py, which takes longer
+@pytest.mark.parametrize(
+    ("layout", "accumulation"),
+    [pytest.param(layout, 4 if i % 2 else 1, id=name_of(layout)) for i, layout in enumerate(LAYOUTS)],
+)
 def test_a_layout_trains_like_one_rank(tmp_path, reference, layout, accumulation):
     assert_same(curve(tmp_path, accumulation=accumulation, **layout), reference())
 
@@ -103,11 +115,18 @@ def test_training_learns_and_the_clip_is_at_work(reference):
 DROPOUT = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
 
 
-@pytest.mark.parametrize("layout", [{}, {"pipe": 2}, {"tensor": 2}], ids=str)
+SELECTIVE = {"recompute_selective": True}
+STORED = {"partition_activations": True, "checkpoint_in_cpu": True}
+
+
+@pytest.mark.parametrize(
+    "layout", [{}, {"pipe": 2}, {"tensor": 2}, {"tensor": 2, "sequence_parallel": True}, {"context": 2}], ids=str
+)
 def test_recompute_changes_no_bit(tmp_path, layout):
-    plain = curve(tmp_path, steps=5, accumulation=2, model=DROPOUT, **layout)
-    again = curve(tmp_path, steps=5, accumulation=2, model=DROPOUT, recompute=1, **layout)
-    assert plain == again
+    plain = curve(tmp_path, steps=4, accumulation=2, model=DROPOUT, **layout)
+    for engine in ({}, SELECTIVE, STORED | SELECTIVE, STORED):
+        again = curve(tmp_path, steps=4, accumulation=2, model=DROPOUT, recompute=1, engine=engine, **layout)
+        assert plain == again, engine
 
 
 def test_recompute_in_groups_changes_no_bit(tmp_path):

@@ -26,12 +26,13 @@ def step(model: ModelPlan, grid: ParallelGrid, recompute_layers: int, seed: int 
 
 
 def recompute_body(model: ModelPlan) -> None:
-    grid = ParallelGrid.create(model=dist.get_world_size())
-    plain = step(model, grid, recompute_layers=0)
-    for layers in (1, 2):
-        again = step(model, grid, recompute_layers=layers)
-        different = [name for name in plain if not torch.equal(plain[name], again[name])]
-        assert not different, f"recomputing {layers} layers changes {different}"
+    for sequence_parallel in (False, True)[: dist.get_world_size()]:
+        grid = ParallelGrid.create(model=dist.get_world_size(), sequence_parallel=sequence_parallel)
+        plain = step(model, grid, recompute_layers=0)
+        for layers in (1, 2):
+            again = step(model, grid, recompute_layers=layers)
+            different = [name for name in plain if not torch.equal(plain[name], again[name])]
+            assert not different, f"recomputing {layers} layers changes {different}"
 
 
 @pytest.mark.parametrize("tp", [1, 2])

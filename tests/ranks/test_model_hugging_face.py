@@ -14,7 +14,8 @@ import transformers
 from megatron.config.load import config_from_flat
 from megatron.config.plan import ModelPlan
 from megatron.config.resolve import resolve
-from megatron.convert import gpt2, gpt_neox, llama
+from megatron.convert import gpt2, gpt_neox
+from megatron.convert.llama import llama, olmo2, qwen3
 from megatron.errors import UserError
 from tests.models import random_tensor, random_tokens, spread
 from tests.ranks.logits import assert_logits
@@ -30,6 +31,16 @@ NEOX = {
 }
 GPT2 = {"vocab_size": 101, "n_embd": 40, "n_layer": 3, "n_head": 4, "n_inner": 70, "n_positions": 19}
 LLAMA = {**NEOX, "vocab_size": 101, "num_key_value_heads": 2, "intermediate_size": 86}
+
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
+LLAMA_3_1 = {
+    "rope_type": "llama3",
+    "rope_theta": 20.0,
+    "factor": 4.0,
+    "low_freq_factor": 0.5,
+    "high_freq_factor": 2.0,
+    "original_max_position_embeddings": 16,
+}
 
 CASES: dict[str, tuple[Any, Any, Any]] = {
     "Pythia: parallel residual, a quarter of each head turned": (
@@ -70,6 +81,31 @@ CASES: dict[str, tuple[Any, Any, Any]] = {
             tie_word_embeddings=True,
             rope_parameters={"rope_type": "default", "rope_theta": 700.0},
         ),
+    ),
+    "Llama 3.1: wavelengths stretched, kept and between": (
+        llama,
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig(**LLAMA | {"hidden_size": 96}, rope_parameters=LLAMA_3_1),
+    ),
+    "Llama: positions stretched, heads of another size": (
+        llama,
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig(**LLAMA, head_dim=10, rope_parameters=LINEAR),
+    ),
+    "Qwen 3: each head normalised, heads wider than the hidden size, tied": (
+        qwen3,
+        transformers.Qwen3ForCausalLM,
+        transformers.Qwen3Config(**LLAMA, head_dim=16, rms_norm_eps=1e-3, tie_word_embeddings=True),
+    ),
+    "OLMo 2: all heads normalised together, norms on outputs": (
+        olmo2,
+        transformers.Olmo2ForCausalLM,
+        transformers.Olmo2Config(**LLAMA, rms_norm_eps=1e-3),
+    ),
+    "OLMo 2: without groups, as published, with biases": (
+        olmo2,
+        transformers.Olmo2ForCausalLM,
+        transformers.Olmo2Config(**LLAMA | {"num_key_value_heads": 6}, attention_bias=True),
     ),
 }
 
@@ -135,6 +171,10 @@ def test_a_weight_that_is_missing_or_has_no_place_is_named():
             "Llama has no parallel_residual True",
         ),
         (gpt_neox, "Llama: grouped queries, no biases", {}, "GPTNeoX has no norm 'rmsnorm'"),
+        (gpt_neox, next(iter(CASES)), {"qk_norm": "head"}, "GPTNeoX has no qk_norm 'head'"),
+        (gpt_neox, next(iter(CASES)), {"head_size": 10}, "GPTNeoX has no head_size 10"),
+        (qwen3, "Llama: grouped queries, no biases", {}, "Qwen3 has no qk_norm None"),
+        (olmo2, "Llama: grouped queries, no biases", {"qk_norm": "full"}, "Olmo2 has no norms_on_outputs False"),
         (gpt2, "GPT-2", {"bias_in_mlp": False}, "GPT-2 has no bias_in_mlp False"),
         (gpt2, "GPT-2", {"attention_kinds": ("global", "local", "global")}, "GPT-2 has no local attention"),
     ],
@@ -151,9 +191,9 @@ def test_a_model_that_an_architecture_cannot_hold_is_refused(architecture, case,
         (
             llama,
             transformers.LlamaConfig(
-                **LLAMA, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+                **LLAMA, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
             ),
-            "rope_type 'linear' has no counterpart",
+            "rope_type 'dynamic' has no counterpart",
         ),
         (gpt_neox, transformers.GPTNeoXConfig(**NEOX, hidden_act="mish"), "hidden_act 'mish' has no counterpart"),
         (gpt2, transformers.GPT2Config(**GPT2, scale_attn_weights=False), "scale_attn_weights must be True"),

@@ -27,8 +27,8 @@ def assert_near(actual: Tensor, expected: Tensor, name: str) -> None:
 
 def run(model: ModelPlan, grid: ParallelGrid) -> tuple[Tensor, Tensor, dict[str, torch.nn.Parameter]]:
     """Logits of the true vocabulary, the loss, and the parameters with their gradients."""
-    module, ids = build(model, grid), random_tokens(model, batch=3, length=15)
-    weights = torch.rand(3, 14, generator=torch.Generator().manual_seed(2))
+    module, ids = build(model, grid), random_tokens(model, batch=3, length=13)  # 12 tokens: divisible by 4
+    weights = torch.rand(3, 12, generator=torch.Generator().manual_seed(2))
     logits = module(ids[:, :-1])
     loss = make_loss(model, grid)(logits, (ids[:, 1:], weights))
     loss.backward()
@@ -37,7 +37,14 @@ def run(model: ModelPlan, grid: ParallelGrid) -> tuple[Tensor, Tensor, dict[str,
 
 
 def compare(model: ModelPlan, logits: Tensor, loss: Tensor, gradients: dict[str, Tensor]) -> None:
-    grid = ParallelGrid.create(model=dist.get_world_size())
+    for sequence_parallel in (False, True):
+        grid = ParallelGrid.create(model=dist.get_world_size(), sequence_parallel=sequence_parallel)
+        compare_on(grid, model, logits, loss, gradients)
+
+
+def compare_on(
+    grid: ParallelGrid, model: ModelPlan, logits: Tensor, loss: Tensor, gradients: dict[str, Tensor]
+) -> None:
     our_logits, our_loss, parameters = run(model, grid)
     assert_near(our_logits, logits, "logits")
     assert_near(our_loss, loss, "loss")

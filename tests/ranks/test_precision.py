@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,18 +11,19 @@ import torch
 from torch.testing import assert_close
 
 from megatron.config.plan import LossScalePlan
-from megatron.engine.distributed import start
+from megatron.engine.distributed import be_deterministic, start_layout
+from megatron.engine.modules import Sequential
 from megatron.engine.training import TrainingEngine
 from megatron.model.gpt import gpt_layers, make_loss
 from tests import tiny
-from tests.ranks.moves import allow_fp16_on_cpu
+from tests.ranks.moves import allow_fp16_on_cpu, engine_of
 from tests.ranks.run import run_ranks
 
 RATE = 1e-3
 
 
 def build(plan):
-    grid = start(plan.layout.pipe, plan.layout.model)
+    grid = start_layout(plan.layout)
     return TrainingEngine(gpt_layers(plan.model, grid, plan.engine.seed), make_loss(plan.model, grid), grid, plan)
 
 
@@ -77,8 +79,15 @@ def overflow(folder: str, settings: dict) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"data": 2}, {"data": 2, "zero": 3}, {"tensor": 2}, {"pipe": 2}],
-    ids=["data2", "zero3", "tensor2", "pipe2"],
+    [
+        {"data": 2},
+        {"data": 2, "zero": 3},
+        {"tensor": 2, "sequence_parallel": True},
+        {"pipe": 2},
+        {"context": 2, "zero": 2},
+        {"data": 2, "zero": 1, "zero_options": {"offload_optimizer": {"device": "cpu"}}},
+    ],
+    ids=["data2", "zero3", "tensor2", "pipe2", "context2", "offloaded"],
 )
 def test_an_overflow_is_skipped_and_the_scale_halved_on_all_ranks_alike(tmp_path, settings):
     run_ranks(2, overflow, str(tmp_path), settings)
@@ -116,9 +125,7 @@ def test_bf16_layouts_stay_close_to_one_rank(tmp_path, settings):
 
 def poisoned_step(folder: str, precision: str, settings: dict) -> None:
     """Three steps; in the second, one replica's loss is no number."""
-    allow_fp16_on_cpu()
-    plan = tiny.plan(precision=precision, **settings)
-    engine = build(plan)
+    engine, plan = engine_of({"precision": precision} | settings)
     data_rank = engine.grid.rank("data")
     seen, kept = [], {}
     for step in range(3):
@@ -134,12 +141,14 @@ def poisoned_step(folder: str, precision: str, settings: dict) -> None:
 
 
 POISONED = [{"data": 2}, {"data": 2, "zero": 1}, {"data": 2, "zero": 3}, {"pipe": 2}, {"tensor": 2}]
+OWN = [{"data": 2, "zero": 1, "optimizer": {"kind": "signs"}}, {"data": 2, "optimizer": {"kind": "adagrad"}}]
 POISONED_QUICK = [("fp32", case) for case in POISONED] + [("bf16", POISONED[2]), ("fp16", POISONED[0])]
 
 
 @pytest.mark.parametrize(
     ("precision", "settings"),
     POISONED_QUICK
+    + [("fp32", case) for case in OWN]
     + [
         pytest.param(precision, case, marks=pytest.mark.long)
         for precision in ("bf16", "fp16")
@@ -152,3 +161,68 @@ def test_a_step_whose_gradients_are_no_numbers_changes_nothing_on_any_rank(tmp_p
     run_ranks(2, poisoned_step, str(tmp_path), precision, settings)
     ranks = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
     assert ranks == [[[False, True, False], {"0": False, "1": True, "2": False}, 2]] * 2
+
+
+def deterministic_process() -> None:
+    assert be_deterministic()
+    assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    plan = tiny.plan()
+    engine = build(plan)
+    assert math.isfinite(engine.train_batch(tiny.micro_batches(0, plan, 0), step=0, learning_rate=RATE).loss)
+
+
+def test_a_process_that_is_told_to_be_deterministic_is_and_trains():
+    run_ranks(1, deterministic_process)
+
+
+def gradients_by_hand(plan, grid) -> dict[str, torch.Tensor]:
+    """bf16 gradients of this rank's micro-batches, summed in fp32, and divided by their number."""
+    module = Sequential(gpt_layers(plan.model, grid, plan.engine.seed)).to(torch.bfloat16).train()
+    loss, batches = make_loss(plan.model, grid), tiny.micro_batches(0, plan, grid.rank("data"))
+    sums = {p.global_name: torch.zeros(p.shape) for p in module.parameters()}
+    for inputs, targets in batches:
+        module.zero_grad()
+        (loss(module(inputs), targets) / len(batches)).backward()
+        for parameter in module.parameters():
+            sums[parameter.global_name] += parameter.grad.float()
+    return sums
+
+
+def worst_gradient(settings: dict) -> float:
+    """How far the engine's gradients are from those by hand, averaged over ranks in fp32; of their largest element."""
+    plan = tiny.plan(precision="bf16", optimizer={"gradient_clipping": 0.0}, **settings)
+    engine = build(plan)
+    wanted = gradients_by_hand(plan, engine.grid)
+    for gradient in wanted.values():
+        torch.distributed.all_reduce(gradient)
+        gradient /= plan.layout.data
+    engine.train_batch(tiny.micro_batches(0, plan, engine.grid.rank("data")), step=0, learning_rate=RATE)
+    worst = 0.0
+    for run in engine.state.runs():
+        found = run.tensors["exp_avg"] / (1 - plan.optimizer.betas[0])
+        expected = wanted[run.parameter.global_name].flatten()[run.start : run.start + run.numel]
+        worst = max(worst, float((found - expected).abs().max() / wanted[run.parameter.global_name].abs().max()))
+    return worst
+
+
+def sums_in_fp32(zero: int) -> None:
+    exact = {"engine": {"gradient_accumulation_dtype": "fp32"}}
+    assert worst_gradient({"zero": zero, "accumulation": 8} | exact) < 1e-6
+    assert worst_gradient({"zero": zero, "accumulation": 8}) > 1e-4, "in bf16 each sum is off by 2 ** -9"
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_gradients_of_many_micro_batches_are_summed_in_fp32(zero):
+    """fp32 sums of eight bf16 gradients are the same additions; what is left is the rounding of exp_avg, 1e-7."""
+    run_ranks(1, sums_in_fp32, zero)
+
+
+def averages_in_fp32(zero: int) -> None:
+    exact = {"gradient_accumulation_dtype": "fp32", "fp32_allreduce": True}
+    assert worst_gradient({"zero": zero, "data": 4, "engine": exact}) < 1e-6
+    assert worst_gradient({"zero": zero, "data": 4}) > 1e-4
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_gradients_of_many_replicas_are_averaged_in_fp32(zero):
+    run_ranks(4, averages_in_fp32, zero)

@@ -65,6 +65,15 @@ def test_tasks_are_a_list_that_ends_at_an_override():
     assert overrides(command) == {"seed": 1, "eval_tasks": ("triviaqa", "piqa")}
 
 
+def test_flags_of_the_harness_have_the_names_of_the_harness_and_of_the_keys():
+    expected = {"eval_tasks": ("piqa", "mine_*"), "eval_num_fewshot": 5, "eval_limit": 0.5, "eval_include_path": "mine"}
+    start = ["evaluate.py", "a.yml", "--eval_tasks", "piqa", "mine_*"]
+    short = ["--num_fewshot", "5", "--limit", "0.5", "--include_path", "mine"]
+    long = ["--eval-num-fewshot", "5", "--eval_limit", "0.5", "--eval_include_path", "mine"]
+    assert overrides(parse_command_line([*start, *short])) == expected
+    assert overrides(parse_command_line([*start, *long])) == expected
+
+
 def test_a_file_with_an_equals_sign_in_its_name_is_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b.yml").write_text("")

@@ -186,6 +186,13 @@ def test_files_are_found_without_extension_in_a_folder_and_by_their_folder(write
         assert find_files(files, folder) == ([Path("configs/default.yml")], [])
 
 
+def test_a_name_that_is_both_a_folder_and_a_file_is_taken_for_neither(write):
+    write("llama/default.yml", SHAPE)
+    write("llama.yml", SHAPE)
+    assert problems_of("llama") == ["llama is a folder and llama.yml a file; write llama/ or llama.yml"]
+    assert find_files(["llama/", "llama.yml"]) == ([Path("llama/default.yml"), Path("llama.yml")], [])
+
+
 def test_missing_files_are_all_named_with_the_nearest_one(write):
     write("configs/125M.yml", SHAPE)
     assert problems_of("configs/125m", "nowhere/a.yml", "configs") == [
@@ -225,6 +232,19 @@ def test_a_plugin_named_in_a_file_adds_a_value(write, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     write("loaded_plugin.py", 'DEEPY_REGISTRY = {"norm": {"my_norm": "loaded_plugin:norm"}}')
     assert load_config([write("a.yml", SHAPE + "norm: my_norm\nplugins: [loaded_plugin]\n")]).model.norm == "my_norm"
+
+
+def test_what_a_plugin_brings_is_honoured_though_gpt_neox_has_the_name_too(write, monkeypatch, tmp_path):
+    from megatron import registry
+
+    monkeypatch.setattr(registry, "TABLE", {kind: dict(entries) for kind, entries in registry.TABLE.items()})
+    monkeypatch.syspath_prepend(tmp_path)
+    choice = SHAPE + "optimizer: {type: Lion}\n"
+    with pytest.raises(ConfigError, match=r'optimizer.type \("Lion"\) is not supported'):
+        load_config([write("a.yml", choice)])
+    write("lion_plugin.py", 'DEEPY_REGISTRY = {"optimizer": {"lion": "lion_plugin:lion"}}')
+    config = load_config([write("b.yml", choice + "plugins: [lion_plugin]\n")])
+    assert config.optimizer.optimizer.type == "lion"
 
 
 def test_every_key_is_documented_and_belongs_to_one_group():

@@ -65,6 +65,15 @@ def test_states_are_sharded_stage_by_stage():
     assert bytes_per_parameter(1, optimizer={"type": "SGD"}) == [4, 4, 4]
 
 
+def test_what_is_offloaded_is_the_hosts():
+    offload = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    here = stage_memories(planned(4, zero_optimization={"stage": 3}))[0]
+    away = stage_memories(planned(4, zero_optimization={"stage": 3} | offload))[0]
+    assert (away.weights, away.optimizer, away.host) == (0, 0, here.weights + here.optimizer)
+    assert here.host == 0
+    assert here.peak - away.peak >= here.weights + here.optimizer
+
+
 def test_a_stage_and_a_shard_hold_a_part():
     whole = stage_memories(planned(1))[0]
     split = stage_memories(planned(2, model_parallel_size=2))[0]
@@ -86,6 +95,22 @@ def test_recomputation_keeps_one_hidden_state_for_a_group_of_blocks():
     assert one.activations == one.activations_recomputed < one.activations_kept
     hidden = 8 * 8 * 48 * 4
     assert one.activations - two.activations == 2 * hidden
+
+
+def test_what_recomputation_keeps_is_cut_or_moved_to_the_host():
+    def kept(ranks=2, **keys):
+        plan = planned(ranks, checkpoint_activations=True, model_parallel_size=2, **keys)
+        return stage_memories(plan)[0].activations
+
+    hidden = 4 * 8 * 8 * 48 * 4  # one for each of four blocks
+    assert kept() - kept(partition_activations=True) == hidden // 2
+    assert kept() - kept(checkpoint_in_cpu=True) == hidden
+    assert kept(partition_activations=True, sequence_parallel=True) == kept(sequence_parallel=True)
+    assert (
+        kept()
+        < kept(recompute_granularity="selective")
+        < stage_memories(planned(2, model_parallel_size=2))[0].activations
+    )
 
 
 def test_it_is_said_whether_the_run_fits():
@@ -112,6 +137,7 @@ def test_generation_is_told_its_weights_and_the_room_for_texts():
     "keys",
     [
         {"activation": "gelu_tanh", "checkpoint_activations": True, "zero_optimization": {"stage": 1}},
+        {"activation": "gelu_tanh", "checkpoint_activations": True, "recompute_granularity": "selective"},
         {
             "precision": "bfloat16",
             "pos_emb": "rotary",
@@ -121,7 +147,7 @@ def test_generation_is_told_its_weights_and_the_room_for_texts():
             "gradient_accumulation_steps": 2,
         },
     ],
-    ids=["GPT-2 in fp32, recomputed, ZeRO 1", "gated and grouped in bf16, accumulated"],
+    ids=["GPT-2 in fp32, recomputed, ZeRO 1", "recomputed in part", "gated and grouped in bf16, accumulated"],
 )
 def test_a_real_step_allocates_what_was_estimated(keys):
     sizes = {"hidden_size": 192, "seq_length": 64}
@@ -131,6 +157,27 @@ def test_a_real_step_allocates_what_was_estimated(keys):
     assert at_rest(plan, 0) == pytest.approx(real.rest, rel=0.01)
     assert stage.activations + stage.kept_logits == pytest.approx(real.saved, rel=0.01)
     assert stage.peak == pytest.approx(real.peak, rel=0.05)
+
+
+@pytest.mark.long
+def test_normalised_heads_save_what_was_estimated():
+    shape = {
+        "hidden_size": 96,
+        "seq_length": 64,
+        "num_layers": 2,
+        "pos_emb": "rotary",
+        "num_kv_heads": 4,
+        "head_dim": 24,
+    }
+
+    def saved(**keys):
+        plan = planned(**shape, norm="rmsnorm", zero_optimization={"reduce_bucket_size": 300_000}, **keys)
+        return measure(plan).saved, stage_memories(plan)[0].activations
+
+    plain, estimate = saved()
+    for kind in ("head", "full"):
+        real, estimated = saved(qk_norm=kind)
+        assert estimated - estimate == pytest.approx(real - plain, rel=0.05), kind
 
 
 def test_the_page_has_its_table():

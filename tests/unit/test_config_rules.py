@@ -18,6 +18,50 @@ BROKEN = [
         "hidden_size (48) must be divisible by num_attention_heads (10);",
     ),
     (
+        {"seq_length": 10, "sequence_parallel": True, "model_parallel_size": 4},
+        "seq_length (10) must be divisible by model_parallel_size (4), as sequence_parallel is true; 12 would work",
+    ),
+    (
+        {"seq_length": 9, "context_parallel_size": 2},
+        "seq_length (9) must be divisible by context_parallel_size (2); 10 would work",
+    ),
+    (
+        {"num_kv_heads": 4, "context_parallel_size": 4, "model_parallel_size": 2},
+        "num_kv_heads (4) / model_parallel_size (2) must be divisible by context_parallel_size (4); 1 or 2 would work",
+    ),
+    (
+        {"context_parallel_size": 2, "pipe_parallel_size": 2},
+        "context_parallel_size (2) excludes a pipeline (pipe_parallel_size 2)",
+    ),
+    ({"head_dim": 5, "pos_emb": "rotary"}, "rotary_pct (1) turns 5 of the 5 elements of a head"),
+    ({"norm_placement": "output", "gpt_j_residual": True}, "norm_placement (output) and gpt_j_residual (true) exclude"),
+    ({"qk_norm": "head"}, "qk_norm (head) is an RMSNorm and norm is layernorm; set norm to rmsnorm"),
+    (
+        {"pos_emb": "rotary", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        "rope_scaling.rope_type (llama3) needs low_freq_factor, high_freq_factor, original_max_position_embeddings",
+    ),
+    (
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        "rope_scaling.rope_type (linear) needs pos_emb rotary, not learned",
+    ),
+    (
+        {"pos_emb": "rotary", "rope_scaling": {"factor": 2.0}},
+        "rope_scaling: rope_type default has no use for factor",
+    ),
+    (
+        {
+            "pos_emb": "rotary",
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 4.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 4,
+            },
+        },
+        "rope_scaling.low_freq_factor (4) must be below high_freq_factor (4)",
+    ),
+    (
         {"model_parallel_size": 8},
         "num_attention_heads (12) must be divisible by model_parallel_size (8); 4, 6 or 12 would work",
     ),
@@ -52,6 +96,30 @@ BROKEN = [
     ({"pipe_parallel_size": 8}, "num_layers (4) must be at least pipe_parallel_size (8)"),
     ({"pipe_parallel_size": 2, "zero_optimization": {"stage": 2}}, "zero_optimization.stage (2) excludes a pipeline"),
     (
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+        "zero_optimization.offload_optimizer (cpu) needs zero_optimization.stage 1, 2 or 3, not 0",
+    ),
+    (
+        {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+        "zero_optimization.offload_param (cpu) needs zero_optimization.stage 3, not 2",
+    ),
+    (
+        {"recompute_granularity": "selective"},
+        "recompute_granularity (selective) needs checkpoint_activations (false); set it to true",
+    ),
+    (
+        {
+            "recompute_granularity": "selective",
+            "checkpoint_activations": True,
+            "zero_optimization": {"stage": 3},
+        },
+        "recompute_granularity (selective) excludes zero_optimization.stage 3",
+    ),
+    (
+        {"recompute_granularity": "selective", "checkpoint_activations": True, "compile": True},
+        "recompute_granularity (selective) and compile (true) exclude each other",
+    ),
+    (
         {"pipe_partition_method": "best"},
         '("best") must be "type:REGEX", "parameters" or "uniform"',
     ),
@@ -73,6 +141,7 @@ BROKEN = [
     ({"iteration": 5}, "iteration (5) needs load"),
     ({"text_gen_type": "input-file"}, "needs sample_input_file"),
     ({"include": "localhost:0", "num_gpus": 1}, "include (localhost:0) and num_gpus (1) exclude each other"),
+    ({"eval_num_fewshot": 5, "eval_limit": 0.5}, "eval_num_fewshot (5) and eval_limit (0.5) mean nothing without"),
 ]
 
 
@@ -92,6 +161,7 @@ RIGHT = [
     {"pipe_parallel_size": 4, "zero_optimization": {"stage": 1}},
     {"pipe_partition_method": "type:transformer|mlp"},
     {"weight_decay": 0.2, "optimizer": {"params": {"weight_decay": 0.2}}},
+    {"eval_num_fewshot": 0, "eval_limit": 10, "eval_include_path": "mine", "eval_tasks": ["piqa"]},
     {"optimizer": {"params": {"weight_decay": 0.2}}},
     {"fp16": {"fp16": True, "enabled": True}, "precision": "fp16"},
     {"split": "1"},

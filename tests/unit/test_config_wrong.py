@@ -76,9 +76,9 @@ PAIRS = [
     ("finetune: true", "finetune: true\nload: there", ["finetune (true) needs load"]),
     ("moe_num_experts: 8", "moe_num_experts: 1", ["F:9: moe_num_experts (8) is not supported"]),
     (
-        "zero_optimization: {cpu_offload: true}",
-        "zero_optimization: {cpu_offload: false}",
-        ["F:9", "cpu_offload (true)"],
+        "zero_optimization: {stage: 1, offload_param: {device: cpu}}",
+        "zero_optimization: {stage: 3, offload_param: {device: cpu}}",
+        ["zero_optimization.offload_param (cpu) needs zero_optimization.stage 3, not 1"],
     ),
 ]
 PROGRAM = """

@@ -30,7 +30,8 @@ MIX_INS = {
 MODELS = [name for name in FILES if name not in MIX_INS]
 
 # Parameters with the vocabulary the weights were published with: sums over the published weights' shapes, as Hugging
-# Face shows them for gpt2*, EleutherAI/pythia-*, EleutherAI/gpt-neox-20b, meta-llama/*, mistralai/Mistral-7B-v0.1.
+# Face shows them for gpt2*, EleutherAI/pythia-*, EleutherAI/gpt-neox-20b, meta-llama/*, mistralai/Mistral-7B-v0.1,
+# Qwen/Qwen3-* (0.6B is counted once where its files hold the tied embedding twice), allenai/OLMo-2-1124-7B.
 PUBLISHED = {
     "gpt2/124M": (50257, 124_439_808),
     "gpt2/355M": (50257, 354_823_168),
@@ -52,7 +53,12 @@ PUBLISHED = {
     "llama2/70B": (32000, 68_976_648_192),
     "llama3/8B": (128256, 8_030_261_248),
     "llama3/70B": (128256, 70_553_706_496),
+    "llama3-1/8B": (128256, 8_030_261_248),
+    "llama3-1/70B": (128256, 70_553_706_496),
     "mistral/7B": (32000, 7_241_732_096),
+    "qwen3/0-6B": (151936, 596_049_920),
+    "qwen3/8B": (151936, 8_190_735_360),
+    "olmo2/7B": (100352, 7_298_617_344),
 }
 # To three digits, with an embedding and a head of 50,304 rows: the sizes of GPT-3's table and their neighbours.
 ROUNDED = {
@@ -140,6 +146,7 @@ def test_the_commands_of_guides_are_understood(command, capsys):
     [
         "evaluate.py ./configs/20B.yml --eval_tasks triviaqa piqa",
         "evaluate.py -d configs 125M local_setup --eval_tasks lambada_openai piqa",
+        "evaluate.py configs --eval_tasks mine --include_path tasks --num_fewshot 5 --limit 10 --eval_results_prefix P",
     ],
 )
 def test_the_commands_of_guides_for_evaluation_are_understood(command, capsys):

@@ -64,8 +64,16 @@ def test_empty_documents_are_left_out_and_counted(tmp_path: Path) -> None:
     assert documents(job.prefix("text")) == [b"a", b"b", b" "]
 
 
-def test_files_are_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
-    tokenizer = EncoderSettings(TokenizerSettings("HFTokenizer", bpe_file(tmp_path)))
+@dataclass(frozen=True)
+class InThreads(EncoderSettings):
+    """The tokenizer's own library, with threads for workers."""
+
+    in_threads = True
+
+
+@pytest.mark.parametrize("settings", [EncoderSettings, InThreads])
+def test_files_are_the_same_for_any_number_of_workers(tmp_path: Path, settings: type[EncoderSettings]) -> None:
+    tokenizer = settings(TokenizerSettings("HFTokenizer", bpe_file(tmp_path)))
     path = jsonl(tmp_path / "x.jsonl", [{"text": f"{n} {TEXT[n % 3] * (n % 5)}"} for n in range(3000)])
     results = []
     for workers in (1, 2, 3):
@@ -151,6 +159,7 @@ class Dying:
     """A tokenizer whose worker is killed, as for want of memory."""
 
     parent: int
+    in_threads: bool = False
 
     def __call__(self) -> Any:
         if os.getpid() != self.parent:

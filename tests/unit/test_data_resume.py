@@ -188,6 +188,7 @@ class Lying:
 
     tokenizer: TokenizerSettings
     wrong: str
+    in_threads: bool
     differing: Ranges = ()
 
     def __call__(self) -> Encoder:
@@ -206,16 +207,18 @@ class Lying:
         return "lying"
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("workers", "in_threads"), [(1, False), (2, False), (2, True), (5, True)])
 @pytest.mark.parametrize("wrong", ["ß", "z"])
-def test_what_a_wrong_backend_wrote_before_the_alarm_is_done_again(tmp_path: Path, wrong: str, workers: int) -> None:
+def test_what_a_wrong_backend_wrote_before_the_alarm_is_done_again(
+    tmp_path: Path, wrong: str, workers: int, in_threads: bool
+) -> None:
     tokenizer = TokenizerSettings("HFTokenizer", bpe_file(tmp_path))
     path = tmp_path / "x.jsonl"
     texts = [f"{TEXT[number % 2]} {number}" + (f" stra{wrong}e" if number % 5 == 3 else " ö") for number in range(1500)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     job = Job((str(path),), str(tmp_path / "out"), chunk_bytes=3000, checkpoint_seconds=0, workers=workers)
     said: list[str] = []
-    totals = preprocess(job, Lying(tokenizer, wrong), announce=said.append)
+    totals = preprocess(job, Lying(tokenizer, wrong, in_threads), announce=said.append)
     right = replace(job, output_prefix=str(tmp_path / "right"))
     preprocess(right, EncoderSettings(tokenizer))
     assert files_of(job) == files_of(right)

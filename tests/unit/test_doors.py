@@ -77,6 +77,35 @@ def test_an_unknown_key_is_found_before_torch_is_imported(tmp_path):
     assert " torch\n" not in result.stderr
 
 
+PROGRAM = """
+import sys
+from megatron.doors import run
+from megatron.errors import UserError, work_begins
+
+def target(config):
+    if config.training.seed == 1:
+        raise UserError("a folder is missing")
+    with work_begins():
+        raise UserError("an id that no tokenizer made")
+
+sys.modules["target"] = sys.modules["__main__"]
+sys.argv = ["train.py", "data_impl=mock", "num_layers=1", "hidden_size=8", "num_attention_heads=1", "seq_length=8",
+            "train_iters=1", "train_batch_size=1", "seed=" + sys.argv[1]]
+sys.exit(run("train.py", "target:target"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("seed", "code", "said"), [(1, 2, "a folder is missing\n"), (2, 1, "error: an id that no tokenizer made\n")]
+)
+def test_what_the_user_can_mend_is_exit_code_2_until_work_begins(seed, code, said, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "default.yml").write_text("{}")
+    done = subprocess.run([sys.executable, "program.py", str(seed)], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
 CHECK = """
 import sys
 from megatron.doors import enter
@@ -91,6 +120,13 @@ def test_inside_evaluate_py_the_package_evaluate_is_not_ours(tmp_path):
     code = CHECK.format(door=str(ROOT / "evaluate.py"))
     result = run(sys.executable, "-c", code, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
     assert result.stdout.strip() == str(tmp_path / "evaluate.py"), result.stderr
+
+
+def test_inside_evaluate_py_the_package_evaluate_is_the_one_that_the_harness_imports():
+    code = CHECK.format(door=str(ROOT / "evaluate.py")).replace("import evaluate", "from importlib import util")
+    code = code.replace("evaluate.__file__", "util.find_spec('evaluate').origin")
+    result = run(sys.executable, "-c", code, PYTHONPATH=str(ROOT))
+    assert result.stdout.strip() == f"{sysconfig.get_path('purelib')}/evaluate/__init__.py", result.stderr
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -111,11 +111,6 @@ def test_the_results_file_has_prefix_and_time_in_its_name_and_lies_with_the_run(
     assert path(save="run", eval_results_prefix="out/x") == "out/x_eval_results_03-04-2026-05-06-07.json"
 
 
-def test_tasks_of_the_harness_are_refused_with_a_clear_line():
-    with pytest.raises(UserError, match="eval_tasks: harness tasks are not supported yet"):
-        evaluate(config_from_flat(MODEL | {"eval_tasks": ["piqa"], "load": "somewhere"}))
-
-
 def test_an_evaluation_without_a_checkpoint_names_the_folder(tmp_path):
     with pytest.raises(UserError, match=f"no checkpoint in {tmp_path}"):
         evaluate(config_from_flat(MODEL | {"save": str(tmp_path)}))

@@ -10,7 +10,7 @@ from megatron.errors import UserError
 from megatron.generation.decoding import Continuation
 from megatron.generation.prompts import encode_prompts, read_prompts, typed_prompts
 from megatron.generation.records import JsonLinesFile, record
-from megatron.generation.run import Prompt, prompt_source, write_all
+from megatron.generation.run import Prompt, ignored_at_a_prompt, prompt_source, write_all
 from megatron.tokenizer.build import build_tokenizer
 from tests.ranks.run import one_rank
 from tests.trained import one_rank_model
@@ -73,6 +73,16 @@ def test_no_prompt_is_the_beginning_of_a_document(tokenizer):
 )
 def test_prompts_come_from_where_the_keys_say(keys, source):
     assert prompt_source(GenerationKeys(**keys)) == source
+
+
+def test_what_has_no_effect_where_prompts_are_typed_in_is_said():
+    keys = {"text_gen_type": "interactive", "temperature": 0.5}
+    assert ignored_at_a_prompt(GenerationKeys(**keys)) == []
+    assert ignored_at_a_prompt(GenerationKeys(**keys, num_samples=4, return_logits=True, sample_output_file="o")) == [
+        "num_samples (4) has no effect: text_gen_type is interactive, each prompt gets one text",
+        "return_logits (True) has no effect: text_gen_type is interactive, the text alone is shown",
+        "sample_output_file (o) has no effect: text_gen_type is interactive, texts are shown, not written",
+    ]
 
 
 @pytest.mark.parametrize(

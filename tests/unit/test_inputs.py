@@ -73,3 +73,14 @@ def test_what_does_not_change_the_function_may_differ(tmp_path, change):
 def test_every_setting_that_is_compared_is_one_of_the_plan():
     plan = resolve(config_from_flat(MODEL), 1, 257, inference=True).model
     assert {field for field in FUNCTION if not hasattr(plan, field)} == {"local_layers"}
+
+
+def test_what_the_other_run_used_besides_the_model_need_not_be_known_here(tmp_path):
+    """Such as its plugins, which are not imported because a file says so, and the names they brought."""
+    written = {"plugins": ["not_here"], "optimizer": {"type": "of_that_plugin"}, "tokenizer_type": "of_that_plugin"}
+    (tmp_path / "config.json").write_text(json.dumps(MODEL | written))
+    model = resolve(config_from_flat(MODEL), 1, 257, inference=True).model
+    check_same_model(model, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(MODEL | {"a_newer_key": 1}))
+    with pytest.raises(UserError, match="a_newer_key"):
+        check_same_model(model, tmp_path)

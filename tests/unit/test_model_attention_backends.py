@@ -59,9 +59,11 @@ def test_attention_dropout_keeps_the_mean_and_changes_the_values(kind):
     assert (samples.mean(0) - exact).abs().max() < 0.1
 
 
-def flash_attn_func(query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, causal: bool = False) -> Tensor:
+def flash_attn_func(
+    query: Tensor, key: Tensor, value: Tensor, dropout_p=0.0, causal=False, deterministic=False
+) -> Tensor:
     """What the package computes, as its documentation has it: causal order is counted from the last key."""
-    assert causal and dropout_p == 0
+    assert causal and dropout_p == 0 and deterministic == torch.are_deterministic_algorithms_enabled()
     return written_out(query, key, value, order(query.shape[1], key.shape[1], None)).to(query.dtype)
 
 
@@ -96,11 +98,11 @@ def test_the_start_up_line_names_the_kernel_and_the_reason():
     model = small(attention_kinds=("flash", "local", "flash"), sliding_window=WINDOW)
     assert describe_attention(model, CPU, torch.bfloat16) == [
         "attention: flash in 2 of 3 layers: torch's scaled_dot_product_attention,"
-        " because flash-attn needs a GPU and this is the CPU",
+        " because flash-attn needs a GPU and this is the CPU, compiled: blocks of 128 queries",
         "attention: local in 1 of 3 layers: torch's scaled_dot_product_attention with a window of 4 tokens",
     ]
     assert describe_attention(small(), CPU, torch.float32) == [
-        "attention: global in 3 of 3 layers: torch's scaled_dot_product_attention"
+        "attention: global in 3 of 3 layers: torch's scaled_dot_product_attention, compiled: blocks of 128 queries"
     ]
     flash = FlashAttention(flash_attn_func)
     assert flash.describe(torch.float16) == "flash_attn_func of the package flash-attn"

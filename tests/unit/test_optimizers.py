@@ -7,8 +7,10 @@ import torch
 
 from megatron import registry
 from megatron.config.plan import OptimizerPlan, SchedulePlan
-from megatron.optimizers.build import build_optimizer, state_names
+from megatron.errors import UserError
+from megatron.optimizers.build import build_optimizer
 from megatron.optimizers.schedules import learning_rate
+from megatron.optimizers.traits import traits_of
 
 
 @pytest.mark.parametrize("kind", registry.names("lr_schedule"))
@@ -47,12 +49,48 @@ def test_matrices_decay_and_vectors_do_not():
     assert decay == {id(module.weight): 0.1, id(module.bias): 0.0}
 
 
-@pytest.mark.parametrize("kind", registry.names("optimizer"))
-def test_the_state_an_optimizer_keeps_is_the_state_we_save(kind):
-    parameter = torch.nn.Parameter(torch.ones(3, 2))
-    plan = OptimizerPlan(kind, 0.1, (0.9, 0.95), 1e-8, weight_decay=0.1, gradient_clipping=1.0)
-    optimizer = build_optimizer([parameter], plan)
-    parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    shaped = {name for name, value in optimizer.state[parameter].items() if value.shape == parameter.shape}
-    assert shaped == set(state_names(optimizer))
+KINDS = registry.names("optimizer")
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    """The registry with the names of a plugin, for one test."""
+    monkeypatch.setitem(registry.TABLE, "optimizer", dict(registry.TABLE["optimizer"]))
+    registry.load_plugins(["tests.own_optimizers"])
+
+
+def optimizer_plan(kind: str) -> OptimizerPlan:
+    return OptimizerPlan(kind, 0.1, (0.9, 0.95), 1e-8, weight_decay=0.1, gradient_clipping=1.0)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "signs", "adagrad"])
+def test_the_state_an_optimizer_keeps_is_found_out_and_can_be_made_before_its_first_step(plugin, kind):
+    traits = traits_of(optimizer_plan(kind))
+    ends = []
+    for made_before in (False, True):
+        parameter = torch.nn.Parameter(torch.ones(3, 2))
+        optimizer = build_optimizer([parameter], optimizer_plan(kind))
+        if made_before:
+            optimizer.state.clear()
+            traits.fill(optimizer.state[parameter], parameter)
+        for value in (1.0, -2.0):
+            parameter.grad = torch.full_like(parameter, value)
+            optimizer.step()
+        state = optimizer.state[parameter]
+        assert {name for name, value in state.items() if value is not None} == {*traits.moments, *traits.counters}
+        assert all(state[name] == 2 for name in traits.counters)
+        ends.append([parameter.detach(), *(state[name] for name in traits.moments)])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("muon", "Muon only supports 2D parameters"),
+        ("nadam", "it keeps mu_product"),
+        ("whole_norm", "a matrix and the same numbers in a row get different updates"),
+    ],
+)
+def test_an_optimizer_that_sharding_would_change_is_refused_with_the_reason(plugin, kind, reason):
+    with pytest.raises(UserError, match=f'optimizer "{kind}" cannot be sharded.*{reason}'):
+        traits_of(optimizer_plan(kind))

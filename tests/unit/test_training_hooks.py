@@ -78,6 +78,28 @@ def test_one_bad_batch_is_passed_over_and_too_many_in_a_row_end_the_run():
         hook.after_step(finished(6, math.nan, None, skipped=True))
 
 
+def scaled(number: int, scale: float, skipped: bool = True) -> FinishedStep:
+    return FinishedStep(TrainState(number), StepOutput(torch.tensor(math.inf), None, scale, skipped), 1e-3, False)
+
+
+def test_a_loss_scale_may_fall_for_long_and_at_its_lowest_patience_is_as_ever():
+    hook = Divergence(patience=3, lowest_scale=1.0)
+    for number, scale in enumerate([16, 8, 4, 2, 1, 1], 1):
+        hook.after_step(scaled(number, scale))
+    hook.after_step(scaled(7, 1, skipped=False))
+    for number in (8, 9):
+        hook.after_step(scaled(number, 1))
+    with pytest.raises(RunError, match=r"the last 3 steps, up to step 10,.*loss scale 1, which is its lowest\)"):
+        hook.after_step(scaled(10, 1))
+
+
+def test_a_loss_scale_does_not_fall_for_ever():
+    hook = Divergence(patience=3, lowest_scale=1.0)
+    with pytest.raises(RunError, match=r"the last 100 steps,.*loss scale 2\)"):
+        for number in range(101):
+            hook.after_step(scaled(number, 2))
+
+
 def test_a_run_that_has_diverged_is_not_saved_once_more():
     order = registry.names("hook")
     assert order.index("report") < order.index("divergence") < order.index("saving")

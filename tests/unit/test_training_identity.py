@@ -48,6 +48,7 @@ def check(changes, tokenizer, checkpoint):
         {"save": "elsewhere"},
         {"train_iters": 20},
         {"bf16": {"enabled": True}},
+        {"optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "betas": [0.8, 0.9]}}},
     ],
     ids=str,
 )
@@ -65,6 +66,16 @@ def test_every_difference_is_listed_with_both_values(checkpoint, tokenizer):
     assert "data_path is data/other here, and was data/text there" in said
     assert "seq_length is 64 here, and was 32 there" in said
     assert "allow_changes=[seed, data]" in said
+
+
+def test_another_optimizer_is_refused_unless_its_state_is_not_loaded(checkpoint, tokenizer):
+    """Its tensors may have the names of the other's and mean something else."""
+    changes = {"optimizer": {"type": "SGD", "params": {"lr": 1e-3}}}
+    with pytest.raises(UserError) as error:
+        check(changes | {"seed": 1}, tokenizer, checkpoint)
+    assert "optimizer.type is sgd here, and was adam there" in str(error.value)
+    assert "allow_changes=[seed] no_load_optim=true" in str(error.value)
+    check(changes | {"no_load_optim": True}, tokenizer, checkpoint)
 
 
 def test_what_is_allowed_by_name_may_differ_and_nothing_else(checkpoint, tokenizer):

@@ -1,0 +1,182 @@
+"""What the harness takes for a language model: text in, likelihoods and continuations out.
+
+Tokenizing and cutting follow the harness's own `hf` model, so that the same weights get the same scores. Requests are
+sorted by length and cut into batches here; the team computes them.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, TypeVar
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from megatron.errors import UserError
+from megatron.generation.sampling import Sampling
+from megatron.harness.continuing import Opening, Wish, continue_openings
+from megatron.harness.scoring import Likelihood, Row, score_rows
+from megatron.harness.team import Team
+from megatron.text import well_formed
+from megatron.tokenizer.base import Tokenizer
+
+Item = TypeVar("Item")
+Tokenized = tuple[Any, list[int], list[int]]  # the strings, the ids of the context, the ids of the continuation
+MAXIMUM_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given
+UNDERSTOOD = {*MAXIMUM_TOKENS, "until", "do_sample", "temperature", "top_k", "top_p"}
+HARMLESS = {"num_beams": 1}
+
+
+class HarnessModel(TemplateLM):
+    """A trained model for the harness, on the first rank."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, context: int, batch: int, seed: int, open_team: Callable[[], Team]
+    ) -> None:
+        """context: tokens that the model sees at once. batch: texts computed together on a replica.
+
+        open_team: lets the ranks meet and loads the weights; called for the first request, when all that can be wrong
+        with the tasks has been found.
+        """
+        super().__init__()
+        self._tokenizer, self._context, self._batch, self._seed = tokenizer, context, batch, seed
+        self._open_team = open_team
+        self.was_needed = False
+        self._prefix = tokenizer.affixes[0][0] if tokenizer.affixes[0] else tokenizer.end_of_document
+        self._prefix_text = tokenizer.decode([self._prefix])
+
+    @cached_property
+    def team(self) -> Team:
+        """The ranks that compute."""
+        self.was_needed = True
+        return self._open_team()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the ranks have met and the weights are loaded; `was_needed`: whether that was tried."""
+        return "team" in self.__dict__
+
+    @property
+    def eot_token_id(self) -> int:
+        """What ends a document."""
+        return self._tokenizer.end_of_document
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What the first token of a text is predicted from: the tokenizer's beginning of text, else the end of one."""
+        return self._prefix
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens the model sees at once."""
+        return self._context
+
+    @property
+    def max_gen_toks(self) -> int:
+        """The longest continuation, where a task says nothing: the harness's number."""
+        return 256
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's caches."""
+        return self._tokenizer.fingerprint
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids, with what the tokenizer puts around a text unless that is there already or not wanted."""
+        begins = bool(self._prefix_text) and string.startswith(self._prefix_text)
+        if add_special_tokens is False or (add_special_tokens is None and begins):
+            return self._tokenizer.encode_bare([well_formed(string)])[0]
+        return self._tokenizer.encode(string)
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Likelihood]:
+        """The likelihood of each continuation after its context, which is cut on the left where it is too long."""
+        found: list[Likelihood] = super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
+        return found
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of each whole text, in windows of `max_length` tokens; an empty text has 0."""
+        windows: list[Tokenized] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            pairs = get_rolling_token_windows(ids, self._prefix, max_seq_len=self._context, context_len=1)
+            windows += [(None, *make_disjoint_window(pair)) for pair in pairs]
+            owners += [owner] * (len(windows) - len(owners))
+        totals = [0.0] * len(requests)
+        for owner, (likelihood, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += likelihood
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """A continuation of each context, up to what its task says that ends it."""
+        openings = [self._opening(number, request) for number, request in enumerate(requests)]
+        batches: list[list[int]] = []
+        for wish in dict.fromkeys(opening.wish for opening in openings):
+            numbers = [number for number, opening in enumerate(openings) if opening.wish == wish]
+            batches += self._batches(numbers, lambda number: len(openings[number].ids))
+        shares = [[openings[number] for number in batch] for batch in batches]
+        return in_order(batches, self.team.ask(continue_openings, shares, "generate_until") if shares else [])
+
+    def _loglikelihood_tokens(self, requests: Sequence[Tokenized], **_: Any) -> list[Likelihood]:
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for number, request in enumerate(requests):
+            rows.setdefault(self._tokens_to_read(request), []).append(number)
+        batches = self._batches(list(rows), len)
+        shares = [[Row(tokens, tuple(tuple(requests[n][2]) for n in rows[tokens])) for tokens in b] for b in batches]
+        answers = self.team.ask(score_rows, shares, "loglikelihood") if shares else []
+        numbers = [[rows[tokens] for tokens in batch] for batch in batches]
+        return in_order([n for batch in numbers for n in batch], [row for answer in answers for row in answer])
+
+    def _tokens_to_read(self, request: Tokenized) -> tuple[int, ...]:
+        """All but the last token of context and continuation, as many as the model sees at once."""
+        strings, context, continuation = request
+        if not 0 < len(continuation) <= self._context:
+            raise UserError(
+                f"eval_tasks: an answer of {len(continuation)} tokens cannot be scored; the model's context is "
+                f"{self._context} (max_position_embeddings): {str(strings)[-80:]}"
+            )
+        whole = [*(context or [self._prefix]), *continuation]
+        return tuple(whole[-self._context - 1 : -1])
+
+    def _opening(self, number: int, request: Any) -> Opening:
+        text, options = request.args
+        wish = self._wish(request.task_name, options)
+        ids = self.tok_encode(text)[wish.maximum_tokens - self._context :]
+        return Opening(tuple(ids or [self._prefix]), wish, f"{self._seed}/{number}")
+
+    def _wish(self, task: str, options: Mapping[str, Any]) -> Wish:
+        """What a task's generation_kwargs ask for. Raises UserError for what cannot be had."""
+        unknown = [key for key in options if key not in UNDERSTOOD and options[key] != HARMLESS.get(key)]
+        tokens = next((int(options[key]) for key in MAXIMUM_TOKENS if key in options), self.max_gen_toks)
+        if unknown:
+            raise UserError(
+                f"eval_tasks: {task} asks for {', '.join(unknown)} in its generation_kwargs: not known here"
+            )
+        if tokens >= self._context:
+            raise UserError(
+                f"eval_tasks: {task} wants up to {tokens} tokens (max_gen_toks), which leaves no room for a prompt in "
+                f"the model's context of {self._context} (max_position_embeddings)"
+            )
+        until = options.get("until") or []
+        ends = [until] if isinstance(until, str) else list(until)
+        ends.append(self._tokenizer.decode([self.eot_token_id]))
+        return Wish(sampling(options), tokens, tuple(dict.fromkeys(filter(None, ends))))
+
+    def _batches(self, items: Sequence[Item], length: Callable[[Item], int]) -> list[list[Item]]:
+        """The longest first: what does not fit into memory fails at once, and a batch has little padding."""
+        ordered = sorted(items, key=length, reverse=True)
+        return [ordered[first : first + self._batch] for first in range(0, len(ordered), self._batch)]
+
+
+def sampling(options: Mapping[str, Any]) -> Sampling:
+    """Greedy unless a task wants otherwise: a temperature above 0 means sampling, do_sample: false means not."""
+    temperature = float(options.get("temperature") or 0.0)
+    if not options.get("do_sample", temperature > 0):
+        return Sampling()
+    return Sampling(temperature, int(options.get("top_k") or 0), float(options.get("top_p") or 0.0))
+
+
+def in_order(numbers: Sequence[Sequence[int]], answers: Sequence[Sequence[Item]]) -> list[Item]:
+    """Answers that came in groups, by the number that each group gives to each."""
+    pairs = [pair for group, found in zip(numbers, answers, strict=True) for pair in zip(group, found, strict=True)]
+    return [answer for _, answer in sorted(pairs, key=lambda pair: pair[0])]

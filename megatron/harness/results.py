@@ -1,0 +1,40 @@
+"""The harness's results for a file and for a reader."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lm_eval.utils import handle_non_serializable, make_table
+
+
+def as_json(results: Mapping[str, Any]) -> str:
+    """The harness's own form of its results."""
+    return json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n"
+
+
+def as_table(results: Mapping[str, Any]) -> str:
+    """The harness's tables, with the number of documents beside each name."""
+    columns = [column for column in ("results", "groups") if results.get(column)]
+    return "\n".join(make_table({**results, column: _with_counts(results, column)}, column) for column in columns)
+
+
+def _with_counts(results: Mapping[str, Any], column: str) -> dict[str, Any]:
+    return {
+        name: {**scores, "alias": f"{scores.get('alias', name)} ({_documents(results, name)})"}
+        for name, scores in results[column].items()
+    }
+
+
+def _documents(results: Mapping[str, Any], name: str) -> str:
+    """How many documents a score is over: "1,838 documents", or "10 of 1,838 documents"."""
+    used, there = _count(results, name)
+    return f"{used:,} documents" if used == there else f"{used:,} of {there:,} documents"
+
+
+def _count(results: Mapping[str, Any], name: str) -> tuple[int, int]:
+    """Documents used and documents there are; of a group, those of its tasks."""
+    counts = results["n-samples"].get(name)
+    if counts is not None:
+        return counts["effective"], counts["original"]
+    parts = [_count(results, part) for part in results.get("group_subtasks", {}).get(name, ())]
+    return sum(used for used, _ in parts), sum(there for _, there in parts)

@@ -1,0 +1,35 @@
+"""The tasks that are asked for, found among those of the harness and of a folder of one's own."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from megatron.errors import UserError
+from megatron.registry import nearest
+
+
+def check_harness(include_path: str | None) -> None:
+    """Raise UserError where the harness is not installed, or the folder of one's own tasks is not there."""
+    if find_spec("lm_eval") is None:
+        raise UserError('eval_tasks needs the lm-evaluation-harness: pip install "lm-eval>=0.4.9", or -e ".[eval]"')
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UserError(f"eval_include_path ({include_path}) is not a folder")
+
+
+def find_tasks(patterns: Sequence[str], manager: Any) -> list[str]:
+    """Names of tasks, groups and tags that match `patterns` (`*` and `?` as in file names), each once.
+
+    manager: the harness's TaskManager. Raises UserError with the nearest name for each pattern that nothing matches.
+    """
+    matches = {pattern: manager.match_tasks([pattern]) for pattern in patterns}
+    problems = [_no_such_task(pattern, manager.all_tasks) for pattern, names in matches.items() if not names]
+    if problems:
+        raise UserError(*problems)
+    return list(dict.fromkeys(name for names in matches.values() for name in names))
+
+
+def _no_such_task(pattern: str, known: Sequence[str]) -> str:
+    near = nearest(pattern, known)
+    hint = f' Did you mean "{near}"?' if near else " eval_include_path names a folder with tasks of your own."
+    return f'eval_tasks: the harness has no task "{pattern}".{hint}'

@@ -1,0 +1,97 @@
+"""What is taken from a checkpoint and what is not, that all ranks take the same one, and what taking it costs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.checkpoint_load import HIDDEN, SOURCE, TARGETS, measure
+from megatron.checkpoint.state import TrainState
+from megatron.checkpoint.store import agree_on_checkpoint
+from megatron.config.run_keys import CheckpointKeys
+from megatron.errors import RunError
+from megatron.training.start import begin
+from tests.ranks.moves import engine_of, layout_name, run_steps, tensors, train
+from tests.ranks.run import run_ranks
+
+STEPS = 6
+SETTINGS = {"data": 2, "zero": 1, "model": {"hidden_dropout": 0.1}}
+FRESH_SCALE = 256.0
+
+
+def begin_with(checkpoint: str, precision: str, **keys: bool):
+    """A fresh engine, brought to where a run with these keys begins."""
+    engine, plan = engine_of(SETTINGS | {"precision": precision})
+    state, _ = begin(engine, Path(checkpoint), CheckpointKeys(**keys))
+    return engine, plan, state
+
+
+def taken_from(engine, kind: str, stored: dict[str, torch.Tensor]) -> bool:
+    """Whether this rank's state of a kind is that of the checkpoint; its pieces are compared by their sums."""
+    mine: dict[str, float] = {}
+    for run in engine.state.runs():
+        name = f"{run.parameter.global_name}/{kind}"
+        mine[name] = mine.get(name, 0.0) + float(run.tensors[kind].double().sum())
+    names = sorted(stored)
+    sums = torch.tensor([mine.get(name, 0.0) for name in names], dtype=torch.float64)
+    torch.distributed.all_reduce(sums)
+    wanted = torch.stack([stored[name].double().sum() for name in names])
+    return bool(torch.allclose(sums, wanted, rtol=1e-9, atol=1e-9))
+
+
+def choices(checkpoint: str, precision: str) -> None:
+    of_kind = {
+        kind: {name: value for name, value in tensors(Path(checkpoint)).items() if name.endswith(f"/{kind}")}
+        for kind in ("fp32", "exp_avg", "exp_avg_sq")
+    }
+    losses = {}
+    for keys in ({}, {"no_load_rng": True}, {"no_load_optim": True}, {"finetune": True}):
+        engine, plan, state = begin_with(checkpoint, precision, **keys)
+        goes_on = not keys or "no_load_rng" in keys
+        assert state.step == (0 if "finetune" in keys else STEPS), keys
+        assert (state == TrainState()) == ("finetune" in keys), keys
+        assert taken_from(engine, "fp32", of_kind["fp32"]), keys
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert taken_from(engine, moment, of_kind[moment]) == goes_on, (keys, moment)
+            zero = all(not run.tensors[moment].any() for run in engine.state.runs())
+            assert zero != goes_on, (keys, moment)
+        assert engine.state.updates == (STEPS if goes_on else 0), keys
+        if precision == "fp16":
+            assert (engine.state.loss_scale["cur_scale"] > FRESH_SCALE) == goes_on, keys
+        if goes_on:
+            losses[len(keys)] = run_steps(engine, plan, state, 3)[1]
+    assert losses[0] == losses[1], "dropout is no state, so there is nothing that no_load_rng could leave out"
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.long)])
+def test_finetune_takes_weights_no_load_optim_keeps_the_step_and_no_load_rng_changes_nothing(tmp_path, precision):
+    saved, _ = train(tmp_path / "source", SETTINGS | {"precision": precision}, None, STEPS)
+    run_ranks(2, choices, str(saved), precision, timeout=120)
+
+
+def finding(folder: str) -> None:
+    agree_on_checkpoint(None)
+    agree_on_checkpoint(Path(folder, "global_step5"))
+    rank = torch.distributed.get_rank()
+    for found in (Path(folder, f"global_step{rank}"), None if rank else Path(folder, "global_step0")):
+        with pytest.raises(
+            RunError, match=r"ranks found different checkpoints \(rank 0: .*step0; rank 1: .*(step1|none)"
+        ):
+            agree_on_checkpoint(found)
+
+
+def test_ranks_that_find_different_checkpoints_all_end_with_a_list_of_what_they_found(tmp_path):
+    run_ranks(2, finding, str(tmp_path))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", TARGETS, ids=layout_name)
+def test_loading_needs_little_besides_the_share_of_a_rank(target):
+    """At most twice the largest piece that was stored: its bytes, and the tensor they become.
+
+    The pieces are halves of the largest tensor here (two tensor-parallel ranks wrote them). Half a tensor more is
+    allowed for what the allocator keeps, and a fixed amount for code and buffers.
+    """
+    for vocabulary in (16384, 65536):
+        (excess,) = measure(vocabulary, SOURCE, [target])
+        assert excess < 1.5 * 4 * vocabulary * HIDDEN + (24 << 20)

@@ -1,0 +1,235 @@
+"""The harness's scores with our models are those of its own `hf` model with the same weights.
+
+Both compute the same sums in fp32 in another order, so that log-likelihoods of up to 800 nats agree within 1e-4 (half a
+unit in the last place of such a sum is 3e-5), and which answer is likeliest is the same.
+"""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import transformers
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from megatron.config.load import config_from_flat
+from megatron.convert import gpt_neox
+from megatron.convert.llama import llama
+from megatron.errors import RunError, UserError
+from megatron.generation.sampling import Sampling
+from megatron.harness.continuing import EndsWith, continue_openings, cut
+from megatron.harness.language_model import HarnessModel, sampling
+from megatron.harness.results import as_json, as_table
+from megatron.harness.run import evaluate_tasks, run_harness
+from megatron.harness.scoring import score_rows
+from megatron.harness.tasks import check_harness, find_tasks
+from megatron.harness.team import Team
+from tests.harness_tasks import BEGINNING, CONTEXT, QUESTIONS, TEXTS, Weights, requests, vocabulary, write_tasks
+from tests.models import random_tensor, spread
+from tests.ranks.harness import assert_answers
+from tests.ranks.run import one_rank, run_ranks
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 72,
+    "max_position_embeddings": CONTEXT,
+}
+ALL = ["own_text", "own_continuation", "own_group"]
+KINDS = {
+    "NeoX": (gpt_neox, transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig, {}),
+    "Llama, whose texts have a first token": (
+        llama,
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig,
+        {"bos_token": BEGINNING},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("harness") / "tasks")
+
+
+@pytest.fixture(scope="module")
+def manager(tasks):
+    return TaskManager(include_path=str(tasks), include_defaults=False)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, tmp_path_factory):
+    """Weights for our model, and the harness's own model with the same."""
+    return make_pair(tmp_path_factory.mktemp("vocabulary"), request.param)
+
+
+def make_pair(folder, kind):
+    architecture, model_class, config_class, special = KINDS[kind]
+    path = vocabulary(folder, beginning=bool(special))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=path, eos_token="<|endoftext|>", **special)
+    config = config_class(vocab_size=len(tokenizer), **SIZES)
+    theirs = model_class(config).eval().requires_grad_(False)
+    for index, (name, parameter) in enumerate(theirs.named_parameters()):
+        parameter.copy_(spread(name, random_tensor(parameter.shape, index)))
+    weights = Weights(architecture.model_keys(config), path, {})
+    mapped = architecture.parameter_map(weights.plan().model).from_hugging_face(theirs.state_dict())
+    # Its cache of logits takes the wrong place where two answers of different lengths end a text alike (0.4.13).
+    exact = HFLM(theirs, tokenizer=tokenizer, device="cpu", batch_size=4, logits_cache=False)
+    return Weights(weights.keys, path, mapped), exact
+
+
+@pytest.fixture
+def ours(pair):
+    weights, _ = pair
+    with one_rank() as grid:
+        yield HarnessModel(weights.tokenizer, CONTEXT, 4, 1234, lambda: Team(weights.on(grid)))
+
+
+def unopened(**changes):
+    """A model that must not be needed."""
+
+    def fail():
+        raise AssertionError("the ranks met")
+
+    tokenizer = SimpleNamespace(
+        affixes=((), ()), end_of_document=0, decode=lambda ids: "<eod>", encode=lambda text: [1]
+    )
+    return HarnessModel(tokenizer, changes.get("context", CONTEXT), 4, 1234, fail)
+
+
+def test_likelihoods_and_continuations_are_those_of_the_harness_own_model(ours, pair, tasks):
+    _, theirs = pair
+    asked = requests(tasks)
+    found, expected = (model.loglikelihood(asked["loglikelihood"]) for model in (ours, theirs))
+    assert [nats for nats, _ in found] == pytest.approx([nats for nats, _ in expected], abs=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    rolling = asked["loglikelihood_rolling"]
+    assert ours.loglikelihood_rolling(rolling) == pytest.approx(theirs.loglikelihood_rolling(rolling), abs=1e-4)
+    texts = ours.generate_until(asked["generate_until"])
+    assert texts == theirs.generate_until(asked["generate_until"])
+    assert len(set(texts)) > QUESTIONS / 2
+
+
+def test_two_replicas_of_two_tensor_parallel_ranks_give_the_same_answers(ours, pair, tasks, monkeypatch):
+    work, ask = [], ours.team.ask
+
+    def noted(compute, batches, what):
+        work.append((compute, batches, ask(compute, batches, what)))
+        return work[-1][2]
+
+    monkeypatch.setattr(ours.team, "ask", noted)
+    for kind, asked in requests(tasks).items():
+        getattr(ours, kind)(asked)
+    assert {compute for compute, _, _ in work} == {score_rows, continue_openings}
+    run_ranks(4, assert_answers, pair[0], 2, work, timeout=120)
+
+
+def test_a_context_of_spaces_counts_as_none(ours):
+    """The harness's own model fails there."""
+    asked = [SimpleNamespace(args=(context, continuation)) for context, continuation in ((" ", "dog"), ("", " dog"))]
+    one, other = ours.loglikelihood(asked)
+    assert one == other
+
+
+def test_tasks_have_the_scores_of_the_harness_own_model(ours, pair, manager):
+    _, theirs = pair
+    found, expected = (run_harness(model, ALL, manager) for model in (ours, theirs))
+    assert set(found["results"]) == {*ALL, "own_choice", "own_letters"}
+    for task, scores in expected["results"].items():
+        close = 1e-4 if task == "own_text" else 0  # a perplexity is the exponential of nats per word or byte
+        for name, value in scores.items():
+            same = pytest.approx(value, rel=close) if isinstance(value, float) else value
+            assert found["results"][task][name] == same, (task, name)
+    for part in ("groups", "n-shot", "n-samples", "versions", "configs", "group_subtasks", "higher_is_better"):
+        assert json.loads(as_json({"": found[part]})) == json.loads(as_json({"": expected[part]}))
+
+
+def test_few_shot_and_limit_reach_the_harness_and_the_counts_stand_beside_the_scores(ours, manager):
+    all_, few = (run_harness(ours, ALL, manager, *settings) for settings in ((None, None), (1, 3)))
+    assert all_["n-shot"]["own_choice"] == 2 and few["n-shot"]["own_choice"] == 1
+    said = as_table(all_)
+    for name, count in (("own_choice", QUESTIONS), ("own_text", TEXTS), ("own_group", 2 * QUESTIONS)):
+        assert f"{name} ({count} documents)" in said
+    said = as_table(few)
+    assert f"own_choice (3 of {QUESTIONS} documents)" in said and f"own_group (6 of {2 * QUESTIONS} documents)" in said
+    assert run_harness(ours, ["own_text"], manager, None, 0.5)["n-samples"]["own_text"]["effective"] == 3
+
+
+def test_a_failure_after_the_ranks_met_is_no_wrong_command(ours, manager, monkeypatch):
+    assert ours.team
+    monkeypatch.setattr(ours, "_context", 9)
+    with pytest.raises(RunError, match="own_continuation wants up to 9 tokens"):
+        run_harness(ours, ["own_continuation"], manager)
+
+
+def test_tasks_are_found_by_name_and_pattern_and_the_nearest_is_named(manager):
+    assert find_tasks(["own_text", "own_t*"], manager) == ["own_text", "own_tag"]
+    with pytest.raises(UserError) as raised:
+        find_tasks(["own_texts", "nothing_of_the_kind", "own_group"], manager)
+    assert raised.value.problems == (
+        'eval_tasks: the harness has no task "own_texts". Did you mean "own_text"?',
+        'eval_tasks: the harness has no task "nothing_of_the_kind". eval_include_path names a folder with tasks of '
+        "your own.",
+    )
+
+
+def test_a_folder_of_tasks_that_is_not_there_is_named(tmp_path):
+    check_harness(str(tmp_path))
+    with pytest.raises(UserError, match=r"eval_include_path \(.*/none\) is not a folder"):
+        check_harness(f"{tmp_path}/none")
+
+
+def test_without_the_harness_the_way_to_get_it_is_said(monkeypatch):
+    monkeypatch.setattr("megatron.harness.tasks.find_spec", lambda name: None)
+    keys = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "seq_length": 8, "eval_tasks": ["piqa"]}
+    with pytest.raises(UserError, match="pip install"):
+        evaluate_tasks(config_from_flat(keys), None, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("max_gen_toks: 9", "max_gen_toks: 48"), "own_continuation wants up to 48 tokens"),
+        (("do_sample: false", "num_beams: 4"), "own_continuation asks for num_beams"),
+        (("own_continuation.jsonl", "missing.jsonl"), "FileNotFoundError: .*missing.jsonl"),
+        (("dataset_path: json", "dataset_path: nobody/nothing"), "eval_tasks: .*nobody/nothing"),
+    ],
+)
+def test_what_is_wrong_with_a_task_is_said_before_the_ranks_meet(tmp_path, change, message, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    folder = write_tasks(tmp_path / "tasks")
+    file = folder / "own_continuation.yaml"
+    file.write_text(file.read_text().replace(*change))
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    with pytest.raises(UserError, match=message):
+        run_harness(unopened(), ["own_continuation"], manager)
+
+
+def test_an_answer_longer_than_the_context_is_refused():
+    model = unopened(context=4)
+    with pytest.raises(UserError, match="an answer of 5 tokens cannot be scored"):
+        model._loglikelihood_tokens([(("question", "answer"), [1], [1, 2, 3, 4, 5])])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, Sampling()),
+        ({"temperature": 0.0, "do_sample": False}, Sampling()),
+        ({"temperature": 0.7}, Sampling(0.7)),
+        ({"temperature": 0.7, "do_sample": False}, Sampling()),
+        ({"do_sample": True, "temperature": 0.2, "top_p": 0.95, "top_k": 7}, Sampling(0.2, 7, 0.95)),
+    ],
+)
+def test_sampling_is_what_a_task_asks_for(options, expected):
+    assert sampling(options) == expected
+
+
+def test_a_text_ends_where_the_first_end_begins_and_decoding_stops_there(tmp_path):
+    assert cut("one\ntwo. three", ("\n", ".", "three")) == "one"
+    tokenizer = Weights({}, vocabulary(tmp_path), {}).tokenizer
+    ends = EndsWith(("über",), tokenizer)
+    ids = tokenizer.encode("The quick brown fox jumps über")
+    complete = [ends(ids[:count]) for count in range(1, len(ids) + 1)]
+    assert complete == [False] * (len(ids) - 1) + [True]
