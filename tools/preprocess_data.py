@@ -45,7 +45,13 @@ def parse(arguments: Sequence[str]) -> Namespace:
     add("--max-chars", type=int, metavar="N", help="leave out documents of more characters")
     add("--skip-bad-lines", action="store_true", help="leave out and count lines that cannot be used; default: end")
     add("--num-docs", type=int, metavar="N", help="documents there are, for the progress bar (default: go by bytes)")
-    add("--workers", type=int, default=1, metavar="N", help="processes; 1 uses the threads of the tokenizer's library")
+    add(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="threads, or processes for slow backends (1: as the library likes)",
+    )
     add("--shard", type=shard, metavar="I/N", help="do share I (from 0) of N only; tools/merge_datasets.py joins them")
     add("--resume", action="store_true", help="go on where an interrupted run of the same work stopped")
     add("--checkpoint-seconds", type=float, default=10, metavar="S", help="work that an interruption may cost (10)")

@@ -53,7 +53,7 @@ CASES = {
     "a missing file of prompts": ("generate.py", ["load=trained", "-i", "gone.txt"], ["gone.txt"]),
     "an output that cannot be written": ("generate.py", ["load=trained", "-o", "text.txt/out"], ["text.txt/out"]),
     "another model to generate with": ("generate.py", ["load=trained", "gpt_j_residual=true"], ["gpt_j_residual"]),
-    "tasks of the harness": ("evaluate.py", ["load=trained", "--eval_tasks", "piqa"], ["eval_tasks"]),
+    "tasks of the harness": ("evaluate.py", ["load=trained", "--eval_tasks", "piqqa"], ["eval_tasks", "piqqa"]),
     "no tokens to evaluate": ("evaluate.py", ["load=trained", *GOOD, "split='1'"], ["no valid tokens"]),
 }  # fmt: skip
 

@@ -72,6 +72,7 @@ def disk_full(folder: Path, disk: Path, script: str, way: str) -> None:
     assert damage(save / "global_step20", "full") == []
 
 
+@pytest.mark.long
 def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(folder, tmp_path):
     with small_disk(tmp_path / "disk", 1500) as disk:
         disk_full(folder, disk, "train.py", "async_save=false")

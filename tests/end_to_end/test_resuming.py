@@ -41,6 +41,7 @@ def test_verify_resume_proves_it_for_a_configuration_and_sees_what_differs(folde
     assert "step 4: " in said and "exp_avg differs" in said
 
 
+@pytest.mark.long
 def test_going_back_to_an_earlier_step_trains_it_again_and_keeps_the_old_metrics(folder):
     run(folder, "train.py", "small", "save=back", "load=back", "checkpoint_factor=10")
     said = run(folder, "train.py", "small", "save=back", "load=back", "iteration=10", "train_iters=12").stdout
@@ -49,6 +50,7 @@ def test_going_back_to_an_earlier_step_trains_it_again_and_keeps_the_old_metrics
     assert len(json_lines(folder / "back" / "logs" / "metrics.1.jsonl")) == 20
 
 
+@pytest.mark.long
 def test_finetuning_takes_the_weights_and_nothing_else(folder):
     said = run(folder, "train.py", "small", "save=tuned", "load=whole", "finetune=true", "train_iters=3").stdout
     assert "starting at step 0 with the weights of whole/global_step20" in said

@@ -83,6 +83,7 @@ def test_each_corpus_has_its_validation_loss_and_the_part_their_mean(two_replica
     assert alpha[-1] < alpha[0]
 
 
+@pytest.mark.long
 def test_documents_that_see_each_other_train_another_model(folder: Path, two_replicas: list) -> None:
     together = train(folder, "together", reset_attention_mask=False, reset_position_ids=False)
     gap = abs(losses(together, "train/lm_loss")[0] - losses(two_replicas, "train/lm_loss")[0])

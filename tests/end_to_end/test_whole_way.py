@@ -101,6 +101,7 @@ def test_prompts_of_a_file_are_continued_in_json_lines(folder, trained):
     assert [row["text"] for row in json_lines(folder / "alone.txt")] == [row["text"] for row in rows]
 
 
+@pytest.mark.long
 def test_prompts_can_be_typed(folder, trained):
     done = run(
         folder, "deepy.py", "generate.py", "model", "places", "text_gen_type=interactive", "maximum_tokens=5",
