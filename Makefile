@@ -56,8 +56,11 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python bench/preprocess.py
 	$(BIN)/python bench/loader.py
 	$(BIN)/python bench/checkpoint_save.py
+	$(BIN)/python bench/checkpoint_load.py
 	$(BIN)/python bench/checkpoint_moves.py
 	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/layouts.py
+	$(BIN)/python bench/train_step.py
 
 lock:
 	$(PYTHON) tools/lock.py

@@ -9,6 +9,7 @@ import sys
 import termios
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,7 @@ def test_ctrl_c_ends_all_processes_and_leaves_no_output(tmp_path: Path) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     while not (tmp_path / "mine_text_document.bin.partial").exists() and process.poll() is None:
         time.sleep(0.01)

@@ -46,6 +46,7 @@ def test_a_stop_without_a_place_to_save_is_a_failure(folder):
     assert err.endswith("save is not set, so nothing is kept\n")
 
 
+@pytest.mark.long
 def test_under_torchrun_all_ranks_stop_after_the_same_step(folder):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
     torchrun += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]

@@ -69,6 +69,7 @@ def losses(metrics: list[dict[str, float]], key: str) -> list[float]:
     return [line[key] for line in metrics if key in line]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", [{"pipe_parallel_size": 2, "gradient_accumulation_steps": 4}], ids=["pipe2"])
 def test_another_layout_gives_the_same_losses(folder: Path, two_replicas: list, layout: dict[str, int]) -> None:
     other = train(folder, "-".join(layout), **layout)

@@ -104,6 +104,7 @@ def test_no_rank_outlives_a_launcher_that_is_killed(hosts, folder):
     assert not [number for number in ranks if is_running(number)]
 
 
+@pytest.mark.long
 def test_a_host_that_cannot_be_reached_is_named(hosts, folder):
     (folder / "hosts").write_text(f"{hosts[0][0].address} slots=1\n10.77.13.9 slots=1\n")
     with on_first(hosts, folder, MANY) as process:
