@@ -36,7 +36,7 @@ class CheckpointWriter:
         config: dict[str, Any],
         retention: folders.Retention | None = None,
         asynchronous: bool = False,
-        identity: dict[str, str] | None = None,
+        identity: dict[str, Any] | None = None,
     ) -> None:
         """Collective. config: the flat configuration; identity: of tokenizer and data. Both go with each checkpoint.
 

@@ -1,10 +1,11 @@
 """Whether the run that resumes is the run that was saved: same tokenizer, data, seed and optimizer. Floor 6.
 
 The model is compared in `megatron/inputs.py`. What may differ freely is not asked about: layout, precision, batch
-size, schedule, where files are kept.
+size, schedule, data for validation, where files are kept.
 """
 
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from megatron.config.data_keys import DataKeys
 from megatron.config.groups import Config
 from megatron.errors import UserError
 from megatron.tokenizer.base import Tokenizer
+from megatron.training.contents import CORPORA, compare_contents, contents_of
+
+log = logging.getLogger(__name__)
 
 IDENTITY = "identity.json"
 # keys of data that change nothing about which tokens are trained on, and in which order
@@ -22,30 +26,28 @@ _FREE = {"num_workers", *(f"{part}_{what}" for part in ("valid", "test") for wha
 _FREE |= {"valid_label_data_paths", "test_label_data_paths"}
 
 
-def identity_of(tokenizer: Tokenizer) -> dict[str, str]:
+def identity_of(tokenizer: Tokenizer, data: DataKeys) -> dict[str, Any]:
     """What a checkpoint says of its run besides the configuration."""
-    return {"tokenizer": tokenizer.fingerprint}
+    return {"tokenizer": tokenizer.fingerprint, "data": contents_of(data)}
 
 
 def check_same_run(config: Config, tokenizer: Tokenizer, checkpoint: Path) -> None:
     """Compare the configuration with that of the run that wrote `checkpoint`.
 
-    Raises UserError with every difference that `allow_changes` does not name; another optimizer is allowed where its
-    state is not loaded, since the tensors of one may well have the names of another's.
+    Raises UserError with every difference that `allow_changes` does not name, and says those that it does. Another
+    optimizer is allowed where its state is not loaded, since the tensors of one may well have the names of another's.
     """
-    written = checkpoint_config(checkpoint)
+    written, identity = checkpoint_config(checkpoint), _identity(checkpoint)
     differences = {
         "seed": _differing(config.training.model_dump(mode="json"), written, {"seed"}),
-        "data": _differing(
-            config.data.model_dump(mode="json") | {"seq_length": config.model.seq_length},
-            written,
-            (set(DataKeys.model_fields) - _FREE) | {"seq_length"},
-        ),
-        "tokenizer": _tokenizer_differs(tokenizer, checkpoint),
+        "data": _data_differ(config, written, identity),
+        "tokenizer": _tokenizer_differs(tokenizer, identity),
         "optimizer": _optimizer_differs(config.optimizer.optimizer.type, written),
     }
     allowed = {*config.checkpoint.allow_changes, *(["optimizer"] if config.checkpoint.no_load_optim else [])}
     refused = {kind: lines for kind, lines in differences.items() if lines and kind not in allowed}
+    for line in (line for kind in allowed for line in differences.get(kind, [])):
+        log.warning("allowed: %s", line)
     if refused:
         raise UserError(
             f"{checkpoint} was written by a run with another {' and another '.join(refused)}:",
@@ -69,10 +71,27 @@ def _differing(here: dict[str, Any], there: dict[str, Any], keys: set[str]) -> l
     ]
 
 
-def _tokenizer_differs(tokenizer: Tokenizer, checkpoint: Path) -> list[str]:
+def _identity(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / IDENTITY
-    written = json.loads(path.read_text()).get("tokenizer") if path.is_file() else None
-    if written in (None, tokenizer.fingerprint):
+    identity: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return identity
+
+
+def _data_differ(config: Config, written: dict[str, Any], identity: dict[str, Any]) -> list[str]:
+    """By content, wherever it lies; a checkpoint written before contents were told has the paths only."""
+    keys = (set(DataKeys.model_fields) - _FREE) | {"seq_length"}
+    found: list[str] = []
+    if "data" in identity:
+        keys -= set(CORPORA)
+        found, moved = compare_contents(contents_of(config.data), identity["data"])
+        for line in moved:
+            log.info("%s", line)
+    here = config.data.model_dump(mode="json") | {"seq_length": config.model.seq_length}
+    return _differing(here, written, keys) + found
+
+
+def _tokenizer_differs(tokenizer: Tokenizer, identity: dict[str, Any]) -> list[str]:
+    if identity.get("tokenizer") in (None, tokenizer.fingerprint):
         return []
     return [f"the tokenizer here is {tokenizer.describe()}, which makes other tokens than the one there"]
 

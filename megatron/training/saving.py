@@ -91,7 +91,7 @@ def saving(run: Run) -> Saving | None:
     folder = Path(keys.save)
     retention = Retention(keys.keep_last_n_checkpoints, frozenset(keys.extra_save_iters), keys.keep_best_checkpoint)
     config = run.config.to_flat(with_defaults=True)
-    identity = identity_of(run.tokenizer)
+    identity = identity_of(run.tokenizer, run.config.data)
     writer = CheckpointWriter(run.engine, folder, config, retention, keys.async_save, identity)
     if run.first_step == 0 and 0 in keys.extra_save_iters:
         writer.save(TrainState())
