@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron.data.commands import describe_pair, exit_code, new_parser, progress, with_dashes
 from megatron.data.corpora import Corpus, from_hugging_face
 from megatron.data.documents import read_texts
-from megatron.data.encoding import Job
+from megatron.data.job import Job
 from megatron.data.preprocess import preprocess
 from megatron.registry import names, resolve
 from megatron.tokenizer.build import TokenizerSettings

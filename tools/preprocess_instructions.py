@@ -7,7 +7,8 @@ r"""Tokenize instruction data: only the answers are learned. Writes P_text_docum
 
 Messages are written out by the tokenizer's chat template (tokenizer_config.json or chat_template.jinja beside the
 vocabulary, or --chat-template FILE). Train with train_data_paths, train_label_data_paths and, as a rule,
-pack_impl: unpacked or pack_until_overflow with reset_attention_mask: true. See docs/data.md.
+pack_impl: unpacked or pack_until_overflow with reset_attention_mask: true. --workers, --shard, --resume and the rest
+are those of tools/preprocess_data.py. See docs/data.md.
 """
 
 import sys
@@ -15,47 +16,27 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.data.commands import describe_pair, exit_code, new_parser, with_dashes
-from megatron.data.inputs import find_inputs
-from megatron.data.instructions import Chat, PromptAndCompletion, chat_template, write_instructions
+from megatron.data.commands import add_work_flags, do_work, exit_code, new_parser, with_dashes
+from megatron.data.forms import Chat, PromptAndCompletion, chat_template
 from megatron.errors import UserError
-from megatron.registry import names
-from megatron.tokenizer.build import build_tokenizer
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
     """The flags; those of tools/preprocess_data.py mean the same here."""
     parser = new_parser(__doc__)
+    add_work_flags(parser)
     add = parser.add_argument
-    add("--input", required=True, metavar="A[,B...]", help="files, folders or patterns, separated by commas")
-    add("--output-prefix", required=True, metavar="P", help="where to write; a missing folder is made")
     add("--prompt-key", metavar="KEY", help="key of the text that is given")
     add("--completion-key", metavar="KEY", help="key of the text that is learned")
     add("--messages-key", metavar="KEY", help="key of a list of messages, in place of the two")
     add("--chat-template", type=Path, metavar="FILE", help="a template in Jinja (default: the tokenizer's own)")
-    add("--tokenizer-type", required=True, choices=names("tokenizer"))
-    add("--vocab-file", "--vocab", metavar="V")
-    add("--merge-file", metavar="M")
-    add("--end-of-document-token", metavar="TOKEN")
-    add("--skip-bad-lines", action="store_true", help="leave out and count records that cannot be used; default: end")
     return parser.parse_args(with_dashes(arguments))
 
 
 def run(arguments: Namespace) -> None:
     """Tokenize, and say what was made."""
-    tokenizer = build_tokenizer(
-        arguments.tokenizer_type, arguments.vocab_file, arguments.merge_file, arguments.end_of_document_token
-    )
-    form, paths = form_of(arguments), find_inputs(arguments.input)
-    print(tokenizer.describe(), flush=True)
-    totals = write_instructions(paths, arguments.output_prefix, tokenizer, form, arguments.skip_bad_lines)
-    for kind in ("text", "label"):
-        print(describe_pair(f"{arguments.output_prefix}_{kind}_document"))
-    print(f"{totals.learned:,} of {totals.tokens:,} tokens are learned")
-    if totals.without_answer:
-        print(f"{totals.without_answer:,} records without an answer left out")
-    if totals.bad:
-        print("\n  ".join([f"{len(totals.bad):,} bad records left out, the first of them:", *totals.bad[:10]]))
+    form = form_of(arguments)
+    do_work(arguments, keys=form.keys, form=form)
 
 
 def form_of(arguments: Namespace) -> PromptAndCompletion | Chat:

@@ -1,13 +1,22 @@
 """What the tools that make data share: flags, exit codes, progress, a summary. Floor 2; no torch."""
 
+import re
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-from megatron.data.encoding import Job, Totals
 from megatron.data.indexed import IndexedDataset
+from megatron.data.inputs import Shard, find_inputs, input_size
+from megatron.data.job import Job, Totals
+from megatron.data.preprocess import preprocess
 from megatron.errors import RunError, UserError
+from megatron.registry import names
+from megatron.tokenizer.build import TokenizerSettings
+from megatron.tokenizer.checked import EncoderSettings
+from megatron.tokenizer.comparison import CHOICES, choose
 
 INTERRUPTED = 130
 
@@ -24,6 +33,66 @@ def with_dashes(arguments: Sequence[str]) -> list[str]:
         name, equals, value = argument.partition("=")
         words.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
     return words
+
+
+def add_work_flags(parser: ArgumentParser) -> None:
+    """The flags of the tools that tokenize: from where to where, with what, how much of it, and how it is shown."""
+    add = parser.add_argument
+    add("--input", required=True, metavar="A[,B...]", help="files, folders or patterns, separated by commas")
+    add("--output-prefix", required=True, metavar="P", help="where to write; a missing folder is made")
+    add("--tokenizer-type", required=True, choices=names("tokenizer"))
+    add("--vocab-file", "--vocab", metavar="V", help="tokenizer.json, vocab.json, .model, .tiktoken, or encoding name")
+    add("--merge-file", metavar="M", help="merges.txt, for GPT-2's tokenizers")
+    add("--end-of-document-token", metavar="TOKEN", help="a token of the vocabulary (default: the tokenizer's own)")
+    add("--backend", choices=CHOICES, default="auto", help="what tokenizes; the ids are the same; hf: its own library")
+    add("--skip-bad-lines", action="store_true", help="leave out and count lines that cannot be used; default: end")
+    add("--num-docs", type=int, metavar="N", help="documents there are, for the progress bar (default: go by bytes)")
+    help_of_workers = "threads, or processes for slow backends (1: as the library likes)"
+    add("--workers", type=int, default=1, metavar="N", help=help_of_workers)
+    add("--shard", type=shard, metavar="I/N", help="do share I (from 0) of N only; tools/merge_datasets.py joins them")
+    add("--resume", action="store_true", help="go on where an interrupted run of the same work stopped")
+    add("--checkpoint-seconds", type=float, default=10, metavar="S", help="work that an interruption may cost (10)")
+    add("--log-interval", type=int, default=100, metavar="N", help="documents between lines without a terminal (100)")
+
+
+def shard(text: str) -> Shard:
+    """Share I/N. Raises ValueError, which the parser reports."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise ValueError(text)
+    return Shard(int(match[1]), int(match[2]))
+
+
+def do_work(arguments: Namespace, **settings: Any) -> None:
+    """Check everything that can be checked first, then tokenize. settings: of the job, besides those of the flags."""
+    job = Job(
+        inputs=tuple(find_inputs(arguments.input)),
+        output_prefix=arguments.output_prefix,
+        skip_bad_lines=arguments.skip_bad_lines,
+        shard=arguments.shard,
+        workers=arguments.workers,
+        checkpoint_seconds=arguments.checkpoint_seconds,
+        **settings,
+    )
+    tokenizer = TokenizerSettings(
+        arguments.tokenizer_type, arguments.vocab_file, arguments.merge_file, arguments.end_of_document_token
+    )
+    say(tokenizer().describe())
+    encoder = EncoderSettings(tokenizer, choose(tokenizer, arguments.backend, say))
+    say(encoder.describe())
+    try:
+        with progress(sum(map(input_size, job.inputs)), arguments.num_docs, arguments.log_interval) as show:
+            totals = preprocess(job, encoder, show, arguments.resume, say)
+    except (RunError, KeyboardInterrupt, OSError):
+        kept = Path(f"{job.output_prefix}.journal").exists()
+        say("the work up to the last checkpoint is kept: --resume goes on" if kept else "no output was kept")
+        raise
+    say("\n".join(summary(job, totals)))
+
+
+def say(line: str) -> None:
+    """Print at once."""
+    print(line, flush=True)
 
 
 def exit_code(main: Callable[[], None]) -> int:
@@ -82,11 +151,14 @@ def speed(totals: Totals) -> str:
 
 def summary(job: Job, totals: Totals) -> list[str]:
     """Lines that say what was made, and everything that did not go the plain way."""
-    lines = [describe_pair(job.prefix(key)) for key in job.keys]
+    lines = [describe_pair(job.prefix(pair)) for pair in job.pairs]
     lines.append(f"from {totals.text_bytes:,} bytes of text in {totals.seconds:.1f} s ({speed(totals)})")
+    if job.form is not None:
+        lines.append(f"{totals.learned:,} of {totals.tokens:,} tokens are learned")
     notes = {
         "empty documents left out": totals.empty,
         "documents left out for their length": totals.filtered,
+        "records without an answer left out": totals.without_answer,
         "duplicates left out": totals.duplicates,
         "documents in which U+FFFD stands for invalid text": totals.repaired,
         "documents that spell the end-of-document token in their own text": totals.contain_eod,

@@ -43,16 +43,21 @@ def parse_chunk(chunk: Chunk, keys: Sequence[str]) -> ParsedChunk:
     A line that is not an object with a string under each key is listed in `bad_lines`; blank lines are passed over.
     """
     parsed = ParsedChunk({key: [] for key in keys})
-    data = chunk.data if chunk.start.offset else chunk.data.removeprefix(BYTE_ORDER_MARK)
     if chunk.columns:
         _parse_rows(chunk, keys, parsed)
     elif chunk.is_text:
-        text, is_valid = _decoded(data)
+        text, is_valid = _decoded(chunk.data.removeprefix(BYTE_ORDER_MARK))
         parsed.add(dict.fromkeys(keys, text))
         parsed.repaired += not is_valid
     else:
-        _parse_lines(chunk, data.split(b"\n"), keys, parsed)
+        _parse_lines(chunk, lines_of(chunk), keys, parsed)
     return parsed
+
+
+def lines_of(chunk: Chunk) -> list[bytes]:
+    """The lines of a chunk, empty ones included."""
+    data = chunk.data if chunk.start.offset else chunk.data.removeprefix(BYTE_ORDER_MARK)
+    return data.split(b"\n")
 
 
 def read_texts(paths: Iterable[str], key: str) -> Iterator[str]:
@@ -82,13 +87,13 @@ def _parse_lines(chunk: Chunk, lines: list[bytes], keys: Sequence[str], parsed: 
 
 def _parse_by_hand(name: str, line: bytes, keys: Sequence[str], parsed: ParsedChunk) -> None:
     """A line that orjson is too strict for: invalid UTF-8, lone surrogates, NaN; or one that is bad."""
-    text, is_valid = _decoded(line)
-    values = _values(text, keys)
-    if isinstance(values, str):
-        parsed.bad_lines.append(f"{name}: {values}")
+    entry, is_valid = json_object(line)
+    wrong = entry if isinstance(entry, str) else _without_text(entry, keys)
+    if wrong or isinstance(entry, str):
+        parsed.bad_lines.append(f"{name}: {wrong}")
         return
     before = parsed.repaired
-    parsed.add(values)
+    parsed.add({key: entry[key] for key in keys})
     parsed.repaired = before + (not is_valid or parsed.repaired > before)
 
 
@@ -102,20 +107,22 @@ def _parse_rows(chunk: Chunk, keys: Sequence[str], parsed: ParsedChunk) -> None:
             parsed.add(dict(zip(keys, row, strict=True)))
 
 
-def _values(line: str, keys: Sequence[str]) -> dict[str, str] | str:
-    """The strings under `keys`, or what is wrong with the line."""
+def json_object(line: bytes) -> tuple[dict[str, Any] | str, bool]:
+    """The object in a line, or what is wrong with it; and whether the line was valid UTF-8, else repaired."""
+    text, is_valid = _decoded(line)
     try:
-        entry = json.loads(line)
+        entry = json.loads(text)
     except json.JSONDecodeError as error:
-        return f"not JSON: {error.msg} at character {error.pos + 1}"
+        return f"not JSON: {error.msg} at character {error.pos + 1}", is_valid
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
-        return f"not readable: {error}"
-    if not isinstance(entry, dict):
-        return f"not a JSON object but {type(entry).__name__}"
-    for key in keys:
-        if not isinstance(entry.get(key), str):
-            return f'no text under the key "{key}" (keys: {", ".join(entry)})'
-    return {key: entry[key] for key in keys}
+        return f"not readable: {error}", is_valid
+    return entry if isinstance(entry, dict) else f"not a JSON object but {type(entry).__name__}", is_valid
+
+
+def _without_text(entry: dict[str, Any], keys: Sequence[str]) -> str:
+    """What is wrong with an object that has no string under one of `keys`; empty if it has."""
+    missing = [key for key in keys if not isinstance(entry.get(key), str)]
+    return f'no text under the key "{missing[0]}" (keys: {", ".join(entry)})' if missing else ""
 
 
 def _decoded(piece: bytes) -> tuple[str, bool]:

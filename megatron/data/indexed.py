@@ -183,6 +183,16 @@ class IndexedWriter:
         Path(f"{self.prefix}.idx.partial").replace(f"{self.prefix}.idx")
 
 
+def give_names(prefix: str, dtype: npt.DTypeLike, resume_at: tuple[int, int]) -> None:
+    """Finish a pair of which all is written, as `checkpoint` said; after an interruption this can be done again."""
+    if Path(f"{prefix}.bin.partial").exists():
+        with IndexedWriter(prefix, dtype, resume_at) as writer:
+            writer.keep = False
+    elif Path(f"{prefix}.idx.partial").exists():  # it ended between the two names
+        Path(f"{prefix}.idx.partial").replace(f"{prefix}.idx")
+    Path(f"{prefix}.sizes.partial").unlink(missing_ok=True)
+
+
 def _write_index(index: BinaryIO, sizes: BinaryIO, code: int, itemsize: int) -> None:
     """Write an index from a file of sizes, in pieces, so that the number of documents costs no memory."""
     count = sizes.tell() // 4

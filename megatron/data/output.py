@@ -7,25 +7,27 @@ from functools import partial
 from typing import Any, Self
 
 from megatron.data.duplicates import Duplicates
-from megatron.data.encoding import EncodedChunk, Job, Totals
 from megatron.data.indexed import IndexedWriter
+from megatron.data.job import EncodedChunk, Job, Totals
 from megatron.data.journal import Checkpoint
 
 
 class Output:
     """The pairs of files of a run, one for each key, and what is needed to leave out duplicates."""
 
-    def __init__(self, job: Job, dtype: Any, begin: Checkpoint | None) -> None:
+    def __init__(self, job: Job, vocab_size: int, begin: Checkpoint | None) -> None:
         self._job, self._begin = job, begin
         written = begin.outputs if begin else {}
-        self._writers = {key: IndexedWriter(job.prefix(key), dtype, written.get(key)) for key in job.keys}
+        self._writers = {
+            pair: IndexedWriter(job.prefix(pair), job.dtype(pair, vocab_size), written.get(pair)) for pair in job.pairs
+        }
         self._duplicates: dict[str, Duplicates] = {}
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             for writer in self._writers.values():
                 stack.enter_context(writer)
-            for key in self._job.keys if self._job.deduplicate else ():
+            for key in self._job.pairs if self._job.deduplicate else ():
                 known = self._begin.hashes[key] if self._begin else None
                 self._duplicates[key] = Duplicates(f"{self._job.prefix(key)}.hashes.partial", known)
                 stack.callback(partial(self._close_duplicates, key))

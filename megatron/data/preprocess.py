@@ -9,14 +9,15 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from megatron.data.encoding import Job, MakesEncoder, Totals, encoder_of
-from megatron.data.indexed import IndexedWriter, best_dtype
-from megatron.data.inputs import Span, input_size, is_file, plan_spans
+from megatron.data.encoding import encoder_of
+from megatron.data.indexed import give_names
+from megatron.data.inputs import STANDARD_INPUT, Span, input_size, is_file, plan_spans
+from megatron.data.job import Job, MakesEncoder, Totals
 from megatron.data.journal import Checkpoint, Journal
 from megatron.data.manifest import read_manifest, write_manifest
 from megatron.data.output import Output
 from megatron.data.workers import Reader, encoded_chunks
-from megatron.errors import RunError
+from megatron.errors import RunError, UserError
 
 
 class AlarmError(Exception):
@@ -40,14 +41,18 @@ def preprocess(
     of the same job stopped, or return its totals if it was completed.
     Raises RunError for a bad line, a damaged file, a full disk or a lost worker. What is done up to the last checkpoint
     is then kept for `resume`; before the first one nothing is left behind.
+    Raises UserError for what cannot be continued: standard input, or an interrupted run of other work.
     """
+    if resume and STANDARD_INPUT in job.inputs:
+        raise UserError("--resume reads its inputs again, which standard input cannot be; give it files")
     spans = plan_spans(job.inputs, job.shard)
     work = _work(job, encoder_of(make_encoder).fingerprint)
     journal = Journal(f"{job.output_prefix}.journal", work)
     if resume:
         journal.load()
         done = read_manifest(job.output_prefix)
-        if journal.last is None and done and done.get("work") == work:
+        is_done = done is not None and done.get("work") == work and all(Path(name).exists() for name in job.outputs)
+        if journal.last is None and done and is_done:
             announce("this work is complete already")
             return Totals(**done["counts"])
     else:
@@ -78,10 +83,9 @@ def _run(
     totals = Totals(**begin.totals)
     started = saved = time.monotonic()
     before, first_seen = totals.seconds, list[int]()
-    dtype = best_dtype(encoder_of(make_encoder).vocab_size)
     reader = Reader(job, spans, begin)
     with ExitStack() as stack:
-        output = stack.enter_context(Output(job, dtype, begin if journal.last else None))
+        output = stack.enter_context(Output(job, encoder_of(make_encoder).vocab_size, begin if journal.last else None))
         chunks = stack.enter_context(closing(encoded_chunks(job, reader, make_encoder)))
         place = Checkpoint(begin.span, begin.offset, begin.line)
         for place, chunk in chunks:
@@ -99,7 +103,8 @@ def _run(
                 journal.append(output.checkpoint(place, totals, reader.digests, first_seen))
                 saved, first_seen = time.monotonic(), []
         if not totals.documents and job.shard is None:
-            raise RunError(f"no document in {', '.join(job.inputs)} has any text under {', '.join(job.keys)}")
+            what = "text" if job.form is None else "answer"
+            raise RunError(f"no document in {', '.join(job.inputs)} has any {what} under {', '.join(job.keys)}")
         place.complete = True
         journal.append(output.checkpoint(place, totals, reader.digests, first_seen))
 
@@ -108,22 +113,17 @@ def _finish(job: Job, spans: Sequence[Span], make_encoder: MakesEncoder, journal
     """Give the files their names and write the manifest. Can be done again after an interruption."""
     last = journal.last
     assert last is not None
-    dtype = best_dtype(encoder_of(make_encoder).vocab_size)
-    for key in job.keys:
-        if Path(f"{job.prefix(key)}.bin.partial").exists():  # else it has its name already
-            num_bytes, documents = last.outputs[key]
-            with IndexedWriter(job.prefix(key), dtype, (num_bytes, documents)) as writer:
-                writer.keep = False
-        Path(f"{job.prefix(key)}.sizes.partial").unlink(missing_ok=True)
-        Path(f"{job.prefix(key)}.hashes.partial").unlink(missing_ok=True)
+    encoder = encoder_of(make_encoder)
+    for pair in job.pairs:
+        give_names(job.prefix(pair), job.dtype(pair, encoder.vocab_size), last.outputs[pair])
+        Path(f"{job.prefix(pair)}.hashes.partial").unlink(missing_ok=True)
     inputs = [
         {"path": span.path, "bytes": input_size(span.path), "from": span.start, "to": span.stop, "sha256": digest}
         for span, digest in zip(spans, last.digests, strict=True)
     ]
-    outputs = [job.prefix(key) + ending for key in job.keys for ending in (".bin", ".idx")]
-    work = _work(job, encoder_of(make_encoder).fingerprint)
+    work = _work(job, encoder.fingerprint)
     write_manifest(
-        job.output_prefix, outputs, work=work, inputs=inputs, encoder=make_encoder.describe(), counts=last.totals
+        job.output_prefix, job.outputs, work=work, inputs=inputs, encoder=make_encoder.describe(), counts=last.totals
     )
     journal.clear()
     return Totals(**last.totals)

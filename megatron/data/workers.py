@@ -10,8 +10,9 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
-from megatron.data.encoding import EncodedChunk, Job, MakesEncoder, encode_chunk
+from megatron.data.encoding import encode_chunk
 from megatron.data.inputs import HUGGING_FACE, Span, input_size
+from megatron.data.job import EncodedChunk, Job, MakesEncoder
 from megatron.data.journal import Checkpoint
 from megatron.data.reading import Chunk, Place, read_chunks
 from megatron.errors import RunError

@@ -59,6 +59,7 @@ class CheckedEncoder:
         self, reference: Tokenizer, fast: Encode | None, comparison: Comparison, sample_every: int = SAMPLE_EVERY
     ) -> None:
         self.vocab_size, self.end_of_document = reference.vocab_size, reference.end_of_document
+        self.affixes = reference.affixes
         self._reference, self._fast = reference, fast
         self._cuts, self._runs = comparison.cuts, comparison.runs
         self.fingerprint = reference.fingerprint
@@ -69,10 +70,10 @@ class CheckedEncoder:
         self._sample_every, self._count = sample_every, 0
         self._marks = _common_beginnings(reference.added_tokens)
 
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        """Ids of texts without surrogates, as the reference gives them."""
+    def encode(self, texts: Sequence[str], bare: bool = False) -> Encoded:
+        """Ids of texts without surrogates, as the reference gives them; bare: without the affixes."""
         if not self._cuts:
-            return self._encode_whole(texts)
+            return self._encode_whole(texts, bare)
         result, sizes = Encoded(np.empty(0), np.empty(0)), np.zeros(len(texts), np.int64)
         found = bytearray()  # which grows without being copied
         for owners, group in self._groups(texts):
@@ -80,7 +81,7 @@ class CheckedEncoder:
             found += ids.astype(self._dtype, copy=False).data
             np.add.at(sizes, owners, piece_sizes)
         result.ids, result.sizes = np.frombuffer(found, self._dtype), sizes
-        return self._with_affixes(result)
+        return result if bare else self._with_affixes(result)
 
     def _groups(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
         """The pieces of all texts, with the number of the text of each, a few megabytes at a time."""
@@ -96,8 +97,9 @@ class CheckedEncoder:
         if group:
             yield owners, group
 
-    def _encode_whole(self, texts: Sequence[str]) -> Encoded:
-        arrays = self._reference.encode_arrays(list(texts))
+    def _encode_whole(self, texts: Sequence[str], bare: bool) -> Encoded:
+        encode = bare_encoder(self._reference) if bare else self._reference.encode_arrays
+        arrays = encode(list(texts))
         return Encoded(*arrays, by_reference=len(texts))
 
     def _encode_pieces(self, texts: list[str], result: Encoded) -> tuple[Ids, Ids]:
@@ -159,7 +161,7 @@ class CheckedEncoder:
         return any(True for _ in different_texts(bare_encoder(self._reference), self._fast, [text]))
 
     def _with_affixes(self, encoded: Encoded) -> Encoded:
-        before, after = self._reference.affixes
+        before, after = self.affixes
         if before or after:
             encoded.ids = surrounded(encoded.ids, encoded.sizes, before, after)
             encoded.sizes = encoded.sizes + len(before) + len(after)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron.data.encoding import Job, Totals
 from megatron.data.indexed import IndexedDataset
+from megatron.data.job import Job, Totals
 from megatron.data.preprocess import preprocess
 from megatron.data.reading import Chunk, read_chunks
 from megatron.errors import RunError
