@@ -77,6 +77,8 @@ TABLE: dict[str, dict[str, str]] = {
         "slurm": "megatron.launch.slurm:slurm",
     },
     "hook": {
+        "breakdown": "megatron.training.breakdown:breakdown",
+        "profiling": "megatron.training.profiling:profiling",
         "heartbeat": "megatron.training.heartbeat:heartbeat",
         "report": "megatron.training.report:report",
         "divergence": "megatron.training.divergence:divergence",

@@ -17,6 +17,7 @@ from megatron.config.run_keys import (
     GenerationKeys,
     LauncherKeys,
     LoggingKeys,
+    ProfilingKeys,
     TokenizerKeys,
 )
 from megatron.config.training_keys import BatchKeys, EngineKeys, OptimizerKeys, PrecisionKeys, TrainingKeys
@@ -36,6 +37,7 @@ class Config(Group):
     training: TrainingKeys
     checkpoint: CheckpointKeys
     logging: LoggingKeys
+    profiling: ProfilingKeys
     generation: GenerationKeys
     evaluation: EvaluationKeys
     launcher: LauncherKeys

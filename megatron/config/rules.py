@@ -165,6 +165,31 @@ def _harness_keys_have_tasks(config: Config) -> Iterator[str]:
         yield f"{' and '.join(given)} mean nothing without eval_tasks; name the tasks, or leave them out"
 
 
+def _profile_has_steps(config: Config) -> Iterator[str]:
+    keys, steps = config.profiling, config.training.train_iters
+    begin, end = keys.profile_step_start, keys.profile_step_stop
+    name = "profile" if keys.profile else "memory_profiling"
+    if not (keys.profile or keys.memory_profiling):
+        return
+    if end <= begin:
+        yield f"profile_step_stop ({end}) must be above profile_step_start ({begin}), or no step is profiled; raise it"
+    elif steps is not None and steps <= begin:
+        yield (
+            f"{name} (true) begins after profile_step_start ({begin}) steps, but train_iters ({steps}) ends the run "
+            "by then; lower profile_step_start"
+        )
+
+
+def _profile_has_a_place(config: Config) -> Iterator[str]:
+    keys = config.profiling
+    if config.log_folder is not None:
+        return
+    if keys.profile:
+        yield "profile (true) writes files, but neither log_dir nor save is set; set log_dir"
+    if keys.memory_profiling and keys.memory_profiling_path is None:
+        yield "memory_profiling (true) writes files, but there is no place; set memory_profiling_path, log_dir or save"
+
+
 def _training_has_an_end(config: Config) -> Iterator[str]:
     if config.training.train_iters is None:
         yield '"train_iters" is missing; training needs the number of steps'
@@ -214,6 +239,11 @@ NOT_FOR_A_PLAN = (_LOADS, _HAS_DATA)
 SCRIPT_RULES = {
     "train.py": (
         Rule(("train_iters",), _training_has_an_end),
+        Rule(
+            ("profile", "memory_profiling", "profile_step_start", "profile_step_stop", "train_iters"),
+            _profile_has_steps,
+        ),
+        Rule(("profile", "memory_profiling", "memory_profiling_path", "log_dir", "save"), _profile_has_a_place),
         Rule(("train_batch_size", "train_micro_batch_size_per_gpu"), _training_has_a_batch),
         _HAS_DATA,
     ),

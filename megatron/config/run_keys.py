@@ -116,6 +116,31 @@ class LoggingKeys(Group):
     """TFLOP/s one device can do; turns on MFU in the log line."""
 
 
+class ProfilingKeys(Group):
+    """Where time and memory of a training go."""
+
+    wall_clock_breakdown: bool = False
+    """Tell the time of a step by phases: waiting for data, forward, backward, optimizer. The device is waited for
+    between them, which costs some speed on a GPU."""
+
+    profile: bool = False
+    """Trace some steps with torch's profiler: a trace of each rank and a table of its ten most expensive kernels, in
+    the folder profile of log_dir (or of logs in save)."""
+
+    profile_step_start: NotNegativeInt = 10
+    """Steps done when profiling begins."""
+
+    profile_step_stop: PositiveInt = 12
+    """Steps done when it ends: with 10 and 12, steps 11 and 12 of the log are profiled."""
+
+    memory_profiling: bool = False
+    """Record the memory of the same steps: on a GPU torch's snapshot of every allocation, on a CPU a table of the ten
+    operators that allocate most."""
+
+    memory_profiling_path: str | None = None
+    """Folder for it. Unset: the folder profile of log_dir (or of logs in save)."""
+
+
 class GenerationKeys(Group):
     """generate.py."""
 

@@ -26,6 +26,7 @@ from megatron.engine.compiling import compiled, compiled_blocks
 from megatron.engine.model_parallel_unit import ModelParallelUnit
 from megatron.engine.modules import Sequential, pipeline_module
 from megatron.engine.optimizer_state import OptimizerState
+from megatron.engine.phases import Timed, time_phases
 from megatron.engine.recompute import checkpoint_function
 from megatron.engine.settings import deepspeed_settings, is_sharded
 from megatron.model.gpt import Targets
@@ -105,6 +106,11 @@ class TrainingEngine:
     def parameters_on_rank(self) -> int:
         """Elements of the parameters that this rank computes with (ZeRO 3: before they are partitioned)."""
         return sum(getattr(p, "ds_numel", p.numel()) for p in self._engine.module.parameters())
+
+    def time_phases(self, timed: Timed) -> None:
+        """Let the functions that make up a step (and an evaluation) pass through `timed(phase, function)`."""
+        time_phases(self._engine, self._pipelined, timed)
+        self._loss = timed("forward", self._loss)
 
     def train_batch(self, micro_batches: Sequence[MicroBatch], *, step: int, learning_rate: float) -> StepOutput:
         """One optimizer step over this rank's micro-batches of a global batch. Collective over all ranks.

@@ -34,6 +34,10 @@ class Interval:
     skipped_steps: int
 
 
+# Parts of a step that may have been timed (wall_clock_breakdown), as runtime/<name>_seconds, in the order of a step.
+PHASES = ("data_wait", "forward", "backward", "optimizer", "pipeline_exchange")
+
+
 def interval_metrics(interval: Interval, work: Workload) -> dict[str, float]:
     """Names and values as they go to `metrics.jsonl`, tensorboard and wandb.
 
@@ -60,7 +64,7 @@ def interval_metrics(interval: Interval, work: Workload) -> dict[str, float]:
 def log_line(step: int, last_step: int, metrics: Mapping[str, float], on_gpu: bool) -> str:
     """One line, units in the names: `step 1200/320000 | loss 3.214 | lr 5.9e-04 | ... | ETA 1d 4h`.
 
-    metrics: of `interval_metrics`; what is not in there is left out of the line.
+    metrics: of `interval_metrics`, and the times of PHASES; what is not in there is left out of the line.
     """
     per_step = metrics["runtime/iteration_time"]
     parts = [
@@ -75,6 +79,10 @@ def log_line(step: int, last_step: int, metrics: Mapping[str, float], on_gpu: bo
     if metrics.get("train/skipped_steps"):
         parts.append(f"skipped {metrics['train/skipped_steps']:.0f}")
     parts.append(f"{per_step * 1000:.0f} ms/step")
+    phases = {name: metrics.get(f"runtime/{name}_seconds") for name in PHASES}
+    told = [f"{name.replace('_', ' ')} {1000 * seconds:.1f}" for name, seconds in phases.items() if seconds is not None]
+    if told:
+        parts[-1] += f" ({', '.join(told)})"
     parts.append(f"{short_number(metrics['runtime/tokens_per_sec'])} tokens/s")
     flops_unit = "FLOP/s/gpu" if on_gpu else "FLOP/s/rank"
     parts.append(short_number(metrics["runtime/flops_per_sec_per_gpu"], flops_unit))

@@ -6,7 +6,7 @@ Floor 6.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from megatron import registry
@@ -14,12 +14,13 @@ from megatron.checkpoint.state import TrainState
 from megatron.config.groups import Config
 from megatron.config.plan import Plan
 from megatron.data.build import Sources
-from megatron.engine.training import StepOutput, TrainingEngine
+from megatron.engine.training import MicroBatch, StepOutput, TrainingEngine
 from megatron.tokenizer.base import Tokenizer
 from megatron.training.clock import Clock
 from megatron.training.pulse import Pulse
 
 NOTHING: Mapping[str, float] = {}
+MicroBatches = list[MicroBatch]  # this rank's, of one step
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class Hook(ABC):
     @abstractmethod
     def after_step(self, step: FinishedStep) -> Mapping[str, float]:
         """Do what is due after `step`, and return the metrics to put on record with it."""
+
+    def watched(self, batches: Iterator[MicroBatches]) -> Iterator[MicroBatches]:
+        """`batches`, one of which is asked for as each step begins: the place to act before and after it is there."""
+        return batches
 
     def close(self) -> None:  # noqa: B027  # most hooks have nothing to close
         """The loop has ended, well or badly; called once."""

@@ -5,14 +5,14 @@ from contextlib import ExitStack
 
 from megatron.checkpoint.state import TrainState
 from megatron.config.plan import BatchPlan
-from megatron.engine.training import MicroBatch, TrainingEngine
+from megatron.engine.training import TrainingEngine
 from megatron.metrics.writers import MetricWriters
-from megatron.training.hooks import FinishedStep, Hook
+from megatron.training.hooks import FinishedStep, Hook, MicroBatches
 
 
 def train_steps(
     engine: TrainingEngine,
-    batches: Iterator[list[MicroBatch]],
+    batches: Iterator[MicroBatches],
     learning_rate: Callable[[int], float],
     state: TrainState,
     last_step: int,
@@ -31,6 +31,7 @@ def train_steps(
     with ExitStack() as closing:
         for hook in hooks:
             closing.callback(hook.close)
+            batches = hook.watched(batches)
         while state.step < last_step:
             rate = learning_rate(state.step)
             output = engine.train_batch(next(batches), step=state.step, learning_rate=rate)

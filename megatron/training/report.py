@@ -43,7 +43,8 @@ class Report(Hook):
             skipped_steps=sum(skipped),
         )
         metrics = interval_metrics(figures, self._work)
-        log.info("%s", log_line(step.state.step, self._last_step, metrics, step.output.loss.is_cuda))
+        on_gpu = step.output.loss.is_cuda
+        log.info("%s", log_line(step.state.step, self._last_step, {**step.metrics, **metrics}, on_gpu))
         return metrics
 
 

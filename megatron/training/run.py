@@ -36,6 +36,7 @@ from megatron.training.clock import Clock
 from megatron.training.hooks import Run, build_hooks
 from megatron.training.identity import check_same_run
 from megatron.training.loop import final_step, train_steps
+from megatron.training.profiling import Wanted
 from megatron.training.pulse import Pulse
 from megatron.training.start import begin, check_writable, checkpoint_to_load
 from megatron.training.stopping import StopRequest, StopVote
@@ -110,6 +111,8 @@ def prepare(config: Config, world_size: int) -> Prepared:
     for key, folder in (("save", config.checkpoint.save), ("log_dir", config.log_folder)):
         if folder is not None:
             check_writable(Path(folder), key)
+    for path in Wanted.of(config).folders:
+        check_writable(path, "the folder of the profile")
     return Prepared(plan, tokenizer, sources, checkpoint)
 
 

@@ -216,7 +216,6 @@ def test_a_typical_file_of_it_loads_and_each_key_that_does_nothing_is_told(tmp_p
         "layernorm_fusion",
         "synchronize_each_layer",
         "steps_per_print",
-        "wall_clock_breakdown",
     ]
 
 

@@ -206,6 +206,38 @@ def test_training_needs_more_than_the_model(keys, missing):
         check(TRAINING | keys, script="train.py")
 
 
+PROFILE = {"profile": True, "log_dir": "logs", "profile_step_start": 2, "profile_step_stop": 4}
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"log_dir": None}, r"profile \(true\) writes files, but neither log_dir nor save is set; set log_dir"),
+        (
+            {"log_dir": None, "profile": False, "memory_profiling": True},
+            r"memory_profiling \(true\) writes files, but there is no place; set memory_profiling_path",
+        ),
+        ({"profile_step_stop": 2}, r"profile_step_stop \(2\) must be above profile_step_start \(2\)"),
+        (
+            {"profile_step_start": 10, "profile_step_stop": 12},
+            r"profile_step_start \(10\) steps, but train_iters \(10\)",
+        ),
+    ],
+)
+def test_a_profile_needs_steps_and_a_place(keys, problem):
+    check(TRAINING | PROFILE, script="train.py")
+    with pytest.raises(ConfigError, match=problem):
+        check(TRAINING | PROFILE | keys, script="train.py")
+    check(TRAINING | PROFILE | keys | {"profile": False, "memory_profiling": False}, script="train.py")
+    check(TRAINING | PROFILE | keys | {"save": "x"}, script="evaluate.py")
+
+
+def test_the_memory_of_a_run_needs_no_other_place_than_its_own():
+    keys = {"profile": False, "memory_profiling": True, "memory_profiling_path": "memory", "log_dir": None}
+    check(TRAINING | PROFILE | keys, script="train.py")
+    check(TRAINING | PROFILE | {"log_dir": None, "save": "checkpoints"}, script="train.py")
+
+
 @pytest.mark.parametrize("script", ["generate.py", "evaluate.py"])
 def test_reading_a_model_needs_a_checkpoint_and_nothing_of_training(script):
     check({"save": "somewhere"}, script=script)
