@@ -1,12 +1,10 @@
-"""Preprocessing as a command: the same bytes from every backend, from whatever is left of a run that was killed."""
+"""Preprocessing as a command: the same bytes from every backend, from shares, and from every kind of input."""
 
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -64,31 +62,6 @@ def test_every_backend_writes_the_same_bytes_for_a_corpus_of_nasty_things(tmp_pa
         assert "2 documents in which U+FFFD stands for invalid text" in done.stdout
         assert "1 empty documents left out" in done.stdout
     assert all(result(tmp_path, backend) == result(tmp_path, "hf") for backend in ("auto", *BACKENDS))
-
-
-def test_a_run_that_was_killed_goes_on_and_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    source = tmp_path / "large.jsonl"
-    source.write_text(
-        "".join(json.dumps({"text": f"{number} {TEXT[number % 3] * 30}"}) + "\n" for number in range(6000))
-    )
-    assert run("preprocess_data.py", *flags(tmp_path, source, "whole")).returncode == 0
-    slow = [*flags(tmp_path, source, "killed"), "--backend", "hf", "--workers", 2, "--checkpoint-seconds", 0]
-    process = subprocess.Popen(
-        command("preprocess_data.py", *slow),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    journal = tmp_path / "killed.journal"
-    while process.poll() is None and not (journal.exists() and journal.read_text().count("\n") >= 3):
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
-    assert not (tmp_path / "killed_text_document.bin").exists()
-    done = run("preprocess_data.py", *flags(tmp_path, source, "killed"), "--resume")  # with another backend
-    assert done.returncode == 0, done.stderr
-    assert result(tmp_path, "killed") == result(tmp_path, "whole")
-    assert not [path for path in tmp_path.iterdir() if path.name.endswith((".partial", ".journal"))]
 
 
 def test_shares_are_joined_and_shuffled_and_inspected(tmp_path: Path) -> None:
