@@ -21,6 +21,7 @@ from megatron.config.plan import Plan
 from megatron.config.resolve import resolve
 from megatron.engine.distributed import start
 from megatron.engine.inference import InferenceEngine
+from megatron.engine.settings import DTYPES
 from megatron.errors import UserError
 from megatron.inputs import check_same_model, open_tokenizer
 from megatron.model.cache import KVCache
@@ -30,8 +31,6 @@ from megatron.parallel.grid import ParallelGrid
 from megatron.tokenizer.base import Tokenizer
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

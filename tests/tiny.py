@@ -84,7 +84,7 @@ def plan(
         engine=replace(
             EnginePlan(
                 precision=precision,
-                zero_stage=zero,
+                zero_stage=max(zero, precision == "fp16"),
                 zero_options=zero_options,
                 loss_scale=scale if precision == "fp16" else None,
                 partition_method="type:transformer",

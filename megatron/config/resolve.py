@@ -14,6 +14,7 @@ from megatron.config.plan import (
     ModelPlan,
     OptimizerPlan,
     Plan,
+    Precision,
     RopeScaling,
     SchedulePlan,
 )
@@ -40,7 +41,7 @@ def resolve(config: Config, world_size: int, vocab_size: int, *, inference: bool
     if problems:
         raise ConfigError(f"the configuration for {world_size} ranks", problems)
     model = _model(config, vocab_size, rows)
-    engine = _engine(config, _compiles(config, model, layout, batch))
+    engine = _engine(config, layout, batch, _compiles(config, model, layout, batch))
     return Plan(layout, batch, model, _optimizer(config), _schedule(config), engine)
 
 
@@ -204,16 +205,19 @@ def _compiles(config: Config, model: ModelPlan, layout: Layout, batch: BatchPlan
     return whole and flops / layout.pipe >= WORTH_COMPILING
 
 
-def _engine(config: Config, compile: bool) -> EnginePlan:
+def _engine(config: Config, layout: Layout, batch: BatchPlan, compile: bool) -> EnginePlan:
     precision, keys = resolve_precision(config.precision), config.engine
+    sum_type = config.precision.data_types.grad_accum_dtype
+    if sum_type is None and precision == "bf16" and batch.accumulation_steps > 1:
+        sum_type = "fp32"  # each sum in bf16 would be off by 2 ** -9 of itself
     return EnginePlan(
         precision=precision,
-        zero_stage=keys.zero_optimization.stage,
+        zero_stage=_stage_that_runs(config, precision, layout.replicas),
         zero_options=keys.zero_optimization.model_dump(exclude={"stage"}, exclude_defaults=True),
         loss_scale=_loss_scale(config) if precision == "fp16" else None,
         partition_method=config.parallelism.pipe_partition_method,
         recompute_layers=keys.checkpoint_num_layers if keys.checkpoint_activations else 0,
-        gradient_accumulation_dtype=config.precision.data_types.grad_accum_dtype,
+        gradient_accumulation_dtype=sum_type,
         seed=config.training.seed,
         deterministic=config.training.deterministic,
         recompute_selective=keys.checkpoint_activations and keys.recompute_granularity == "selective",
@@ -222,6 +226,19 @@ def _engine(config: Config, compile: bool) -> EnginePlan:
         fp32_allreduce=keys.fp32_allreduce,
         compile=compile,
     )
+
+
+def _stage_that_runs(config: Config, precision: Precision, replicas: int) -> int:
+    """The ZeRO stage, 0 where stages 1 and 2 have nobody to share with.
+
+    fp16 without ZeRO runs as stage 1: the numbers are the same, and DeepSpeed scales the loss there without taking a
+    step on zero gradients first.
+    """
+    zero = config.engine.zero_optimization
+    if precision == "fp16":
+        return max(zero.stage, 1)
+    alone = replicas == 1 and zero.stage < 3 and zero.offload_optimizer.device == "none"
+    return 0 if alone else zero.stage
 
 
 def _loss_scale(config: Config) -> LossScalePlan:

@@ -5,7 +5,7 @@ later stages contribute. And, under every optimizer, no update from gradients th
 that is known by then on all ranks. Floor 4.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -43,10 +43,15 @@ def skip_if_not_finite(optimizer: Optimizer, norm: Callable[[], Tensor | float],
 class GradientClip:
     """Clips just before each optimizer step, and remembers the norm it found."""
 
-    def __init__(self, optimizer: Optimizer, grid: ParallelGrid, maximum: float) -> None:
-        """Attach to `optimizer`. maximum: the largest norm to let through, 0 for no clip (the norm is still taken)."""
+    def __init__(
+        self, optimizer: Optimizer, weights: Sequence[nn.Parameter], grid: ParallelGrid, maximum: float
+    ) -> None:
+        """Attach to `optimizer`. weights: the parameters of the model; what is stepped shares their gradients.
+
+        maximum: the largest norm to let through, 0 for no clip (the norm is still taken).
+        """
         self.norm = torch.zeros((), device=grid.device)  # of the last step, before the clip
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._parameters = weights
         self._grid = grid
         self._maximum = maximum
         optimizer.register_step_pre_hook(self._before_step)

@@ -1,10 +1,12 @@
 """Every optimizer DeepSpeed may wrap around ours, seen alike: runs of elements of named parameters.
 
 Floor 4, and the only file that reads attributes of DeepSpeed which are no public interface; `pyproject.toml` therefore
-pins its minor version, and the tests cover each class below. Three cases exist:
+pins its minor version, and the tests cover each class below. Four cases exist:
 
-    torch optimizer                 fp32 without ZeRO        the parameter is its own master
+    torch optimizer                 without ZeRO             the parameter is its own master, or has one (bf16)
     DeepSpeedZeroOptimizer          ZeRO 1 and 2             one flat fp32 partition per group and data rank
+    BF16_Optimizer                  ZeRO 1, bf16 summed      the same
+                                    in fp32
     DeepSpeedZeroOptimizer_Stage3   ZeRO 3                   the same, and the parameters are partitioned too
 """
 
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from megatron.engine.master_weights import MasterWeights
 from megatron.optimizers.traits import OptimizerTraits
 
 MASTER = "fp32"
@@ -65,9 +68,14 @@ class ModuleState:
 class OptimizerState:
     """Masters, moments, step count and loss scale of a DeepSpeed engine's optimizer."""
 
-    def __init__(self, optimizer: Any, inner: Optimizer, traits: OptimizerTraits) -> None:
-        """optimizer: `engine.optimizer`. inner: the optimizer that DeepSpeed was given; it may have wrapped it."""
-        self._optimizer, self._inner, self._traits = optimizer, inner, traits
+    def __init__(
+        self, optimizer: Any, inner: Optimizer, traits: OptimizerTraits, masters: MasterWeights | None = None
+    ) -> None:
+        """optimizer: `engine.optimizer`. inner: the optimizer that DeepSpeed was given; it may have wrapped it.
+
+        masters: what `inner` steps in the place of the weights.
+        """
+        self._optimizer, self._inner, self._traits, self._masters = optimizer, inner, traits, masters
         self._kind = type(optimizer).__name__
         if not self.replicated_over_data:
             self._keep_inner_optimizer()
@@ -88,10 +96,12 @@ class OptimizerState:
 
     def finish_loading(self) -> None:
         """Carry fp32 masters that were written through `runs` into the weights the model computes with. Collective."""
-        if self._kind == "DeepSpeedZeroOptimizer":
+        if self._kind in _FLAT:
             self._push_stage_1_and_2()
         elif self._kind == "DeepSpeedZeroOptimizer_Stage3":
             self._push_stage_3()
+        elif self._masters:
+            self._masters.push()
 
     @property
     def updates(self) -> int:
@@ -127,17 +137,21 @@ class OptimizerState:
         return {name: source.detach().view(-1).narrow(0, place.at, place.numel) for name, source in sources.items()}
 
     def _places(self) -> Iterator[_Place]:
-        match self._kind:
-            case "DeepSpeedZeroOptimizer":
-                return self._places_stage_1_and_2()
-            case "DeepSpeedZeroOptimizer_Stage3":
-                return self._places_stage_3()
-        stepped = (p for p in self._stepped() if isinstance(p, nn.Parameter))
-        return (_Place(p, tuple(p.shape), 0, p.numel(), p, 0) for p in stepped)
+        if self._kind in _FLAT:
+            return self._places_stage_1_and_2()
+        if self._kind == "DeepSpeedZeroOptimizer_Stage3":
+            return self._places_stage_3()
+        return self._places_unsharded()
+
+    def _places_unsharded(self) -> Iterator[_Place]:
+        for stepped in self._stepped():
+            assert isinstance(stepped, nn.Parameter)
+            weight = self._masters.weight_of(stepped) if self._masters else stepped
+            yield _Place(weight, tuple(weight.shape), 0, weight.numel(), stepped, 0)
 
     def _places_stage_1_and_2(self) -> Iterator[_Place]:
-        groups = zip(self._optimizer.bit16_groups, self._optimizer.single_partition_of_fp32_groups, strict=True)
-        for parameters, flat in groups:
+        groups, flats = (getattr(self._optimizer, name) for name in _FLAT[self._kind][:2])
+        for parameters, flat in zip(groups, flats, strict=True):
             for parameter in parameters:
                 mapping = parameter._hp_mapping
                 if mapping is not None:  # None: another data rank holds all of it
@@ -185,8 +199,8 @@ class OptimizerState:
         """What DeepSpeed's `update_lp_params` does, in pieces: gloo gathers into a copy of all that is gathered."""
         zero = self._optimizer
         groups = zip(
-            zero.parallel_partitioned_bit16_groups,
-            zero.single_partition_of_fp32_groups,
+            getattr(zero, _FLAT[self._kind][2]),
+            getattr(zero, _FLAT[self._kind][1]),
             zero.real_dp_process_group,
             strict=True,
         )
@@ -215,4 +229,14 @@ class OptimizerState:
         zero.checkpoint_event_epilogue()
 
 
+# optimizers with a flat fp32 partition for each group: their names for the groups of parameters, for the partitions,
+# and for the 16-bit weights that all ranks' partitions make up
+_FLAT = {
+    "DeepSpeedZeroOptimizer": (
+        "bit16_groups",
+        "single_partition_of_fp32_groups",
+        "parallel_partitioned_bit16_groups",
+    ),
+    "BF16_Optimizer": ("bf16_groups", "fp32_groups_flat_partition", "bf16_partitioned_groups"),
+}
 _LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

@@ -20,15 +20,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.config.plan import Plan
+from megatron.config.plan import EnginePlan, Plan
 from megatron.engine.clipping import GradientClip, skip_if_not_finite
 from megatron.engine.compiling import compiled, compiled_blocks
+from megatron.engine.master_weights import MasterWeights
 from megatron.engine.model_parallel_unit import ModelParallelUnit
 from megatron.engine.modules import Sequential, pipeline_module
 from megatron.engine.optimizer_state import OptimizerState
 from megatron.engine.phases import Timed, time_phases
 from megatron.engine.recompute import checkpoint_function
-from megatron.engine.settings import deepspeed_settings, is_sharded
+from megatron.engine.settings import DTYPES, deepspeed_settings
 from megatron.model.gpt import Targets
 from megatron.model.layer import Layer
 from megatron.optimizers.build import build_optimizer
@@ -76,8 +77,9 @@ class TrainingEngine:
                 if self._pipelined
                 else Sequential(layers, recompute, checkpoint).to(grid.device)
             )
+            masters = _masters(module, plan.engine)
             traits = traits_of(plan.optimizer)
-            optimizer = build_optimizer(module.parameters(), plan.optimizer)
+            optimizer = build_optimizer(masters.masters if masters else module.parameters(), plan.optimizer)
             self._engine, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=optimizer,
@@ -85,13 +87,20 @@ class TrainingEngine:
                 mpu=None if self._pipelined else ModelParallelUnit(grid),
                 dist_init_required=False,
             )
-        clip = None if is_sharded(plan.engine) else GradientClip(optimizer, grid, plan.optimizer.gradient_clipping)
+        if masters:
+            masters.attach(optimizer)
+        clip = None
+        if plan.engine.zero_stage == 0:
+            weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            clip = GradientClip(optimizer, weights, grid, plan.optimizer.gradient_clipping)
+            if grid.size("replica") == 1:  # nobody to average with
+                self._engine.enable_backward_allreduce = self._engine.pipeline_enable_backward_allreduce = False
         self._norm: Callable[[], Tensor | float] = (lambda: clip.norm) if clip else self._engine.get_global_grad_norm
         # DeepSpeed sets its norm after the step that it takes from it
         zero = self._engine.optimizer
         norm = (lambda: clip.norm) if clip else lambda: zero._global_grad_norm
         skip_if_not_finite(optimizer, norm, traits.on_device)
-        self.state = OptimizerState(zero, optimizer, traits)
+        self.state = OptimizerState(zero, optimizer, traits, masters)
 
     @property
     def grid(self) -> ParallelGrid:
@@ -164,6 +173,13 @@ class TrainingEngine:
 
     def _loss_scale(self) -> float | None:
         return float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else None
+
+
+def _masters(module: nn.Module, plan: EnginePlan) -> MasterWeights | None:
+    """fp32 masters, where weights are bf16 and none of DeepSpeed's ZeRO optimizers keeps them."""
+    if plan.precision != "bf16" or plan.zero_stage:
+        return None
+    return MasterWeights(module, DTYPES[plan.precision], DTYPES[plan.gradient_accumulation_dtype or "fp32"])
 
 
 def own_part(batch: MicroBatch, grid: ParallelGrid) -> MicroBatch:

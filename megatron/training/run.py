@@ -20,9 +20,9 @@ from megatron.config.resolve import resolve
 from megatron.data.build import Sources
 from megatron.data.loader import micro_batches
 from megatron.engine.distributed import be_deterministic, start_layout, stop
+from megatron.engine.settings import DTYPES
 from megatron.engine.training import TrainingEngine
 from megatron.errors import RunError, work_begins
-from megatron.inference import DTYPES
 from megatron.inputs import check_same_model, open_data, open_tokenizer
 from megatron.launch.heartbeat import Heartbeat
 from megatron.logging import configure
@@ -38,7 +38,7 @@ from megatron.training.identity import check_same_run
 from megatron.training.loop import final_step, train_steps
 from megatron.training.profiling import Wanted
 from megatron.training.pulse import Pulse
-from megatron.training.start import begin, check_writable, checkpoint_to_load
+from megatron.training.start import agreed, begin, check_writable, checkpoint_to_load
 from megatron.training.stopping import StopRequest, StopVote
 
 log = logging.getLogger(__name__)
@@ -104,10 +104,8 @@ def prepare(config: Config, world_size: int) -> Prepared:
     sources = open_data(config, tokenizer.vocab_size)
     sources.samples("train")
     checkpoint = checkpoint_to_load(config.checkpoint)
-    if checkpoint is not None and "model" not in config.checkpoint.allow_changes:
-        check_same_model(plan.model, checkpoint)
-    if checkpoint is not None and not config.checkpoint.finetune:
-        check_same_run(config, tokenizer, checkpoint)
+    if checkpoint is not None:
+        check_fits(config, plan, tokenizer, checkpoint)
     for key, folder in (("save", config.checkpoint.save), ("log_dir", config.log_folder)):
         if folder is not None:
             check_writable(Path(folder), key)
@@ -116,16 +114,26 @@ def prepare(config: Config, world_size: int) -> Prepared:
     return Prepared(plan, tokenizer, sources, checkpoint)
 
 
+def check_fits(config: Config, plan: Plan, tokenizer: Tokenizer, checkpoint: Path) -> None:
+    """Raise UserError where this run may not go on from `checkpoint`."""
+    if "model" not in config.checkpoint.allow_changes:
+        check_same_model(plan.model, checkpoint)
+    if not config.checkpoint.finetune:
+        check_same_run(config, tokenizer, checkpoint)
+
+
 def set_up(config: Config, prepared: Prepared) -> tuple[Run, TrainState]:
     """Let the ranks meet, build the model and bring it to where the run begins. Collective."""
     plan, pulse = prepared.plan, Pulse(Heartbeat.of_this_process())
     same_bits = be_deterministic() if plan.engine.deterministic else []
     grid = start_layout(plan.layout, config.launcher.distributed_backend)
+    check = partial(check_fits, config, plan, prepared.tokenizer)
+    checkpoint = agreed(prepared.checkpoint, config.checkpoint, check)
     layers = gpt_layers(plan.model, grid, plan.engine.seed)
     engine = TrainingEngine(layers, make_loss(plan.model, grid), grid, plan)
     lines = [prepared.tokenizer.describe(), *prepared.sources.description, *plan_lines(plan)]
     lines += describe_attention(plan.model, grid.device, DTYPES[plan.engine.precision])
-    state, beginning = begin(engine, prepared.checkpoint, config.checkpoint)
+    state, beginning = begin(engine, checkpoint, config.checkpoint)
     for line in [*lines, *same_bits, *_where_files_go(config), beginning]:
         log.info("%s", line)
     last_step = final_step(state.step, config.training.train_iters or 0, config.training.exit_interval)

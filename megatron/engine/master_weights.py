@@ -1,0 +1,50 @@
+"""fp32 masters of 16-bit weights that nobody shards.
+
+DeepSpeed's own wrappers for this case flatten everything, copy a gradient up to five times on its way, and take a step
+on zero gradients when they start, which shifts Adam's bias correction. Here a gradient is summed in fp32 as autograd
+hands it over, the optimizer steps the masters with that very tensor, and the weights are rounded from the masters.
+Floor 4.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class MasterWeights:
+    """Weights of a 16-bit type, and the fp32 tensors that an optimizer steps in their place."""
+
+    def __init__(self, module: nn.Module, weight_type: torch.dtype, gradient_type: torch.dtype = torch.float32) -> None:
+        """Round the weights of `module` to `weight_type`; buffers stay as they are.
+
+        gradient_type: of the sums of gradients. Masters start as the rounded weights, as they do under ZeRO.
+        """
+        self.weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        for weight in self.weights:
+            weight.data = weight.data.to(weight_type)
+            weight.grad_dtype = gradient_type
+        self.masters = [nn.Parameter(weight.detach().float()) for weight in self.weights]
+        self._weight_of = dict(zip(self.masters, self.weights, strict=True))
+
+    def weight_of(self, master: nn.Parameter) -> nn.Parameter:
+        """The weight that is rounded from `master`."""
+        return self._weight_of[master]
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Let `optimizer`, built over the masters, step with the gradients of the weights. Before any other hook."""
+        optimizer.register_step_pre_hook(self._take_gradients)
+        optimizer.register_step_post_hook(self._finish_step)
+
+    @torch.no_grad()
+    def push(self) -> None:
+        """Round the masters into the weights."""
+        torch._foreach_copy_(list[Tensor](self.weights), list[Tensor](self.masters))
+
+    def _take_gradients(self, *_: object) -> None:
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            master.grad = None if weight.grad is None else weight.grad.to(master.dtype)
+
+    def _finish_step(self, *_: object) -> None:
+        for master in self.masters:
+            master.grad = None
+        self.push()
