@@ -77,9 +77,10 @@ def verify(checkpoints: list[Path]) -> int:
 def show(checkpoint: Path, wanted: str) -> None:
     """Print each tensor with statistics, one at a time in memory."""
     print(summary(checkpoint))
-    for name, shape in sorted(tensor_shapes(SafeReader(checkpoint / "state")).items()):
+    reader = SafeReader(checkpoint / "state")
+    for name, shape in sorted(tensor_shapes(reader).items()):
         if wanted in name:
-            tensor = read_tensors(checkpoint, [name])[name]
+            tensor = read_tensors(reader, [name])[name]
             spread = float(tensor.std()) if tensor.numel() > 1 else 0.0
             print(
                 f"{name:60} {list(shape)!s:20} mean {float(tensor.mean()):+.3e}  std {spread:.3e}"
@@ -90,14 +91,16 @@ def show(checkpoint: Path, wanted: str) -> None:
 
 def compare(one: Path, other: Path, wanted: str) -> int:
     """Print every difference between two checkpoints; 1 if there is one."""
-    first, second = (tensor_shapes(SafeReader(path / "state")) for path in (one, other))
-    differences = [f"{name}: only in {one if name in first else other}" for name in first.keys() ^ second.keys()]
+    readers = [SafeReader(path / "state") for path in (one, other)]
+    first, second = map(tensor_shapes, readers)
+    alone = sorted(name for name in first.keys() ^ second.keys() if wanted in name)
+    differences = [f"{name}: only in {one if name in first else other}" for name in alone]
     common = sorted(name for name in first.keys() & second.keys() if wanted in name)
     for name in common:
         if first[name] != second[name]:
             differences.append(f"{name}: {list(first[name])} and {list(second[name])}")
             continue
-        a, b = (read_tensors(path, [name])[name] for path in (one, other))
+        a, b = (read_tensors(reader, [name])[name] for reader in readers)
         if not torch.equal(a, b):
             count = int((a != b).sum())
             differences.append(

@@ -15,8 +15,10 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +30,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 BEST = "best"
 Verification = Literal["quick", "full"]  # sizes, or hashes as well
+_HASHED_AT_ONCE = 4  # files, in threads: hashing lets go of Python's lock
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,16 @@ def find_checkpoint(folder: Path, iteration: int | None = None, verify: Verifica
     A damaged one is passed over, with a warning that names its files. Raises UserError for an iteration that is not
     there or damaged, and for a folder with nothing but damaged checkpoints.
     """
+    return choose_checkpoint(folder, iteration, partial(damage, verify=verify))
+
+
+def choose_checkpoint(folder: Path, iteration: int | None, look: Callable[[Path], list[str]]) -> Path | None:
+    """The same, where `look` says what is wrong with a checkpoint."""
     steps = steps_in(folder)
     if iteration is not None:
-        return _of_iteration(folder, iteration, steps, verify)
+        return _of_iteration(folder, iteration, steps, look)
     for path in _newest_first(folder, steps):
-        if not (problems := damage(path, verify)):
+        if not (problems := look(path)):
             return path
         log.warning("%s is damaged and not used: %s", path, "; ".join(problems))
     if steps or _pointer(folder):
@@ -78,13 +86,18 @@ def best_checkpoint(folder: Path) -> Path | None:
     return folder / name if name and not damage(folder / name) else None
 
 
-def damage(path: Path, verify: Verification = "quick") -> list[str]:
-    """What is wrong with the files of a checkpoint, one message a file; empty when it is whole."""
+def damage(path: Path, verify: Verification = "quick", share: tuple[int, int] = (0, 1)) -> list[str]:
+    """What is wrong with the files of a checkpoint, one message a file; empty when it is whole.
+
+    share: (number, of how many), to look at a part of the files only; together the parts are all of them.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
             return [f"its format is {manifest['format']}, and this version of Deepy reads format {FORMAT}"]
-        checks = [_file_damage(path / name, entry, verify) for name, entry in sorted(manifest["files"].items())]
+        files = sorted(manifest["files"].items())[share[0] :: share[1]]
+        with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+            checks = list(pool.map(lambda file: _file_damage(path / file[0], file[1], verify), files))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
     return [problem for problem in checks if problem]
@@ -110,7 +123,8 @@ def publish(unfinished: Path, final: Path, documents: Mapping[str, Any], files: 
         write_durably(unfinished / name, json.dumps(document, indent=2))
     entries = dict(files) | {name: describe_file(unfinished / name) for name in documents}
     write_durably(unfinished / MANIFEST, json.dumps({"format": FORMAT, "files": entries}, indent=2))
-    _sync_folder(unfinished)
+    for folder in {(unfinished / name).parent for name in entries} | {unfinished}:
+        _sync_folder(folder)
     replaced = final.with_name(f".{final.name}.replaced")
     if final.exists():  # a run that went back to an earlier step comes by again
         shutil.rmtree(replaced, ignore_errors=True)
@@ -162,12 +176,12 @@ def write_durably(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _of_iteration(folder: Path, iteration: int, steps: list[int], verify: Verification) -> Path:
+def _of_iteration(folder: Path, iteration: int, steps: list[int], look: Callable[[Path], list[str]]) -> Path:
     if iteration not in steps:
         known = ", ".join(map(str, steps)) or "none"
         raise UserError(f"iteration {iteration}: no such checkpoint in {folder}; there are: {known}")
     path = checkpoint_path(folder, iteration)
-    if problems := damage(path, verify):
+    if problems := look(path):
         raise UserError(f"{path} is damaged:", *(f"  {problem}" for problem in problems))
     return path
 

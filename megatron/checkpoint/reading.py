@@ -45,10 +45,17 @@ class _DescriptionUnpickler(pickle.Unpickler):
 
 
 class SafeReader(dcp.FileSystemReader):
-    """torch's reader of files, with the unpickler above."""
+    """torch's reader of files, with the unpickler above. It reads the description once, which may be large."""
+
+    _description: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The description of all tensors. Raises UserError when the file is damaged or asks for more."""
+        if self._description is None:
+            self._description = self._read_description()
+        return self._description
+
+    def _read_description(self) -> Metadata:
         path = Path(self.path) / ".metadata"
         try:
             with path.open("rb") as file:
@@ -66,9 +73,9 @@ def tensor_shapes(reader: SafeReader) -> dict[str, torch.Size]:
     return {name: entry.size for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
-def read_tensors(checkpoint: Path, names: list[str] | None = None) -> dict[str, Tensor]:
+def read_tensors(checkpoint: Path | SafeReader, names: list[str] | None = None) -> dict[str, Tensor]:
     """Whole fp32 tensors of `checkpoint`, all or those in `names`, in this process alone; ranks need not exist."""
-    reader = SafeReader(checkpoint / "state")
+    reader = checkpoint if isinstance(checkpoint, SafeReader) else SafeReader(checkpoint / "state")
     shapes = tensor_shapes(reader)
     tensors = {name: torch.empty(shapes[name]) for name in (shapes if names is None else names)}
     with warnings.catch_warnings():

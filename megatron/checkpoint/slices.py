@@ -10,9 +10,19 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from megatron.engine.optimizer_state import Run
 from megatron.parallel.grid import ParallelGrid
@@ -128,6 +138,41 @@ class SavePlanner(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     lookup_object = _part
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """On the first rank: put the plans of all ranks together. Raises ValueError unless each element is in one.
+
+        torch's own check compares nearly all pieces of a tensor with each other, which takes minutes for ZeRO 3 over
+        a thousand ranks; and it passes over an element that two ranks hold in equal pieces.
+        """
+        self.global_plan, self.metadata = create_default_global_save_plan(all_plans)
+        for name, entry in self.metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata) and not tiles(entry.size, entry.chunks):
+                raise ValueError(f"the pieces that the ranks hold of {name} are not the whole of it, each element once")
+        return self.global_plan, self.metadata
+
+
+def tiles(shape: Sequence[int], boxes: Sequence[ChunkStorageMetadata]) -> bool:
+    """Whether `boxes`, which lie within `shape`, cover each element of it once.
+
+    They do if they are as large together and no two overlap. A sweep along the axis with the most beginnings has few
+    boxes open at once.
+    """
+    if sum(math.prod(box.sizes) for box in boxes) != math.prod(shape):
+        return False
+    axis = max(range(len(shape)), key=lambda each: len({box.offsets[each] for box in boxes}))
+    active: list[ChunkStorageMetadata] = []
+    for box in sorted(boxes, key=lambda box: box.offsets[axis]):
+        active = [other for other in active if other.offsets[axis] + other.sizes[axis] > box.offsets[axis]]
+        if any(_overlap(box, other) for other in active):
+            return False
+        active.append(box)
+    return True
+
+
+def _overlap(one: ChunkStorageMetadata, other: ChunkStorageMetadata) -> bool:
+    ranges = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
+    return all(a < b + m and b < a + n for a, n, b, m in ranges)
 
 
 class LoadPlanner(DefaultLoadPlanner):

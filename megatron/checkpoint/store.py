@@ -183,16 +183,31 @@ def _load(engine: TrainingEngine | InferenceEngine, path: Path, kinds: tuple[str
     engine.state.finish_loading()
 
 
-def agree_on_checkpoint(path: Path | None) -> None:
-    """Make sure that every rank has found the same checkpoint. Collective. Raises RunError on all of them if not.
+def agree_on_checkpoint(
+    path: Path | None, verify: folders.Verification = "quick", iteration: int | None = None
+) -> Path | None:
+    """Make sure that every rank has found the same checkpoint, and return the one to load. Collective.
 
-    Ranks look into the folder each for itself: another run may save meanwhile, or nodes may see different disks.
+    Ranks look into the folder each for itself: another run may save meanwhile, or nodes may see different disks. That
+    raises RunError on all of them. verify: "full" hashes the files, which the ranks share out among them; damage is
+    treated as in `find_checkpoint`.
     """
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, path and str(path))
     if len(set(found)) > 1:
         seen = "; ".join(f"rank {rank}: {name or 'none'}" for rank, name in enumerate(found[:8]))
         raise RunError(f"ranks found different checkpoints ({seen}); all nodes must see the same folder")
+    if path is None or verify == "quick":
+        return path
+    return folders.choose_checkpoint(path.parent, iteration, _damage_found_together)
+
+
+def _damage_found_together(path: Path) -> list[str]:
+    """What is wrong with the content of a checkpoint; each rank hashes its share of the files. Collective."""
+    everyones: list[Any] = [None] * dist.get_world_size()
+    mine = folders.damage(path, "full", (dist.get_rank(), len(everyones)))
+    dist.all_gather_object(everyones, mine)
+    return sorted({problem for problems in everyones for problem in problems})
 
 
 def _check_same_model(

@@ -1,6 +1,7 @@
 """Where a run begins: fresh, or from a checkpoint. Floor 6."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron.checkpoint.folder import find_checkpoint
@@ -15,12 +16,13 @@ def checkpoint_to_load(keys: CheckpointKeys) -> Path | None:
     """The checkpoint that the run goes on from; None: it starts fresh.
 
     `load` equal to `save` and still empty is a fresh start: the same command begins a run and goes on with it.
+    Only sizes of files are looked at yet: hashes are for all ranks together, when they have met (`agreed`).
     Raises UserError where anything else that `load` names is not there, and where `save` holds another run's
     checkpoints, which a fresh start would mix with its own.
     """
     save, load = keys.save, keys.load
     goes_on = save is not None and load is not None and _same(save, load) and not keys.finetune
-    found = find_checkpoint(Path(load), keys.iteration, keys.verify) if load is not None else None
+    found = find_checkpoint(Path(load), keys.iteration) if load is not None else None
     if load is not None and found is None and not goes_on:
         raise UserError(f"load ({load}) has no checkpoint. To start afresh, leave load unset or equal to save")
     if save is not None and not goes_on and (held := find_checkpoint(Path(save))) is not None:
@@ -41,9 +43,19 @@ def check_writable(folder: Path, key: str) -> None:
         raise UserError(f"{key} ({folder}) cannot be written to")
 
 
+def agreed(checkpoint: Path | None, keys: CheckpointKeys, check: Callable[[Path], None]) -> Path | None:
+    """The checkpoint that all ranks go on from, which is `checkpoint` unless its content turns out to be damaged.
+
+    Collective. check: what `checkpoint` was held to, if another is taken for it; raises UserError.
+    """
+    chosen = agree_on_checkpoint(checkpoint, keys.verify, keys.iteration)
+    if chosen is not None and chosen != checkpoint:
+        check(chosen)
+    return chosen
+
+
 def begin(engine: TrainingEngine, checkpoint: Path | None, keys: CheckpointKeys) -> tuple[TrainState, str]:
     """Bring `engine` to where the run begins. Returns the state there and a line that says so. Collective."""
-    agree_on_checkpoint(checkpoint)
     if checkpoint is None:
         return TrainState(), "starting fresh: weights from the seed, step 0"
     if keys.finetune:

@@ -1,18 +1,21 @@
 """What is taken from a checkpoint and what is not, that all ranks take the same one, and what taking it costs."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench.checkpoint_load import HIDDEN, SOURCE, TARGETS, measure
+from megatron.checkpoint import folder as folders
 from megatron.checkpoint.state import TrainState
-from megatron.checkpoint.store import agree_on_checkpoint
+from megatron.checkpoint.store import CheckpointWriter, agree_on_checkpoint
 from megatron.config.run_keys import CheckpointKeys
-from megatron.errors import RunError
-from megatron.training.start import begin
+from megatron.errors import RunError, UserError
+from megatron.training.start import agreed, begin
 from tests.ranks.moves import engine_of, layout_name, run_steps, tensors, train
 from tests.ranks.run import run_ranks
+from tests.ranks.test_checkpoint import flip_a_byte
 
 STEPS = 6
 SETTINGS = {"data": 2, "zero": 1, "model": {"hidden_dropout": 0.1}}
@@ -82,6 +85,37 @@ def finding(folder: str) -> None:
 
 def test_ranks_that_find_different_checkpoints_all_end_with_a_list_of_what_they_found(tmp_path):
     run_ranks(2, finding, str(tmp_path))
+
+
+def hashing_together(folder: str) -> None:
+    """Two checkpoints of two files each; then a byte of the newer one flips, in the file of one of the ranks."""
+    rank, save = torch.distributed.get_rank(), Path(folder)
+    engine, _ = engine_of(SETTINGS)
+    writer = CheckpointWriter(engine, save, {})
+    for step in (1, 2):
+        writer.save(TrainState(step))
+    newest, keys = save / "global_step2", CheckpointKeys(verify="full")
+    hashed: list[str] = []
+    plain = folders.file_hash
+    folders.file_hash = lambda path: hashed.append(path.name) or plain(path)
+    assert agreed(newest, keys, lambda _: pytest.fail("it is the one that was held to everything")) == newest
+    everyones: list = [None, None]
+    torch.distributed.all_gather_object(everyones, hashed)
+    files = json.loads((newest / "manifest.json").read_text())["files"]
+    assert sorted([*everyones[0], *everyones[1]]) == sorted(Path(name).name for name in files) and all(everyones)
+    if rank == 0:
+        flip_a_byte(newest)
+    torch.distributed.barrier()
+    checked: list[Path] = []
+    assert agreed(newest, CheckpointKeys(), checked.append) == newest and checked == []  # sizes are as they were
+    assert agreed(newest, keys, checked.append) == save / "global_step1"
+    assert checked == [save / "global_step1"]
+    with pytest.raises(UserError, match=r"global_step2 is damaged:\n.*has other content than was written"):
+        agreed(newest, CheckpointKeys(verify="full", iteration=2), checked.append)
+
+
+def test_ranks_share_out_the_files_to_hash_and_all_take_the_one_before_a_damaged_one(tmp_path):
+    run_ranks(2, hashing_together, str(tmp_path))
 
 
 @pytest.mark.long

@@ -5,8 +5,9 @@ import math
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from megatron.checkpoint.slices import Slices, boxes
+from megatron.checkpoint.slices import Slices, boxes, tiles
 from megatron.engine.optimizer_state import Run
 
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4)
@@ -51,3 +52,22 @@ def test_slices_are_views_of_the_run_and_leave_out_padding(run, true_rows):
     true_elements = true_rows * math.prod(shape[1:])
     inside = max(0, min(start + numel, true_elements) - start)
     assert flat.sum() == inside and bool((flat[:inside] == 1).all())
+
+
+@given(shapes, st.lists(st.integers(1, 30), max_size=4), st.data())
+def test_pieces_are_whole_if_each_element_is_in_one_of_them_and_in_no_other_case(shape, cuts, data):
+    """Runs as ranks hold them, then one of them left out, doubled, or moved onto its neighbours."""
+    total = math.prod(shape)
+    ends = sorted({cut % total for cut in cuts} - {0} | {total})
+    pieces = [
+        ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        for start, end in zip([0, *ends], ends, strict=False)
+        for offsets, sizes, _ in boxes(start, end - start, shape)
+    ]
+    pieces = data.draw(st.permutations(pieces))
+    assert tiles(shape, pieces)
+    assert not tiles(shape, pieces[1:])
+    assert not tiles(shape, [*pieces, pieces[0]])
+    equal = [piece for piece in pieces[1:] if piece.sizes == pieces[0].sizes]
+    if equal:  # as large together as the whole
+        assert not tiles(shape, [equal[0] if piece is pieces[0] else piece for piece in pieces])
