@@ -157,6 +157,7 @@ def test_the_schedule_is_counted_in_steps(keys, steps):
 
 def test_optimizer_and_engine_take_their_values_from_where_they_are_written():
     found = plan(
+        world_size=2,
         optimizer={"type": "SGD", "params": {"lr": 0.5, "betas": [0.9, 0.99], "weight_decay": 0.3}},
         min_lr=0.25,
         zero_optimization={"stage": 1, "reduce_bucket_size": 5e8, "allgather_bucket_size": 7},
@@ -174,3 +175,38 @@ def test_all_that_ranks_and_vocabulary_break_is_reported_at_once():
     with pytest.raises(ConfigError) as caught:
         plan(3, vocab_size=500, model_parallel_size=2, padded_vocab_size=400, train_batch_size=3)
     assert len(caught.value.problems) == 2
+
+
+@pytest.mark.parametrize(
+    ("world_size", "keys", "stage"),
+    [
+        (1, {"zero_optimization": {"stage": 2}}, 0),
+        (2, {"zero_optimization": {"stage": 2}}, 2),
+        (2, {"zero_optimization": {"stage": 1}, "model_parallel_size": 2}, 0),
+        (1, {"zero_optimization": {"stage": 3}}, 3),
+        (1, {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, 1),
+        (1, {"zero_optimization": {"stage": 0}, "precision": "fp16"}, 1),
+    ],
+)
+def test_zero_stages_that_share_with_nobody_are_not_run(world_size, keys, stage):
+    assert plan(world_size, **keys).engine.zero_stage == stage
+
+
+@pytest.mark.parametrize(
+    ("keys", "summed_in"),
+    [
+        ({"precision": "bfloat16", "gradient_accumulation_steps": 4}, "fp32"),
+        ({"precision": "bfloat16", "gradient_accumulation_steps": 1}, None),
+        ({"gradient_accumulation_steps": 4}, None),
+        (
+            {
+                "precision": "bfloat16",
+                "gradient_accumulation_steps": 4,
+                "data_types": {"grad_accum_dtype": "bf16"},
+            },
+            "bf16",
+        ),
+    ],
+)
+def test_bf16_gradients_of_several_micro_batches_are_summed_in_fp32_unless_told_otherwise(keys, summed_in):
+    assert plan(**keys).engine.gradient_accumulation_dtype == summed_in
