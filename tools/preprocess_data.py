@@ -41,6 +41,8 @@ def run(arguments: Namespace) -> None:
         )
     if arguments.deduplicate and arguments.shard:
         raise UserError("--deduplicate sees one share only: with --shard, duplicates across shares would stay")
+    if wrong := [key for key in arguments.jsonl_keys if "/" in key]:
+        raise UserError(f'--jsonl-keys: "{wrong[0]}" names a file of the output, so it can have no "/"; rename the key')
     do_work(
         arguments,
         keys=tuple(dict.fromkeys(arguments.jsonl_keys)),

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +48,7 @@ def add_work_flags(parser: ArgumentParser) -> None:
     add("--skip-bad-lines", action="store_true", help="leave out and count lines that cannot be used; default: end")
     add("--num-docs", type=int, metavar="N", help="documents there are, for the progress bar (default: go by bytes)")
     help_of_workers = "threads, or processes for slow backends (1: as the library likes)"
-    add("--workers", type=int, default=1, metavar="N", help=help_of_workers)
+    add("--workers", type=positive, default=1, metavar="N", help=help_of_workers)
     add("--shard", type=shard, metavar="I/N", help="do share I (from 0) of N only; tools/merge_datasets.py joins them")
     add("--resume", action="store_true", help="go on where an interrupted run of the same work stopped")
     add("--checkpoint-seconds", type=float, default=10, metavar="S", help="work that an interruption may cost (10)")
@@ -56,11 +56,18 @@ def add_work_flags(parser: ArgumentParser) -> None:
 
 
 def shard(text: str) -> Shard:
-    """Share I/N. Raises ValueError, which the parser reports."""
+    """Share I/N. Raises ArgumentTypeError, which the parser reports."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or int(match[1]) >= int(match[2]):
-        raise ValueError(text)
+        raise ArgumentTypeError(f'"{text}" is not I/N, such as 0/8, with I from 0 to N - 1')
     return Shard(int(match[1]), int(match[2]))
+
+
+def positive(text: str) -> int:
+    """A number from 1 on. Raises ArgumentTypeError, which the parser reports."""
+    if not re.fullmatch(r"\d+", text) or int(text) < 1:
+        raise ArgumentTypeError(f'"{text}" is not a number from 1 on')
+    return int(text)
 
 
 def do_work(arguments: Namespace, **settings: Any) -> None:
@@ -155,16 +162,7 @@ def summary(job: Job, totals: Totals) -> list[str]:
     lines.append(f"from {totals.text_bytes:,} bytes of text in {totals.seconds:.1f} s ({speed(totals)})")
     if job.form is not None:
         lines.append(f"{totals.learned:,} of {totals.tokens:,} tokens are learned")
-    notes = {
-        "empty documents left out": totals.empty,
-        "documents left out for their length": totals.filtered,
-        "records without an answer left out": totals.without_answer,
-        "duplicates left out": totals.duplicates,
-        "documents in which U+FFFD stands for invalid text": totals.repaired,
-        "documents that spell the end-of-document token in their own text": totals.contain_eod,
-        "bad lines left out, the first of them:": totals.bad_lines,
-    }
-    lines += [f"{count:,} {note}" for note, count in notes.items() if count]
+    lines += totals.notes()
     return lines + [f"  {line}" for line in totals.bad_line_list]
 
 

@@ -113,10 +113,19 @@ def json_object(line: bytes) -> tuple[dict[str, Any] | str, bool]:
     try:
         entry = json.loads(text)
     except json.JSONDecodeError as error:
-        return f"not JSON: {error.msg} at character {error.pos + 1}", is_valid
+        return f"not JSON: {error.msg} at character {error.pos + 1}{_way_out(text)}", is_valid
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
         return f"not readable: {error}", is_valid
-    return entry if isinstance(entry, dict) else f"not a JSON object but {type(entry).__name__}", is_valid
+    if isinstance(entry, dict):
+        return entry, is_valid
+    return f"not a JSON object but {type(entry).__name__}{_way_out(text)}", is_valid
+
+
+def _way_out(line: str) -> str:
+    """For the usual forms of JSON that are not one object a line."""
+    if line.strip() == "{":
+        return "; an object must be on one line, as jq -c . FILE writes it"
+    return "; jq -c '.[]' FILE writes the objects of a list one a line" if line.startswith("[") else ""
 
 
 def _without_text(entry: dict[str, Any], keys: Sequence[str]) -> str:

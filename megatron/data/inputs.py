@@ -41,7 +41,7 @@ def find_inputs(names: str) -> list[str]:
     Raises UserError for a name that stands for nothing, or a file whose ending is not one of ENDINGS.
     """
     found: list[str] = []
-    for name in (name.strip() for name in names.split(",")):
+    for name in [names] if Path(names).is_file() else (name.strip() for name in names.split(",")):
         matches = _matches(name)
         if not matches:
             kinds = ", ".join(ending for ending in ENDINGS if not ending.endswith(COMPRESSIONS[1:]))
@@ -92,6 +92,8 @@ def _matches(name: str) -> list[str]:
     path = Path(name)
     if not is_file(name):
         return [name]
+    if not name:  # which would be the folder one is in
+        return []
     if path.is_dir():
         return sorted(str(entry) for entry in path.iterdir() if entry.name.endswith(ENDINGS))
     return [name] if path.is_file() else _matching(name)

@@ -150,6 +150,19 @@ class Totals:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.bad_line_list = (self.bad_line_list + other.bad_line_list)[:LISTED_BAD_LINES]
 
+    def notes(self) -> list[str]:
+        """Everything that did not go the plain way, with its count."""
+        notes = {
+            "empty documents left out": self.empty,
+            "documents left out for their length": self.filtered,
+            "records without an answer left out": self.without_answer,
+            "duplicates left out": self.duplicates,
+            "documents in which U+FFFD stands for invalid text": self.repaired,
+            "documents that spell the end-of-document token in their own text": self.contain_eod,
+            "bad lines left out, the first of them:": self.bad_lines,
+        }
+        return [f"{count:,} {note}" for note, count in notes.items() if count]
+
 
 @dataclass
 class EncodedChunk:

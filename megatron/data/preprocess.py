@@ -103,8 +103,11 @@ def _run(
                 journal.append(output.checkpoint(place, totals, reader.digests, first_seen))
                 saved, first_seen = time.monotonic(), []
         if not totals.documents and job.shard is None:
-            what = "text" if job.form is None else "answer"
-            raise RunError(f"no document in {', '.join(job.inputs)} has any {what} under {', '.join(job.keys)}")
+            what, left_out = "answer" if job.form else "text", "; ".join(totals.notes())
+            raise RunError(
+                f"no document in {', '.join(job.inputs)} has any {what} under {', '.join(job.keys)}"
+                + (f" ({left_out})" if left_out else "")
+            )
         place.complete = True
         journal.append(output.checkpoint(place, totals, reader.digests, first_seen))
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Protocol
 
 from megatron.data.compressed import Watched, damage_named, unpacked
 from megatron.data.inputs import HUGGING_FACE, LINES, STANDARD_INPUT, Span
-from megatron.data.tables import hugging_face_batches, parquet_batches
+from megatron.data.tables import hugging_face_batches, parquet_batches, size_of
 
 CHUNK_BYTES = 2 << 20
 
@@ -51,7 +51,7 @@ class Chunk:
     @property
     def size(self) -> int:
         """About how many bytes it takes."""
-        return len(self.data) + sum(len(text or "") for texts in self.columns.values() for text in texts)
+        return len(self.data) + sum(size_of(value) for values in self.columns.values() for value in values)
 
     def release(self) -> None:
         """Give up what was read, which others may still hold the chunk of."""

@@ -53,12 +53,17 @@ def hugging_face_batches(name: str, keys: Sequence[str], skip: int, size: int) -
             if key not in row:
                 raise UserError(f'{name} has no column "{key}" (columns: {", ".join(row)})')
             columns[key].append(row[key])
-            count += len(row[key] or "")
+            count += size_of(row[key])
         if count >= size:
             yield columns, 0
             columns, count = {key: [] for key in keys}, 0
     if columns[keys[0]]:
         yield columns, 0
+
+
+def size_of(value: Any) -> int:
+    """About how many bytes a value of a table takes: a text, or a list of messages."""
+    return len(value) if isinstance(value, str) else len(repr(value))
 
 
 def hugging_face_rows(name: str, skip: int = 0) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,8 @@ from megatron.data.journal import Checkpoint
 from megatron.data.reading import Chunk, Place, read_chunks
 from megatron.errors import RunError
 
+LARGE_CHUNKS = 8  # of usual size, which a large document is above
+
 
 class Reader:
     """The chunks of all inputs from a checkpoint on, each with the place after it, and a hash of each input read."""
@@ -45,6 +47,9 @@ class Reader:
         return self._bytes_before[place.span] + self._bytes_read.pop((place.span, place.offset), 0)
 
 
+Pending = deque[tuple[Checkpoint, int, Future[EncodedChunk]]]  # place, size, result
+
+
 def encoded_chunks(job: Job, reader: Reader, make_encoder: MakesEncoder) -> Generator[tuple[Checkpoint, EncodedChunk]]:
     """Every chunk of `reader` encoded, with the place after it. Raises RunError when a worker is lost."""
     if job.workers <= 1:
@@ -52,14 +57,13 @@ def encoded_chunks(job: Job, reader: Reader, make_encoder: MakesEncoder) -> Gene
             yield place, encode_chunk(chunk, job, make_encoder)
         return
     pool = _pool(job, make_encoder)
-    pending: deque[tuple[Checkpoint, int, Future[EncodedChunk]]] = deque()
+    pending: Pending = deque()
     try:
         for place, chunk in reader:
             with _interrupts_held():
                 pending.append((place, chunk.size, pool.submit(encode_chunk, chunk, job, make_encoder)))
             del chunk
-            # The bound on memory: a few chunks, or one large document, and then nothing is read beside it.
-            while sum(size for _, size, _ in pending) > 3 * job.workers * job.chunk_bytes:
+            while _are_enough(pending, job):
                 yield _first(pending)
         while pending:
             yield _first(pending)
@@ -69,7 +73,13 @@ def encoded_chunks(job: Job, reader: Reader, make_encoder: MakesEncoder) -> Gene
         pool.shutdown(cancel_futures=True)
 
 
-def _first(pending: deque[tuple[Checkpoint, int, Future[EncodedChunk]]]) -> tuple[Checkpoint, EncodedChunk]:
+def _are_enough(pending: Pending, job: Job) -> bool:
+    """The bound on memory: a few chunks, or one large document, and then nothing is read beside it."""
+    sizes = [size for _, size, _ in pending]
+    return sum(sizes) > 3 * job.workers * job.chunk_bytes or max(sizes, default=0) > LARGE_CHUNKS * job.chunk_bytes
+
+
+def _first(pending: Pending) -> tuple[Checkpoint, EncodedChunk]:
     place, _, future = pending.popleft()
     return place, future.result()
 

@@ -78,7 +78,9 @@ def test_a_file_that_is_not_compressed_at_all_is_an_error(tmp_path: Path, name: 
     [
         (b"plain words", "not JSON: Expecting value at character 1"),
         (b'{"text": "cut', "not JSON"),
-        (b'["text"]', "not a JSON object but list"),
+        (b'["text"]', r"not a JSON object but list; jq -c '.\[\]' FILE writes the objects of a list one a line"),
+        (b"[\r", r"not JSON: .*; jq -c '.\[\]' FILE"),
+        (b"{", r"not JSON: .*; an object must be on one line, as jq -c . FILE"),
         (b'{"body": "x"}', r'no text under the key "text" \(keys: body\)'),
         (b'{"text": null}', "no text under the key"),
         (b"[" * 100_000, "not readable: .*recursion"),
@@ -136,6 +138,11 @@ def test_inputs_are_files_folders_and_patterns_in_the_order_given(tmp_path: Path
     assert find_inputs(f"{files['c.txt']}, {files['b.jsonl']}") == [files["c.txt"], files["b.jsonl"]]
     assert find_inputs(str(tmp_path)) == [files["a.jsonl.zst"], files["b.jsonl"], files["c.txt"]]
     assert find_inputs(f"{tmp_path}/*.jsonl*") == [files["a.jsonl.zst"], files["b.jsonl"]]
+    comma = put(tmp_path, "with, comma.jsonl", JSONL)
+    assert find_inputs(comma) == [comma]
+    for nothing in ("", " ", f"{files['b.jsonl']},"):
+        with pytest.raises(UserError, match=r'input "": no such file'):
+            find_inputs(nothing)
     with pytest.raises(UserError, match=r"absent.jsonl.*no such file"):
         find_inputs(f"{files['b.jsonl']},{tmp_path}/absent.jsonl")
     with pytest.raises(UserError, match=r"notes.md: Deepy reads files ending in .jsonl, .jsonl.gz"):

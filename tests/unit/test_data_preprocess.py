@@ -154,6 +154,29 @@ def test_reading_stays_a_few_chunks_ahead_of_the_workers(tmp_path: Path, monkeyp
     assert 2 <= most <= 7
 
 
+def test_nothing_is_read_beside_a_large_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["a" * 900] * 30 + ["b" * 9_000] + ["c" * 900] * 30
+    path = jsonl(tmp_path / "x.jsonl", [{"text": text} for text in texts])
+    ahead: dict[bool, list[int]] = {False: [], True: []}  # chunks in work, by whether the large one is among them
+    read = done = large = 0
+
+    def counted(*arguments: Any) -> Iterator[Chunk]:
+        nonlocal read, large
+        for chunk in read_chunks(*arguments):
+            ahead[done < large].append(read - done)
+            read += 1
+            large = read if b"b" in chunk.data else large
+            yield chunk
+
+    def note(totals: Totals) -> None:
+        nonlocal done
+        done += 1
+
+    monkeypatch.setattr("megatron.data.workers.read_chunks", counted)
+    preprocess(Job((path,), str(tmp_path / "out"), workers=8, chunk_bytes=1_000), InThreads(BYTES.tokenizer), note)
+    assert ahead[True] == [] and max(ahead[False]) > 8
+
+
 @dataclass(frozen=True)
 class Dying:
     """A tokenizer whose worker is killed, as for want of memory."""
