@@ -44,24 +44,34 @@ class GradientClip:
     """Clips just before each optimizer step, and remembers the norm it found."""
 
     def __init__(
-        self, optimizer: Optimizer, weights: Sequence[nn.Parameter], grid: ParallelGrid, maximum: float
+        self,
+        optimizer: Optimizer,
+        weights: Sequence[nn.Parameter],
+        grid: ParallelGrid,
+        maximum: float,
+        on_device: bool = False,
     ) -> None:
         """Attach to `optimizer`. weights: the parameters of the model; what is stepped shares their gradients.
 
         maximum: the largest norm to let through, 0 for no clip (the norm is still taken).
+        on_device: the optimizer divides gradients by its `grad_scale` as it reads them, as the fused ones of torch do.
         """
         self.norm = torch.zeros((), device=grid.device)  # of the last step, before the clip
         self._parameters = weights
         self._grid = grid
         self._maximum = maximum
+        self._divides = cast(Any, optimizer) if on_device else None
         optimizer.register_step_pre_hook(self._before_step)
 
     def _before_step(self, *_: object) -> None:
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
         self.norm = self._global_norm()
-        if self._maximum > 0:
-            scale = torch.clamp(self._maximum / (self.norm + 1e-6), max=1.0)
-            torch._foreach_mul_(gradients, scale)
+        if self._maximum == 0:
+            return
+        above = torch.clamp((self.norm + 1e-6) / self._maximum, min=1.0)
+        if self._divides:
+            self._divides.grad_scale = above
+        else:
+            torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], 1.0 / above)
 
     def _global_norm(self) -> Tensor:
         """The 2-norm over every element of the model once: all-reduces over the model and the pipe axes."""

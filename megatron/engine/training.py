@@ -44,12 +44,24 @@ MicroBatch = tuple[Inputs, Targets]
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one optimizer step tells; tensors are left on the device until somebody reads them."""
+    """What one optimizer step tells. Tensors are on the device, and may still be on their way.
+
+    Who reads a number (the properties do) waits for the device; who collects tensors can read many at once, later.
+    """
 
     loss: Tensor  # mean over the unmasked tokens of the global batch
-    grad_norm: float | None  # before the clip; None when the step was skipped
-    loss_scale: float | None  # fp16 only
-    skipped: bool  # the gradients were not finite and nothing was updated
+    norm: Tensor  # of the gradients before the clip; not finite when nothing was updated
+    loss_scale: float | None = None  # fp16 only
+
+    @property
+    def skipped(self) -> bool:
+        """The gradients were not finite and nothing was updated."""
+        return not math.isfinite(float(self.norm))
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Before the clip; None when the step was skipped."""
+        return None if self.skipped else float(self.norm)
 
 
 class TrainingEngine:
@@ -92,7 +104,7 @@ class TrainingEngine:
         clip = None
         if plan.engine.zero_stage == 0:
             weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
-            clip = GradientClip(optimizer, weights, grid, plan.optimizer.gradient_clipping)
+            clip = GradientClip(optimizer, weights, grid, plan.optimizer.gradient_clipping, traits.on_device)
             if grid.size("replica") == 1:  # nobody to average with
                 self._engine.enable_backward_allreduce = self._engine.pipeline_enable_backward_allreduce = False
         self._norm: Callable[[], Tensor | float] = (lambda: clip.norm) if clip else self._engine.get_global_grad_norm
@@ -132,9 +144,8 @@ class TrainingEngine:
         self._engine.module.train()
         batches = self._on_device(micro_batches)
         loss = self._engine.train_batch(batches) if self._pipelined else self._train_sequential(batches)
-        norm = float(self._norm())
-        skipped = not math.isfinite(norm)
-        return StepOutput(loss.detach(), None if skipped else norm, self._loss_scale(), skipped)
+        norm = torch.as_tensor(self._norm(), dtype=torch.float32)
+        return StepOutput(loss.detach(), norm, self._loss_scale())
 
     def evaluate_batch(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """The mean loss over the micro-batches of all data-parallel ranks, without gradients. Collective."""

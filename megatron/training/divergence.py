@@ -1,6 +1,7 @@
 """Hook: the end of a run that makes no progress any more, because its gradients stay no numbers. Floor 6."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron.checkpoint.state import TrainState
+from megatron.engine.late import LateNumber
 from megatron.errors import RunError
 from megatron.training.hooks import NOTHING, FinishedStep, Hook, Run
 
@@ -20,7 +22,8 @@ class Divergence(Hook):
     """Counts steps without an update. One bad batch is passed over; too many of them in a row end the run.
 
     The engine updates nothing from gradients that are no numbers, so the weights, and whatever was saved of them,
-    are those from before.
+    are those from before. A step is judged when the next one is under way, so that no device waits for it; the last
+    one of a run at once.
     """
 
     def __init__(
@@ -37,21 +40,30 @@ class Divergence(Hook):
         self._write_batch = write_batch
         self._lowest_scale = lowest_scale
         self._skipped = self._without_hope = 0
+        self._before: tuple[FinishedStep, LateNumber] | None = None
 
     def after_step(self, step: FinishedStep) -> Mapping[str, float]:
         """Raise RunError when there have been too many skipped steps in a row."""
+        if self._before:
+            self._judge(*self._before)
+        self._before = step, LateNumber(step.output.norm)
+        if step.is_last:
+            self._judge(*self._before)
+        return NOTHING
+
+    def _judge(self, step: FinishedStep, norm: LateNumber) -> None:
+        skipped = not math.isfinite(norm.read())
         scale, lowest = step.output.loss_scale, self._lowest_scale
         falls = scale is not None and lowest is not None and scale > lowest
-        self._skipped = self._skipped + 1 if step.output.skipped else 0
-        self._without_hope = self._without_hope + 1 if step.output.skipped and not falls else 0
+        self._skipped = self._skipped + 1 if skipped else 0
+        self._without_hope = self._without_hope + 1 if skipped and not falls else 0
         if self._without_hope >= self._patience or self._skipped >= PATIENCE_WHILE_THE_SCALE_FALLS:
             with_scale = "" if scale is None else f", loss scale {scale:g}{'' if falls else ', which is its lowest'}"
             raise RunError(
-                f"the training has diverged: the gradients of the last {self._skipped} steps, up to step "
+                f"the training has diverged: the gradients of {self._skipped} steps in a row, up to step "
                 f"{step.state.step}, were not finite (loss {float(step.output.loss)}{with_scale}). "
                 f"A lower learning rate or a longer warm-up may help. {self._write_batch(step.state)}"
             )
-        return NOTHING
 
 
 def divergence(run: Run) -> Divergence:
@@ -67,7 +79,7 @@ def keep_batch(run: Run, state: TrainState) -> str:
     Returns a sentence that says which they are and where to look. Rank 0 writes.
     """
     numbers = range(state.consumed_samples - run.plan.batch.global_size, state.consumed_samples)
-    told = f"The last batch was samples {numbers[0]:,} to {numbers[-1]:,}"
+    told = f"The last batch of them was samples {numbers[0]:,} to {numbers[-1]:,}"
     if run.config.log_folder is None:
         return told
     path = Path(run.config.log_folder) / f"bad_batch_step_{state.step}.jsonl"

@@ -23,22 +23,23 @@ class Report(Hook):
         """interval: in steps. last_step: of the whole training, for the time left."""
         self._interval, self._last_step, self._work, self._clock = interval, last_step, work, clock
         self._losses: list[Tensor] = []
-        self._skipped: list[bool] = []
+        self._norms: list[Tensor] = []
 
     def after_step(self, step: FinishedStep) -> Mapping[str, float]:
         """Report where it is due, and at the last step of the run."""
         self._losses.append(step.output.loss.detach().float())
-        self._skipped.append(step.output.skipped)
+        self._norms.append(step.output.norm)
         if not step.is_due(self._interval):
             return NOTHING
-        losses, skipped = torch.stack(self._losses).tolist(), self._skipped
-        self._losses, self._skipped = [], []
+        losses, norms = (torch.stack(collected).tolist() for collected in (self._losses, self._norms))
+        skipped = [not math.isfinite(norm) for norm in norms]
+        self._losses, self._norms = [], []
         figures = Interval(
             steps=len(losses),
             seconds=self._clock.lap(),
             loss=mean_loss(losses, skipped),
             learning_rate=step.learning_rate,
-            grad_norm=step.output.grad_norm,
+            grad_norm=None if skipped[-1] else norms[-1],
             loss_scale=step.output.loss_scale,
             skipped_steps=sum(skipped),
         )

@@ -195,7 +195,7 @@ def test_an_fp16_run_whose_gradients_overflow_at_the_lowest_scale_ends_and_keeps
         done = run(tmp_path, "train.py", *words, fp16, expect=1)
     said = complaint(done.stderr)
     # 16 halves to 2 in three steps; ten more, the third among them, are too many
-    assert "the training has diverged: the gradients of the last 12 steps, up to step 12, were not finite" in said
+    assert "the training has diverged: the gradients of 12 steps in a row, up to step 12, were not finite" in said
     assert "loss scale 2, which is its lowest" in said and "bad_batch_step_12.jsonl" in said
     assert [path.name for path in (tmp_path / "run").glob("global_step*")] == ["global_step0"]
     assert damage(tmp_path / "run" / "global_step0", "full") == []

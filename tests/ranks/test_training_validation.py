@@ -82,7 +82,7 @@ def test_of_a_large_part_the_first_batches_are_taken_every_time():
 
 def check_when_due() -> None:
     hook = validation(source(3), {})
-    output = StepOutput(torch.tensor(1.0), None, None, False)
+    output = StepOutput(torch.tensor(1.0), torch.tensor(1.0))
 
     def due(step: int, last: bool = False) -> bool:
         return "validation/lm_loss" in hook.after_step(FinishedStep(TrainState(step), output, 0.1, last))

@@ -21,8 +21,9 @@ from tests import tiny
 WORK = Workload(tokens_per_step=100, flops_per_token=1e6, ranks=1, peak_flops=None)
 
 
-def finished(step: int, loss: float = 1.0, norm: float | None = 1.0, skipped: bool = False, last: bool = False):
-    return FinishedStep(TrainState(step), StepOutput(torch.tensor(loss), norm, None, skipped), 1e-3, last)
+def finished(step: int, loss: float = 1.0, norm: float = 1.0, skipped: bool = False, last: bool = False):
+    found = torch.tensor(math.inf if skipped else norm)
+    return FinishedStep(TrainState(step), StepOutput(torch.tensor(loss), found), 1e-3, last)
 
 
 def clock() -> Clock:
@@ -64,7 +65,7 @@ def test_only_the_infinite_loss_of_a_skipped_step_is_left_out_and_counted():
     assert math.isnan(mean_loss([math.inf], [True]))
     report = Report(2, 6, WORK, clock())
     report.after_step(finished(1, 4.0))
-    metrics = report.after_step(finished(2, math.inf, None, skipped=True))
+    metrics = report.after_step(finished(2, math.inf, skipped=True))
     assert metrics["train/skipped_steps"] == 1
     assert metrics["train/lm_loss"] == 4.0
     assert "train/grad_norm" not in metrics
@@ -73,13 +74,22 @@ def test_only_the_infinite_loss_of_a_skipped_step_is_left_out_and_counted():
 def test_one_bad_batch_is_passed_over_and_too_many_in_a_row_end_the_run():
     hook = Divergence(patience=3)
     for number, skipped in enumerate([True, True, False, True, True], 1):
-        assert hook.after_step(finished(number, math.nan if skipped else 1.0, None, skipped)) == {}
-    with pytest.raises(RunError, match=r"diverged: the gradients of the last 3 steps, up to step 6,.*loss nan"):
-        hook.after_step(finished(6, math.nan, None, skipped=True))
+        assert hook.after_step(finished(number, math.nan if skipped else 1.0, skipped=skipped)) == {}
+    assert hook.after_step(finished(6, math.nan, skipped=True)) == {}, "it is judged when the next step is under way"
+    with pytest.raises(RunError, match=r"diverged: the gradients of 3 steps in a row, up to step 6,.*loss nan"):
+        hook.after_step(finished(7))
+
+
+def test_the_last_step_of_a_run_is_judged_at_once():
+    hook = Divergence(patience=2)
+    hook.after_step(finished(1, skipped=True))
+    with pytest.raises(RunError, match=r"2 steps in a row, up to step 2,"):
+        hook.after_step(finished(2, skipped=True, last=True))
 
 
 def scaled(number: int, scale: float, skipped: bool = True) -> FinishedStep:
-    return FinishedStep(TrainState(number), StepOutput(torch.tensor(math.inf), None, scale, skipped), 1e-3, False)
+    norm = torch.tensor(math.inf if skipped else 1.0)
+    return FinishedStep(TrainState(number), StepOutput(torch.tensor(math.inf), norm, scale), 1e-3, False)
 
 
 def test_a_loss_scale_may_fall_for_long_and_at_its_lowest_patience_is_as_ever():
@@ -87,15 +97,15 @@ def test_a_loss_scale_may_fall_for_long_and_at_its_lowest_patience_is_as_ever():
     for number, scale in enumerate([16, 8, 4, 2, 1, 1], 1):
         hook.after_step(scaled(number, scale))
     hook.after_step(scaled(7, 1, skipped=False))
-    for number in (8, 9):
+    for number in (8, 9, 10):
         hook.after_step(scaled(number, 1))
-    with pytest.raises(RunError, match=r"the last 3 steps, up to step 10,.*loss scale 1, which is its lowest\)"):
-        hook.after_step(scaled(10, 1))
+    with pytest.raises(RunError, match=r"of 3 steps in a row, up to step 10,.*loss scale 1, which is its lowest\)"):
+        hook.after_step(scaled(11, 1))
 
 
 def test_a_loss_scale_does_not_fall_for_ever():
     hook = Divergence(patience=3, lowest_scale=1.0)
-    with pytest.raises(RunError, match=r"the last 100 steps,.*loss scale 2\)"):
+    with pytest.raises(RunError, match=r"of 100 steps in a row,.*loss scale 2\)"):
         for number in range(101):
             hook.after_step(scaled(number, 2))
 
@@ -128,7 +138,7 @@ class Engine:
 
     def train_batch(self, batch, *, step, learning_rate):
         self.calls.append((step, learning_rate, batch))
-        return StepOutput(torch.tensor(float(step)), None, None, False)
+        return StepOutput(torch.tensor(float(step)), torch.tensor(1.0))
 
 
 class Watcher(Hook):
