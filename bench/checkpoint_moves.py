@@ -1,10 +1,12 @@
 """Move checkpoints between layouts and write the table of docs/checkpoints.md.
 
-    python bench/checkpoint_moves.py
+    python bench/checkpoint_moves.py            all of them, and the table
+    python bench/checkpoint_moves.py 0 6        two of them, to look at
 
-Takes about 8 minutes on two cores. The moves and what is measured are those of tests/ranks/moves.py.
+Takes about 10 minutes on two cores. The moves and what is measured are those of tests/ranks/moves.py.
 """
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -20,8 +22,11 @@ BEGIN, END = "<!-- moves: begin -->\n", "<!-- moves: end -->\n"
 
 def main() -> None:
     """Carry out every move and put the table into the page."""
+    parser = argparse.ArgumentParser(description="checkpoints from layout to layout")
+    parser.add_argument("moves", nargs="*", type=int, help=f"numbers of moves, 0 to {len(MOVES) - 1}; none: all")
+    chosen = parser.parse_args().moves
     rows = ["| from | to | of | state | next loss | 4 losses | noise |", "|---|---|---|---|---|---|---|"]
-    for move in MOVES:
+    for move in [MOVES[number] for number in chosen] or MOVES:
         with tempfile.TemporaryDirectory() as folder:
             outcome = carry_out(move, Path(folder))
         state = "same bits" if outcome.same_bits else "DIFFERS"
@@ -29,8 +34,9 @@ def main() -> None:
         gaps = " | ".join(f"{gap:.1e}" if gap else "0" for gap in (outcome.next_gap, outcome.gap, outcome.noise))
         rows.append(f"| {layout_name(move.source)} | {layout_name(move.target)} | {kind} | {state} | {gaps} |")
         print(rows[-1], flush=True)
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(before + BEGIN + "\n".join(rows) + "\n" + END + rest.partition(END)[2])
+    if not chosen:
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(before + BEGIN + "\n".join(rows) + "\n" + END + rest.partition(END)[2])
 
 
 if __name__ == "__main__":

@@ -35,11 +35,10 @@ def main() -> int:
         if arguments.verify:
             return verify(checkpoints)
         if checkpoints == [arguments.path]:
-            show(arguments.path, arguments.filter)
-        else:
-            for checkpoint in checkpoints:
-                print(summary(checkpoint))
-        return 0
+            return show(arguments.path, arguments.filter)
+        for checkpoint in checkpoints:
+            print(summary(checkpoint))
+        return int(any(map(damage, checkpoints)))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -74,8 +73,8 @@ def verify(checkpoints: list[Path]) -> int:
     return min(bad, 1)
 
 
-def show(checkpoint: Path, wanted: str) -> None:
-    """Print each tensor with statistics, one at a time in memory."""
+def show(checkpoint: Path, wanted: str) -> int:
+    """Print each tensor with statistics, one at a time in memory; 1 if something is damaged."""
     print(summary(checkpoint))
     reader = SafeReader(checkpoint / "state")
     for name, shape in sorted(tensor_shapes(reader).items()):
@@ -87,10 +86,13 @@ def show(checkpoint: Path, wanted: str) -> None:
                 f"  min {float(tensor.min()):+.3e}  max {float(tensor.max()):+.3e}"
                 + ("" if bool(tensor.isfinite().all()) else "  NOT FINITE")
             )
+    return int(bool(damage(checkpoint)))
 
 
 def compare(one: Path, other: Path, wanted: str) -> int:
     """Print every difference between two checkpoints; 1 if there is one."""
+    if missing := [path for path in (one, other) if not (path / "state").is_dir()]:
+        raise UserError(f"{missing[0]} is no checkpoint")
     readers = [SafeReader(path / "state") for path in (one, other)]
     first, second = map(tensor_shapes, readers)
     alone = sorted(name for name in first.keys() ^ second.keys() if wanted in name)

@@ -71,10 +71,11 @@ def compare_metrics(whole: Path, resumed: Path) -> list[str]:
     ]
 
 
-def losses(folder: Path) -> dict[int, tuple[float, float]]:
-    """Loss and gradient norm of each step, with all their digits."""
+def losses(folder: Path) -> dict[int, tuple[float, float | None]]:
+    """Loss and gradient norm of each step, with all their digits; a step that was skipped has no norm."""
     lines = map(json.loads, (folder / "logs" / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: (line["train/lm_loss"], line["train/grad_norm"]) for line in lines if "train/lm_loss" in line}
+    trained = (line for line in lines if "train/lm_loss" in line)
+    return {line["step"]: (line["train/lm_loss"], line.get("train/grad_norm")) for line in trained}
 
 
 def compare_checkpoints(whole: Path, resumed: Path, step: int) -> list[str]:

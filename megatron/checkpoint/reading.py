@@ -59,8 +59,10 @@ class SafeReader(dcp.FileSystemReader):
         path = Path(self.path) / ".metadata"
         try:
             with path.open("rb") as file:
-                metadata: Metadata = _DescriptionUnpickler(file).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
+                metadata = _DescriptionUnpickler(file).load()
+            if not isinstance(metadata, Metadata):
+                raise ValueError("it describes no tensors")
+        except Exception as error:  # a damaged pickle may raise nearly anything
             raise UserError(f"{path} is refused: {error}") from error
         if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id

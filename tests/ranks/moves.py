@@ -27,6 +27,7 @@ TIED = {"tied_embeddings": True}
 GROUPED = {"num_kv_heads": 2, "activation": "swiglu", "norm": "rmsnorm", "bias_in_mlp": False}
 SGD = {"kind": "sgd"}
 OFFLOADED = {"zero_options": {"offload_optimizer": {"device": "cpu"}}}
+SUMMED = {"accumulation": 2, "engine": {"gradient_accumulation_dtype": "fp32"}}  # of bf16 gradients
 ALL_OFFLOADED = {"zero_options": OFFLOADED["zero_options"] | {"offload_param": {"device": "cpu"}}}
 
 
@@ -47,6 +48,7 @@ def layout_name(settings: Settings) -> str:
     short = {"pipe": "pp", "tensor": "tp", "context": "cp", "data": "dp", "zero": "zero"}
     named = " ".join(f"{short[key]}{settings[key]}" for key in short if key in settings)
     named += " sp" if settings.get("sequence_parallel") else ""
+    named += f" {settings['accumulation']} micro-batches" if "accumulation" in settings else ""
     named += " offloaded" if "offload_optimizer" in settings.get("zero_options", {}) else ""
     return " ".join(part for part in (named or "one rank", settings.get("precision", "")) if part)
 
@@ -61,7 +63,7 @@ def describe(common: Settings) -> str:
 
 
 # ZeRO 0-3, offloaded too; pipeline, tensor and context sizes 1, 2, 4; sequences cut over tensor-parallel ranks; tied
-# and untied, grouped queries, two optimizers, three precisions
+# and untied, grouped queries, two optimizers, three precisions; of bf16 every way in which masters are kept
 MOVES = [
     Move({"pipe": 2, "tensor": 2, "zero": 1}, {"data": 4, "zero": 3}, {"model": TIED | GROUPED}),
     Move({"data": 2, "zero": 3}, {"tensor": 2}),
@@ -83,6 +85,8 @@ MOVES = [
     Move({"context": 2, "data": 2, "zero": 1}, {"tensor": 2, "sequence_parallel": True}, {"precision": "bf16"}),
     Move({"data": 2, "zero": 1} | OFFLOADED, {"data": 2, "zero": 3} | ALL_OFFLOADED, {"precision": "fp16"}),
     Move({"data": 2, "zero": 3} | ALL_OFFLOADED, {"pipe": 2}, {"precision": "bf16"}),
+    Move({"pipe": 2, "data": 2, "zero": 1} | SUMMED, {"data": 2}, {"precision": "bf16", "model": TIED}),
+    Move({"tensor": 2}, {"data": 2, "zero": 1} | SUMMED, {"precision": "bf16"}),
 ]
 
 
@@ -90,7 +94,7 @@ MOVES = [
 class Outcome:
     """What a move did."""
 
-    same_bits: bool  # saved again under the target layout, every tensor equals the source's
+    same_bits: bool  # saved again under the target layout, every tensor and the progress equal the source's
     next_gap: float  # next loss: moved, and gone on under the source layout
     gap: float  # the largest over all steps after the move
     noise: float  # the same steps of two undisturbed runs, one in each layout
@@ -108,7 +112,7 @@ def carry_out(move: Move, folder: Path, with_noise: bool = True) -> Outcome:
     if with_noise:
         _, other = train(folder / "other", target, None, 2 * STEPS)
         noise = max(abs(a - b) for a, b in zip(other[STEPS:], stayed, strict=True))
-    return Outcome(not different_tensors(saved, again), gaps[0], max(gaps), noise)
+    return Outcome(not different_tensors(saved, again) and same_progress(saved, again), gaps[0], max(gaps), noise)
 
 
 def engine_of(settings: Settings) -> tuple[TrainingEngine, Any]:
@@ -165,6 +169,13 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     state = {n: torch.full(m.size, torch.nan) for n, m in metadata.items() if isinstance(m, TensorStorageMetadata)}
     dcp.load(state, storage_reader=reader, no_dist=True)
     return state
+
+
+def same_progress(one: Path, other: Path) -> bool:
+    """Whether step, samples, tokens, updates and loss scale are the same; the scale where both have one."""
+    first, second = (json.loads((path / "progress.json").read_text()) for path in (one, other))
+    scales = [progress.pop("loss_scale") for progress in (first, second)]
+    return first == second and (scales[0] == scales[1] or not all(scales))
 
 
 def different_tensors(one: Path, other: Path) -> list[str]:

@@ -15,7 +15,7 @@ from megatron.errors import RunError, UserError
 from megatron.training.start import agreed, begin
 from tests.ranks.moves import engine_of, layout_name, run_steps, tensors, train
 from tests.ranks.run import run_ranks
-from tests.ranks.test_checkpoint import flip_a_byte
+from tests.ranks.test_checkpoint_damage import flip_a_byte
 
 STEPS = 6
 SETTINGS = {"data": 2, "zero": 1, "model": {"hidden_dropout": 0.1}}

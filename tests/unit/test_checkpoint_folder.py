@@ -1,15 +1,29 @@
 """The folder of a run: what survives a crash at each place, and that one run at a time writes there."""
 
+import contextlib
+import itertools
+import json
 import os
+import pkgutil
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron.checkpoint.folder import checkpoint_path, clear_remains, find_checkpoint, publish, steps_in
+from megatron.checkpoint.folder import (
+    Retention,
+    checkpoint_path,
+    clear_remains,
+    damage,
+    find_checkpoint,
+    prune,
+    publish,
+    steps_in,
+)
 from megatron.checkpoint.lock import LOCK, SaveLock
 from megatron.errors import UserError
 
@@ -29,6 +43,78 @@ def save(folder: Path, step: int) -> Path:
     (folder / "unfinished").mkdir()
     publish(folder / "unfinished", folder / f"global_step{step}", {"progress.json": {"step": step}}, {})
     return folder / f"global_step{step}"
+
+
+class Crash(Exception):
+    """What ends a process in the middle."""
+
+
+CHANGES = ["pathlib.Path.rename", "os.fsync", "shutil.rmtree", "os.unlink", "os.rmdir"]
+
+
+def crashing_at(number: int, monkeypatch) -> Callable[[], bool]:
+    """Let the process die before the change number `number` that it makes to the disk; tells whether it did."""
+    left = itertools.count(number, -1)
+    dead: list[bool] = []
+
+    def before(change):
+        def changed(*arguments, **options):
+            if dead or next(left) == 0:
+                dead.append(True)
+                raise Crash
+            return change(*arguments, **options)
+
+        return changed
+
+    for name in CHANGES:
+        owner, _, function = name.rpartition(".")
+        monkeypatch.setattr(name, before(getattr(pkgutil.resolve_name(owner), function)))
+    return lambda: bool(dead)
+
+
+def replace(folder: Path) -> None:
+    shutil.rmtree(folder / "unfinished", ignore_errors=True)
+    save(folder, 10)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda folder: save(folder, 15), replace, lambda folder: prune(folder, Retention(last=1))],
+    ids=["new", "replaced", "pruned"],
+)
+def test_a_crash_at_any_place_leaves_latest_on_a_whole_checkpoint_and_nothing_half_under_a_name(
+    tmp_path, monkeypatch, caplog, change
+):
+    for number in itertools.count():
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        save(folder, 5), save(folder, 10)
+        with monkeypatch.context() as patch:
+            died = crashing_at(number, patch)
+            with contextlib.suppress(Crash):
+                change(folder)
+        assert find_checkpoint(folder, verify="full") in {checkpoint_path(folder, step) for step in (10, 15)}
+        assert not [step for step in steps_in(folder) if damage(checkpoint_path(folder, step), "full")]
+        assert caplog.text == "", "latest names what is there"
+        if not died():
+            break
+    assert number >= 2
+
+
+def test_each_file_of_a_checkpoint_is_verified(tmp_path):
+    documents = {f"{letter}.json": {} for letter in "abcde"}
+    (tmp_path / "unfinished").mkdir()
+    publish(tmp_path / "unfinished", tmp_path / "global_step5", documents, {})
+    for name in documents:
+        file = tmp_path / "global_step5" / name
+        for content, verify, told in (
+            ("[]", "full", "has other content"),
+            ("{ }", "quick", "has 3 bytes instead of 2"),
+        ):
+            file.write_text(content)
+            assert [told in problem and name in problem for problem in damage(file.parent, verify)] == [True]
+        file.write_text(json.dumps({}))
+    assert damage(tmp_path / "global_step5", "full") == []
 
 
 def test_a_checkpoint_that_was_being_replaced_is_found_read_and_put_back(tmp_path):
