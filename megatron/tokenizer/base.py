@@ -49,6 +49,10 @@ class Tokenizer(ABC):
         """The text as it is before it is cut into words."""
         return text
 
+    def token_texts(self) -> list[str]:
+        """The tokens as the vocabulary writes them; none where they are no stretches of text."""
+        return []
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of any ids. Never raises: an id outside the vocabulary, or bytes that are no UTF-8, become U+FFFD."""
         runs = ((known, list(run)) for known, run in groupby(ids, self._knows))

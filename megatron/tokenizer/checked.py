@@ -13,9 +13,10 @@ from os.path import commonprefix
 
 import numpy as np
 
-from megatron.arrays import Ids, flat, split, surrounded
+from megatron.arrays import Ids, flat, sizes_of, split, surrounded
 from megatron.tokenizer.backends import BACKENDS, Encode, backend_versions, token_bytes
 from megatron.tokenizer.base import Tokenizer
+from megatron.tokenizer.borders import Borders
 from megatron.tokenizer.build import TokenizerSettings
 from megatron.tokenizer.comparison import REFERENCE_ALONE, Comparison, bare_encoder, widen
 from megatron.tokenizer.long_words import LONG_CHARACTERS, LongWords
@@ -62,6 +63,7 @@ class CheckedEncoder:
         self.affixes = reference.affixes
         self._reference, self._fast = reference, fast
         self._cuts, self._runs = comparison.cuts, comparison.runs
+        self._borders = Borders(reference) if comparison.borders else None
         self.fingerprint = reference.fingerprint
         self._dtype = np.uint16 if reference.vocab_size <= 1 << 16 else np.uint32
         self._forbidden = table_of(comparison.differing)
@@ -98,9 +100,14 @@ class CheckedEncoder:
             yield owners, group
 
     def _encode_whole(self, texts: Sequence[str], bare: bool) -> Encoded:
-        encode = bare_encoder(self._reference) if bare else self._reference.encode_arrays
-        arrays = encode(list(texts))
-        return Encoded(*arrays, by_reference=len(texts))
+        """By the reference alone; long texts in pieces, where its vocabulary has borders."""
+        if self._borders is None or all(len(text) <= LONG_CHARACTERS for text in texts):
+            encode = bare_encoder(self._reference) if bare else self._reference.encode_arrays
+            return Encoded(*encode(list(texts)), by_reference=len(texts))
+        arrays = [self._borders.encode(text) for text in texts]
+        ids = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        result = Encoded(ids, sizes_of(arrays), by_reference=len(texts))
+        return result if bare else self._with_affixes(result)
 
     def _encode_pieces(self, texts: list[str], result: Encoded) -> tuple[Ids, Ids]:
         """Ids without affixes, each text by the side it belongs to, in the order of the texts; the rest to `result`."""

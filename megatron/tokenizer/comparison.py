@@ -17,6 +17,7 @@ from megatron.errors import UserError
 from megatron.text import well_formed
 from megatron.tokenizer.backends import BACKENDS, Encode, Unsupported, backend_versions, probe_reference, token_bytes
 from megatron.tokenizer.base import Tokenizer, digest
+from megatron.tokenizer.borders import borders_are_safe
 from megatron.tokenizer.build import TokenizerSettings
 from megatron.tokenizer.huggingface import HuggingFaceTokenizer
 from megatron.tokenizer.long_words import safe_runs
@@ -33,7 +34,7 @@ from megatron.tokenizer.probes import (
 )
 
 CHOICES = ("auto", *BACKENDS, "hf")
-SCHEME = "2"  # of the probes: a change makes old outcomes worthless
+SCHEME = "3"  # of the probes: a change makes old outcomes worthless
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Comparison:
 
     refused: why it cannot be used; None if it can. differing: the code points whose texts go to the reference.
     cuts: long texts may be cut into pieces (`pieces`). runs: where windows on a long word may meet (`long_words`).
+    borders: they may be cut where no token reaches across (`borders`), by a tokenizer of another kind.
     """
 
     backend: str
@@ -49,6 +51,7 @@ class Comparison:
     differing: Ranges = ()
     cuts: bool = False
     runs: tuple[str, ...] = ()
+    borders: bool = False
 
 
 REFERENCE_ALONE = Comparison("hf")
@@ -97,8 +100,11 @@ def _compare(tokenizer: Tokenizer, backend: str, announce: Callable[[str], None]
     try:
         reference = probe_reference(tokenizer, tokens)
     except Unsupported as reason:
-        return Comparison(backend, refused=None if backend == "hf" else str(reason))
-    cuts = _affixes_only_at_the_ends(tokenizer) and cuts_are_safe(reference) and cuts_are_safe(bare_encoder(tokenizer))
+        if backend == "hf":
+            return Comparison(backend, borders=_affixes_are_at_the_ends(tokenizer) and borders_are_safe(tokenizer))
+        return Comparison(backend, refused=str(reason))
+    cuts = _affixes_are_at_the_ends(tokenizer) and _leaves_ascii_alone(tokenizer)
+    cuts = cuts and cuts_are_safe(reference) and cuts_are_safe(bare_encoder(tokenizer))
     if not cuts and backend != "hf":
         return Comparison(backend, refused="its own library does not cut text into words that stand alone")
     runs = safe_runs(token_bytes(tokenizer), bare_encoder(tokenizer), tokenizer.added_tokens) if cuts else ()
@@ -147,19 +153,17 @@ def bare_encoder(tokenizer: Tokenizer) -> Encode:
     return lambda texts: flat(tokenizer.encode_bare(texts))
 
 
-def _affixes_only_at_the_ends(tokenizer: Tokenizer) -> bool:
-    """Whether a text's ids are the bare ones between the affixes, and its normalizer leaves ASCII alone.
-
-    The normalizer may be NFC: it changes nothing across a cut.
-    """
+def _affixes_are_at_the_ends(tokenizer: Tokenizer) -> bool:
+    """Whether a text's ids are the bare ones between the affixes."""
     text = "The first\nand the second: don't  go!"
     before, after = tokenizer.affixes
+    return tokenizer.encode(text) == [*before, *tokenizer.encode_bare([text])[0], *after]
+
+
+def _leaves_ascii_alone(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer has no normalizer, or NFC, which changes nothing across a cut either."""
     normalizer = tokenizer.definition()["normalizer"] if isinstance(tokenizer, HuggingFaceTokenizer) else None
-    return normalizer in (None, {"type": "NFC"}) and tokenizer.encode(text) == [
-        *before,
-        *tokenizer.encode_bare([text])[0],
-        *after,
-    ]
+    return normalizer in (None, {"type": "NFC"})
 
 
 def folder() -> Path:

@@ -48,6 +48,10 @@ class HuggingFaceTokenizer(Tokenizer):
         normalizer = self._backend.normalizer
         return str(normalizer.normalize_str(text)) if normalizer else text
 
+    def token_texts(self) -> list[str]:
+        """The tokens as the vocabulary writes them."""
+        return list(self._backend.get_vocab())
+
     def definition(self) -> dict[str, Any]:
         """The content of its tokenizer.json."""
         content: dict[str, Any] = json.loads(self._backend.to_str())

@@ -25,6 +25,10 @@ class SentencePieceTokenizer(Tokenizer):
         """One line for the start of a run."""
         return self._line
 
+    def token_texts(self) -> list[str]:
+        """The pieces, with U+2581 for a space."""
+        return [self._model.id_to_piece(number) for number in range(self.vocab_size)]
+
     def _encode(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self._model.encode(texts, num_threads=1)
         return ids

@@ -136,6 +136,7 @@ def test_parts_name_their_corpora_and_weights(tmp_path: Path) -> None:
     assert "valid" not in sources.corpora  # a single one is no blend
     assert sources.part("train").num_tokens == 500
     assert sources.part("train").tokens(398, 4).tolist() == [0, 0, 10, 10]
+    assert sources.part("train").tokens(449, 2).tolist() == [10, 11]
     assert any("75.0000%" in line and "99 samples an epoch" in line for line in sources.description)
 
 
