@@ -46,7 +46,7 @@ class CheckpointWriter:
         self._engine, self._folder = engine, folder
         self._documents = {"config.json": config, "identity.json": identity or {}}
         self._retention = retention or folders.Retention()
-        self._asynchronous = asynchronous
+        self.asynchronous = asynchronous
         # messages of the writing thread must not mix with those of the training
         self._group = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
@@ -72,7 +72,7 @@ class CheckpointWriter:
             "validation_loss": validation_loss,
             "loss_scale": self._engine.state.loss_scale,
         }
-        if not self._asynchronous:
+        if not self.asynchronous:
             self._write(slices, state.step, progress, is_best)
             return
         copies = {name: piece.copied_to_host() for name, piece in slices.items()}

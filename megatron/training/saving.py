@@ -75,8 +75,9 @@ class Saving(Hook):
             self._pulse.begin("saving")
             started = time.perf_counter()
             self._writer.save(state, loss, is_best)
+        done = "copied, to be written while training goes on," if self._writer.asynchronous else "saved"
         best = " (the best so far)" if is_best else ""
-        log.info("saved step %d in %.1f s%s", state.step, time.perf_counter() - started, best)
+        log.info("step %d %s in %.1f s%s", state.step, done, time.perf_counter() - started, best)
 
     def close(self) -> None:
         """Wait until everything is on disk."""
@@ -95,11 +96,11 @@ def saving(run: Run) -> Saving | None:
     writer = CheckpointWriter(run.engine, folder, config, retention, keys.async_save, identity)
     if run.first_step == 0 and 0 in keys.extra_save_iters:
         writer.save(TrainState())
-    best_loss = _best_loss(folder) if keys.keep_best_checkpoint else None
+    best_loss = best_loss_in(folder) if keys.keep_best_checkpoint else None
     return Saving(writer, SaveSteps.of(keys), run.clock, run.pulse, best_loss)
 
 
-def _best_loss(folder: Path) -> float:
+def best_loss_in(folder: Path) -> float:
     """The validation loss of the checkpoint that an earlier part of the run called the best; infinite without one."""
     best = best_checkpoint(folder)
     loss = json.loads((best / "progress.json").read_text())["validation_loss"] if best else None
