@@ -137,8 +137,8 @@ class FlashAttention(ScaledDotProduct):
         return self.function(query, key, value, dropout_p=dropout, causal=True, deterministic=same_bits)
 
 
-class DocumentAttention(ScaledDotProduct):
-    """torch's FlexAttention (https://arxiv.org/abs/2412.05496) where documents are kept apart; else its usual kernel.
+class FlexAttention(ScaledDotProduct):
+    """torch's FlexAttention (https://arxiv.org/abs/2412.05496) within documents or a window; else its usual kernel.
 
     Only what a query may see is computed, and no s x s mask is made.
     """
@@ -150,34 +150,42 @@ class DocumentAttention(ScaledDotProduct):
 
     def describe(self, dtype: torch.dtype) -> str:
         """Say what computes; see `Attend`."""
-        window = f" with a window of {self.window} tokens" if self.window else ""
-        return f"torch's FlexAttention{window}, because documents are kept apart"
+        return f"torch's FlexAttention{f' with a window of {self.window} tokens' if self.window else ''}"
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions | None, dropout: float
     ) -> Tensor:
         """Attend; see `Attend`. It has no dropout."""
-        if positions is None or positions.first is None:
+        first = self._first_seen(query, key, positions)
+        if first is None or dropout:
             return super().__call__(query, key, value, positions, dropout)
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        blocks = document_blocks(positions.first, self.window)
+        blocks = document_blocks(first, self.window)
         mixed: Tensor = self.function(query, key, value, block_mask=blocks, enable_gqa=query.shape[1] != key.shape[1])
         return mixed.transpose(1, 2)
+
+    def _first_seen(self, query: Tensor, key: Tensor, positions: Positions | None) -> Tensor | None:
+        """The first key that each query sees but for the window, [b, s]; None: this kernel has nothing to spare."""
+        if positions is not None:
+            return positions.first
+        if self.window is None or query.shape[1] != key.shape[1] or key.shape[1] <= self.window:
+            return None
+        return torch.zeros(query.shape[:2], dtype=torch.int32, device=query.device)
 
 
 def global_attention(model: ModelPlan, device: torch.device) -> Attend:
     """Attention to all tokens before, by torch."""
-    return _within_documents(model, device) or (QueryBlocks() if device.type == "cpu" else ScaledDotProduct())
+    return _by_blocks(model, device) or (QueryBlocks() if device.type == "cpu" else ScaledDotProduct())
 
 
 def local_attention(model: ModelPlan, device: torch.device) -> Attend:
-    """Attention to the last `sliding_window` tokens, by torch: with a mask, or by blocks within documents."""
-    return _within_documents(model, device, model.sliding_window) or ScaledDotProduct(model.sliding_window)
+    """Attention to the last `sliding_window` tokens, by torch: by blocks on a GPU, else with a mask."""
+    return _by_blocks(model, device, model.sliding_window) or ScaledDotProduct(model.sliding_window)
 
 
 def flash_attention(model: ModelPlan, device: torch.device) -> Attend:
     """Attention to all tokens before, by the package flash-attn where it can run, else by torch."""
-    if (attend := _within_documents(model, device)) is not None:
+    if (attend := _by_blocks(model, device)) is not None:
         return attend
     if device.type != "cuda":
         return QueryBlocks(reason=f"flash-attn needs a GPU and this is the {device.type.upper()}")
@@ -192,11 +200,11 @@ def flash_attention(model: ModelPlan, device: torch.device) -> Attend:
     return FlashAttention(flash_attn_func)
 
 
-def _within_documents(model: ModelPlan, device: torch.device, window: int | None = None) -> Attend | None:
-    """The kernel for documents that are kept apart, where it can run; None: one with a mask, or no mask at all."""
-    if not model.reset_attention_mask or device.type != "cuda":
+def _by_blocks(model: ModelPlan, device: torch.device, window: int | None = None) -> Attend | None:
+    """The kernel for documents that are kept apart, and for windows; None: one with a mask, or no mask at all."""
+    if device.type != "cuda" or not (model.reset_attention_mask or window):
         return None
     if model.head_size < SMALLEST_FLEX_HEAD:
         reason = f"FlexAttention takes heads of at least {SMALLEST_FLEX_HEAD} and these are {model.head_size}"
         return ScaledDotProduct(window, f"with a mask of s x s: {reason}")
-    return DocumentAttention(window)
+    return FlexAttention(window)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
 from megatron.model.attention_backends import (
-    DocumentAttention,
+    FlexAttention,
     ScaledDotProduct,
     flash_attention,
     global_attention,
@@ -55,8 +55,18 @@ def test_within_documents_a_query_sees_the_tokens_of_its_document_up_to_itself(l
     torch.testing.assert_close(ScaledDotProduct(window)(query, key, value, within(first), 0.0), expected)
     with torch.no_grad():
         torch.testing.assert_close(
-            DocumentAttention(window, compiled=False)(query, key, value, within(first), 0.0), expected
+            FlexAttention(window, compiled=False)(query, key, value, within(first), 0.0), expected
         )
+
+
+@pytest.mark.parametrize("window", [1, 70, 300])
+def test_within_a_window_a_query_sees_the_last_tokens_by_blocks_too(window):
+    query, key, value = (heads(2, 300, count, seed) for count, seed in ((4, 0), (2, 1), (2, 2)))
+    attend = FlexAttention(window, compiled=False)
+    with torch.no_grad():
+        found = attend(query, key, value, None, 0.0)
+    torch.testing.assert_close(found, ScaledDotProduct(window)(query, key, value, None, 0.0))
+    assert (attend._first_seen(query, key, None) is None) == (window == 300), "all of it is seen: nothing to spare"
 
 
 @settings(deadline=None, max_examples=30)
@@ -73,23 +83,32 @@ def test_the_mask_by_blocks_is_the_one_that_torch_makes_of_all_pairs(length, see
 def test_documents_are_kept_apart_without_a_dense_mask_on_a_gpu():
     cuda = torch.device("cuda")
     model = small(reset_attention_mask=True, hidden_size=64, head_size=16, sliding_window=WINDOW)
-    assert all(isinstance(build(model, cuda), DocumentAttention) for build in BUILDERS)
+    assert all(isinstance(build(model, cuda), FlexAttention) for build in BUILDERS)
     assert local_attention(model, cuda).window == WINDOW
-    assert "FlexAttention, because documents are kept apart" in global_attention(model, cuda).describe(torch.bfloat16)
+    assert "FlexAttention" in global_attention(model, cuda).describe(torch.bfloat16)
     assert "heads of at least 16" in global_attention(small(reset_attention_mask=True), cuda).describe(torch.bfloat16)
-    assert not any(isinstance(build(model, CPU), DocumentAttention) for build in BUILDERS)
+    assert not any(isinstance(build(model, CPU), FlexAttention) for build in BUILDERS)
+
+
+def test_a_window_takes_no_dense_mask_on_a_gpu():
+    model = small(hidden_size=64, head_size=16, sliding_window=WINDOW)
+    found = local_attention(model, torch.device("cuda"))
+    assert isinstance(found, FlexAttention) and found.window == WINDOW
+    assert "FlexAttention with a window of 4 tokens" in found.describe(torch.bfloat16)
+    assert not isinstance(local_attention(model, CPU), FlexAttention)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("length", [256, 300])
-def test_attention_within_documents_agrees_on_a_gpu_gradients_too(length):
+def test_attention_within_documents_agrees_on_a_gpu_gradients_too(length, window):
     positions = within(documents(length, 0).cuda())
     inputs = [
         heads(2, length, count, seed).repeat(1, 1, 1, 4).cuda().requires_grad_()
         for count, seed in ((4, 0), (2, 1), (2, 2))
     ]
-    wanted, found = (attend(*inputs, positions, 0.0) for attend in (ScaledDotProduct(), DocumentAttention()))
+    wanted, found = (attend(*inputs, positions, 0.0) for attend in (ScaledDotProduct(window), FlexAttention(window)))
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
     slopes = [torch.autograd.grad(output.square().sum(), inputs) for output in (wanted, found)]
     torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-2, atol=1e-2)

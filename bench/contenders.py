@@ -1,0 +1,278 @@
+"""What bench/train_step.py races: each contender is a process of its own that makes a step whenever it is asked to.
+
+deepy         through Config, Plan and TrainingEngine, in the environment that deepy.py gives its ranks
+bare          the same compiled blocks, loss, fp32 masters and optimizer in a plain loop: what the engine costs
+transformers  torch.compile(AutoModelForCausalLM.from_config(...)) under autocast, as a user starts it
+same-malloc   the same in the environment of deepy's ranks
+products      the matrix products of a step alone, into buffers that exist: the ceiling
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.optim import Optimizer  # noqa: E402
+
+from megatron.config.load import config_from_flat  # noqa: E402
+from megatron.config.plan import ModelPlan, Plan  # noqa: E402
+from megatron.config.resolve import resolve  # noqa: E402
+from megatron.launch.environment import for_ranks  # noqa: E402
+
+VOCABULARY = 50304
+NEOX = {"gpt_j_residual": True, "pos_emb": "rotary", "rotary_pct": 0.25, "no_weight_tying": True}
+LLAMA = NEOX | {
+    "gpt_j_residual": False,
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "rotary_pct": 1.0,
+    "use_bias_in_attn_linear": False,
+    "use_bias_in_mlp": False,
+}
+
+
+def shape(family: dict[str, Any], layers: int, hidden: int, heads: int, length: int, micro: int) -> dict[str, Any]:
+    """Keys of a model and its micro-batch."""
+    return family | {
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "seq_length": length,
+        "train_micro_batch_size_per_gpu": micro,
+        "precision": "bfloat16",
+        "compile": True,
+    }
+
+
+ON_CPU = {
+    "neox-6x512": shape(NEOX, 6, 512, 8, 512, 4),
+    "neox-12x768": shape(NEOX, 12, 768, 12, 1024, 2),
+    "llama-6x512": shape(LLAMA, 6, 512, 8, 512, 4) | {"num_kv_heads": 4, "ffn_hidden_size": 1408},
+}
+ON_GPU = {
+    "neox-125M": shape(NEOX, 12, 768, 12, 2048, 16),
+    "neox-350M": shape(NEOX, 24, 1024, 16, 2048, 16),
+    "neox-1.3B": shape(NEOX, 24, 2048, 16, 2048, 8),
+    "llama-7B": shape(LLAMA, 32, 4096, 32, 2048, 1) | {"ffn_hidden_size": 11008},
+}
+NAMES = ("deepy", "bare", "transformers", "same-malloc", "products")
+CLIP, RATE, BETAS, DECAY = 1.0, 1e-4, (0.9, 0.95), 0.1
+QUERIES = {"cpu": 128, "cuda": 1024}  # of a block of causal attention's products
+Step = Callable[[], float]
+
+
+def plan_of(keys: dict[str, Any]) -> Plan:
+    """The plan for one rank."""
+    return resolve(config_from_flat(keys), 1, VOCABULARY)
+
+
+def batch_of(plan: Plan, device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Random tokens, their labels and weights."""
+    size, length = plan.batch.micro_size, plan.batch.sequence_length
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, VOCABULARY, (size, length + 1), generator=generator).to(device)
+    weights = torch.full((size, length), 1 / (size * length), device=device)
+    return ids[:, :-1].contiguous(), (ids[:, 1:].contiguous(), weights)
+
+
+def deepy(plan: Plan, device: torch.device) -> Step:
+    """A step of ours."""
+    from megatron.engine.distributed import start
+    from megatron.engine.training import TrainingEngine
+    from megatron.model.gpt import gpt_layers, make_loss
+
+    grid = start()
+    engine = TrainingEngine(gpt_layers(plan.model, grid, 1), make_loss(plan.model, grid), grid, plan)
+    batch, count = batch_of(plan, device), iter(range(10**9))
+    return lambda: float(engine.train_batch([batch], step=next(count), learning_rate=RATE).loss)
+
+
+def bare(plan: Plan, device: torch.device) -> Step:
+    """The same layers, loss and masters without engine and DeepSpeed."""
+    from megatron.engine.compiling import compiled, compiled_blocks
+    from megatron.engine.distributed import start
+    from megatron.engine.master_weights import MasterWeights
+    from megatron.engine.modules import Sequential
+    from megatron.model.gpt import gpt_layers, make_loss
+
+    grid = start()
+    model = Sequential(compiled_blocks(gpt_layers(plan.model, grid, 1))).to(device).train()
+    masters = MasterWeights(model, torch.bfloat16)
+    optimizer = _adamw(masters.masters)
+    masters.attach(optimizer)
+    loss, (tokens, targets) = compiled(make_loss(plan.model, grid)), batch_of(plan, device)
+    return _plain_step(model, optimizer, lambda: loss(model(tokens), targets))
+
+
+def transformers(plan: Plan, device: torch.device) -> Step:
+    """A step of Transformers."""
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
+
+    model = plan.model
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "intermediate_size": model.ffn_hidden_size,
+        "max_position_embeddings": model.max_position_embeddings,
+        "tie_word_embeddings": model.tied_embeddings,
+        "use_cache": False,
+    }
+    if model.norm == "rmsnorm":
+        settings = LlamaConfig(**common, num_key_value_heads=model.num_kv_heads)
+    else:
+        settings = GPTNeoXConfig(**common, rotary_pct=model.rotary_fraction, use_parallel_residual=True)
+    built = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa").to(device).train()
+    run, (tokens, (labels, _)) = torch.compile(built), batch_of(plan, device)
+
+    def forward() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            # `labels` are shifted by the model: give it what the batch's first label continues
+            loss: Tensor = run(input_ids=tokens, labels=tokens, shift_labels=labels).loss
+        return loss
+
+    return _plain_step(built, _adamw(list(built.parameters())), forward)
+
+
+def _adamw(parameters: list[nn.Parameter]) -> Optimizer:
+    return torch.optim.AdamW(parameters, lr=RATE, betas=BETAS, weight_decay=DECAY, fused=True)
+
+
+def _plain_step(model: nn.Module, optimizer: Optimizer, forward: Callable[[], Tensor]) -> Step:
+    """Forward, backward, clip, step."""
+
+    def step() -> float:
+        loss = forward()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
+
+
+def products(plan: Plan, device: torch.device) -> Step:
+    """Every matrix product of a step: forward, and two backward for each, of linear layers and of causal attention."""
+    model, tokens = plan.model, plan.batch.micro_size * plan.batch.sequence_length
+    width = model.num_attention_heads * model.head_size
+    inner = (2 if model.norm == "rmsnorm" else 1) * model.ffn_hidden_size
+    fused = width + 2 * model.num_kv_heads * model.head_size
+    block = [(model.hidden_size, fused), (width, model.hidden_size), (model.hidden_size, inner)]
+    block.append((model.ffn_hidden_size, model.hidden_size))
+    works = [_linear(tokens, *sizes, device) for sizes in block]
+    works.append(_attention(model, plan.batch.micro_size, plan.batch.sequence_length, device))
+    head = _linear(tokens, model.hidden_size, model.padded_vocab_size, device)
+
+    def step() -> float:
+        for work in works * model.num_layers:
+            work()
+        head()
+        return 0.0
+
+    return step
+
+
+def _random(device: torch.device, *sizes: int) -> Tensor:
+    return torch.randn(*sizes, device=device).bfloat16()
+
+
+def _linear(tokens: int, inputs: int, outputs: int, device: torch.device) -> Callable[[], None]:
+    sizes = (tokens, inputs), (outputs, inputs), (tokens, outputs)
+    x, weight, gradient = (_random(device, *size) for size in sizes)
+    results = [_random(device, *size) for size in (sizes[2], sizes[0], sizes[1])]
+
+    def work() -> None:
+        torch.mm(x, weight.t(), out=results[0])
+        torch.mm(gradient, weight, out=results[1])
+        torch.mm(gradient.t(), x, out=results[2])
+
+    return work
+
+
+def _attention(model: ModelPlan, micro: int, length: int, device: torch.device) -> Callable[[], None]:
+    """Scores and their product with the values, over blocks of queries and the keys up to theirs."""
+    heads, queries = micro * model.num_attention_heads, min(length, QUERIES[device.type])
+    keys = _random(device, heads, length, model.head_size)
+    query = _random(device, heads, queries, model.head_size)
+    steps = []
+    for end in range(queries, length + 1, queries):
+        scores, seen = _random(device, heads, queries, end), keys[:, :end]
+        like_keys = _random(device, heads, end, model.head_size)
+        steps.append((scores, seen, like_keys))
+    like_query = torch.empty_like(query)
+
+    def work() -> None:
+        for scores, seen, like_keys in steps:
+            for _ in range(2):  # forward and backward; twice as many backward as forward
+                torch.bmm(query, seen.transpose(1, 2), out=scores)
+                torch.bmm(scores, seen, out=like_query)
+            for _ in range(2):
+                torch.bmm(scores.transpose(1, 2), query, out=like_keys)
+
+    return work
+
+
+def serve(contender: str, keys: dict[str, Any]) -> None:
+    """In a contender's process: make a step for every line that comes in; answer with seconds, loss, peak bytes."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    build = {"same-malloc": transformers}.get(contender) or globals()[contender]
+    step = build(plan_of(keys), device)
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        loss = step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        print(json.dumps([time.perf_counter() - began, loss, peak]), file=answers, flush=True)
+
+
+class ContenderError(Exception):
+    """A contender ended; the end of what it said."""
+
+
+class Contender:
+    """A process that makes steps when asked."""
+
+    def __init__(self, name: str, keys: dict[str, Any]) -> None:
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+        environment = dict(os.environ)
+        if name != "transformers":
+            environment = for_ranks(environment, accelerator, os.cpu_count() or 1)
+        command = [sys.executable, __file__, name, json.dumps(keys)]
+        self.process = subprocess.Popen(
+            command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        self.name = name
+
+    def step(self) -> list[float]:
+        """Seconds, loss and bytes on the device at most, of one step. Raises ContenderError."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+            answer: list[float] = json.loads(self.process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            error = self.process.communicate()[1].strip()
+            raise ContenderError(f"{self.name} failed: ...{error[-1500:]}") from None
+        return answer
+
+    def end(self) -> None:
+        """Let the process end."""
+        self.process.kill()
+        self.process.communicate()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], json.loads(sys.argv[2]))
