@@ -15,13 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-from contenders import NEOX, plan_of, shape  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+from contenders import NEOX, plan_of, shape
+from torch import Tensor
 
-from megatron import registry  # noqa: E402
-from megatron.errors import UserError  # noqa: E402
-from megatron.model.attention_backends import Attend  # noqa: E402
+from megatron import registry
+from megatron.errors import UserError
+from megatron.model.attention_backends import Attend
 
 
 def seconds_of(attend: Attend, inputs: tuple[Tensor, Tensor, Tensor], rounds: int) -> list[float]:

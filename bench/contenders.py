@@ -1,10 +1,10 @@
 """What bench/train_step.py races: each contender is a process of its own that makes a step whenever it is asked to.
 
-deepy         through Config, Plan and TrainingEngine, in the environment that deepy.py gives its ranks
-bare          the same compiled blocks, loss, fp32 masters and optimizer in a plain loop: what the engine costs
-transformers  torch.compile(AutoModelForCausalLM.from_config(...)) under autocast, as a user starts it
-same-malloc   the same in the environment of deepy's ranks
-products      the matrix products of a step alone, into buffers that exist: the ceiling
+deepy: through Config, Plan and TrainingEngine, in the environment that deepy.py gives its ranks.
+bare: the same compiled blocks, loss, fp32 masters and optimizer in a plain loop: what the engine costs.
+transformers: torch.compile(AutoModelForCausalLM.from_config(...)) under autocast, as a user starts it.
+same-malloc: the same in the environment of deepy's ranks.
+products: the matrix products of a step alone, into buffers that exist: the ceiling.
 """
 
 import json

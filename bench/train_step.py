@@ -19,12 +19,11 @@ import statistics
 import subprocess
 import sys
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
-from contenders import NAMES, ON_CPU, ON_GPU, ROOT, Contender, ContenderError, plan_of
-
 import torch
+from contenders import NAMES, ON_CPU, ON_GPU, ROOT, Contender, ContenderError, plan_of
 
 from megatron.config.estimate import flops_per_token
 from megatron.config.memory import stage_memories
@@ -150,7 +149,7 @@ def machine() -> str:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    today = datetime.now(timezone.utc).date()
+    today = datetime.now(UTC).date()
     load = f"load {os.getloadavg()[0]:.1f}"
     return f"{today}, {card}, torch {torch.__version__}, commit {commit.stdout.strip() or 'unknown'}, {load}"
 
@@ -200,7 +199,7 @@ def main() -> None:
         print(tables[-1])
     if arguments.write:
         kind = torch.cuda.get_device_name().replace(" ", "-").lower() if on_gpu else "cpu"
-        path = ROOT / "bench" / "results" / f"train-step-{datetime.now(timezone.utc).date()}-{kind}.md"
+        path = ROOT / "bench" / "results" / f"train-step-{datetime.now(UTC).date()}-{kind}.md"
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"# Training steps\n\n{head}; `python {' '.join(sys.argv)}`\n" + "\n".join(tables) + "\n")
         print(f"written: {path.relative_to(ROOT)}")
