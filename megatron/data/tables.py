@@ -12,7 +12,8 @@ from megatron.errors import RunError, UserError
 
 Columns = dict[str, list[Any]]  # key -> the values of some rows
 
-ROWS = 256  # at a time, from a file
+MOST_ROWS = 256  # at a time, from a file
+BUFFER = 1 << 20  # bytes of a column at a time, in place of the whole of it
 INSTALL = "pip install 'deepy[corpora]'"
 
 
@@ -27,17 +28,32 @@ def parquet_batches(path: str, keys: Sequence[str], skip: int, size: int) -> Ite
         raise UserError(f"{path}: .parquet files are read with pyarrow; {INSTALL}") from error
     total = Path(path).stat().st_size
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, buffer_size=BUFFER) as file:
             if missing := [key for key in keys if key not in file.schema_arrow.names]:
                 raise UserError(f'{path} has no column "{missing[0]}" (columns: {", ".join(file.schema_arrow.names)})')
             done, rows = 0, max(1, file.metadata.num_rows)
-            for batch in file.iter_batches(batch_size=ROWS, columns=list(keys)):
+            for batch in file.iter_batches(batch_size=_rows_of(file.metadata, keys, size), columns=list(keys)):
                 done += batch.num_rows
                 if done > skip:
                     columns = batch.slice(max(0, skip - done + batch.num_rows)).to_pydict()
                     yield columns, total * done // rows
     except (ArrowException, OSError) as error:
         raise RunError(f"{path} is damaged or no .parquet file: {error}") from error
+
+
+def _rows_of(metadata: Any, keys: Sequence[str], size: int) -> int:
+    """How many rows have about `size` bytes under `keys`, judged by the largest row group."""
+    groups = [metadata.row_group(number).to_dict() for number in range(metadata.num_row_groups)]
+    bytes_of = [
+        sum(
+            column["total_uncompressed_size"]
+            for column in group["columns"]
+            if column["path_in_schema"].split(".")[0] in keys
+        )
+        / max(1, group["num_rows"])
+        for group in groups
+    ]
+    return max(1, min(MOST_ROWS, int(size / max([1.0, *bytes_of]))))
 
 
 def hugging_face_batches(name: str, keys: Sequence[str], skip: int, size: int) -> Iterator[tuple[Columns, int]]:

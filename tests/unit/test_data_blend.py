@@ -83,6 +83,7 @@ def test_a_sample_far_away_costs_what_the_first_one_costs() -> None:
 def test_the_order_is_the_same_on_every_machine_and_in_every_version() -> None:
     # Written down once: a change of these numbers would make every resumed run see other data.
     assert "".join(map(str, earliest_deadlines((5, 3, 2)))) == "0102010102"
+    assert "".join(map(str, earliest_deadlines((1, 2, 5)))) == "21222012"
 
 
 def test_shares_are_exact_for_written_weights_and_small() -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,20 @@ def test_chunks_are_bounded_and_say_how_far_the_file_was_read(tmp_path: Path) ->
     assert [chunk.start for chunk in chunks[1:]] == [chunk.end for chunk in chunks[:-1]]
     assert chunks[-1].end.line == 4000
     assert chunks[-1].bytes_read == len(JSONL) * 1000
+
+
+@pytest.mark.parametrize("kind", ["texts", "messages"])
+def test_of_a_table_with_large_rows_a_few_are_read_at_a_time(tmp_path: Path, kind: str) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = ["".join(random.Random(number).choices("abcdefgh", k=50_000)) for number in range(40)]
+    column = texts if kind == "texts" else [[{"role": "user", "content": text}] for text in texts]
+    path = str(tmp_path / "x.parquet")
+    parquet.write_table(pyarrow.table({"id": list(range(40)), "text": column}), path)
+    chunks = list(read_chunks(Span(path), chunk_bytes=200_000))
+    assert [value for chunk in chunks for value in chunk.columns["text"]] == column
+    assert max(chunk.size for chunk in chunks) < 250_000
 
 
 def test_inputs_are_files_folders_and_patterns_in_the_order_given(tmp_path: Path) -> None:
