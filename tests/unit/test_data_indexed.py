@@ -93,6 +93,26 @@ def test_ids_that_do_not_fit_are_refused_and_nothing_is_left_behind(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_index_is_written_in_pieces_with_places_beyond_four_gigabytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer goes on after 8 GB in five documents (a sparse file), three of them to a piece of the index."""
+    monkeypatch.setattr("megatron.data.indexed.PIECE", 3)
+    sizes = np.array([10**9, 5, 10**9, 10**9, 10**9 - 5], "<i4")
+    (tmp_path / "x.sizes.partial").write_bytes(sizes.tobytes())
+    with (tmp_path / "x.bin.partial").open("wb") as file:
+        file.truncate(8 * 10**9)
+    with IndexedWriter(str(tmp_path / "x"), np.dtype("u2"), resume_at=(8 * 10**9, 5)) as writer:
+        for ids in ([7, 8], [9]):
+            writer.add_document(ids)
+        writer.keep = False
+    dataset = IndexedDataset(str(tmp_path / "x"))
+    starts = [0, 10**9, 10**9 + 5, 2 * 10**9 + 5, 3 * 10**9 + 5, 4 * 10**9, 4 * 10**9 + 2, 4 * 10**9 + 3]
+    assert [dataset.token_start(number) for number in range(8)] == starts
+    assert [dataset.get(number).tolist() for number in (5, 6)] == [[7, 8], [9]]
+    assert dataset.document_index.tolist() == list(range(8))
+
+
 def test_an_error_while_writing_keeps_the_files_that_were_there(tmp_path: Path) -> None:
     write(tmp_path / "x", [[1, 2]])
     with pytest.raises(KeyError), IndexedWriter(str(tmp_path / "x"), np.dtype("u2")) as writer:
