@@ -5,6 +5,7 @@ Random streams are functions of (seed, step) and learning rates of the step: nei
 """
 
 import json
+import pickle
 import shutil
 import threading
 from collections.abc import Callable
@@ -179,7 +180,13 @@ def _load(engine: TrainingEngine | InferenceEngine, path: Path, kinds: tuple[str
     wanted = {name: piece for name, piece in slices.items() if kinds is None or name.rpartition("/")[2] in kinds}
     reader = SafeReader(path / "state")
     _check_same_model(wanted, tensor_shapes(reader), path, engine)
-    dcp.load(wanted, storage_reader=reader, planner=LoadPlanner())
+    try:
+        dcp.load(wanted, storage_reader=reader, planner=LoadPlanner())
+    except dcp.CheckpointException as error:
+        raise UserError(
+            f"{path} cannot be read: {_causes(error)}",
+            "with verify: full, files are checked first, and the newest whole checkpoint is taken",
+        ) from error
     engine.state.finish_loading()
 
 
@@ -238,5 +245,7 @@ def _fresh_folder(folder: Path) -> None:
 
 def _causes(error: dcp.CheckpointException) -> str:
     """What the ranks ran into, each cause once."""
-    causes = {str(failure[0] if isinstance(failure, tuple) else failure) for failure in error.failures.values()}
-    return "; ".join(sorted(causes))
+    causes = [failure[0] if isinstance(failure, tuple) else failure for failure in error.failures.values()]
+    # what torch says of a pickle that it will not run ends with how to run it
+    told = {"a file holds no tensor" if isinstance(e, pickle.UnpicklingError) else str(e) for e in causes}
+    return "; ".join(sorted(told))

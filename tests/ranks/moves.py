@@ -95,7 +95,7 @@ class Outcome:
     """What a move did."""
 
     same_bits: bool  # saved again under the target layout, every tensor and the progress equal the source's
-    next_gap: float  # next loss: moved, and gone on under the source layout
+    next_gap: float  # next loss: moved, and never disturbed under the source layout
     gap: float  # the largest over all steps after the move
     noise: float  # the same steps of two undisturbed runs, one in each layout
 
@@ -106,12 +106,12 @@ def carry_out(move: Move, folder: Path, with_noise: bool = True) -> Outcome:
     saved, _ = train(folder / "source", source, None, STEPS)
     again, _ = train(folder / "again", target, saved, 0)
     _, moved = train(folder / "moved", target, saved, STEPS)
-    _, stayed = train(folder / "stayed", source, saved, STEPS)
-    gaps = [abs(a - b) for a, b in zip(moved, stayed, strict=True)]
+    _, undisturbed = train(folder / "undisturbed", source, None, 2 * STEPS)
+    gaps = [abs(a - b) for a, b in zip(moved, undisturbed[STEPS:], strict=True)]
     noise = float("nan")
     if with_noise:
         _, other = train(folder / "other", target, None, 2 * STEPS)
-        noise = max(abs(a - b) for a, b in zip(other[STEPS:], stayed, strict=True))
+        noise = max(abs(a - b) for a, b in zip(other[STEPS:], undisturbed[STEPS:], strict=True))
     return Outcome(not different_tensors(saved, again) and same_progress(saved, again), gaps[0], max(gaps), noise)
 
 

@@ -48,11 +48,14 @@ QUICK = (0, 1, 3, 10)  # the others are long
     "move", [m if i in QUICK else pytest.param(m, marks=pytest.mark.long) for i, m in enumerate(MOVES)], ids=str
 )
 def test_another_layout_takes_over_every_bit_and_trains_on_the_same(tmp_path, move):
-    """fp32: as argued in test_layouts.py. 16 bit: layouts round differently, as two undisturbed runs show as well."""
+    """fp32: as argued in test_layouts.py. 16 bit: layouts round differently, as two undisturbed runs show as well.
+
+    Their gap is one draw of many; where it happens to be small, one rounding of a bf16 logit near 1 (2 ** -9) stands.
+    """
     in_16_bit = "precision" in {**move.common, **move.source}
     outcome = carry_out(move, tmp_path, with_noise=in_16_bit)
     assert outcome.same_bits
-    assert outcome.gap < (max(4 * outcome.noise, 0.01) if in_16_bit else 1e-5)
+    assert outcome.gap < (max(4 * outcome.noise, 2**-9) if in_16_bit else 1e-5)
 
 
 OWN = [

@@ -1,5 +1,6 @@
 """Checkpoints that are damaged or made by somebody with a purpose, and the tool that looks into them."""
 
+import io
 import json
 import os
 import pickle
@@ -8,11 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron.checkpoint.folder import damage, find_checkpoint
 from megatron.checkpoint.reading import SafeReader, read_tensors, tensor_shapes
 from megatron.checkpoint.state import TrainState
-from megatron.checkpoint.store import CheckpointWriter
+from megatron.checkpoint.store import CheckpointWriter, load_checkpoint
 from megatron.errors import UserError
 from tests.ranks.moves import engine_of, run_steps, tensors
 from tests.ranks.run import run_ranks
@@ -176,6 +178,36 @@ def test_a_checkpoint_cannot_run_code(tmp_path, two_checkpoints, monkeypatch, co
     with pytest.raises(UserError, match=r"metadata is refused: it asks for .*system"):
         read_tensors(folder / "global_step2")
     assert not (tmp_path / "pwned").exists()
+
+
+def put_a_program_into_a_tensor(checkpoint: Path) -> None:
+    """In the place of the largest tensor, in the form in which torch kept tensors once and reads them still."""
+    places = SafeReader(checkpoint / "state").read_metadata().storage_data
+    place = max(places.values(), key=lambda each: each.length)
+    program = io.BytesIO()
+    torch.save(Malicious(), program, _use_new_zipfile_serialization=False)
+    file = checkpoint / "state" / place.relative_path
+    content = file.read_bytes()
+    program = program.getvalue().ljust(place.length, b"\0")
+    file.write_bytes(content[: place.offset] + program + content[place.offset + place.length :])
+    torch.load(io.BytesIO(program), weights_only=False)
+    Path("pwned").unlink()  # so it is one
+
+
+def loading_a_program(checkpoint: str) -> None:
+    engine, _ = engine_of({})
+    with pytest.raises(UserError, match=r"global_step2 cannot be read: a file holds no tensor\nwith verify: full"):
+        load_checkpoint(engine, Path(checkpoint))
+
+
+def test_a_tensor_cannot_run_code_either_and_what_cannot_be_read_is_told(tmp_path, two_checkpoints, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(two_checkpoints, folder)
+    monkeypatch.chdir(tmp_path)
+    put_a_program_into_a_tensor(folder / "global_step2")
+    run_ranks(1, loading_a_program, str(folder / "global_step2"))
+    assert not list(tmp_path.rglob("pwned")) and not Path(__file__).parents[2].joinpath("pwned").exists()
+    assert find_checkpoint(folder, verify="full") == folder / "global_step1"
 
 
 @pytest.mark.parametrize("content", [b"no pickle", pickle.dumps([1, 2]), b""], ids=["text", "a list", "empty"])
