@@ -5,6 +5,7 @@ heads on this rank, d head size.
 A backend is `build(model, device) -> Attend`. Floor 3.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from megatron.model.document_mask import document_blocks
 _SDPA = "torch's scaled_dot_product_attention"
 QUERY_BLOCK, MOST_BLOCKS = 128, 16
 SMALLEST_FLEX_HEAD = 16  # of its kernel on a GPU
+HOPPER = (9, 0)  # what FlashAttention-3 is written for
 _FLASH_TYPES = (torch.float16, torch.bfloat16)
 
 
@@ -137,6 +139,24 @@ class FlashAttention(ScaledDotProduct):
         return self.function(query, key, value, dropout_p=dropout, causal=True, deterministic=same_bits)
 
 
+class FlashAttention3(FlashAttention):
+    """flash_attn_func of FlashAttention-3 (https://arxiv.org/abs/2407.08608), for Hopper; it has no dropout."""
+
+    def describe(self, dtype: torch.dtype) -> str:
+        """Say what computes; see `Attend`."""
+        return super().describe(dtype).replace("of the package flash-attn", "of FlashAttention-3")
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions | None, dropout: float
+    ) -> Tensor:
+        """Attend; see `Attend`."""
+        if positions is not None or query.dtype not in _FLASH_TYPES or dropout:
+            return ScaledDotProduct.__call__(self, query, key, value, positions, dropout)
+        same_bits = torch.are_deterministic_algorithms_enabled()
+        mixed: Tensor | tuple[Tensor, Tensor] = self.function(query, key, value, causal=True, deterministic=same_bits)
+        return mixed[0] if isinstance(mixed, tuple) else mixed  # some versions add the sums of the softmax
+
+
 class FlexAttention(ScaledDotProduct):
     """torch's FlexAttention (https://arxiv.org/abs/2412.05496) within documents or a window; else its usual kernel.
 
@@ -193,6 +213,11 @@ def flash_attention(model: ModelPlan, device: torch.device) -> Attend:
         return ScaledDotProduct(reason=f"flash-attn needs Ampere or newer, not {torch.cuda.get_device_name(device)}")
     if model.head_size > 256:
         return ScaledDotProduct(reason=f"flash-attn takes heads of at most 256 and these are {model.head_size}")
+    if torch.cuda.get_device_capability(device) == HOPPER:
+        with contextlib.suppress(ImportError):
+            from flash_attn_interface import flash_attn_func as flash_attn_3_func
+
+            return FlashAttention3(flash_attn_3_func)
     try:
         from flash_attn import flash_attn_func
     except ImportError as error:  # not there, or built for another torch

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron.model.attention import describe_attention
-from megatron.model.attention_backends import FlashAttention, flash_attention
+from megatron.model.attention_backends import FlashAttention, FlashAttention3, flash_attention
 from megatron.model.cache import Positions
 from megatron.registry import names, resolve
 from tests.models import small
@@ -80,6 +80,20 @@ def test_flash_is_called_as_its_documentation_says(queries, keys):
     torch.testing.assert_close(
         flash(query.float(), key.float(), value.float(), None, 0.0), expected.float(), rtol=0.02, atol=0.02
     )
+
+
+@pytest.mark.parametrize("with_sums", [False, True])
+def test_flash_attention_3_is_called_as_its_interface_says_and_without_dropout(with_sums):
+    def function(query: Tensor, key: Tensor, value: Tensor, causal=False, deterministic=False):
+        mixed = flash_attn_func(query, key, value, causal=causal, deterministic=deterministic)
+        return (mixed, mixed.sum()) if with_sums else mixed
+
+    query, key, value = (heads(2, 9, count, seed).bfloat16() for count, seed in ((6, 0), (2, 1), (2, 2)))
+    flash = FlashAttention3(function)
+    wanted = FlashAttention(flash_attn_func)(query, key, value, None, 0.0)
+    torch.testing.assert_close(flash(query, key, value, None, 0.0), wanted)
+    assert not torch.equal(flash(query, key, value, None, 0.5), wanted), "dropout is left to torch's kernel"
+    assert flash.describe(torch.bfloat16) == "flash_attn_func of FlashAttention-3"
 
 
 @pytest.mark.gpu
