@@ -68,11 +68,14 @@ def run(arguments: Namespace) -> None:
 def write_text(corpus: Corpus, path: Path, limit: int | None = None) -> str:
     """Write the documents, at most `limit`, as JSON lines; the file gets its name when it is complete."""
     partial, documents, size = path.with_suffix(".partial"), 0, 0
-    with partial.open("w", encoding="utf-8") as file:
-        for document in islice(corpus.documents(path.parent), limit):
-            file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
-            documents, size = documents + 1, size + len(document.encode())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for document in islice(corpus.documents(path.parent), limit):
+                file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+                documents, size = documents + 1, size + len(document.encode())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return f"{documents:,} documents, {size:,} bytes of text"
 
 

@@ -58,7 +58,8 @@ def main(options: Namespace) -> None:
     print(f"step {options.step}: samples {first:,} to {first + size - 1:,}{counted}")
     source = sources.samples("train")
     for sample in range(first, first + size):
-        print(f"{sample}\t{origin(sources, source, sample)}\t{shown(source[sample], tokenizer, options.length)}")
+        ids = source[sample][..., : used_length(source, sample)]
+        print(f"{sample}\t{origin(sources, source, sample)}\t{shown(ids, tokenizer, options.length)}")
 
 
 def state_before(config: Config, step: int) -> TrainState:
@@ -90,15 +91,21 @@ def origin(sources: Sources, source: SampleSource, sample: int) -> str:
     return ", ".join(words)
 
 
+def used_length(source: SampleSource, sample: int) -> int | None:
+    """Tokens of a sample that are text and do not only fill it up; None if all are."""
+    if isinstance(source, Blend):
+        number, sample = source.place(sample)
+        source = source.sources[number]
+    return source.length_of(sample) if isinstance(source, DocumentSamples) else None
+
+
 def shown(ids: Tokens, tokenizer: Tokenizer, length: int) -> str:
-    """The text on one line, without what only fills up; [brackets] around what is not learned, given labels."""
+    """The text on one line; [brackets] around what is not learned, given labels."""
     if ids.ndim == 1:
         text = tokenizer.decode(ids.tolist())
     else:
-        tokens, labels = ids
-        used = np.flatnonzero(labels != NOT_A_LABEL)
-        tokens, learned = tokens[: used[-1] + 1 if len(used) else 0], labels[: used[-1] + 1 if len(used) else 0] >= 0
-        runs = np.split(np.arange(len(tokens)), np.flatnonzero(np.diff(learned)) + 1) if len(tokens) else []
+        tokens, learned = ids[0], ids[1] != NOT_A_LABEL
+        runs = np.split(np.arange(len(tokens)), np.flatnonzero(np.diff(learned)) + 1)
         parts = [(tokenizer.decode(tokens[run].tolist()), bool(learned[run[0]])) for run in runs]
         text = "".join(part if is_learned else f"[{part}]" for part, is_learned in parts)
     line = json.dumps(text, ensure_ascii=False)[1:-1]

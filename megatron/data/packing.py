@@ -92,6 +92,11 @@ class DocumentSamples:
         numbers: list[int] = self.documents[self.bounds[number] : self.bounds[number + 1]].tolist()
         return numbers
 
+    def length_of(self, sample: int) -> int:
+        """Tokens of documents in sample number `sample`; the others only fill it up."""
+        sizes = self.dataset.sizes[self.documents_of(sample)]
+        return int(np.minimum(sizes, self.seq_length + 1).sum())
+
     def _read(self, dataset: IndexedDataset, document: int) -> Tokens:
         ids = dataset.get(document, 0, self.seq_length + 1)
         return checked_ids(ids, self.vocab_size, dataset.prefix, are_labels=dataset is self.labels)

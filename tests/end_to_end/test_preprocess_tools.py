@@ -224,6 +224,7 @@ def test_a_corpus_that_cannot_be_fetched_says_what_would_do(
     done = run("prepare_data.py", name, folder=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert needed in done.stderr and "without a network, stdlib works" in done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and "cache" not in path.parts]
 
 
 def test_a_corpus_that_was_put_there_by_hand_is_prepared(tmp_path: Path) -> None:

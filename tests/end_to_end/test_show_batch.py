@@ -72,6 +72,23 @@ def test_a_blend_names_the_corpus_and_packing_the_documents(folder: Path) -> Non
         assert text.startswith(f"{origin[0]}{number:02}")
 
 
+def test_what_is_not_learned_stands_in_brackets_and_what_fills_up_is_left_out(folder: Path) -> None:
+    with IndexedWriter(str(folder / "t"), "u2") as texts, IndexedWriter(str(folder / "l"), "i4") as labels:
+        for number in range(30):
+            texts.add_document(list(f"q{number:02}a".encode()))
+            labels.add_document([-100, -100, *f"{number % 10}".encode(), -100] if number % 2 else [-100] * 4)
+    corpora = (
+        f"train_data_paths=[{folder}/t]",
+        f"train_label_data_paths=[{folder}/l]",
+        "pack_impl=pack_until_overflow",
+    )
+    code, [_, *rows] = show(folder, *corpora, "--step", "1")
+    assert code == 0 and len(rows) == 4
+    for row in rows:
+        first = int(row.split("\t")[1].split(" ")[3].replace(",", ""))
+        assert first % 2 == 0 and row.split("\t")[2] == f"[q{first:02}aq{(first + 1) // 10}]{(first + 1) % 10}[a]"
+
+
 def test_what_is_wrong_is_said_with_exit_code_2(folder: Path) -> None:
     code, lines = show(folder, "data_path=nowhere", "--step", "1")
     assert code == 2 and 'there are no data at "nowhere"' in lines[0]
