@@ -1,7 +1,8 @@
 """Preprocessing that is killed (signal 9) at random moments and goes on with --resume ends as if nothing had happened.
 
-Moments are drawn from a seed: some while the command starts, most of them while it reads, tokenizes and writes, some in
-the last stretch, in which files get their names. Backend and workers may change from one attempt to the next.
+Moments are drawn from a seed: some while the command starts, most of them while it reads, tokenizes and writes. (That
+in which files get their names is too short to be met by chance: see test_data_resume.py.) Backend and workers may change
+from one attempt to the next.
 """
 
 import gzip
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from megatron.data.reading import CHUNK_BYTES
 from tests.end_to_end.test_preprocess_tools import command, run
 from tests.tokenizer_files import TEXT, bpe_file
 
@@ -34,6 +36,7 @@ class Work:
     folder: Path
     tool: str
     flags: list[object]
+    chunks: int  # about as many checkpoints are written
     seconds: float = 0.0  # that the work itself takes, without the start of the process
 
     def words(self, name: str, ways: list[object]) -> list[object]:
@@ -53,8 +56,8 @@ class Work:
         return [path.name for path in self.folder.iterdir() if path.name.endswith((".partial", ".journal"))]
 
 
-def make_inputs(folder: Path, size: int) -> None:
-    """Three files of documents, each plain or compressed, in which every ninth document occurs twice."""
+def make_inputs(folder: Path, size: int) -> int:
+    """Three files of documents, plain and compressed; every ninth document occurs twice. Returns the chunks."""
     (folder / "in").mkdir()
     chance = random.Random(5)
     for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst"):
@@ -67,33 +70,37 @@ def make_inputs(folder: Path, size: int) -> None:
         data = "".join(lines).encode()
         data = gzip.compress(data) if name.endswith("gz") else zstandard.compress(data) if "zst" in name else data
         (folder / "in" / name).write_bytes(data)
+    return size // CHUNK_BYTES
 
 
-def undisturbed(folder: Path, tool: str, flags: list[object], ways: list[object]) -> Work:
-    work = Work(folder, tool, flags)
+def undisturbed(folder: Path, size: int, tool: str, flags: list[object], ways: list[object]) -> Work:
+    work = Work(folder, tool, flags, make_inputs(folder, size))
     done = run(tool, *work.words("whole", [*ways, "--checkpoint-seconds", 0]), timeout=300)
     assert done.returncode == 0, done.stderr
     work.seconds = json.loads((folder / "whole_manifest.json").read_text())["counts"]["seconds"]
     return work
 
 
-def killed(work: Work, words: list[object], delay: float, at_work: bool) -> bool:
-    """Start the command and kill it, with its workers, after `delay` seconds (of its work). False: it was over."""
+def killed(work: Work, words: list[object], checkpoints: int, delay: float) -> bool:
+    """Start the command and kill it and its workers `delay` seconds after so many checkpoints. False: it was over."""
+    journal = work.folder / "killed.journal"
+    wanted = noted(journal) + checkpoints
     process = subprocess.Popen(
         command(work.tool, *words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
     )
-    sign = work.folder / f"{words[3]}.journal"
-    before = sign.stat().st_mtime_ns if sign.exists() else 0
-    while at_work and process.poll() is None and not (sign.exists() and sign.stat().st_mtime_ns > before):
-        time.sleep(0.005)
+    while checkpoints and process.poll() is None and noted(journal) < wanted:
+        time.sleep(0.002)
     time.sleep(delay)
     was_over = process.poll() is not None
-    if was_over:
-        assert process.returncode == 0, process.stderr.read().decode() if process.stderr else ""
-    else:
+    if not was_over:
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    _, errors = process.communicate()
+    assert process.returncode == (0 if was_over else -signal.SIGKILL), errors.decode()
     return not was_over
+
+
+def noted(journal: Path) -> int:
+    return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
 
 def check(work: Work, seed: int, kills: int, ways: list[list[object]]) -> None:
@@ -104,12 +111,12 @@ def check(work: Work, seed: int, kills: int, ways: list[list[object]]) -> None:
     chance, count, at_work = random.Random(seed), 0, 0
     whole = work.files("whole")
     while count < kills:
-        way = [*ways[count % len(ways)], "--checkpoint-seconds", chance.choice([0, 0, 0.2]), "--resume"]
-        working = chance.random() < 0.75
-        delay = chance.uniform(0, work.seconds / kills if working else 1.5)
-        if not killed(work, work.words("killed", way), delay, working):
+        way = [*ways[count % len(ways)], "--checkpoint-seconds", 0, "--resume"]
+        checkpoints = chance.choice([0, *range(1, 1 + max(3, work.chunks // kills))])
+        delay = chance.uniform(0, 2 * work.seconds / work.chunks if checkpoints else 1.5)
+        if not killed(work, work.words("killed", way), checkpoints, delay):
             break
-        count, at_work = count + 1, at_work + working
+        count, at_work = count + 1, at_work + (checkpoints > 0)
         named = work.files("killed")
         assert named.items() <= whole.items(), f"after kill {count}: a name was given to what is not complete"
     assert at_work, "it was over before it could be killed"
@@ -121,15 +128,13 @@ def check(work: Work, seed: int, kills: int, ways: list[list[object]]) -> None:
 
 
 def test_what_was_killed_goes_on_and_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    make_inputs(tmp_path, 12_000_000)
     tokenizer = ["--tokenizer-type", "HFTokenizer", "--vocab-file", bpe_file(tmp_path)]
-    work = undisturbed(tmp_path, "preprocess_data.py", [*tokenizer, *PLAIN], THREADS)
+    work = undisturbed(tmp_path, 12_000_000, "preprocess_data.py", [*tokenizer, *PLAIN], THREADS)
     check(work, seed=1, kills=2, ways=[PROCESSES, THREADS])
 
 
 def test_instruction_data_go_on_as_well(tmp_path: Path) -> None:
-    make_inputs(tmp_path, 12_000_000)
-    work = undisturbed(tmp_path, "preprocess_instructions.py", ANSWERS, BYTES)
+    work = undisturbed(tmp_path, 12_000_000, "preprocess_instructions.py", ANSWERS, BYTES)
     check(work, seed=3, kills=1, ways=[BYTES])
 
 
@@ -138,9 +143,9 @@ def test_instruction_data_go_on_as_well(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tool", ["preprocess_data.py", "preprocess_instructions.py"])
 @pytest.mark.parametrize("ways", [[THREADS], [PROCESSES], [THREADS, PROCESSES]], ids=["threads", "processes", "both"])
 def test_at_many_moments(tmp_path: Path, tool: str, ways: list[list[object]]) -> None:
-    make_inputs(tmp_path, 40_000_000)
-    tokenizer = ["--tokenizer-type", "HFTokenizer", "--vocab-file", bpe_file(tmp_path)]
-    work = undisturbed(tmp_path, tool, [*tokenizer, *(PLAIN if tool == "preprocess_data.py" else ANSWERS)], ways[-1])
+    flags = ["--tokenizer-type", "HFTokenizer", "--vocab-file", bpe_file(tmp_path)]
+    flags += PLAIN if tool == "preprocess_data.py" else ANSWERS
+    work = undisturbed(tmp_path, 40_000_000, tool, flags, ways[-1])
     for seed in range(4):
         for path in tmp_path.glob("killed*"):
             path.unlink()

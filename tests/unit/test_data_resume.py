@@ -15,7 +15,7 @@ from megatron.data.journal import Checkpoint, Journal
 from megatron.data.merge import merge, merge_shuffled, open_parts
 from megatron.data.preprocess import preprocess
 from megatron.data.reading import read_chunks
-from megatron.errors import UserError
+from megatron.errors import RunError, UserError
 from megatron.tokenizer.build import TokenizerSettings
 from megatron.tokenizer.checked import CheckedEncoder, EncoderSettings
 from megatron.tokenizer.comparison import Comparison
@@ -129,6 +129,15 @@ def test_work_whose_files_are_gone_is_done_again(tmp_path: Path) -> None:
 def test_standard_input_is_not_continued(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--resume reads its inputs again, which standard input cannot be"):
         preprocess(Job(("-",), str(tmp_path / "out")), BYTES, resume=True)
+
+
+def test_a_bad_line_is_named_by_its_number_after_an_interruption_as_well(tmp_path: Path) -> None:
+    job = Job(corpus(tmp_path, files=1), str(tmp_path / "out"), chunk_bytes=4000, checkpoint_seconds=0)
+    Path(job.inputs[0]).write_text(Path(job.inputs[0]).read_text() + "bad\n")
+    with pytest.raises(Killed):
+        preprocess(job, BYTES, stop_after(5))
+    with pytest.raises(RunError, match=r"0.jsonl, line 402: not JSON"):
+        preprocess(job, BYTES, resume=True)
 
 
 def test_other_work_is_not_continued(tmp_path: Path) -> None:
