@@ -1,8 +1,8 @@
 """Preprocessing that is killed (signal 9) at random moments and goes on with --resume ends as if nothing had happened.
 
 Moments are drawn from a seed: some while the command starts, most of them while it reads, tokenizes and writes. (That
-in which files get their names is too short to be met by chance: see test_data_resume.py.) Backend and workers may change
-from one attempt to the next.
+in which files get their names is too short to be met by chance: see test_data_resume.py.) Backend and workers may
+change from one attempt to the next.
 """
 
 import gzip
