@@ -37,6 +37,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 CACHED_MAGIC = b"TNTIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # 34 bytes
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats: no token ids
+CHECKED_SEQUENCES = 64  # when a file is opened
 PIECE = 1 << 18  # entries of an index that are written at a time
 DEFAULT_KEY_SUFFIX = "_text_document"  # what preprocess_data.py adds to --output-prefix for the key "text"
 
@@ -63,6 +64,7 @@ class IndexedDataset:
         self._pointers: npt.NDArray[np.int64] = self._table("<i8", HEADER.size + 4 * count, count)
         self.document_index: npt.NDArray[np.int64] = self._table("<i8", HEADER.size + 12 * count, documents)
         self.num_tokens = self._check_length()
+        self._check_places()
         self._ids = _map(f"{self.prefix}.bin", self.dtype)
 
     def __reduce__(self) -> tuple[type["IndexedDataset"], tuple[str]]:
@@ -103,6 +105,21 @@ class IndexedDataset:
                 "the two files are not of one run, or one was cut short; preprocess the data again"
             )
         return expected // self.dtype.itemsize
+
+    def _check_places(self) -> None:
+        """Whether a few sequences lie one after another, at the same cost for any number of them."""
+        if not len(self):
+            return
+        numbers = np.unique(np.linspace(0, len(self) - 1, CHECKED_SEQUENCES).astype(np.int64))
+        following = np.minimum(numbers + 1, len(self) - 1)
+        ends = self._pointers[numbers] + self.sizes[numbers].astype(np.int64) * self.dtype.itemsize
+        wrong = (self.sizes[numbers] < 0) | ((ends != self._pointers[following]) & (following > numbers))
+        if wrong.any() or self._pointers[0]:
+            number = int(numbers[wrong.argmax()])
+            raise UserError(
+                f"{self.prefix}.idx is damaged: sequence {number:,} does not end where the next one begins; "
+                "preprocess the data again"
+            )
 
 
 class IndexedWriter:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from megatron.data.indexed import IndexedDataset
 from megatron.data.windows import NOT_A_LABEL, Tokens, checked_ids, derived_key, permuted
+from megatron.errors import UserError
 
 FILLER = 0  # any id will do: it has no label, and no token before it sees it
 
@@ -43,6 +44,9 @@ class DocumentSamples:
 
     def __post_init__(self) -> None:
         sizes = self.dataset.sizes[self.first : self.last]
+        expected = self.dataset.token_start(self.last) - self.dataset.token_start(self.first)
+        if sizes.min(initial=0) < 0 or sizes.sum(dtype=np.int64) != expected:
+            raise UserError(f"{self.dataset.prefix}.idx is damaged: its sizes do not add up; preprocess the data again")
         longest = sizes.max(initial=0) if self.allow_chopped else self.seq_length + 1
         # alone, a document of one token would be a sample without a label
         used = np.flatnonzero((sizes >= (1 if self.several else 2)) & (sizes <= longest))

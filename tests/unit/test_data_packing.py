@@ -88,6 +88,13 @@ def test_epochs_visit_the_samples_in_orders_of_their_own(tmp_path: Path) -> None
     assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1] != sorted(orders[1])
 
 
+def test_sizes_that_do_not_add_up_are_an_error(tmp_path: Path) -> None:
+    path = Path(corpus(tmp_path / "x", [3] * 1000) + ".idx")
+    path.write_bytes(path.read_bytes()[: 34 + 4 * 10] + b"\4" + path.read_bytes()[34 + 4 * 10 + 1 :])
+    with pytest.raises(UserError, match=r"x.idx is damaged: its sizes do not add up"):
+        build(str(tmp_path / "x"), pack_impl="unpacked")
+
+
 @pytest.mark.parametrize("pack_impl", ["pack_until_overflow", "unpacked"])
 def test_the_parts_of_a_split_hold_their_own_documents_only(tmp_path: Path, pack_impl: str) -> None:
     sources = build(corpus(tmp_path / "x", [3, 5] * 10), split="12, 4, 4", pack_impl=pack_impl)
