@@ -73,6 +73,17 @@ def test_a_long_text_is_encoded_in_short_pieces(
     assert longest < 300_000
 
 
+def test_an_added_token_of_several_words_is_not_cut(tmp_path: Path) -> None:
+    model = tokenizers.Tokenizer.from_file(metaspace_file(tmp_path))
+    model.add_tokens(["lazy dog"])
+    model.save(str(tmp_path / "metaspace.json"))
+    tokenizer = TokenizerSettings("HFTokenizer", str(tmp_path / "metaspace.json"))()
+    text = "the lazy dog again and the lazy dog " * 9
+    found = Borders(tokenizer).encode(text, 1).tolist()
+    assert found == tokenizer.encode_bare([text])[0]
+    assert found.count(tokenizer.vocab_size - 1) == 18
+
+
 def test_a_tokenizer_that_puts_no_space_before_a_text_is_left_alone(tmp_path: Path) -> None:
     tokenizer = TokenizerSettings("HFTokenizer", metaspace_file(tmp_path, scheme="never"))()
     assert not borders_are_safe(tokenizer)
