@@ -1,11 +1,16 @@
 """Checkpoints: the same layout goes on bit for bit, another layout holds the same state bit for bit."""
 
+import contextlib
 import resource
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from megatron.checkpoint import folder as folders
 from megatron.checkpoint.folder import Retention, find_checkpoint, prune, publish
 from megatron.checkpoint.slices import global_slices
 from megatron.checkpoint.state import TrainState
@@ -158,6 +163,24 @@ def test_a_rank_that_cannot_write_fails_all_ranks_and_the_last_good_checkpoint_s
     assert len(tensors(found)) > 30
 
 
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Writing a checkpoint takes a while, in which no other may be written."""
+    plain, going_on = folders.publish, []
+
+    def slow(*arguments: Any) -> None:
+        assert not going_on
+        going_on.append(True)
+        time.sleep(0.2)
+        plain(*arguments)
+        going_on.clear()
+
+    folders.publish = slow
+    yield
+    folders.publish = plain
+
+
+@one_at_a_time()
 def saving_six(folder: str) -> None:
     engine, plan = engine_of({})
     state = TrainState()
