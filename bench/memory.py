@@ -1,28 +1,35 @@
-"""Hold the estimates of --dry-run against what small runs allocate, and write the table of docs/estimates.md.
+"""Hold the estimates of --dry-run, and an analytic minimum, against what small runs allocate: docs/estimates.md.
 
-    python bench/memory.py            measures every case below, on the GPU where there is one, else on the CPU
-    python bench/memory.py --write    and puts the table into docs/estimates.md
+    python bench/memory.py                    measures every case below, on the GPU where there is one, else on the CPU
+    python bench/memory.py --write            and puts the tables into docs/estimates.md
+    python bench/memory.py --table shapes     the table of shapes only (or of layouts)
 
 "At rest" is what a rank holds between two steps, "saved" what one micro-batch's forward pass leaves for the backward
 pass, "peak" the most a step allocates. On a CPU the allocator's events are counted (torch.profiler), on a GPU its own
-statistics; both count requested bytes, whole buffers included.
+statistics; both count requested bytes, whole buffers included. The profiler does not see what gloo's threads free: it
+counts as there for ever, so that collectives wait here until those threads have let go.
 """
 
 import argparse
 import gc
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch.profiler import ProfilerActivity, profile
 
+from megatron.config.describe import assumed_vocabulary
 from megatron.config.load import config_from_flat
-from megatron.config.memory import stage_memories
+from megatron.config.memory import StageMemory, stage_memories
 from megatron.config.plan import Plan
 from megatron.config.resolve import resolve
 from megatron.engine.distributed import start_layout, stop
@@ -33,8 +40,12 @@ from megatron.model.gpt import gpt_layers, make_loss
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "estimates.md"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
+SHAPES_BEGIN, SHAPES_END = "<!-- shapes: begin -->\n", "<!-- shapes: end -->\n"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-VOCABULARY = 4096
+COLLECTIVES = (
+    "all_reduce", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "send", "recv",
+)  # fmt: skip
+LETTING_GO = 0.002  # seconds
 NEOX = {
     "num_layers": 4,
     "hidden_size": 256,
@@ -44,6 +55,8 @@ NEOX = {
     "rotary_pct": 0.25,
     "no_weight_tying": True,
     "train_micro_batch_size_per_gpu": 4,
+    "padded_vocab_size": 4096,
+    "compile": False,  # the estimate is of what torch saves uncompiled
     # whole buffers are allocated: keep them in proportion to the model
     "zero_optimization": {"stage": 0, "reduce_bucket_size": 1_000_000},
 }
@@ -79,6 +92,7 @@ CASES: dict[str, tuple[int, dict[str, object]]] = {
     "Llama, bf16": (1, LLAMA | BF16),
     "Llama, bf16, recompute": (1, LLAMA | BF16 | RECOMPUTE),
     "NeoX, fp32, 2 replicas": (2, NEOX),
+    "NeoX, bf16, 2 replicas": (2, NEOX | BF16 | RECOMPUTE),
     "NeoX, bf16, 2 replicas, ZeRO 1": (2, NEOX | BF16 | RECOMPUTE | zero(1)),
     "NeoX, bf16, 2 replicas, ZeRO 2": (2, NEOX | BF16 | RECOMPUTE | zero(2)),
     "NeoX, bf16, 2 replicas, ZeRO 3": (2, NEOX | BF16 | RECOMPUTE | zero(3)),
@@ -90,6 +104,34 @@ CASES: dict[str, tuple[int, dict[str, object]]] = {
         2,
         NEOX | BF16 | {"pipe_parallel_size": 2, "gradient_accumulation_steps": 4},
     ),
+}
+
+
+SELECTIVE = RECOMPUTE | {"recompute_granularity": "selective"}
+WIDE = {"hidden_size": 512, "num_attention_heads": 8}
+LONG = {"seq_length": 1024, "train_micro_batch_size_per_gpu": 1}
+WORDY = {"padded_vocab_size": 32768}  # two chunks of the loss
+SHAPES: dict[str, dict[str, object]] = {
+    "fp32": NEOX,
+    "fp32, recompute": NEOX | RECOMPUTE,
+    "bf16": NEOX | BF16,
+    "bf16, selective": NEOX | BF16 | SELECTIVE,
+    "bf16, recompute": NEOX | BF16 | RECOMPUTE,
+    "bf16, recompute, accumulation 2": NEOX | BF16 | RECOMPUTE | {"gradient_accumulation_steps": 2},
+    "12 layers, bf16": NEOX | BF16 | {"num_layers": 12},
+    "12 layers, bf16, recompute": NEOX | BF16 | RECOMPUTE | {"num_layers": 12},
+    "hidden 512, bf16": NEOX | BF16 | WIDE,
+    "hidden 512, fp32, recompute": NEOX | RECOMPUTE | WIDE,
+    "sequence 1024, micro-batch 1, bf16": NEOX | BF16 | LONG,
+    "sequence 1024, micro-batch 1, bf16, selective": NEOX | BF16 | LONG | SELECTIVE,
+    "sequence 1024, micro-batch 1, bf16, recompute": NEOX | BF16 | LONG | RECOMPUTE,
+    "vocabulary 32768, fp32": NEOX | WORDY,
+    "vocabulary 32768, bf16, recompute": NEOX | BF16 | RECOMPUTE | WORDY,
+    "micro-batch 1, bf16": NEOX | BF16 | {"train_micro_batch_size_per_gpu": 1},
+    "micro-batch 16, bf16": NEOX | BF16 | {"train_micro_batch_size_per_gpu": 16},
+    "Llama, fp32": LLAMA,
+    "Llama, bf16": LLAMA | BF16,
+    "Llama, bf16, recompute": LLAMA | BF16 | RECOMPUTE,
 }
 
 
@@ -132,10 +174,10 @@ def measured() -> Iterator[Meter]:
             meter.peak = max(meter.peak, meter.net)
 
 
-def plan_of(case: str) -> Plan:
-    """The plan of one of CASES."""
-    ranks, keys = CASES[case]
-    return resolve(config_from_flat(keys), ranks, VOCABULARY)
+def plan_of(ranks: int, keys: dict[str, object]) -> Plan:
+    """The plan of a case."""
+    config = config_from_flat(keys)
+    return resolve(config, ranks, assumed_vocabulary(config))
 
 
 def measure(plan: Plan) -> Figures:
@@ -181,27 +223,63 @@ def _batches(plan: Plan, device: torch.device) -> list[tuple[torch.Tensor, tuple
     return batches
 
 
-def _rank(rank: int, case: str, world: int, port: int, results: "multiprocessing.SimpleQueue[Figures]") -> None:
+def be_patient() -> None:
+    """Let gloo's threads let go of a collective's tensors before the caller goes on, so that it frees them itself."""
+
+    def patient(collective: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(collective)
+        def call(*arguments: Any, **options: Any) -> Any:
+            work = collective(*arguments, **options)
+            time.sleep(LETTING_GO)
+            return work
+
+        return call
+
+    for name in COLLECTIVES:
+        setattr(dist, name, patient(getattr(dist, name)))
+
+
+def _rank(rank: int, keys: dict[str, object], world: int, port: int, results: "multiprocessing.SimpleQueue") -> None:  # type: ignore[type-arg]
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in names.items()} | {"OMP_NUM_THREADS": "1"}
-    results.put(measure(plan_of(case)))
+    if not torch.cuda.is_available():
+        be_patient()
+    results.put(measure(plan_of(world, keys)))
 
 
-def run(case: str) -> Figures:
-    """Measure one case on its ranks, in processes of their own; the rank with the largest peak counts."""
-    world, results = CASES[case][0], multiprocessing.get_context("spawn").SimpleQueue()
+def run(world: int, keys: dict[str, object]) -> Figures:
+    """Measure one case on its ranks, in processes of their own; the stage with the largest peak counts.
+
+    Of the ranks of a stage, which hold the same, the one that counted least: what the profiler misses only adds.
+    """
+    results = multiprocessing.get_context("spawn").SimpleQueue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(_rank, (case, world, port, results), nprocs=world)
-    return max((results.get() for _ in range(world)), key=lambda figures: figures.peak)
+    multiprocessing.spawn(_rank, (keys, world, port, results), nprocs=world)
+    stages: dict[int, Figures] = {}
+    for figures in sorted((results.get() for _ in range(world)), key=lambda figures: -figures.peak):
+        stages[figures.stage] = figures
+    return max(stages.values(), key=lambda figures: figures.peak)
 
 
-def row(case: str, figures: Figures) -> str:
-    """A line of the table: estimate, measurement and error of the three figures, in MB."""
-    stage = stage_memories(plan_of(case))[figures.stage]
+def estimate(plan: Plan, number: int) -> StageMemory:
+    """What --dry-run would say of a rank of stage `number`, on this machine."""
+    return stage_memories(plan, on_cpu=not torch.cuda.is_available())[number]
+
+
+def at_rest(stage: StageMemory) -> int:
+    """The estimate of what a rank holds between steps."""
+    return stage.weights + stage.optimizer + stage.permanent_buffers
+
+
+def layout_row(case: str) -> str:
+    """A line of the table of layouts: estimate, measurement and error of the three figures, in MB."""
+    world, keys = CASES[case]
+    figures = run(world, keys)
+    stage = estimate(plan_of(world, keys), figures.stage)
     pairs = [
-        (at_rest(plan_of(case), figures.stage), figures.rest),
+        (at_rest(stage), figures.rest),
         (stage.activations + stage.kept_logits, figures.saved),
         (stage.peak, figures.peak),
     ]
@@ -212,29 +290,50 @@ def row(case: str, figures: Figures) -> str:
     return f"| {case} | {' | '.join(cells)} |\n"
 
 
-def at_rest(plan: Plan, number: int) -> int:
-    """The estimate of what a rank of stage `number` holds between steps."""
-    stage = stage_memories(plan)[number]
-    return stage.weights + stage.optimizer + stage.permanent_buffers
+def shape_row(case: str) -> str:
+    """A line of the table of shapes: the minimum, its parts, the measured peak and what it is of the minimum, in MB."""
+    keys = SHAPES[case]
+    figures, stage = run(1, keys), stage_memories(plan_of(1, keys))[0]
+    states = stage.weights + stage.optimizer
+    sizes = (states, stage.gradients, stage.activations, stage.kept_logits, stage.least, figures.peak)
+    return f"| {case} | {' | '.join(f'{size / 1e6:.1f}' for size in sizes)} | {figures.peak / stage.least:.2f} |\n"
+
+
+LAYOUT_HEAD = (
+    "| case | at rest: estimated | measured | error | saved: estimated | measured | error "
+    "| peak: estimated | measured | error |\n|---|---|---|---|---|---|---|---|---|---|\n"
+)
+SHAPE_HEAD = (
+    "| 4 layers x 256, sequence 256, micro-batch 4, vocabulary 4,096, but for | weights, optimizer | gradients | kept "
+    "| logits | minimum | measured peak | peak / minimum |\n|---|---|---|---|---|---|---|---|\n"
+)
+TABLES = {
+    "layouts": (LAYOUT_HEAD, CASES, layout_row, BEGIN, END),
+    "shapes": (SHAPE_HEAD, SHAPES, shape_row, SHAPES_BEGIN, SHAPES_END),
+}
 
 
 def main() -> None:
     """Measure every case; with --write, renew the page."""
     parser = argparse.ArgumentParser(description="estimated and measured memory of small runs")
-    parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
+    parser.add_argument("--write", action="store_true", help=f"put the tables into {PAGE.name}")
+    parser.add_argument("--table", choices=TABLES, help="only this one")
     parser.add_argument("cases", nargs="*", help="only these cases")
     arguments = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, gloo"
-    head = (
-        f"On {device}, torch {torch.__version__.split('+')[0]}; in MB (10^6 bytes).\n\n"
-        "| case | at rest: estimated | measured | error | saved: estimated | measured | error "
-        "| peak: estimated | measured | error |\n|---|---|---|---|---|---|---|---|---|---|\n"
-    )
-    table = head + "".join(row(case, run(case)) for case in arguments.cases or CASES)
-    print(table)
-    if arguments.write:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(before + BEGIN + table + END + rest.partition(END)[2])
+    for name, (head, cases, row, begin, end) in TABLES.items():
+        chosen = [case for case in cases if case in (arguments.cases or cases)]
+        if name != (arguments.table or name) or not chosen:
+            continue
+        table = f"On {device}, torch {torch.__version__.split('+')[0]}; in MB (10^6 bytes).\n\n{head}"
+        print(table, end="", flush=True)
+        for case in chosen:
+            line = row(case)
+            print(line, end="", flush=True)
+            table += line
+        if arguments.write:
+            before, _, rest = PAGE.read_text().partition(begin)
+            PAGE.write_text(before + begin + table + end + rest.partition(end)[2])
 
 
 if __name__ == "__main__":

@@ -37,13 +37,13 @@ def print_config(config: Config, plan: Plan) -> str:
     return text.getvalue() + "".join(f"# {line}\n" for line in ["derived:", *_layout_lines(plan)])
 
 
-def dry_run(config: Config, plan: Plan, script: str, notes: Sequence[str]) -> str:
-    """What a run would be: sizes, layout, steps, and in `notes` and below what could not be checked."""
+def dry_run(config: Config, plan: Plan, script: str, notes: Sequence[str], on_cpu: bool = False) -> str:
+    """What a run (on GPUs or a CPU) would be: sizes, layout, steps, and in `notes` and below what is not checked."""
     lines = [f"{script} would run on {_count(plan.layout.world_size, 'rank')}:", *_layout_lines(plan)]
     lines += _model_lines(plan.model)
     if script == "train.py":
         lines += [*_cost_lines(plan), *_length_lines(config, plan), *holder_lines(plan)]
-        lines += memory_lines(plan, config.launcher.gpu_memory)
+        lines += memory_lines(plan, config.launcher.gpu_memory, on_cpu)
     else:
         lines += inference_lines(plan, config.launcher.gpu_memory)
     return "\n".join([*lines, "not checked:", *(f"  {note}" for note in (*notes, *_unchecked(config)))])

@@ -1,7 +1,8 @@
 """Who holds which layers, and what it takes in memory: the tables of --dry-run. Floor 1."""
 
+from megatron.config.activations import WIDTH
 from megatron.config.estimate import held_parameters
-from megatron.config.memory import FRAGMENTATION, RESERVE, WIDTH, StageMemory, fits, stage_memories, zero_stage
+from megatron.config.memory import FRAGMENTATION, RESERVE, StageMemory, fits, stage_memories
 from megatron.config.plan import Plan
 from megatron.config.stages import layer_classes
 
@@ -18,9 +19,9 @@ def holder_lines(plan: Plan) -> list[str]:
     return [*lines, *_shards(plan)]
 
 
-def memory_lines(plan: Plan, gpu_memory: float | None) -> list[str]:
+def memory_lines(plan: Plan, gpu_memory: float | None, on_cpu: bool = False) -> list[str]:
     """Memory of a rank of each stage in GiB, what recomputation makes of it, and whether it fits."""
-    stages = stage_memories(plan)
+    stages = stage_memories(plan, on_cpu)
     lines = ["  memory of a rank, in GiB:"]
     lines.append("    stage  weights  gradients  optimizer  activations  logits  buffers     peak")
     for number, stage in enumerate(stages):
@@ -32,6 +33,7 @@ def memory_lines(plan: Plan, gpu_memory: float | None) -> list[str]:
         f"    activations with checkpoint_activations {_gib(max(s.activations_recomputed for s in stages))}, "
         f"without {_gib(max(s.activations_kept for s in stages))}"
     )
+    lines.append(f"    analytic minimum of the peak with these settings: {_gib(most.least)}")
     if any(stage.host for stage in stages):
         lines.append(f"    offloaded to the host: {_gib(max(s.host for s in stages))} a rank, and gradients besides")
     return [*lines, _verdict(most, gpu_memory)]
@@ -63,7 +65,7 @@ def _layers(plan: Plan, layers: range) -> str:
 
 
 def _shards(plan: Plan) -> list[str]:
-    layout, stage = plan.layout, zero_stage(plan)
+    layout, stage = plan.layout, plan.engine.zero_stage
     lines = []
     if layout.model > 1:
         lines.append(f"    every matrix is cut in {layout.model} over neighbouring ranks (tensor parallelism)")

@@ -12,6 +12,7 @@ from megatron.config.groups import Config
 from megatron.config.load import load_config
 from megatron.config.resolve import resolve
 from megatron.errors import UserError
+from megatron.launch.accelerators import visible_gpus
 from megatron.launch.devices import planned_ranks
 from megatron.launch.launch import Launch, usual_launcher
 from megatron.launch.supervise import supervise
@@ -62,7 +63,8 @@ def _described(command: CommandLine, config: Config, script: Path) -> str:
         notes.append(f"ranks: {ranks} is what this machine would start; num_gpus=N plans for another")
     if config.launcher.hostfile is not None:
         notes.append(f"hosts: {config.launcher.hostfile}")
-    return dry_run(config, plan, script.name, notes)
+    gpus = config.launcher.gpu_memory or visible_gpus(os.environ, config.launcher.distributed_backend)
+    return dry_run(config, plan, script.name, notes, on_cpu=not gpus)
 
 
 def _check_ranks(config: Config, script: Path, ranks: int) -> None:
