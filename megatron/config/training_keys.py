@@ -117,7 +117,7 @@ class DataTypes(Group):
     """`data_types`."""
 
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """Type in which gradients of micro-batches are summed. Unset: DeepSpeed's choice."""
+    """Type in which gradients of micro-batches are summed. Unset: fp32 with bf16 weights, else the type of the weights."""
 
 
 class PrecisionKeys(Group):
@@ -151,7 +151,7 @@ class ZeroKeys(Group):
 
     stage: Annotated[int, Field(ge=0, le=3)] = 0
     """0: off; 1: optimizer states, 2: and gradients, 3: and parameters are sharded over data-parallel ranks.
-    2 and 3 exclude a pipeline."""
+    2 and 3 exclude a pipeline. 1 and 2 run as 0 where there is one replica, and nothing to share."""
 
     allgather_partitions: bool = True
     """Collect updated parameters by all-gather instead of broadcasts."""
