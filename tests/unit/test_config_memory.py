@@ -182,10 +182,10 @@ def test_normalised_heads_save_what_was_estimated():
         plan = planned(**shape, norm="rmsnorm", zero_optimization={"reduce_bucket_size": 300_000}, **keys)
         return measure(plan).saved, estimate(plan, 0).activations
 
-    plain, estimate = saved()
+    plain, expected = saved()
     for kind in ("head", "full"):
         real, estimated = saved(qk_norm=kind)
-        assert estimated - estimate == pytest.approx(real - plain, rel=0.05), kind
+        assert estimated - expected == pytest.approx(real - plain, rel=0.05), kind
 
 
 def test_the_minimum_is_the_worse_of_two_moments():
