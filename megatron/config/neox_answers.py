@@ -139,7 +139,7 @@ HONOURED: dict[str, str] = {
     "bf16.enabled": "",
     "gradient_clipping": "",
     "zero_optimization": "stages 0 to 3; offload_optimizer and offload_param to the CPU, not to NVMe",
-    "zero_optimization.stage": "fp16 with stage 0 runs as stage 1; 1 and 2 with one replica run as 0, as nothing is shared",
+    "zero_optimization.stage": "fp16 with stage 0 runs as stage 1; 1 and 2 run as 0 where there is one replica",
     "zero_optimization.allgather_partitions": "",
     "zero_optimization.allgather_bucket_size": "",
     "zero_optimization.overlap_comm": "",

@@ -117,7 +117,7 @@ class DataTypes(Group):
     """`data_types`."""
 
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """Type in which gradients of micro-batches are summed. Unset: fp32 with bf16 weights, else the type of the weights."""
+    """Type in which gradients of micro-batches are summed. Unset: fp32 with bf16 weights, else as the weights."""
 
 
 class PrecisionKeys(Group):
