@@ -89,7 +89,7 @@ def plan(
                 loss_scale=scale if precision == "fp16" else None,
                 partition_method="type:transformer",
                 recompute_layers=recompute,
-                gradient_accumulation_dtype=None,
+                gradient_accumulation_dtype="fp32" if precision == "bf16" and accumulation > 1 else None,
                 seed=1234,
             ),
             **(engine or {}),
