@@ -241,7 +241,7 @@ def train(file: str, settings: Settings) -> None:
 def row(case: Case, outcome: Outcome) -> str:
     """A line of the table."""
     settings = case.settings()
-    of_layout = {key: settings[key] for key in settings if key != "precision"}
+    of_layout = {key: settings[key] for key in settings if key not in ("precision", "accumulation")}
     rest = [case.name(factor) for factor in ("model", "ends", "accumulation", "recompute", "clip", "dropout")]
     words = ", ".join(word.replace("x4", "accumulation 4") for word in rest if word)
     verdict = "yes" if outcome.gap < outcome.bound and outcome.skipped_alike and outcome.finite else "NO"
