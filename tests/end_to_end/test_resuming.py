@@ -33,6 +33,7 @@ def test_twenty_steps_and_twice_ten_give_the_same_losses_and_weights(folder):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)  # six runs of two ranks
 def test_verify_resume_proves_it_for_a_configuration_and_sees_what_differs(folder):
     words = ("small", "num_gpus=2", "zero_optimization={stage: 2}", "bf16={enabled: true}", "--steps", 2)
     said = run(folder, "tools/verify_resume.py", *words).stdout
