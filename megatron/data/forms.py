@@ -69,7 +69,7 @@ class Chat:
         return (self.key,)
 
     def __call__(self, record: Record) -> Segments:
-        """Raises BadRecordError, for a template that rewrites earlier messages too: what is learned is unclear then."""
+        """Raises BadRecordError for messages that the template cannot write, and where it rewrites earlier ones."""
         messages = record.get(self.key)
         if not isinstance(messages, list) or not all(isinstance(each, dict) and "role" in each for each in messages):
             raise BadRecordError(f'no list of messages with roles under the key "{self.key}"')
@@ -83,12 +83,12 @@ class Chat:
         return [*segments, (_added(written, self._written(messages)), False)]
 
     def _written(self, messages: Sequence[Any], ask: bool = False) -> str:
-        from jinja2 import TemplateError
-
         try:
             return str(self._compiled.render(messages=messages, add_generation_prompt=ask))
-        except TemplateError as error:
-            raise BadRecordError(f"the chat template: {error}") from error
+        except (BadRecordError, MemoryError):
+            raise
+        except Exception as error:  # a template is a program: what is in a message can make it fail in any way
+            raise BadRecordError(f"the chat template cannot write it: {type(error).__name__}: {error}") from error
 
     @cached_property
     def _compiled(self) -> Any:

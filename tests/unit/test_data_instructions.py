@@ -120,6 +120,24 @@ def test_a_template_that_changes_what_it_wrote_is_refused(tmp_path: Path) -> Non
         Chat("m", "{% if %}", {})
 
 
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"content": None}, 'TypeError: can only concatenate str .not "NoneType".'),
+        ({"content": ["a part"]}, 'TypeError: can only concatenate str .not "list".'),
+        ({}, "UndefinedError: .* has no attribute 'content'"),
+    ],
+)
+def test_messages_that_the_template_cannot_write_are_a_bad_record(tmp_path: Path, message: dict, reason: str) -> None:
+    form = Chat("m", "{% for m in messages %}{{ '<' + m['content'] + '>' }}{% endfor %}", {})
+    good = {"m": [{"role": "assistant", "content": "hi"}]}
+    bad = {"m": [{"role": "assistant"} | message]}
+    with pytest.raises(RunError, match=f"a.jsonl, line 2: the chat template cannot write it: {reason}.*--skip-bad"):
+        write(tmp_path, [good, bad, good], form)
+    totals = write(tmp_path, [good, bad, good], form, skip_bad_lines=True)
+    assert (totals.documents, totals.bad_lines) == (2, 1)
+
+
 def test_the_template_is_found_beside_the_tokenizer(tmp_path: Path) -> None:
     vocabulary = str(tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match="there is no chat template in"):
