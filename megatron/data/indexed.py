@@ -110,11 +110,16 @@ class IndexedDataset:
         """Whether a few sequences lie one after another, at the same cost for any number of them."""
         if not len(self):
             return
+        if first := int(self._pointers[0]):
+            raise UserError(
+                f"{self.prefix}.idx is damaged: sequence 0 begins at byte {first:,} and should at 0; "
+                "preprocess the data again"
+            )
         numbers = np.unique(np.linspace(0, len(self) - 1, CHECKED_SEQUENCES).astype(np.int64))
         following = np.minimum(numbers + 1, len(self) - 1)
         ends = self._pointers[numbers] + self.sizes[numbers].astype(np.int64) * self.dtype.itemsize
         wrong = (self.sizes[numbers] < 0) | ((ends != self._pointers[following]) & (following > numbers))
-        if wrong.any() or self._pointers[0]:
+        if wrong.any():
             number = int(numbers[wrong.argmax()])
             raise UserError(
                 f"{self.prefix}.idx is damaged: sequence {number:,} does not end where the next one begins; "

@@ -168,11 +168,19 @@ def test_a_bin_of_another_length_than_its_index_is_refused(tmp_path: Path, chang
         IndexedDataset(str(tmp_path / "x"))
 
 
-@pytest.mark.parametrize("place", [34, 34 + 4 * 20, 34 + 4 * 40, 34 + 4 * 40 + 8 * 17])  # sizes, then places
-def test_an_index_with_a_number_that_changed_is_refused(tmp_path: Path, place: int) -> None:
+@pytest.mark.parametrize(
+    ("place", "wrong"),
+    [
+        (34, "sequence 0 does not end where the next one begins"),  # sizes
+        (34 + 4 * 20, r"sequence \d+ does not end where the next one begins"),
+        (34 + 4 * 40, "sequence 0 begins at byte 2 and should at 0"),  # places
+        (34 + 4 * 40 + 8 * 17, r"sequence \d+ does not end where the next one begins"),
+    ],
+)
+def test_an_index_with_a_number_that_changed_is_refused(tmp_path: Path, place: int, wrong: str) -> None:
     tokens, index = independent_files([[1, 2, 3]] * 40, "u2")
     put(tmp_path / "x", tokens, index[:place] + bytes([index[place] + 2]) + index[place + 1 :])
-    with pytest.raises(UserError, match=r"x.idx is damaged: sequence \d+ does not end where the next one begins"):
+    with pytest.raises(UserError, match=f"x.idx is damaged: {wrong}; "):
         IndexedDataset(str(tmp_path / "x"))
 
 
