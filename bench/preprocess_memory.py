@@ -106,7 +106,7 @@ def resident(parent: psutil.Process) -> Iterator[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=100, help="of each of the two documents")
-    parser.add_argument("--only", default="", metavar="WORDS", help="cases whose line has these words")
+    parser.add_argument("--only", default="", metavar="WORDS", help="cases whose line has these words, in any case")
     options = parser.parse_args()
     if not Path(TIME).exists():
         parser.error(f"{TIME} is not there; on Debian and Ubuntu: apt install time")
@@ -122,7 +122,7 @@ def main() -> None:
             del text
             for (tokenizer, vocabulary), backend, workers in CASES:
                 label = f"{kind} | {tokenizer} | {backend}, {workers}"
-                if options.only not in label:
+                if options.only.casefold() not in label.casefold():
                     continue
                 flags = ["--vocab-file", str(folder / vocabulary)] if vocabulary else []
                 words = ["--input", str(folder / "in.jsonl"), "--output-prefix", str(folder / "out"), *flags]
