@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron.data.commands import describe_pair, exit_code, new_parser, progress, with_dashes
 from megatron.data.corpora import Corpus, from_hugging_face
 from megatron.data.documents import read_texts
-from megatron.data.job import Job
+from megatron.data.job import Job, Texts
 from megatron.data.preprocess import preprocess
 from megatron.registry import names, resolve
 from megatron.tokenizer.build import TokenizerSettings
@@ -98,7 +98,7 @@ def beginning(text: Path) -> Iterator[str]:
 
 def tokenize(text: Path, tokenizer: Path, prefix: str) -> str:
     """Tokenize all documents, each ended by the end-of-document token."""
-    job = Job((str(text),), prefix, append_eod=True)
+    job = Job((str(text),), prefix, form=Texts(append_eod=True))
     settings = TokenizerSettings("HFTokenizer", str(tokenizer))
     with progress(text.stat().st_size, None, sys.maxsize) as show:
         totals = preprocess(job, EncoderSettings(settings, choose(settings)), show)

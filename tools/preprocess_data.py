@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from megatron.data.commands import add_work_flags, do_work, exit_code, new_parser, with_dashes
+from megatron.data.job import Texts
 from megatron.errors import UserError
 
 
@@ -43,15 +44,14 @@ def run(arguments: Namespace) -> None:
         raise UserError("--deduplicate sees one share only: with --shard, duplicates across shares would stay")
     if wrong := [key for key in arguments.jsonl_keys if "/" in key]:
         raise UserError(f'--jsonl-keys: "{wrong[0]}" names a file of the output, so it can have no "/"; rename the key')
-    do_work(
-        arguments,
-        keys=tuple(dict.fromkeys(arguments.jsonl_keys)),
+    form = Texts(
         append_eod=arguments.append_eod,
         ftfy=arguments.ftfy,
         min_chars=arguments.min_chars,
         max_chars=arguments.max_chars,
         deduplicate=arguments.deduplicate,
     )
+    do_work(arguments, keys=tuple(dict.fromkeys(arguments.jsonl_keys)), form=form)
 
 
 if __name__ == "__main__":

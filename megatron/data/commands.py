@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron.data.indexed import IndexedDataset
 from megatron.data.inputs import Shard, find_inputs, input_size
-from megatron.data.job import Job, Totals
+from megatron.data.job import Job, Texts, Totals
 from megatron.data.preprocess import preprocess
 from megatron.errors import RunError, UserError
 from megatron.registry import names
@@ -160,7 +160,7 @@ def summary(job: Job, totals: Totals) -> list[str]:
     """Lines that say what was made, and everything that did not go the plain way."""
     lines = [describe_pair(job.prefix(pair)) for pair in job.pairs]
     lines.append(f"from {totals.text_bytes:,} bytes of text in {totals.seconds:.1f} s ({speed(totals)})")
-    if job.form is not None:
+    if not isinstance(job.form, Texts):
         lines.append(f"{totals.learned:,} of {totals.tokens:,} tokens are learned")
     lines += totals.notes()
     return lines + [f"  {line}" for line in totals.bad_line_list]

@@ -4,11 +4,11 @@ from threading import local
 
 import numpy as np
 
-from megatron.arrays import surrounded
+from megatron.arrays import Ids, surrounded
 from megatron.data.documents import parse_chunk
 from megatron.data.duplicates import text_hash
 from megatron.data.instructions import encode_records
-from megatron.data.job import LISTED_BAD_LINES, EncodedChunk, Encoder, Job, MakesEncoder, Totals
+from megatron.data.job import LISTED_BAD_LINES, EncodedChunk, Encoder, Job, MakesEncoder, Texts, Totals
 from megatron.data.reading import Chunk
 from megatron.text import utf8_length
 
@@ -16,14 +16,15 @@ from megatron.text import utf8_length
 def encode_chunk(chunk: Chunk, job: Job, make_encoder: MakesEncoder) -> EncodedChunk:
     """Parse and tokenize one chunk."""
     encoder = encoder_of(make_encoder)
-    if job.form is not None:
-        return encode_records(chunk, job.form, encoder)
+    if not isinstance(job.form, Texts):
+        return encode_records(chunk, job, job.form, encoder)
     parsed = parse_chunk(chunk, job.keys)
     chunk.release()  # the one who handed it over holds it still
     result = EncodedChunk(Totals(repaired=parsed.repaired, bad_lines=len(parsed.bad_lines)))
     result.totals.bad_line_list = parsed.bad_lines[:LISTED_BAD_LINES]
     for key, texts in parsed.texts.items():
-        _encode_texts(key, _chosen(texts, job, result.totals), job, encoder, result)
+        ids = _encode_texts(key, _chosen(texts, job.form, result.totals), job.form, encoder, result)
+        result.ids[key] = ids.astype(job.dtype(key, encoder.vocab_size), copy=False)
     return result
 
 
@@ -38,22 +39,25 @@ def encoder_of(make_encoder: MakesEncoder) -> Encoder:
     return encoder
 
 
-def _chosen(texts: list[str], job: Job, totals: Totals) -> list[str]:
+def _chosen(texts: list[str], form: Texts, totals: Totals) -> list[str]:
     """The texts that are neither empty nor of a length that is not wanted, mended."""
-    if job.ftfy:
+    if form.ftfy:
         import ftfy  # only those who ask for it wait for it
 
         texts = [ftfy.fix_text(text) for text in texts]
     present = [text for text in texts if text]
     chosen = [
-        text for text in present if job.min_chars <= len(text) and (job.max_chars is None or len(text) <= job.max_chars)
+        text
+        for text in present
+        if form.min_chars <= len(text) and (form.max_chars is None or len(text) <= form.max_chars)
     ]
     totals.empty += len(texts) - len(present)
     totals.filtered += len(present) - len(chosen)
     return chosen
 
 
-def _encode_texts(key: str, texts: list[str], job: Job, encoder: Encoder, result: EncodedChunk) -> None:
+def _encode_texts(key: str, texts: list[str], form: Texts, encoder: Encoder, result: EncodedChunk) -> Ids:
+    """The ids of all texts; what else there is to say of them goes to `result`."""
     encoded, totals = encoder.encode(texts), result.totals
     ids, sizes = encoded.ids, encoded.sizes
     if not sizes.all():  # a tokenizer that strips spaces has no ids for them
@@ -62,14 +66,14 @@ def _encode_texts(key: str, texts: list[str], job: Job, encoder: Encoder, result
         sizes = sizes[sizes > 0]
     places = np.flatnonzero(ids == encoder.end_of_document)
     totals.contain_eod += len(np.unique(np.searchsorted(np.cumsum(sizes), places, "right")))
-    if job.append_eod:
+    if form.append_eod:
         ids, sizes = surrounded(ids, sizes, (), (encoder.end_of_document,)), sizes + 1
     totals.documents += len(sizes)
     totals.tokens += len(ids)
     totals.text_bytes += sum(map(utf8_length, texts))
     totals.by_reference += encoded.by_reference
-    result.ids[key] = ids.astype(job.dtype(key, encoder.vocab_size), copy=False)
     result.sizes[key] = sizes.astype("<i4")
-    result.hashes[key] = [text_hash(text) for text in texts] if job.deduplicate else []
+    result.hashes[key] = [text_hash(text) for text in texts] if form.deduplicate else []
     result.alarm += encoded.alarm
     result.first_seen += encoded.first_seen
+    return ids

@@ -12,21 +12,21 @@ import numpy as np
 from megatron.arrays import Ids, split
 from megatron.data.documents import json_object, lines_of
 from megatron.data.forms import BadRecordError, Chat, PromptAndCompletion, Record, Segments
-from megatron.data.indexed import best_dtype
-from megatron.data.job import LABEL, LISTED_BAD_LINES, TEXT, EncodedChunk, Encoder, Totals
+from megatron.data.job import LABEL, LISTED_BAD_LINES, TEXT, EncodedChunk, Encoder, Job, Totals
 from megatron.data.reading import Chunk
 from megatron.data.windows import NOT_A_LABEL
 from megatron.errors import UserError
 from megatron.text import utf8_length, well_formed
 
 
-def encode_records(chunk: Chunk, form: PromptAndCompletion | Chat, encoder: Encoder) -> EncodedChunk:
-    """Ids and labels of a chunk's records, each ended by the end-of-document token.
+def encode_records(chunk: Chunk, job: Job, form: PromptAndCompletion | Chat, encoder: Encoder) -> EncodedChunk:
+    """Ids and labels of a chunk's records, each ended by the end-of-document token. form: the job's.
 
     Records in which nothing is learned are left out and counted, and bad ones are listed.
     """
     result = EncodedChunk(Totals())
     documents = list(_documents(chunk, form, result.totals))
+    chunk.release()  # the one who handed it over holds it still
     encoded = encoder.encode([text for segments in documents for text, _ in segments], bare=True)
     pieces = iter(split(encoded.ids, encoded.sizes))
     ends = sum(encoder.affixes, (encoder.end_of_document,)).count(encoder.end_of_document)
@@ -38,7 +38,8 @@ def encode_records(chunk: Chunk, form: PromptAndCompletion | Chat, encoder: Enco
         result.totals.learned += int(learned.sum())
         result.totals.contain_eod += int((ids == encoder.end_of_document).sum() > ends)
     sizes = np.array([len(ids) for ids in texts], "<i4")
-    for pair, arrays, dtype in ((TEXT, texts, best_dtype(encoder.vocab_size)), (LABEL, labels, np.dtype("<i4"))):
+    for pair, arrays in ((TEXT, texts), (LABEL, labels)):
+        dtype = job.dtype(pair, encoder.vocab_size)
         result.ids[pair] = np.concatenate([np.empty(0, dtype), *arrays]).astype(dtype)
         result.sizes[pair] = sizes
     result.alarm, result.first_seen = encoded.alarm, encoded.first_seen

@@ -66,14 +66,28 @@ class MakesEncoder(Protocol):
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Texts that are documents as they stand; those under each key are a pair of files of their own.
+
+    append_eod: end each document with the end-of-document token. ftfy: mend broken Unicode first.
+    min_chars, max_chars: texts with fewer or more characters are left out. deduplicate: so is all but the first of
+    equal texts.
+    """
+
+    append_eod: bool = False
+    ftfy: bool = False
+    min_chars: int = 0
+    max_chars: int | None = None
+    deduplicate: bool = False
+
+
+@dataclass(frozen=True)
 class Job:
     """What to make.
 
-    keys: of the JSON objects; the texts under each become a pair `<output_prefix>_<key>_document` of their own.
-    form: makes text and labels of a whole record instead, two pairs that belong together; keys are then the form's.
-    append_eod: end each document with the end-of-document token. ftfy: mend broken Unicode first.
-    min_chars, max_chars: texts with fewer or more characters are left out. deduplicate: so is all but the first of
-    equal texts. skip_bad_lines: leave out a line that is not a JSON object with these keys, which else ends the work.
+    keys: of the JSON objects, which the form reads. form: what becomes of them: texts, each key's as a pair
+    `<output_prefix>_<key>_document`, or of a whole record text and labels, two pairs that belong together.
+    skip_bad_lines: leave out a line that is not a JSON object with these keys, which else ends the work.
     shard: the share of the inputs to do. workers: threads or processes that tokenize; with 1 it happens in between
     reading and writing, on the threads of the tokenizer's library. checkpoint_seconds: what an interruption may cost.
     """
@@ -81,12 +95,7 @@ class Job:
     inputs: tuple[str, ...]
     output_prefix: str
     keys: tuple[str, ...] = ("text",)
-    form: PromptAndCompletion | Chat | None = None
-    append_eod: bool = False
-    ftfy: bool = False
-    min_chars: int = 0
-    max_chars: int | None = None
-    deduplicate: bool = False
+    form: Texts | PromptAndCompletion | Chat = Texts()
     skip_bad_lines: bool = False
     shard: Shard | None = None
     workers: int = 1
@@ -96,7 +105,7 @@ class Job:
     @property
     def pairs(self) -> tuple[str, ...]:
         """The names of the pairs of files that are written."""
-        return self.keys if self.form is None else (TEXT, LABEL)
+        return self.keys if isinstance(self.form, Texts) else (TEXT, LABEL)
 
     def prefix(self, pair: str) -> str:
         """The prefix of the pair of this name."""
@@ -109,13 +118,12 @@ class Job:
 
     def dtype(self, pair: str, vocab_size: int) -> npt.DTypeLike:
         """Of the ids in a pair; labels need a sign."""
-        return "<i4" if self.form and pair == LABEL else best_dtype(vocab_size)
+        return best_dtype(vocab_size) if isinstance(self.form, Texts) or pair == TEXT else "<i4"
 
     def settings(self) -> dict[str, Any]:
         """What the output depends on besides inputs and tokenizer."""
-        names = ("keys", "append_eod", "ftfy", "min_chars", "max_chars", "deduplicate")
-        settings = {name: getattr(self, name) for name in names} | ({"form": asdict(self.form)} if self.form else {})
-        return settings | {"keys": list(self.keys), "shard": asdict(self.shard) if self.shard else None}
+        shard = asdict(self.shard) if self.shard else None
+        return {"keys": list(self.keys), "form": asdict(self.form), "shard": shard}
 
 
 @dataclass

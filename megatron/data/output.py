@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from megatron.data.duplicates import Duplicates
 from megatron.data.indexed import IndexedWriter
-from megatron.data.job import EncodedChunk, Job, Totals
+from megatron.data.job import EncodedChunk, Job, Texts, Totals
 from megatron.data.journal import Checkpoint
 
 
@@ -27,7 +27,8 @@ class Output:
         with ExitStack() as stack:
             for writer in self._writers.values():
                 stack.enter_context(writer)
-            for key in self._job.pairs if self._job.deduplicate else ():
+            form = self._job.form
+            for key in self._job.pairs if isinstance(form, Texts) and form.deduplicate else ():
                 known = self._begin.hashes[key] if self._begin else None
                 self._duplicates[key] = Duplicates(f"{self._job.prefix(key)}.hashes.partial", known)
                 stack.callback(partial(self._close_duplicates, key))

@@ -12,7 +12,7 @@ from typing import Any
 from megatron.data.encoding import encoder_of
 from megatron.data.indexed import give_names
 from megatron.data.inputs import STANDARD_INPUT, Span, input_size, is_file, plan_spans
-from megatron.data.job import Job, MakesEncoder, Totals
+from megatron.data.job import Job, MakesEncoder, Texts, Totals
 from megatron.data.journal import Checkpoint, Journal
 from megatron.data.manifest import read_manifest, write_manifest
 from megatron.data.output import Output
@@ -103,7 +103,7 @@ def _run(
                 journal.append(output.checkpoint(place, totals, reader.digests, first_seen))
                 saved, first_seen = time.monotonic(), []
         if not totals.documents and job.shard is None:
-            what, left_out = "answer" if job.form else "text", "; ".join(totals.notes())
+            what, left_out = "text" if isinstance(job.form, Texts) else "answer", "; ".join(totals.notes())
             raise RunError(
                 f"no document in {', '.join(job.inputs)} has any {what} under {', '.join(job.keys)}"
                 + (f" ({left_out})" if left_out else "")

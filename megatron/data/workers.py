@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from megatron.data.encoding import encode_chunk
 from megatron.data.inputs import HUGGING_FACE, Span, input_size
-from megatron.data.job import EncodedChunk, Job, MakesEncoder
+from megatron.data.job import EncodedChunk, Job, MakesEncoder, Texts
 from megatron.data.journal import Checkpoint
 from megatron.data.reading import Chunk, Place, read_chunks
 from megatron.errors import RunError
@@ -86,7 +86,7 @@ def _first(pending: Pending) -> tuple[Checkpoint, EncodedChunk]:
 
 def _pool(job: Job, make_encoder: MakesEncoder) -> Executor:
     """Threads for a fast backend: nothing is copied between processes and no memory is used twice."""
-    if make_encoder.in_threads and not job.ftfy:
+    if make_encoder.in_threads and not (isinstance(job.form, Texts) and job.form.ftfy):
         return ThreadPoolExecutor(job.workers)
     # Spawned: forking a process that has threads, as the tokenizer's library does, can hang.
     return ProcessPoolExecutor(job.workers, multiprocessing.get_context("spawn"), initializer=_start_worker)

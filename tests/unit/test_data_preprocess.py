@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron.data.indexed import IndexedDataset
-from megatron.data.job import Job, Totals
+from megatron.data.job import Job, Texts, Totals
 from megatron.data.preprocess import preprocess
 from megatron.data.reading import Chunk, read_chunks
 from megatron.errors import RunError
@@ -51,14 +51,14 @@ def test_files_follow_one_another_and_a_text_file_is_a_document(tmp_path: Path) 
 def test_the_end_of_a_document_is_written_only_when_asked_for(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", [{"text": "ab"}, {"text": "c"}])
     for append, expected in ((False, [97, 98, 99]), (True, [97, 98, END, 99, END])):
-        job = Job((path,), str(tmp_path / "out"), append_eod=append)
+        job = Job((path,), str(tmp_path / "out"), form=Texts(append_eod=append))
         assert preprocess(job, BYTES).tokens == len(expected)
         assert IndexedDataset(job.prefix("text")).tokens(0, 99).tolist() == expected
 
 
 def test_empty_documents_are_left_out_and_counted(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", [{"text": text} for text in ("", "a", "", "b", " ")])
-    job = Job((path,), str(tmp_path / "out"), append_eod=True)
+    job = Job((path,), str(tmp_path / "out"), form=Texts(append_eod=True))
     totals = preprocess(job, BYTES)
     assert (totals.documents, totals.empty) == (3, 2)
     assert documents(job.prefix("text")) == [b"a", b"b", b" "]
@@ -77,7 +77,8 @@ def test_files_are_the_same_for_any_number_of_workers(tmp_path: Path, settings: 
     path = jsonl(tmp_path / "x.jsonl", [{"text": f"{n} {TEXT[n % 3] * (n % 5)}"} for n in range(3000)])
     results = []
     for workers in (1, 2, 3):
-        job = Job((path, path), str(tmp_path / f"out{workers}"), append_eod=True, workers=workers, chunk_bytes=20_000)
+        prefix, form = str(tmp_path / f"out{workers}"), Texts(append_eod=True)
+        job = Job((path, path), prefix, form=form, workers=workers, chunk_bytes=20_000)
         totals = preprocess(job, tokenizer)
         totals.seconds = 0
         results.append((totals, *(Path(f"{job.prefix('text')}.{end}").read_bytes() for end in ("bin", "idx"))))
@@ -104,7 +105,7 @@ def test_bad_lines_are_counted_when_they_are_skipped(tmp_path: Path) -> None:
 def test_ftfy_mends_text_only_when_asked_for(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", [{"text": "It\u00e2\u20ac\u2122s broken"}])
     for ftfy, expected in ((False, "It\u00e2\u20ac\u2122s broken"), (True, "It's broken")):
-        job = Job((path,), str(tmp_path / "out"), ftfy=ftfy)
+        job = Job((path,), str(tmp_path / "out"), form=Texts(ftfy=ftfy))
         preprocess(job, BYTES)
         assert documents(job.prefix("text")) == [expected.encode()]
 
@@ -112,7 +113,7 @@ def test_ftfy_mends_text_only_when_asked_for(tmp_path: Path) -> None:
 def test_documents_that_spell_the_end_of_document_token_are_counted(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", [{"text": "a<|endoftext|>b"}, {"text": "c"}, {"text": "d\ud800"}])
     tokenizer = EncoderSettings(TokenizerSettings("HFTokenizer", bpe_file(tmp_path)))
-    totals = preprocess(Job((path,), str(tmp_path / "out"), append_eod=True), tokenizer)
+    totals = preprocess(Job((path,), str(tmp_path / "out"), form=Texts(append_eod=True)), tokenizer)
     assert (totals.contain_eod, totals.repaired) == (1, 1)
 
 

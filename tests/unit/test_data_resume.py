@@ -10,7 +10,7 @@ import pytest
 from megatron.arrays import Ids, flat
 from megatron.data.indexed import IndexedDataset
 from megatron.data.inputs import Shard, Span, plan_spans
-from megatron.data.job import Encoder, Job, Totals
+from megatron.data.job import Encoder, Job, Texts, Totals
 from megatron.data.journal import Checkpoint, Journal
 from megatron.data.merge import merge, merge_shuffled, open_parts
 from megatron.data.preprocess import preprocess
@@ -65,8 +65,8 @@ def stop_after(chunks: int) -> Callable[[Totals], None]:
 def test_a_run_that_was_interrupted_again_and_again_gives_the_same_files(
     tmp_path: Path, chunks: int, deduplicate: bool
 ) -> None:
-    job = Job(corpus(tmp_path), str(tmp_path / "a" / "out"), keys=("text", "title"), append_eod=True)
-    job = replace(job, chunk_bytes=4000, checkpoint_seconds=0, deduplicate=deduplicate)
+    job = Job(corpus(tmp_path), str(tmp_path / "a" / "out"), keys=("text", "title"))
+    job = replace(job, form=Texts(append_eod=True, deduplicate=deduplicate), chunk_bytes=4000, checkpoint_seconds=0)
     whole = replace(job, output_prefix=str(tmp_path / "b" / "out"))
     expected = preprocess(whole, BYTES)
     for _ in range(100):
@@ -145,7 +145,7 @@ def test_other_work_is_not_continued(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         preprocess(job, BYTES, stop_after(5))
     with pytest.raises(UserError, match=r"other settings.*--resume"):
-        preprocess(replace(job, append_eod=True), BYTES, resume=True)
+        preprocess(replace(job, form=Texts(append_eod=True)), BYTES, resume=True)
     Path(job.inputs[0]).write_text('{"text": "new"}\n')
     with pytest.raises(UserError, match="other inputs"):
         preprocess(job, BYTES, resume=True)
@@ -178,7 +178,7 @@ def test_rolling_back_forgets_from_the_first_sight_of_a_code_point_on(tmp_path: 
 def test_shares_joined_are_byte_for_byte_one_run(tmp_path: Path, count: int) -> None:
     paths = (*corpus(tmp_path, lines=60), str(tmp_path / "z.txt"))
     Path(paths[-1]).write_text("a text file")
-    whole = Job(paths, str(tmp_path / "whole"), append_eod=True)
+    whole = Job(paths, str(tmp_path / "whole"), form=Texts(append_eod=True))
     preprocess(whole, BYTES)
     for index in range(count):
         preprocess(replace(whole, output_prefix=str(tmp_path / f"part{index}"), shard=Shard(index, count)), BYTES)
@@ -260,7 +260,8 @@ def test_what_a_wrong_backend_wrote_before_the_alarm_is_done_again(
 
 
 def test_duplicates_and_lengths_that_are_not_wanted_are_left_out_and_counted(tmp_path: Path) -> None:
-    job = Job(corpus(tmp_path), str(tmp_path / "out"), deduplicate=True, min_chars=5, max_chars=100, workers=2)
+    form = Texts(deduplicate=True, min_chars=5, max_chars=100)
+    job = Job(corpus(tmp_path), str(tmp_path / "out"), form=form, workers=2)
     totals = preprocess(job, BYTES)
     texts = [json.loads(line)["text"] for path in job.inputs for line in Path(path).read_bytes().splitlines()]
     wanted = list(dict.fromkeys(text for text in texts if 5 <= len(text) <= 100))
