@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -251,10 +252,10 @@ class Contender:
         if name != "transformers":
             environment = for_ranks(environment, accelerator, os.cpu_count() or 1)
         command = [sys.executable, __file__, name, json.dumps(keys)]
+        self.name, self._said = name, tempfile.TemporaryFile("w+")  # noqa: SIM115  # a pipe that nobody reads would fill up
         self.process = subprocess.Popen(
-            command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said
         )
-        self.name = name
 
     def step(self) -> list[float]:
         """Seconds, loss and bytes on the device at most, of one step. Raises ContenderError."""
@@ -264,7 +265,9 @@ class Contender:
             self.process.stdin.flush()
             answer: list[float] = json.loads(self.process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
-            error = self.process.communicate()[1].strip()
+            self.process.communicate()
+            self._said.seek(0)
+            error = self._said.read().strip()
             raise ContenderError(f"{self.name} failed: ...{error[-1500:]}") from None
         return answer
 

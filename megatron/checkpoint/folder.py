@@ -15,10 +15,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,21 +63,39 @@ def find_checkpoint(folder: Path, iteration: int | None = None, verify: Verifica
     A damaged one is passed over, with a warning that names its files. Raises UserError for an iteration that is not
     there or damaged, and for a folder with nothing but damaged checkpoints.
     """
-    return choose_checkpoint(folder, iteration, partial(damage, verify=verify))
-
-
-def choose_checkpoint(folder: Path, iteration: int | None, look: Callable[[Path], list[str]]) -> Path | None:
-    """The same, where `look` says what is wrong with a checkpoint."""
     steps = steps_in(folder)
     if iteration is not None:
-        return _of_iteration(folder, iteration, steps, look)
-    for path in _newest_first(folder, steps):
-        if not (problems := look(path)):
+        return _of_iteration(folder, iteration, steps, verify)
+    _warn_of_pointer(folder, steps)
+    for path in newest_first(folder):
+        if not (problems := damage(path, verify)):
             return path
         log.warning("%s is damaged and not used: %s", path, "; ".join(problems))
     if steps or _pointer(folder):
-        raise UserError(f"{folder} holds no whole checkpoint; restore one, or remove the folder to start afresh")
+        raise nothing_whole(folder)
     return None
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoint that `latest` names, then those before it; last those after it, which a run left that went back.
+
+    Damaged ones included.
+    """
+    steps, named = steps_in(folder), _pointer(folder)
+    current = next((step for step in steps if checkpoint_name(step) == named), None)
+    newest = max(steps, default=0) if current is None else current
+    ordered = sorted(steps, key=lambda step: (step <= newest, step), reverse=True)
+    return [checkpoint_path(folder, step) for step in ordered]
+
+
+def nothing_whole(folder: Path) -> UserError:
+    """To raise where `folder` holds nothing but damaged checkpoints."""
+    return UserError(f"{folder} holds no whole checkpoint; restore one, or remove the folder to start afresh")
+
+
+def damaged(path: Path, problems: list[str]) -> UserError:
+    """To raise where the checkpoint that was asked for is damaged."""
+    return UserError(f"{path} is damaged:", *(f"  {problem}" for problem in problems))
 
 
 def best_checkpoint(folder: Path) -> Path | None:
@@ -149,7 +166,7 @@ def prune(folder: Path, retention: Retention) -> None:
         return
     best = _pointer(folder, BEST) if retention.best else None
     kept = {checkpoint_name(step) for step in retention.milestones} | {best}
-    for path in reversed(_newest_first(folder, steps_in(folder))[retention.last :]):
+    for path in reversed(newest_first(folder)[retention.last :]):
         if path.name not in kept:
             # out of sight first: a crash in the middle must not leave half a checkpoint under its name
             doomed = path.rename(path.with_name(f".{path.name}.deleted"))
@@ -177,26 +194,22 @@ def write_durably(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _of_iteration(folder: Path, iteration: int, steps: list[int], look: Callable[[Path], list[str]]) -> Path:
+def _of_iteration(folder: Path, iteration: int, steps: list[int], verify: Verification) -> Path:
     if iteration not in steps:
         known = ", ".join(map(str, steps)) or "none"
         raise UserError(f"iteration {iteration}: no such checkpoint in {folder}; there are: {known}")
     path = checkpoint_path(folder, iteration)
-    if problems := look(path):
-        raise UserError(f"{path} is damaged:", *(f"  {problem}" for problem in problems))
+    if problems := damage(path, verify):
+        raise damaged(path, problems)
     return path
 
 
-def _newest_first(folder: Path, steps: list[int]) -> list[Path]:
-    """The one `latest` names, then those before it; last those after it, which a run left that went back."""
+def _warn_of_pointer(folder: Path, steps: list[int]) -> None:
+    """Say so where `latest` names nothing that is there."""
     named = _pointer(folder)
-    current = next((step for step in steps if checkpoint_name(step) == named), None)
-    if current is None and steps:
+    if steps and named not in [checkpoint_name(step) for step in steps]:
         what = f'names "{named}", which is not there' if named else "is missing or empty"
         log.warning("%s %s: taking the newest whole checkpoint", folder / "latest", what)
-    newest = max(steps, default=0) if current is None else current
-    ordered = sorted(steps, key=lambda step: (step <= newest, step), reverse=True)
-    return [checkpoint_path(folder, step) for step in ordered]
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:

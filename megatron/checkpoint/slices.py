@@ -160,6 +160,8 @@ def tiles(shape: Sequence[int], boxes: Sequence[ChunkStorageMetadata]) -> bool:
     """
     if sum(math.prod(box.sizes) for box in boxes) != math.prod(shape):
         return False
+    if not shape:  # a number: one box is all of it
+        return True
     axis = max(range(len(shape)), key=lambda each: len({box.offsets[each] for box in boxes}))
     active: list[ChunkStorageMetadata] = []
     for box in sorted(boxes, key=lambda box: box.offsets[axis]):

@@ -5,6 +5,7 @@ Random streams are functions of (seed, step) and learning rates of the step: nei
 """
 
 import json
+import logging
 import pickle
 import shutil
 import threading
@@ -25,6 +26,8 @@ from megatron.engine.inference import InferenceEngine
 from megatron.engine.optimizer_state import MASTER
 from megatron.engine.training import TrainingEngine
 from megatron.errors import RunError, UserError
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
@@ -196,8 +199,8 @@ def agree_on_checkpoint(
     """Make sure that every rank has found the same checkpoint, and return the one to load. Collective.
 
     Ranks look into the folder each for itself: another run may save meanwhile, or nodes may see different disks. That
-    raises RunError on all of them. verify: "full" hashes the files, which the ranks share out among them; damage is
-    treated as in `find_checkpoint`.
+    raises RunError on all of them. verify: "full" hashes the files, which the ranks share out among them; a damaged
+    one is treated as in `find_checkpoint`, and what comes after it is what rank 0 sees.
     """
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, path and str(path))
@@ -206,7 +209,19 @@ def agree_on_checkpoint(
         raise RunError(f"ranks found different checkpoints ({seen}); all nodes must see the same folder")
     if path is None or verify == "quick":
         return path
-    return folders.choose_checkpoint(path.parent, iteration, _damage_found_together)
+    candidates = [path]
+    if iteration is None:
+        order = folders.newest_first(path.parent)
+        candidates = order[order.index(path) :] if path in order else candidates
+    agreed: list[Any] = [candidates]
+    dist.broadcast_object_list(agreed, src=0)
+    for candidate in agreed[0]:
+        if not (problems := _damage_found_together(candidate)):
+            return Path(candidate)
+        if iteration is not None:
+            raise folders.damaged(candidate, problems)
+        log.warning("%s is damaged and not used: %s", candidate, "; ".join(problems))
+    raise folders.nothing_whole(path.parent)
 
 
 def _damage_found_together(path: Path) -> list[str]:

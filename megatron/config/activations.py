@@ -65,7 +65,7 @@ def product_bytes(plan: Plan) -> int:
 
 def block_bytes(plan: Plan, on_cpu: bool = False) -> int:
     """Bytes that one block saves: its input, and what every operation in it needs for its backward pass."""
-    return _norms_and_stream(plan, on_cpu) + _attention(plan) + _feed_forward(plan)
+    return _norms_and_stream(plan, on_cpu) + _attention(plan, on_cpu) + _feed_forward(plan)
 
 
 def _norms_and_stream(plan: Plan, on_cpu: bool) -> int:
@@ -90,7 +90,7 @@ def _statistics(plan: Plan) -> int:
     return stream_tokens(plan) * (4 if plan.model.norm == "rmsnorm" else 8)
 
 
-def _attention(plan: Plan) -> int:
+def _attention(plan: Plan, on_cpu: bool) -> int:
     model, tokens, width = plan.model, tokens_on_rank(plan), WIDTH[plan.engine.precision]
     queries = model.num_attention_heads * model.head_size // plan.layout.model
     keys = model.num_kv_heads * model.head_size // plan.layout.model
@@ -104,7 +104,7 @@ def _attention(plan: Plan) -> int:
         elements += queries  # the query heads of a group, next to each other
     softmax = 4 * tokens * model.num_attention_heads // plan.layout.model
     masked = sum(kind == "local" for kind in model.attention_kinds) / model.num_layers
-    mask = round(masked * plan.batch.sequence_length**2 * width) if _needs_mask(plan) else 0
+    mask = round(masked * plan.batch.sequence_length**2 * width) if _needs_mask(plan, on_cpu) else 0
     return tokens * elements * width + softmax + mask + _query_key_norm(plan)
 
 
@@ -119,8 +119,10 @@ def _query_key_norm(plan: Plan) -> int:
     return 0
 
 
-def _needs_mask(plan: Plan) -> bool:
-    return (plan.model.sliding_window or plan.batch.sequence_length) < plan.batch.sequence_length
+def _needs_mask(plan: Plan, on_cpu: bool) -> bool:
+    """Whether windows are masks: what goes by blocks on a GPU needs none (model/attention_backends.py)."""
+    by_blocks = not on_cpu and plan.model.head_size >= 16 and not plan.model.attention_dropout
+    return not by_blocks and (plan.model.sliding_window or plan.batch.sequence_length) < plan.batch.sequence_length
 
 
 def _feed_forward(plan: Plan) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from megatron.config.data_rules import DATA_RULES
 from megatron.config.groups import Config
 from megatron.config.model_rules import MODEL_RULES
-from megatron.config.precision import refused, wanted
+from megatron.config.precision import refused, resolve_precision, wanted
 from megatron.config.rule import Rule
 from megatron.config.stages import BLOCK_CLASS
 from megatron.config.widths import feed_forward_width, is_gated, neox_gated_width
@@ -79,6 +79,15 @@ def _compiling_leaves_weights_in_place(config: Config) -> Iterator[str]:
         yield (
             "compile (true) excludes zero_optimization.stage 3, which gathers weights between the operations that "
             "compiling fuses; use stage 0 to 2, or compile false"
+        )
+
+
+def _gradients_are_summed_in_a_fitting_type(config: Config) -> Iterator[str]:
+    summed_in, weights = config.precision.data_types.grad_accum_dtype, resolve_precision(config.precision)
+    if summed_in not in (None, "fp32", weights):
+        yield (
+            f"data_types.grad_accum_dtype ({summed_in}) fits no weights in {weights}; leave it unset, or take fp32"
+            f"{'' if weights == 'fp32' else f' or {weights}'}"
         )
 
 
@@ -218,6 +227,7 @@ RUN_RULES = (
     Rule(("num_layers", "pipe_parallel_size"), _pipeline_has_layers),
     Rule(("zero_optimization", "pipe_parallel_size"), _zero_allows_pipeline),
     Rule(("zero_optimization",), _offload_has_a_stage),
+    Rule(("data_types", "precision", "bf16", "fp16"), _gradients_are_summed_in_a_fitting_type),
     Rule(("compile", "zero_optimization"), _compiling_leaves_weights_in_place),
     Rule(
         ("checkpoint_activations", "recompute_granularity", "compile", "zero_optimization"), _selection_has_operations

@@ -51,13 +51,13 @@ class GradientClip:
         maximum: float,
         on_device: bool = False,
     ) -> None:
-        """Attach to `optimizer`. weights: the parameters of the model; what is stepped shares their gradients.
+        """Attach to `optimizer`, whose gradients are clipped. weights: the model's, whose norm is taken.
 
         maximum: the largest norm to let through, 0 for no clip (the norm is still taken).
         on_device: the optimizer divides gradients by its `grad_scale` as it reads them, as the fused ones of torch do.
         """
         self.norm = torch.zeros((), device=grid.device)  # of the last step, before the clip
-        self._parameters = weights
+        self._optimizer, self._weights = optimizer, weights
         self._grid = grid
         self._maximum = maximum
         self._divides = cast(Any, optimizer) if on_device else None
@@ -71,14 +71,15 @@ class GradientClip:
         if self._divides:
             self._divides.grad_scale = above
         else:
-            torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], 1.0 / above)
+            stepped = (p for group in self._optimizer.param_groups for p in group["params"])
+            torch._foreach_mul_([p.grad for p in stepped if p.grad is not None], 1.0 / above)
 
     def _global_norm(self) -> Tensor:
         """The 2-norm over every element of the model once: all-reduces over the model and the pipe axes."""
-        mine = [p.grad for p in self._parameters if p.grad is not None and self._counts_here(p)]
+        mine = [p.grad for p in self._weights if p.grad is not None and self._counts_here(p)]
         square = torch.zeros((), device=self._grid.device)
         if mine:
-            square = torch.stack(torch._foreach_norm(mine)).float().square().sum()
+            square = torch.stack(torch._foreach_norm(mine, 2, dtype=torch.float32)).square().sum()
         for axis in _SPLIT_OVER:
             if self._grid.size(axis) > 1:
                 dist.all_reduce(square, group=self._grid.group(axis))

@@ -79,6 +79,8 @@ class OptimizerState:
         self._kind = type(optimizer).__name__
         if not self.replicated_over_data:
             self._keep_inner_optimizer()
+        # torch's fused kernels leave a first update that is not finite out, and their new moments uninitialised
+        self._create_missing_state()
         if self.loss_scale:  # it would end the run by itself; when enough is enough, a hook of the training says
             optimizer.loss_scaler.raise_error_at_min_scale = False
 
@@ -191,9 +193,7 @@ class OptimizerState:
             self._optimizer.optimizer = self._inner
             if self._kind == "DeepSpeedZeroOptimizer":
                 self._optimizer._link_all_hp_params()
-        if self._inner.state:
-            self._inner.state.clear()
-            self._create_missing_state()
+        self._inner.state.clear()
 
     def _push_stage_1_and_2(self) -> None:
         """What DeepSpeed's `update_lp_params` does, in pieces: gloo gathers into a copy of all that is gathered."""

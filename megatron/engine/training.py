@@ -144,7 +144,8 @@ class TrainingEngine:
         self._engine.module.train()
         batches = self._on_device(micro_batches)
         loss = self._engine.train_batch(batches) if self._pipelined else self._train_sequential(batches)
-        norm = torch.as_tensor(self._norm(), dtype=torch.float32)
+        # DeepSpeed says of an overflow with a float
+        norm = torch.as_tensor(self._norm(), dtype=torch.float32, device=self._grid.device)
         return StepOutput(loss.detach(), norm, self._loss_scale())
 
     def evaluate_batch(self, micro_batches: Sequence[MicroBatch]) -> Tensor:

@@ -118,6 +118,8 @@ class FlashAttention(ScaledDotProduct):
     What it cannot do goes through torch's kernel: fp32, and left-padded batches, which it has no mask for.
     """
 
+    source = "of the package flash-attn"
+
     def __init__(self, function: Callable[..., Tensor]) -> None:
         """function: flash_attn.flash_attn_func."""
         super().__init__()
@@ -127,7 +129,7 @@ class FlashAttention(ScaledDotProduct):
         """Say what computes; see `Attend`."""
         if dtype not in _FLASH_TYPES:
             return f"{_SDPA}, because flash-attn needs fp16 or bf16 and this is {str(dtype).removeprefix('torch.')}"
-        return "flash_attn_func of the package flash-attn"
+        return f"flash_attn_func {self.source}"
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions | None, dropout: float
@@ -142,9 +144,7 @@ class FlashAttention(ScaledDotProduct):
 class FlashAttention3(FlashAttention):
     """flash_attn_func of FlashAttention-3 (https://arxiv.org/abs/2407.08608), for Hopper; it has no dropout."""
 
-    def describe(self, dtype: torch.dtype) -> str:
-        """Say what computes; see `Attend`."""
-        return super().describe(dtype).replace("of the package flash-attn", "of FlashAttention-3")
+    source = "of FlashAttention-3"
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions | None, dropout: float
@@ -177,7 +177,7 @@ class FlexAttention(ScaledDotProduct):
     ) -> Tensor:
         """Attend; see `Attend`. It has no dropout."""
         first = self._first_seen(query, key, positions)
-        if first is None or dropout:
+        if first is None:
             return super().__call__(query, key, value, positions, dropout)
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         blocks = document_blocks(first, self.window)
@@ -188,7 +188,8 @@ class FlexAttention(ScaledDotProduct):
         """The first key that each query sees but for the window, [b, s]; None: this kernel has nothing to spare."""
         if positions is not None:
             return positions.first
-        if self.window is None or query.shape[1] != key.shape[1] or key.shape[1] <= self.window:
+        # prompts come in all lengths, and each would be compiled for itself; in training there is one
+        if self.window is None or not torch.is_grad_enabled() or key.shape[1] <= self.window:
             return None
         return torch.zeros(query.shape[:2], dtype=torch.int32, device=query.device)
 
@@ -213,7 +214,7 @@ def flash_attention(model: ModelPlan, device: torch.device) -> Attend:
         return ScaledDotProduct(reason=f"flash-attn needs Ampere or newer, not {torch.cuda.get_device_name(device)}")
     if model.head_size > 256:
         return ScaledDotProduct(reason=f"flash-attn takes heads of at most 256 and these are {model.head_size}")
-    if torch.cuda.get_device_capability(device) == HOPPER:
+    if torch.cuda.get_device_capability(device) == HOPPER and not model.attention_dropout:
         with contextlib.suppress(ImportError):
             from flash_attn_interface import flash_attn_func as flash_attn_3_func
 
@@ -227,7 +228,7 @@ def flash_attention(model: ModelPlan, device: torch.device) -> Attend:
 
 def _by_blocks(model: ModelPlan, device: torch.device, window: int | None = None) -> Attend | None:
     """The kernel for documents that are kept apart, and for windows; None: one with a mask, or no mask at all."""
-    if device.type != "cuda" or not (model.reset_attention_mask or window):
+    if device.type != "cuda" or not (model.reset_attention_mask or (window and not model.attention_dropout)):
         return None
     if model.head_size < SMALLEST_FLEX_HEAD:
         reason = f"FlexAttention takes heads of at least {SMALLEST_FLEX_HEAD} and these are {model.head_size}"

@@ -28,7 +28,8 @@ def document_blocks(first: Tensor, window: int | None = None) -> BlockMask:
         lowest, highest = torch.maximum(lowest, begin - window + 1), torch.maximum(highest, end - window + 1)
     rows, columns = blocks[:, None], blocks[None, :]
     seen = (columns <= rows) & (columns >= (lowest // BLOCK)[:, :, None])
-    whole = (columns < rows) & (begin[None, :] >= highest[:, :, None])
+    # a block that the end cuts off sees none whole, as torch has it
+    whole = (columns < rows) & (begin[None, :] >= highest[:, :, None]) & (begin + BLOCK <= length)[:, None]
     padded = torch.nn.functional.pad(first, (0, len(blocks) * BLOCK - length))  # a kernel may look behind the end
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -149,6 +149,7 @@ POISONED_QUICK = [("fp32", case) for case in POISONED] + [("bf16", POISONED[2]),
     ("precision", "settings"),
     POISONED_QUICK
     + [("fp32", case) for case in OWN]
+    + [("bf16", OWN[1])]
     + [
         pytest.param(precision, case, marks=pytest.mark.long)
         for precision in ("bf16", "fp16")
@@ -161,6 +162,38 @@ def test_a_step_whose_gradients_are_no_numbers_changes_nothing_on_any_rank(tmp_p
     run_ranks(2, poisoned_step, str(tmp_path), precision, settings)
     ranks = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
     assert ranks == [[[False, True, False], {"0": False, "1": True, "2": False}, 2]] * 2
+
+
+def clipped_gradients(kind: str, moment: str, settings: dict) -> None:
+    """The norm of the gradients that the optimizer saw, from what it keeps of the first ones."""
+    engine, plan = engine_of(
+        {"precision": "bf16", "optimizer": {"kind": kind, "gradient_clipping": 0.01}, "engine": settings}
+    )
+    output = engine.train_batch(tiny.micro_batches(0, plan, 0), step=0, learning_rate=RATE)
+    assert output.grad_norm is not None and output.grad_norm > 0.1
+    kept = 1 - plan.optimizer.betas[1 if kind == "signs" else 0]
+    squares = sum(float((run.tensors[moment] / kept).square().sum()) for run in engine.state.runs())
+    assert math.isclose(math.sqrt(squares), 0.01, rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("summed_in", ["fp32", "bf16"])
+@pytest.mark.parametrize(("kind", "moment"), [("adam", "exp_avg"), ("signs", "momentum")])
+def test_the_clip_reaches_every_optimizer_whatever_gradients_are_summed_in(kind, moment, summed_in):
+    """Norms and scales are fp32 (1e-6); gradients and the moment made of them round at 2 ** -24 an element."""
+    run_ranks(1, clipped_gradients, kind, moment, {"gradient_accumulation_dtype": summed_in})
+
+
+def first_step_poisoned(kind: str, moment: str) -> None:
+    engine, plan = engine_of({"optimizer": {"kind": kind}})
+    batch = tiny.micro_batches(0, plan, 0)
+    batch[0][1][1][0, 0] = float("nan")
+    assert engine.train_batch(batch, step=0, learning_rate=RATE).skipped
+    assert all(run.tensors[moment].count_nonzero() == 0 for run in engine.state.runs())
+
+
+@pytest.mark.parametrize(("kind", "moment"), [("adam", "exp_avg"), ("sgd", "momentum_buffer")])
+def test_a_first_step_that_is_left_out_leaves_no_moments_behind(kind, moment):
+    run_ranks(1, first_step_poisoned, kind, moment)
 
 
 def deterministic_process() -> None:

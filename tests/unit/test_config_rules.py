@@ -104,6 +104,14 @@ BROKEN = [
         "zero_optimization.offload_param (cpu) needs zero_optimization.stage 3, not 2",
     ),
     (
+        {"precision": "bfloat16", "data_types": {"grad_accum_dtype": "fp16"}},
+        "data_types.grad_accum_dtype (fp16) fits no weights in bf16; leave it unset, or take fp32 or bf16",
+    ),
+    (
+        {"data_types": {"grad_accum_dtype": "bf16"}},
+        "data_types.grad_accum_dtype (bf16) fits no weights in fp32; leave it unset, or take fp32",
+    ),
+    (
         {"recompute_granularity": "selective"},
         "recompute_granularity (selective) needs checkpoint_activations (false); set it to true",
     ),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -63,14 +63,16 @@ def test_within_documents_a_query_sees_the_tokens_of_its_document_up_to_itself(l
 def test_within_a_window_a_query_sees_the_last_tokens_by_blocks_too(window):
     query, key, value = (heads(2, 300, count, seed) for count, seed in ((4, 0), (2, 1), (2, 2)))
     attend = FlexAttention(window, compiled=False)
-    with torch.no_grad():
-        found = attend(query, key, value, None, 0.0)
+    found = attend(query, key, value, None, 0.0)
     torch.testing.assert_close(found, ScaledDotProduct(window)(query, key, value, None, 0.0))
     assert (attend._first_seen(query, key, None) is None) == (window == 300), "all of it is seen: nothing to spare"
+    with torch.no_grad():
+        assert attend._first_seen(query, key, None) is None, "each length of a prompt would be compiled for itself"
 
 
 @settings(deadline=None, max_examples=30)
 @given(length=st.integers(1, 700), seed=st.integers(0, 99), window=st.none() | st.integers(1, 400))
+@example(length=641, seed=76, window=None)  # one query in the last block, which does not see the first ones
 def test_the_mask_by_blocks_is_the_one_that_torch_makes_of_all_pairs(length, seed, window):
     first = documents(length, seed)
     blocks = document_blocks(first, window)
@@ -96,6 +98,8 @@ def test_a_window_takes_no_dense_mask_on_a_gpu():
     assert isinstance(found, FlexAttention) and found.window == WINDOW
     assert "FlexAttention with a window of 4 tokens" in found.describe(torch.bfloat16)
     assert not isinstance(local_attention(model, CPU), FlexAttention)
+    with_dropout = small(hidden_size=64, head_size=16, sliding_window=WINDOW, attention_dropout=0.1)
+    assert not isinstance(local_attention(with_dropout, torch.device("cuda")), FlexAttention), "it has no dropout"
 
 
 @pytest.mark.gpu
