@@ -117,7 +117,8 @@ class DataTypes(Group):
     """`data_types`."""
 
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """Type in which gradients of micro-batches are summed. Unset: fp32 with bf16 weights, else as the weights."""
+    """Type in which the gradients of a step's micro-batches are summed. Unset: fp32 with bf16 weights, else as the
+    weights. Over replicas they are averaged in 16 bits all the same, unless fp32_allreduce is set."""
 
 
 class PrecisionKeys(Group):

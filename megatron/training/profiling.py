@@ -136,14 +136,18 @@ class Profiling(Hook):
         self._done = step.state.step
         self._end_step()
         if self._running and (step.is_last or self._done == self._steps.stop):
-            self._write()
+            with self._clock.paused():
+                self._write()
         return NOTHING
 
     def close(self) -> None:
         """Write what there is of a run that failed: a snapshot tells what took the memory that ran out."""
         self._end_step()
         if self._running:
-            self._write()
+            try:
+                self._write()
+            except (RunError, RuntimeError) as error:  # what ended the run is what has to be seen
+                log.warning("the profile is not written: %s", error)
 
     def _end_step(self) -> None:
         if self._step is not None:
@@ -152,9 +156,8 @@ class Profiling(Hook):
 
     def _write(self) -> None:
         self._running = False
-        with self._clock.paused():
-            self._pulse.begin("writing the profile")
-            files, tables = self._recording.stop(_in_words(range(self._begin, max(self._done, self._begin + 1))))
+        self._pulse.begin("writing the profile")
+        files, tables = self._recording.stop(_in_words(range(self._begin, max(self._done, self._begin + 1))))
         for table in tables:
             log.info("%s", table)
         log.info("profile of this rank, and of each other one beside it: %s", ", ".join(map(str, files)))
