@@ -201,7 +201,8 @@ def main() -> None:
         kind = torch.cuda.get_device_name().replace(" ", "-").lower() if on_gpu else "cpu"
         path = ROOT / "bench" / "results" / f"train-step-{datetime.now(UTC).date()}-{kind}.md"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(f"# Training steps\n\n{head}; `python {' '.join(sys.argv)}`\n" + "\n".join(tables) + "\n")
+        with path.open("a") as file:  # what ran earlier that day stays
+            file.write(f"# Training steps\n\n{head}; `python {' '.join(sys.argv)}`\n" + "\n".join(tables) + "\n\n")
         print(f"written: {path.relative_to(ROOT)}")
     print(json.dumps(figures))
 
