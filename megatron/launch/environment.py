@@ -17,8 +17,12 @@ PREFIXES = (
 )
 NAMES = ("PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "GLIBC_TUNABLES", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 DEEPSPEED_FILE = ".deepspeed_env"
-# Freshly mapped pages are dear: keep freed memory, and use huge pages.
-ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184"
+# Freshly mapped pages are dear: keep freed memory, and use huge pages. In one arena, since the others of glibc, which
+# every further thread would get, map what is large anew each time.
+ALLOCATOR = ":".join(
+    f"glibc.malloc.{setting}"
+    for setting in ("arena_max=1", "hugetlb=1", "mmap_threshold=17179869184", "trim_threshold=17179869184")
+)
 
 
 def travelling(environment: Mapping[str, str], listed: Sequence[str], folders: Sequence[Path]) -> dict[str, str]:
