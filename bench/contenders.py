@@ -27,7 +27,7 @@ from torch.optim import Optimizer  # noqa: E402
 from megatron.config.load import config_from_flat  # noqa: E402
 from megatron.config.plan import ModelPlan, Plan  # noqa: E402
 from megatron.config.resolve import resolve  # noqa: E402
-from megatron.launch.environment import for_ranks  # noqa: E402
+from megatron.launch.protocol.environment import for_ranks  # noqa: E402
 
 VOCABULARY = 50304
 NEOX = {"gpt_j_residual": True, "pos_emb": "rotary", "rotary_pct": 0.25, "no_weight_tying": True}

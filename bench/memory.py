@@ -27,15 +27,15 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch.profiler import ProfilerActivity, profile
 
-from megatron.config.describe import assumed_vocabulary
 from megatron.config.load import config_from_flat
-from megatron.config.memory import StageMemory, stage_memories
 from megatron.config.plan import Plan
 from megatron.config.resolve import resolve
 from megatron.engine.distributed import start_layout, stop
 from megatron.engine.modules import Sequential
 from megatron.engine.recompute import checkpoint_function
 from megatron.engine.training import TrainingEngine, own_part
+from megatron.estimate.describe import assumed_vocabulary
+from megatron.estimate.memory import StageMemory, stage_memories
 from megatron.model.gpt import gpt_layers, make_loss
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "estimates.md"

@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from megatron.data.corpora import standard_library_files
+from megatron.preprocessing.corpora import standard_library_files
 from megatron.tokenizer.train import train_byte_level_bpe
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "preprocess_data.py"

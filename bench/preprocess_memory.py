@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import sentencepiece
 
-from megatron.data.corpora import standard_library_files
+from megatron.preprocessing.corpora import standard_library_files
 from megatron.tokenizer.train import train_byte_level_bpe
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "preprocess_data.py"

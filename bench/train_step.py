@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from contenders import NAMES, ON_CPU, ON_GPU, ROOT, Contender, ContenderError, plan_of
 
-from megatron.config.estimate import flops_per_token
-from megatron.config.memory import stage_memories
+from megatron.config.parameter_counts import flops_per_token
 from megatron.config.plan import Plan
+from megatron.estimate.memory import stage_memories
 from megatron.metrics.flops import peak_flops
 
 WARM_UP = 3

@@ -2,7 +2,6 @@
 
 Importing this file needs the standard library only, because `enter` also runs where nothing is installed yet.
 Exit codes: 0 done, 1 the run failed, 2 the command, the configuration or the input is wrong.
-Floor 6.
 """
 
 import os

@@ -1,6 +1,6 @@
 """The two kinds of failure that a user can do something about.
 
-Floor 0. The doors turn them into exit codes; everything else is a defect and keeps its traceback.
+The doors turn them into exit codes; everything else is a defect and keeps its traceback.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """evaluate.py: how well a trained model does at tasks, or predicts held-out text: perplexity per token, word and byte.
 
-Shapes: b windows, s sequence. Floor 6.
+Shapes: b windows, s sequence.
 
 The tokens of one part of the data are cut into windows in order, each continuing where the last ended and seeing its
 last token first; the first token of all is predicted from an end-of-document token, the last window may be short.
@@ -21,16 +21,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.config.groups import Config
+from megatron.config.schema.config import Config
 from megatron.data.windows import TokenStream
 from megatron.engine.distributed import stop
 from megatron.errors import UserError, work_begins
 from megatron.harness.run import evaluate_tasks
 from megatron.inference import FoundModel, TrainedModel, find_trained_model, open_trained_model
-from megatron.inputs import open_data
 from megatron.logging import configure
 from megatron.metrics.units import perplexity
 from megatron.model.gpt import make_loss
+from megatron.resources import open_data
 from megatron.tokenizer.base import Tokenizer
 
 log = logging.getLogger(__name__)

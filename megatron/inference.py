@@ -16,18 +16,18 @@ from torch import Tensor
 
 from megatron.checkpoint.folder import find_checkpoint
 from megatron.checkpoint.store import agree_on_checkpoint, load_weights
-from megatron.config.groups import Config
 from megatron.config.plan import Plan
 from megatron.config.resolve import resolve
+from megatron.config.schema.config import Config
 from megatron.engine.distributed import start
 from megatron.engine.inference import InferenceEngine
 from megatron.engine.settings import DTYPES
 from megatron.errors import UserError
-from megatron.inputs import check_same_model, open_tokenizer
 from megatron.model.cache import KVCache
 from megatron.model.gpt import gather_logits, gpt_layers
 from megatron.model.positions import document_starts
 from megatron.parallel.grid import ParallelGrid
+from megatron.resources import check_same_model, open_tokenizer
 from megatron.tokenizer.base import Tokenizer
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,6 @@
 """Who says what: one logger for the project, and only the first rank speaks unasked.
 
 Any file logs with `logging.getLogger(__name__)` of the standard library; `configure` decides what becomes of it.
-Floor 0: no torch.
 """
 
 import logging

@@ -2,7 +2,6 @@
 
 A new norm, tokenizer or schedule is one file and one line here; a plugin adds names the same way without touching
 this file. Targets are imported when they are asked for, so that reading the table costs nothing and needs no torch.
-Floor 0.
 """
 
 import importlib
@@ -24,11 +23,11 @@ TABLE: dict[str, dict[str, str]] = {
         "SPMTokenizer": "megatron.tokenizer.sentencepiece_model:build_spm_tokenizer",
     },
     "corpus": {
-        "stdlib": "megatron.data.corpora:stdlib",
-        "tinyshakespeare": "megatron.data.corpora:tinyshakespeare",
-        "enwik8": "megatron.data.corpora:enwik8",
-        "openwebtext": "megatron.data.corpora:openwebtext",
-        "fineweb-edu": "megatron.data.corpora:fineweb_edu",
+        "stdlib": "megatron.preprocessing.corpora:stdlib",
+        "tinyshakespeare": "megatron.preprocessing.corpora:tinyshakespeare",
+        "enwik8": "megatron.preprocessing.corpora:enwik8",
+        "openwebtext": "megatron.preprocessing.corpora:openwebtext",
+        "fineweb-edu": "megatron.preprocessing.corpora:fineweb_edu",
     },
     "norm": {
         "layernorm": "megatron.model.norms:LayerNorm",
@@ -71,20 +70,20 @@ TABLE: dict[str, dict[str, str]] = {
         "exponential": "megatron.optimizers.schedules:exponential",
     },
     "launcher": {
-        "local": "megatron.launch.local:local",
-        "pdsh": "megatron.launch.pdsh:pdsh",
-        "openmpi": "megatron.launch.openmpi:openmpi",
-        "slurm": "megatron.launch.slurm:slurm",
+        "local": "megatron.launch.launchers.local:local",
+        "pdsh": "megatron.launch.launchers.pdsh:pdsh",
+        "openmpi": "megatron.launch.launchers.openmpi:openmpi",
+        "slurm": "megatron.launch.launchers.slurm:slurm",
     },
     "hook": {
-        "breakdown": "megatron.training.breakdown:breakdown",
-        "profiling": "megatron.training.profiling:profiling",
-        "heartbeat": "megatron.training.heartbeat:heartbeat",
-        "report": "megatron.training.report:report",
-        "divergence": "megatron.training.divergence:divergence",
-        "validation": "megatron.training.validation:validation",
-        "saving": "megatron.training.saving:saving",
-        "progress": "megatron.training.progress:progress",
+        "breakdown": "megatron.training.hooks.breakdown:breakdown",
+        "profiling": "megatron.training.hooks.profiling:profiling",
+        "liveness": "megatron.training.hooks.liveness:liveness",
+        "metrics_log": "megatron.training.hooks.metrics_log:metrics_log",
+        "divergence": "megatron.training.hooks.divergence:divergence",
+        "validation": "megatron.training.hooks.validation:validation",
+        "saving": "megatron.training.hooks.saving:saving",
+        "progress": "megatron.training.hooks.progress:progress",
     },
     "metric_writer": {
         "jsonl": "megatron.metrics.writers:json_lines",

@@ -1,4 +1,4 @@
-"""Text that can always be written as UTF-8. Floor 0."""
+"""Text that can always be written as UTF-8."""
 
 import re
 

@@ -14,9 +14,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megatron import registry
-from megatron.config.groups import Config, group_fields
-from megatron.config.neox import Answer
-from megatron.config.neox_answers import HONOURED, REFUSED, TRANSLATED, VALUES
+from megatron.config.neox.answers import HONOURED, REFUSED, TRANSLATED, VALUES
+from megatron.config.neox.translate import Answer
+from megatron.config.schema.config import Config, group_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE = "<!-- Written by `python tools/make_docs.py` from the code; change it there. -->\n"

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from megatron.data.commands import describe_pair, exit_code, new_parser, with_dashes
 from megatron.data.indexed import DEFAULT_KEY_SUFFIX
 from megatron.data.manifest import read_manifest, write_manifest
-from megatron.data.merge import merge, merge_shuffled, open_parts
+from megatron.preprocessing.commands import describe_pair, exit_code, new_parser, with_dashes
+from megatron.preprocessing.merge import merge, merge_shuffled, open_parts
 
 
 def parse(arguments: Sequence[str]) -> Namespace:

@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from megatron.data.commands import describe_pair, exit_code, new_parser, progress, with_dashes
-from megatron.data.corpora import Corpus, from_hugging_face
-from megatron.data.documents import read_texts
-from megatron.data.job import Job, Texts
-from megatron.data.preprocess import preprocess
+from megatron.preprocessing.commands import describe_pair, exit_code, new_parser, progress, with_dashes
+from megatron.preprocessing.corpora import Corpus, from_hugging_face
+from megatron.preprocessing.documents import read_texts
+from megatron.preprocessing.fast_encoding.checked import EncoderSettings
+from megatron.preprocessing.fast_encoding.comparison import choose
+from megatron.preprocessing.job import Job, Texts
+from megatron.preprocessing.pipeline import preprocess
 from megatron.registry import names, resolve
 from megatron.tokenizer.build import TokenizerSettings
-from megatron.tokenizer.checked import EncoderSettings
-from megatron.tokenizer.comparison import choose
 from megatron.tokenizer.train import train_byte_level_bpe
 
 TRAINED_CHARACTERS = 200_000_000  # that a tokenizer is trained on, at most

@@ -13,9 +13,9 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from megatron.data.commands import add_work_flags, do_work, exit_code, new_parser, with_dashes
-from megatron.data.job import Texts
 from megatron.errors import UserError
+from megatron.preprocessing.commands import add_work_flags, do_work, exit_code, new_parser, with_dashes
+from megatron.preprocessing.job import Texts
 
 
 def parse(arguments: Sequence[str]) -> Namespace:

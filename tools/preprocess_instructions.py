@@ -16,9 +16,9 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.data.commands import add_work_flags, do_work, exit_code, new_parser, with_dashes
-from megatron.data.forms import Chat, PromptAndCompletion, chat_template
 from megatron.errors import UserError
+from megatron.preprocessing.commands import add_work_flags, do_work, exit_code, new_parser, with_dashes
+from megatron.preprocessing.record_formats import Chat, PromptAndCompletion, chat_template
 
 
 def parse(arguments: Sequence[str]) -> Namespace:

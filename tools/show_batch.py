@@ -17,15 +17,15 @@ import numpy as np
 
 from megatron.checkpoint.folder import checkpoint_name, steps_in
 from megatron.checkpoint.state import TrainState
-from megatron.config.groups import Config
 from megatron.config.load import load_config
 from megatron.config.resolve import resolve
+from megatron.config.schema.config import Config
 from megatron.data.blend import Blend
-from megatron.data.build import Sources
+from megatron.data.datasets import Sources
 from megatron.data.packing import DocumentSamples
 from megatron.data.windows import NOT_A_LABEL, SampleSource, Tokens, Windows
 from megatron.errors import UserError
-from megatron.inputs import open_data, open_tokenizer
+from megatron.resources import open_data, open_tokenizer
 from megatron.tokenizer.base import Tokenizer
 
 

@@ -9,9 +9,9 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from megatron.data.commands import exit_code, new_parser, with_dashes
-from megatron.data.documents import read_texts
-from megatron.data.inputs import find_inputs
+from megatron.preprocessing.commands import exit_code, new_parser, with_dashes
+from megatron.preprocessing.documents import read_texts
+from megatron.preprocessing.sources import find_inputs
 from megatron.tokenizer.base import END_OF_DOCUMENT
 from megatron.tokenizer.train import train_byte_level_bpe
 

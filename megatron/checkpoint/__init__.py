@@ -1,1 +1,1 @@
-"""Layout-free state on disk: written under one layout, read under any other. Floor 5."""
+"""Layout-free state on disk: written under one layout, read under any other."""

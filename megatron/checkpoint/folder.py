@@ -6,7 +6,7 @@
     <save>/.global_step1000.replaced   likewise; it is read where the one that was to replace it is not there
 
 A checkpoint is written under another name, its manifest last, and renamed when everything is on disk: a folder
-`global_step*` was whole once, and its manifest tells whether it still is. Floor 5; no tensors here.
+`global_step*` was whole once, and its manifest tells whether it still is. No tensors here.
 """
 
 import hashlib

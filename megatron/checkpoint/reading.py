@@ -1,7 +1,7 @@
 """Tensors of a checkpoint, read without running anything that a file may contain.
 
 torch.distributed.checkpoint describes its files in a pickle, `.metadata`, and a pickle can call any function. Here only
-the classes that describe tensors are let in. The tensors themselves torch reads with `weights_only`. Floor 5.
+the classes that describe tensors are let in. The tensors themselves torch reads with `weights_only`.
 """
 
 import pickle

@@ -1,6 +1,6 @@
 """Pieces of named global tensors, in the form torch.distributed.checkpoint reads and writes.
 
-Floor 5; knows nothing of DeepSpeed. A rank holds runs of elements of its shard; a run of a row-major tensor is at most
+Knows nothing of DeepSpeed. A rank holds runs of elements of its shard; a run of a row-major tensor is at most
 2 * ndim - 1 boxes (the tail of a row, whole rows, the head of a row), each of them a view, so nothing is gathered.
 """
 

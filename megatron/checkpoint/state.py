@@ -1,4 +1,4 @@
-"""What changes during a run and is no tensor. Floor 5."""
+"""What changes during a run and is no tensor."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,6 @@
 """State of a training engine to disk and back.
 
-Floor 5. Every element is written once, by the rank that owns it, under its global name; so any layout can read it.
+Every element is written once, by the rank that owns it, under its global name; so any layout can read it.
 Random streams are functions of (seed, step) and learning rates of the step: neither needs to be stored.
 """
 

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint to disk, in torch's files, with failures that say what the disk said. Floor 5."""
+"""Tensors of a checkpoint to disk, in torch's files, with failures that say what the disk said."""
 
 import io
 import os

@@ -2,7 +2,7 @@
 
     deepy.py SCRIPT [CONFIG ...] [-d DIR] [key=value ...] [options]
 
-Floor 1. Flags that stand for keys become `key=value` overrides; nothing else in the project reads arguments.
+Flags that stand for keys become `key=value` overrides; nothing else in the project reads arguments.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from megatron.config.groups import Config
 from megatron.config.load import OVERRIDE, config_from_flat
+from megatron.config.schema.config import Config
 from megatron.errors import UserError
 
 DOORS = {

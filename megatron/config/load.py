@@ -1,6 +1,6 @@
 """From YAML files and `key=value` to a checked Config, with every problem named at once.
 
-Floor 1. Files are flat dictionaries that are put together; a key may stand in one of them only. A `key=value` replaces
+Files are flat dictionaries that are put together; a key may stand in one of them only. A `key=value` replaces
 what the files say, and reaches into a nested group by dots: `optimizer.params.lr=1e-4`.
 """
 
@@ -14,12 +14,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron import registry
-from megatron.config.group import Group
-from megatron.config.groups import Config, group_fields, group_of_key
 from megatron.config.messages import validation_problem
-from megatron.config.neox import answer_keys, answer_values
-from megatron.config.neox_answers import ANSWERS, VALUES
-from megatron.config.rules import broken_rules, notes_on_defaults
+from megatron.config.neox.answers import ANSWERS, VALUES
+from megatron.config.neox.translate import answer_keys, answer_values
+from megatron.config.rules.run_rules import broken_rules, notes_on_defaults
+from megatron.config.schema.config import Config, group_fields, group_of_key
+from megatron.config.schema.key_group import Group
 from megatron.config.yaml_file import Entries, Location, normal_key, parse_value, read_file
 from megatron.errors import UserError
 

@@ -1,9 +1,9 @@
-"""Pydantic's findings in words that name file, line, key, value and the nearest right value. Floor 1."""
+"""Pydantic's findings in words that name file, line, key, value and the nearest right value."""
 
 from typing import TYPE_CHECKING, Any
 
 from megatron import registry
-from megatron.config.groups import group_fields, group_of_key
+from megatron.config.schema.config import group_fields, group_of_key
 from megatron.config.yaml_file import Entries, KeyPath, dotted, show
 
 if TYPE_CHECKING:

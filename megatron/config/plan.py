@@ -1,7 +1,6 @@
 """What a configuration comes to: every derived value, computed once.
 
 `Plan` is what the floors above read. It is plain, frozen data without torch, so that a login node can print it.
-Floor 1.
 """
 
 from dataclasses import dataclass

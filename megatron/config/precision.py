@@ -1,7 +1,7 @@
-"""Which number format the keys precision, fp16 and bf16 ask for together. Floor 1."""
+"""Which number format the keys precision, fp16 and bf16 ask for together."""
 
 from megatron.config.plan import Precision
-from megatron.config.training_keys import PrecisionKeys
+from megatron.config.schema.training_keys import PrecisionKeys
 
 NAMES: dict[str, Precision] = {"fp32": "fp32", "fp16": "fp16", "bfloat16": "bf16"}
 

@@ -1,11 +1,10 @@
 """From what was written to what it comes to: `Plan = resolve(config, world_size, vocab_size)`.
 
-Floor 1. Pure: the same arguments give the same Plan on every machine and rank, and every derived value is made here.
+Pure: the same arguments give the same Plan on every machine and rank, and every derived value is made here.
 """
 
-from megatron.config.estimate import flops_per_token
-from megatron.config.groups import Config
 from megatron.config.load import ConfigError
+from megatron.config.parameter_counts import flops_per_token
 from megatron.config.plan import (
     BatchPlan,
     EnginePlan,
@@ -19,6 +18,7 @@ from megatron.config.plan import (
     SchedulePlan,
 )
 from megatron.config.precision import resolve_precision
+from megatron.config.schema.config import Config
 from megatron.config.widths import attention_names, feed_forward_width, head_size, round_up
 
 WORTH_COMPILING = (

@@ -1,6 +1,6 @@
-"""Sizes that follow from other sizes, in one place for rules, resolve and estimate. Floor 1."""
+"""Sizes that follow from other sizes, in one place for rules, resolve and estimate."""
 
-from megatron.config.model_keys import ModelKeys
+from megatron.config.schema.model_keys import ModelKeys
 
 
 def is_gated(activation: str) -> bool:

@@ -1,6 +1,6 @@
 """One YAML or JSON file as plain values that know where they were written.
 
-Floor 1. YAML 1.2, so `1e-4` is a number and `on` is text. Lists become tuples, since a configuration never changes.
+YAML 1.2, so `1e-4` is a number and `on` is text. Lists become tuples, since a configuration never changes.
 """
 
 from collections.abc import Iterator

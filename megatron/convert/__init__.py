@@ -1,1 +1,1 @@
-"""Our models and those of Hugging Face. Floor 5."""
+"""Our models and those of Hugging Face."""

@@ -1,4 +1,4 @@
-"""GPT2LMHeadModel of Hugging Face and our GPT. Floor 5."""
+"""GPT2LMHeadModel of Hugging Face and our GPT."""
 
 from collections.abc import Sequence
 from typing import Any

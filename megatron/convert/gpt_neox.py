@@ -1,4 +1,4 @@
-"""GPTNeoXForCausalLM of Hugging Face (GPT-NeoX-20B, Pythia) and our GPT. Floor 5."""
+"""GPTNeoXForCausalLM of Hugging Face (GPT-NeoX-20B, Pythia) and our GPT."""
 
 from typing import Any
 

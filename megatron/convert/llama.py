@@ -1,7 +1,7 @@
 """LlamaForCausalLM of Hugging Face and our GPT, and the two models that differ from it in their norms.
 
 Qwen 3 (Qwen3ForCausalLM) normalises each head's query and key; OLMo 2 (Olmo2ForCausalLM) all of them together, and the
-outputs of attention and feed-forward layer where the others normalise the inputs. Floor 5.
+outputs of attention and feed-forward layer where the others normalise the inputs.
 """
 
 from dataclasses import dataclass

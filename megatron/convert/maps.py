@@ -2,7 +2,6 @@
 
 Names of ours are global names; tensors are whole, in the true vocabulary size. Every entry moves elements and computes
 nothing, so that a round trip is bit exact.
-Floor 5.
 """
 
 from collections.abc import Callable, Mapping, Sequence

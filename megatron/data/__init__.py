@@ -1,1 +1,1 @@
-"""Token files, the order in which they are read, and the tools that make them. Floor 2."""
+"""Token files, the order in which they are read, and the tools that make them."""

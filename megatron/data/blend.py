@@ -17,7 +17,7 @@ O(P log k) once to make it (2 s at most), O(1) for a sample, whatever n is; 6 by
 Nothing depends on the number of samples. Shares are exact, and P is small, for weights written with few digits
 (0.6, 0.3, 0.1: P = 10). Where P would be above 2^20, shares are rounded to millionths; `weights` tells what they are.
 
-Letters: k corpora, P period. Floor 2; no torch.
+Letters: k corpora, P period. No torch.
 """
 
 from collections.abc import Sequence

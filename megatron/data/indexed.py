@@ -13,7 +13,7 @@ r"""Token ids in two files, in the "mmap" format of GPT-NeoX and Megatron-LM, re
     34+12N    8D     int64 document index: 0, then the number of sequences up to the end of each document
 
 Deepy writes one sequence for each document and, as GPT-NeoX does, reads every sequence as a document.
-Floor 2; no torch.
+No torch.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""Look into a pair of token files: is it whole, and what does it say. Floor 2; no torch."""
+"""Look into a pair of token files: is it whole, and what does it say. No torch."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -3,7 +3,7 @@
 Step k of a run takes the global samples consumed + [k G, (k + 1) G). Of these, the m-th of micro-batch a of data rank d
 is number a (M D) + d M + m, so that neither D nor the number of micro-batches changes which samples a step sees.
 
-Letters: G global batch, M micro-batch, D data-parallel ranks, s sequence length. Floor 2.
+Letters: G global batch, M micro-batch, D data-parallel ranks, s sequence length.
 """
 
 import signal

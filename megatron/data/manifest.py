@@ -1,4 +1,4 @@
-"""What a pair of token files was made of, written beside it. Floor 2; no torch."""
+"""What a pair of token files was made of, written beside it. No torch."""
 
 import hashlib
 import importlib.metadata

@@ -2,7 +2,7 @@
 
 A Markov chain of order one: each token is the one before it plus a small step, modulo the number of symbols. The chance
 of each step is fixed, so the best possible loss is known (`BEST_LOSS`), far below that of guessing by frequency.
-Block k of a stream depends on the seed, the stream's name and k alone. Floor 2; no torch.
+Block k of a stream depends on the seed, the stream's name and k alone. No torch.
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,7 @@ than s + 1 tokens is cut there, or left out. Which documents share a sample neve
 visits the samples in an order of its own, that of a keyed permutation.
 
 Unlike windows this needs the sizes of all documents: some 16 bytes for each, and a second for ten million.
-Letters: s sequence length. Floor 2; no torch.
+Letters: s sequence length. No torch.
 """
 
 from dataclasses import dataclass, field

@@ -5,7 +5,7 @@ offset of its own and cuts it into n = (T - 1) // s windows of s + 1 tokens, eac
 that every token is a label exactly once, but for the first one and a tail of fewer than s. A keyed permutation says in
 which order the windows are visited. The number of steps, the batch size and the layout never enter.
 
-Letters: T tokens of the part, s sequence length, n samples per epoch. Floor 2; no torch.
+Letters: T tokens of the part, s sequence length, n samples per epoch. No torch.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
 """The only door to DeepSpeed at run time.
 
-A list of layers goes in; train, evaluate, forward and state come out. Floor 4.
+A list of layers goes in; train, evaluate, forward and state come out.
 """

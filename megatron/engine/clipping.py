@@ -2,7 +2,7 @@
 
 The clip where no ZeRO optimizer is at work: DeepSpeed's own for this case leaves out what replicated parameters of
 later stages contribute. And, under every optimizer, no update from gradients that are not finite, judged by the norm
-that is known by then on all ranks. Floor 4.
+that is known by then on all ranks.
 """
 
 from collections.abc import Callable, Sequence

@@ -2,7 +2,6 @@
 
 Each block is compiled for itself, and blocks of one shape share the result: recomputation, pipelines and the hooks of
 DeepSpeed stay outside of it.
-Floor 4.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Processes find each other.
 
-Floor 4. Works under our launcher, `torchrun`, or as a plain `python` process, which is then a world of one rank.
+Works under our launcher, `torchrun`, or as a plain `python` process, which is then a world of one rank.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A list of layers for generation and evaluation: forward only, no DeepSpeed, no gradients. Floor 4."""
+"""A list of layers for generation and evaluation: forward only, no DeepSpeed, no gradients."""
 
 from typing import Any, cast
 

@@ -1,4 +1,4 @@
-"""A number of the device, read on the host without making the device wait. Floor 4."""
+"""A number of the device, read on the host without making the device wait."""
 
 import torch
 from torch import Tensor

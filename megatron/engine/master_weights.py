@@ -3,7 +3,6 @@
 DeepSpeed's own wrappers for this case flatten everything, copy a gradient up to five times on its way, and take a step
 on zero gradients when they start, which shifts Adam's bias correction. Here a gradient is summed in fp32 as autograd
 hands it over, the optimizer steps the masters with that very tensor, and the weights are rounded from the masters.
-Floor 4.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Our grid under the names DeepSpeed asks a "model parallel unit" for. Floor 4."""
+"""Our grid under the names DeepSpeed asks a "model parallel unit" for."""
 
 import torch.distributed as dist
 

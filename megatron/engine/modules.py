@@ -1,6 +1,6 @@
 """A list of layers becomes one module: plain and sequential, or a stage of DeepSpeed's pipeline.
 
-Floor 4. The caller never knows which. Parameters carry their own global names, so both kinds agree on them.
+The caller never knows which. Parameters carry their own global names, so both kinds agree on them.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,6 +1,6 @@
 """Every optimizer DeepSpeed may wrap around ours, seen alike: runs of elements of named parameters.
 
-Floor 4, and the only file that reads attributes of DeepSpeed which are no public interface; `pyproject.toml` therefore
+The only file that reads attributes of DeepSpeed which are no public interface; `pyproject.toml` therefore
 pins its minor version, and the tests cover each class below. Four cases exist:
 
     torch optimizer                 without ZeRO             the parameter is its own master, or has one (bf16)

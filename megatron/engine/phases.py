@@ -1,4 +1,4 @@
-"""The phases of a step, opened to whoever wants to time them. Floor 4.
+"""The phases of a step, opened to whoever wants to time them.
 
 Nothing is wrapped, and nothing costs anything, in a run that does not ask for it.
 """

@@ -1,6 +1,6 @@
 """How blocks are computed again in the backward pass, and where their inputs wait for it.
 
-Floor 4. Numbers do not depend on any of it: what is computed again draws the same random numbers.
+Numbers do not depend on any of it: what is computed again draws the same random numbers.
 """
 
 from collections.abc import Callable

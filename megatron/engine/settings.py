@@ -1,4 +1,4 @@
-"""The dictionary DeepSpeed is configured with, derived from a Plan. Floor 4."""
+"""The dictionary DeepSpeed is configured with, derived from a Plan."""
 
 import math
 from typing import Any

@@ -1,7 +1,7 @@
 """A list of layers, trained: one global batch in, loss and gradient norm out.
 
 Shapes: b micro-batch, s sequence, v padded vocabulary.
-Floor 4. What DeepSpeed does (pipeline schedule, ZeRO, loss scaling) stays behind this class.
+What DeepSpeed does (pipeline schedule, ZeRO, loss scaling) stays behind this class.
 """
 
 import contextlib

@@ -1,1 +1,1 @@
-"""Text out of a trained model: prompts, decoding, sampling, JSON lines. Floor 6."""
+"""Text out of a trained model: prompts, decoding, sampling, JSON lines."""

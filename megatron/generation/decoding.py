@@ -1,7 +1,7 @@
 """Continue token sequences with a trained model, several at a time.
 
 Shapes: b texts, s columns (the longest text, shorter ones padded on the left), v vocabulary.
-Floor 6. Every rank of a tensor-parallel group does the same on the same logits and so chooses the same tokens.
+Every rank of a tensor-parallel group does the same on the same logits and so chooses the same tokens.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Where prompts come from: a file, or nowhere (unconditional), or the terminal. Floor 6."""
+"""Where prompts come from: a file, or nowhere (unconditional), or the terminal."""
 
 import sys
 from collections.abc import Iterator, Sequence

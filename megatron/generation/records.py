@@ -1,4 +1,4 @@
-"""One JSON object per generated text, with GPT-NeoX's fields. Floor 6."""
+"""One JSON object per generated text, with GPT-NeoX's fields."""
 
 import json
 from collections.abc import Sequence

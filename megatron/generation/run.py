@@ -1,4 +1,4 @@
-"""generate.py: prompts in, a trained model, JSON lines out. Floor 6."""
+"""generate.py: prompts in, a trained model, JSON lines out."""
 
 import logging
 import os
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron.config.groups import Config
-from megatron.config.run_keys import GenerationKeys
+from megatron.config.schema.config import Config
+from megatron.config.schema.run_keys import GenerationKeys
 from megatron.engine.distributed import stop
 from megatron.errors import UserError, work_begins
 from megatron.generation.decoding import DecodingSettings, continue_texts

@@ -1,7 +1,7 @@
 """The next token from its logits: greedy, temperature, top-k, top-p.
 
 Shapes: b texts, v vocabulary. Pure functions; random numbers come from outside, one for each text and token, so that
-neither the batch nor the layout has a say in what is sampled. Floor 6.
+neither the batch nor the layout has a say in what is sampled.
 """
 
 from dataclasses import dataclass

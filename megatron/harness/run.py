@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron.config.groups import Config
+from megatron.config.schema.config import Config
 from megatron.errors import RunError, UserError
 from megatron.harness.tasks import check_harness, find_tasks
 from megatron.harness.team import PATIENCE, Team

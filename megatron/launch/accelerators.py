@@ -1,6 +1,6 @@
 """What one machine can compute with, found out without torch: importing it takes seconds.
 
-Floor 2, standard library only.
+Standard library only.
 """
 
 import os

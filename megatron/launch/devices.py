@@ -1,15 +1,15 @@
 """How many ranks this machine gets and on which devices, found out without torch.
 
-Floor 2. On a machine without a usable GPU a "device" is a process: `num_gpus` counts processes there.
+On a machine without a usable GPU a "device" is a process: `num_gpus` counts processes there.
 """
 
 import os
 from collections.abc import Mapping
 
-from megatron.config.groups import Config
+from megatron.config.schema.config import Config
 from megatron.errors import UserError
 from megatron.launch.accelerators import cores, visible_gpus
-from megatron.launch.hosts import LOCALHOST, hostfile_path, limited, read_hostfile
+from megatron.launch.hostfile import LOCALHOST, hostfile_path, limited, read_hostfile
 
 # Two ranks show that parallel training works; more share the cores of a small machine badly.
 USUAL_CPU_RANKS = 2

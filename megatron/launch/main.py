@@ -1,4 +1,4 @@
-"""What deepy.py does: understand the command, check the configuration, then print it, plan it or run it. Floor 2."""
+"""What deepy.py does: understand the command, check the configuration, then print it, plan it or run it."""
 
 import os
 import sys
@@ -7,15 +7,15 @@ from pathlib import Path
 
 from megatron import registry
 from megatron.config.command_line import DOORS, CommandLine, parse_command_line
-from megatron.config.describe import assumed_vocabulary, dry_run, print_config
-from megatron.config.groups import Config
 from megatron.config.load import load_config
 from megatron.config.resolve import resolve
+from megatron.config.schema.config import Config
 from megatron.errors import UserError
+from megatron.estimate.describe import assumed_vocabulary, dry_run, print_config
 from megatron.launch.accelerators import visible_gpus
 from megatron.launch.devices import planned_ranks
-from megatron.launch.launch import Launch, usual_launcher
-from megatron.launch.supervise import supervise
+from megatron.launch.launchers.launcher import Launch, usual_launcher
+from megatron.launch.supervisor import supervise
 
 WRONG = 2
 

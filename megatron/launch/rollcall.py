@@ -2,7 +2,7 @@
 
     ranks 0, 2, 3 wait in all_reduce (optimizer step, step 1201); rank 1 is in data loading (windows.py:88)
 
-Floor 2, standard library only.
+Standard library only.
 """
 
 import re
@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.launch.heartbeat import Pulse
-from megatron.launch.records import RankStacks
+from megatron.launch.protocol.heartbeat import RankStatus
+from megatron.launch.protocol.records import RankStacks
 
 FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.+)$')
 # Where the main thread of a rank begins.
-ENTRY = "megatron/launch/rank.py"
+ENTRY = "megatron/launch/node/rank.py"
 STOPPED = ("T", "t")
 COLLECTIVE_FILES = ("distributed_c10d.py", "_functional_collectives.py", "deepspeed/comm/")
 LIBRARIES = ("site-packages/", "/lib/python", "<frozen", "megatron/launch/")
@@ -41,12 +41,12 @@ class Frame:
     function: str
 
 
-def roll_call(pulses: Mapping[int, Pulse], stacks: Sequence[RankStacks], hosts: Mapping[int, str]) -> str:
+def roll_call(statuses: Mapping[int, RankStatus], stacks: Sequence[RankStacks], hosts: Mapping[int, str]) -> str:
     """One sentence that puts ranks which do the same together. hosts: of each rank, named where there are several."""
     answers = {answer.rank: answer for answer in stacks}
     groups: defaultdict[str, list[int]] = defaultdict(list)
-    for rank, pulse in sorted(pulses.items()):
-        groups[_doing(pulse, answers.get(rank))].append(rank)
+    for rank, status in sorted(statuses.items()):
+        groups[_doing(status, answers.get(rank))].append(rank)
     several = len(set(hosts.values())) > 1
     return "; ".join(_who(ranks, hosts if several else {}, *doing.split(" ", 1)) for doing, ranks in groups.items())
 
@@ -63,22 +63,22 @@ def _frames(text: str) -> list[Frame]:
     return [Frame(match["file"], int(match["line"]), match["function"]) for match in found if match]
 
 
-def _doing(pulse: Pulse, answer: RankStacks | None) -> str:
+def _doing(status: RankStatus, answer: RankStacks | None) -> str:
     """What a rank does, verb first, in the plural: "wait in ..." or "are in ..."."""
     if answer is not None and answer.state in STOPPED:
-        return f"are stopped by a signal or a debugger ({pulse.phase}, step {pulse.step})"
+        return f"are stopped by a signal or a debugger ({status.phase}, step {status.step})"
     stack = main_stack(answer.text) if answer is not None else []
     if not stack:
-        return f"do not answer ({pulse.phase}, step {pulse.step})"
-    part = next((words for frame in stack for pattern, words in PARTS if pattern.search(frame.function)), pulse.phase)
+        return f"do not answer ({status.phase}, step {status.step})"
+    part = next((words for frame in stack for pattern, words in PARTS if pattern.search(frame.function)), status.phase)
     collective = next((frame for frame in stack[:12] if any(name in frame.file for name in COLLECTIVE_FILES)), None)
     if collective is not None:
-        return f"wait in {collective.function} ({part}, step {pulse.step})"
+        return f"wait in {collective.function} ({part}, step {status.step})"
     if stack[0].function in WAITING_FOR_GPU:
-        return f"wait for {WAITING_FOR_GPU[stack[0].function]} ({part}, step {pulse.step})"
+        return f"wait for {WAITING_FOR_GPU[stack[0].function]} ({part}, step {status.step})"
     own = next((frame for frame in stack if not any(name in frame.file for name in LIBRARIES)), stack[0])
-    part = pulse.phase if pulse.phase == "data loading" else part
-    return f"are in {part} ({Path(own.file).name}:{own.line}, step {pulse.step})"
+    part = status.phase if status.phase == "data loading" else part
+    return f"are in {part} ({Path(own.file).name}:{own.line}, step {status.step})"
 
 
 def _who(ranks: Sequence[int], hosts: Mapping[int, str], verb: str, doing: str) -> str:

@@ -1,8 +1,8 @@
-"""When ranks have been silent for too long, from their heartbeats. Floor 2, standard library only."""
+"""When ranks have been silent for too long, from their heartbeats. Standard library only."""
 
 from collections.abc import Iterable
 
-from megatron.launch.heartbeat import Pulse
+from megatron.launch.protocol.heartbeat import RankStatus
 
 MEDIANS = 10
 LEAST_SECONDS = 300.0
@@ -22,17 +22,17 @@ class Watchdog:
         self._timeout = timeout
         self._reported: set[tuple[int, str]] = set()
 
-    def limit(self, pulse: Pulse) -> float:
+    def limit(self, status: RankStatus) -> float:
         """Seconds without a beat after which this rank hangs."""
         if self._timeout == 0:
             return float("inf")
-        limit = self._timeout or max(LEAST_SECONDS, MEDIANS * (pulse.median or 0.0))
-        patient = pulse.median is None or pulse.phase in PATIENT_PHASES
+        limit = self._timeout or max(LEAST_SECONDS, MEDIANS * (status.median or 0.0))
+        patient = status.median is None or status.phase in PATIENT_PHASES
         return max(limit, PATIENT_SECONDS) if patient else limit
 
-    def bites(self, pulses: Iterable[Pulse]) -> Pulse | None:
+    def find_hung_rank(self, statuses: Iterable[RankStatus]) -> RankStatus | None:
         """A rank that hangs, the one silent for longest; each step and phase is reported once."""
-        hanging = [pulse for pulse in pulses if pulse.age > self.limit(pulse)]
-        fresh = [pulse for pulse in hanging if (pulse.step, pulse.phase) not in self._reported]
-        self._reported |= {(pulse.step, pulse.phase) for pulse in hanging}
-        return max(fresh, key=lambda pulse: pulse.age, default=None)
+        hanging = [status for status in statuses if status.age > self.limit(status)]
+        fresh = [status for status in hanging if (status.step, status.phase) not in self._reported]
+        self._reported |= {(status.step, status.phase) for status in hanging}
+        return max(fresh, key=lambda status: status.age, default=None)

@@ -1,7 +1,7 @@
 """Arithmetic of training: FLOPs per token, and the share of the card's peak that they are.
 
 L layers, d width of all heads (mostly the hidden size), T tokens per sequence, N parameters. One multiply-add is two
-FLOPs. Floor 5.
+FLOPs.
 """
 
 # Dense bf16 matrix peaks in TFLOP/s, from the makers' data sheets; matched in this order within the device's name.

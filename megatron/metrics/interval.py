@@ -2,7 +2,6 @@
 
 A step's loss is the mean over the tokens of its global batch; the interval's is the mean over its steps, so that with
 `log_interval` 1 every step's own loss is on record. Rate, gradient norm and loss scale are those of the last step.
-Floor 5.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Numbers as people read them: 39.8k, 171 TFLOP/s, 1d 4h, perplexity. Floor 5."""
+"""Numbers as people read them: 39.8k, 171 TFLOP/s, 1d 4h, perplexity."""
 
 import math
 

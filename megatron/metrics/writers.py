@@ -1,7 +1,7 @@
 """Where metrics go: a JSON Lines file, tensorboard, Weights & Biases.
 
 Each writer is one entry of the registry's kind "metric_writer": a function of `WriterSettings` that returns a writer,
-or None where nobody asked for it. Only the first rank opens writers. Floor 5.
+or None where nobody asked for it. Only the first rank opens writers.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron import registry
-from megatron.config.run_keys import LoggingKeys
+from megatron.config.schema.run_keys import LoggingKeys
 
 log = logging.getLogger(__name__)
 

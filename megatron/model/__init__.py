@@ -1,1 +1,1 @@
-"""The model, in plain torch modules; read gpt.py first. Floor 3."""
+"""The model, in plain torch modules; read gpt.py first."""

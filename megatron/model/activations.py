@@ -1,6 +1,6 @@
 """Activations of the feed-forward layer, plain and gated.
 
-Floor 3. A gated layer computes `function(gate(x)) * up(x)` (https://arxiv.org/abs/2002.05202), a plain one
+A gated layer computes `function(gate(x)) * up(x)` (https://arxiv.org/abs/2002.05202), a plain one
 `function(up(x))`.
 """
 

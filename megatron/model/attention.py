@@ -4,7 +4,6 @@ Shapes: b micro-batch, s sequence, h hidden, n query heads and g key/value heads
 key/value head, d head size.
 One matrix makes queries, keys and values; its rows go by key/value head: the r query heads that share it, the key,
 the value. A tensor-parallel shard is therefore one slice, with grouped queries too.
-Floor 3.
 """
 
 import torch

@@ -2,7 +2,7 @@
 
 Shapes: b micro-batch, s queries, k keys (k >= s; the queries are the last s of them), n query heads and g key/value
 heads on this rank, d head size.
-A backend is `build(model, device) -> Attend`. Floor 3.
+A backend is `build(model, device) -> Attend`.
 """
 
 import contextlib

@@ -2,7 +2,6 @@
 
 Shapes: b micro-batch, s sequence, h hidden.
 A block is a pure function of its input and the random state (and the cache, when decoding), so it can be recomputed.
-Floor 3.
 """
 
 from torch import Tensor, nn

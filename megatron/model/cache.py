@@ -4,7 +4,6 @@ Shapes: b batch, s tokens of this step, k tokens read so far with this step's, g
 d head size.
 Sequences of a batch may be padded on the left, so that all of them end together. A slot's position is its place less
 its sequence's padding: negative in the padding, which no real token sees.
-Floor 3.
 """
 
 from dataclasses import dataclass

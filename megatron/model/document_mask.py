@@ -1,6 +1,6 @@
 """Attention within documents on a GPU: the mask of FlexAttention, which says block by block what is looked at.
 
-Shapes: b micro-batch, s sequence, c = ceil(s / 128) blocks of 128. Floor 3.
+Shapes: b micro-batch, s sequence, c = ceil(s / 128) blocks of 128.
 
 Where a document begins never decreases along a sequence. So what a block of 128 queries sees is a range of blocks of
 keys: from the one in which the document of its first query begins, to its own. Of these the blocks before its own that

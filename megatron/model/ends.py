@@ -1,7 +1,6 @@
 """The two ends of the model: tokens in, logits out.
 
 Shapes: b micro-batch, s sequence, h hidden, v vocabulary in memory, tp tensor-parallel ranks.
-Floor 3.
 """
 
 from torch import Tensor, nn

@@ -3,7 +3,6 @@
 Shapes: b micro-batch, s sequence, h hidden, v vocabulary in memory, tp tensor-parallel ranks.
 tokens [b, s] -> Embedding -> [b, s, h] -> TransformerBlock x num_layers -> FinalNorm -> Head -> logits [b, s, v/tp].
 Where documents are kept apart, the column in which each begins goes along with the hidden states (`layer.Flow`).
-Floor 3.
 """
 
 from collections.abc import Callable

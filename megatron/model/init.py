@@ -1,6 +1,6 @@
 """Initial weights: normal distributions that differ in their standard deviation.
 
-Floor 3. Biases begin at zero and norm weights at one, whatever is chosen here. An entry takes the model and returns
+Biases begin at zero and norm weights at one, whatever is chosen here. An entry takes the model and returns
 what fills a tensor; sizes are of the whole model, so that tensor parallelism changes nothing.
 """
 

@@ -1,6 +1,6 @@
 """One layer of a model, described: what a pipeline deals to its stages and a plain module runs in a row.
 
-Shapes: b micro-batch, s sequence, h hidden. Floor 3.
+Shapes: b micro-batch, s sequence, h hidden.
 """
 
 from collections.abc import Callable

@@ -2,7 +2,6 @@
 
 Shapes: b micro-batch, s sequence, h hidden, f feed-forward width, tp ranks of the group.
 Gate and up are separate matrices, so that a shard of either is one slice.
-Floor 3.
 """
 
 from torch import Tensor, nn

@@ -3,7 +3,6 @@
 Shapes: b micro-batch, s sequence (or this rank's part of it), h hidden. Every tensor-parallel rank has all of h, and
 the same weights.
 Statistics are taken in fp32 whatever the type of the input (torch's kernels do so).
-Floor 3.
 """
 
 import torch

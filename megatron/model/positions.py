@@ -2,7 +2,6 @@
 
 Shapes: b micro-batch, s sequence, h hidden, n heads (of any kind), d head size, p the part of d that is turned,
 m max_position_embeddings. Positions are [b, s] int64, or None for 0 to s-1 in every sequence.
-Floor 3.
 """
 
 from collections.abc import Callable

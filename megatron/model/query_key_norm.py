@@ -2,7 +2,6 @@
 
 Shapes: b micro-batch, s sequence, n query heads and g key/value heads on this rank, r = n/g query heads to a key/value
 head, d head size. Heads come as attention has them: for each key/value head its r query heads and then the key.
-Floor 3.
 """
 
 import torch

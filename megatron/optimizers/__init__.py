@@ -1,1 +1,1 @@
-"""Optimizers and learning-rate schedules in plain torch. Floor 3."""
+"""Optimizers and learning-rate schedules in plain torch."""

@@ -2,7 +2,7 @@
 
 An optimizer is a function of groups and plan that returns a torch optimizer, and a line in the registry; what else has
 to be known of it is found out by trying (`traits.py`). The engine hands the result to DeepSpeed, which shards it.
-Floor 3: plain torch.
+Plain torch.
 """
 
 from collections.abc import Iterable, Sequence

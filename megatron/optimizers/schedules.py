@@ -1,6 +1,6 @@
 """Learning rate as a pure function of the step.
 
-Nothing to save, nothing to restore: a resumed run asks for the same step and gets the same rate. Floor 3.
+Nothing to save, nothing to restore: a resumed run asks for the same step and gets the same rate.
 Every schedule warms up linearly, then decays from `peak` towards `minimum` and stays where it ends.
 """
 

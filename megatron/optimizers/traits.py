@@ -3,7 +3,7 @@
 So an optimizer declares nothing: it is a torch optimizer, one entry of the registry. In a run it steps pieces of
 flattened parameters, and its state is cut, moved and put together again element by element. That changes nothing for
 optimizers that treat each element by itself (Adam, SGD, Lion, ...); one that looks at whole matrices (Muon, Shampoo,
-LAMB's norms) would train otherwise under every layout, and is refused. Floor 3.
+LAMB's norms) would train otherwise under every layout, and is refused.
 """
 
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""One model over many ranks: groups, cut layers, random streams. Floor 2."""
+"""One model over many ranks: groups, cut layers, random streams."""

@@ -2,7 +2,6 @@
 
 Shapes: b micro-batch, s the sequence or the part of it that is talked about, p ranks of the group.
 With one rank in the group each is the identity and costs nothing.
-Floor 2.
 """
 
 from typing import Any

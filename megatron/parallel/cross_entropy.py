@@ -4,7 +4,6 @@ Shapes: b micro-batch, s sequence, v vocabulary in memory, tp ranks of the group
 Neither fp32 logits nor a softmax of the whole batch is ever kept: forward and backward go through the tokens in
 chunks, and backward computes the softmax again from the logits and one number per token. Under torch.compile a chunk is
 the whole batch, since its kernels keep nothing between reading a logit and writing its gradient.
-Floor 2.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """Where a rank stands among all ranks, and the process groups it belongs to.
 
-Floor 2. One object, made once per process and handed down; no module-level state.
+One object, made once per process and handed down; no module-level state.
 """
 
 from dataclasses import dataclass

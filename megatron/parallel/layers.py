@@ -5,7 +5,6 @@ A column-parallel layer followed by a row-parallel one costs one all-reduce forw
 https://arxiv.org/abs/1909.08053). With sequence parallelism (https://arxiv.org/abs/2205.05198) the hidden states
 outside of the two are [b, s/tp, h]: the all-reduce becomes an all-gather before and a reduce-scatter after them, which
 cost as much together.
-Floor 2.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,6 @@
 
 A shard is one contiguous slice of the whole tensor along one dimension. Each whole tensor is drawn from a stream of
 its own, seeded by the run's seed and the parameter's global name; every rank draws it and keeps its slice.
-Floor 2.
 """
 
 import hashlib

@@ -4,7 +4,6 @@ Activations that every rank of a tensor-parallel group has alike need the same m
 default generators, which whoever runs a step sets alike within the group. A rank's own stream grows out of the
 default CPU generator too, and leaves them where a short draw would: `torch.utils.checkpoint`, which
 restores them, repeats every mask.
-Floor 2.
 """
 
 from collections.abc import Iterator

@@ -1,1 +1,1 @@
-"""Text to token ids and back: one small interface, one factory per tokenizer. Floor 2."""
+"""Text to token ids and back: one small interface, one factory per tokenizer."""

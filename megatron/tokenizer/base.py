@@ -1,4 +1,4 @@
-"""What the rest of Deepy knows of a tokenizer. Floor 2."""
+"""What the rest of Deepy knows of a tokenizer."""
 
 import hashlib
 from abc import ABC, abstractmethod

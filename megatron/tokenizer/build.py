@@ -1,4 +1,4 @@
-"""Make a tokenizer from its settings. Floor 2."""
+"""Make a tokenizer from its settings."""
 
 from dataclasses import dataclass
 

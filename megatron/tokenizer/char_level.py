@@ -1,4 +1,4 @@
-"""`CharLevelTokenizer`: one id per byte of UTF-8, with no file at all. Floor 2.
+"""`CharLevelTokenizer`: one id per byte of UTF-8, with no file at all.
 
 Ids 0..255 are the bytes, 256 ends a document. GPT-NeoX has 512 ids and ends a document with 0, which is also the byte
 NUL: a text that holds one would be cut there. Its bytes have the same ids, so its files can be read, but its ends of

@@ -1,4 +1,4 @@
-"""Tokenizers that the `tokenizers` library runs: a tokenizer.json, or GPT-2's vocab.json with merges.txt. Floor 2."""
+"""Tokenizers that the `tokenizers` library runs: a tokenizer.json, or GPT-2's vocab.json with merges.txt."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""`SPMTokenizer`: a SentencePiece model file. Floor 2."""
+"""`SPMTokenizer`: a SentencePiece model file."""
 
 from pathlib import Path
 

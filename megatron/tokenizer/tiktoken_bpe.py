@@ -1,4 +1,4 @@
-"""`TiktokenTokenizer`: an encoding that `tiktoken` knows by name, or a .tiktoken file. Floor 2.
+"""`TiktokenTokenizer`: an encoding that `tiktoken` knows by name, or a .tiktoken file.
 
 A name makes tiktoken download the ranks once and keep them in TIKTOKEN_CACHE_DIR. A file needs no network, but holds
 ranks only: the pattern that cuts text into words and the special tokens come from FAMILIES, by the file's name.

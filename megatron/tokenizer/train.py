@@ -1,4 +1,4 @@
-"""Train a byte-level BPE from text. Floor 2."""
+"""Train a byte-level BPE from text."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""Training: the loop, which fits a screen, and the hooks around it. Floor 6."""
+"""Training: the loop, which fits a screen, and the hooks around it."""

@@ -1,6 +1,6 @@
 """From token ids to what the engine trains on: tokens, labels, and a weight for each label.
 
-Shapes: b micro-batch, s sequence. Floor 6.
+Shapes: b micro-batch, s sequence.
 
 The loss of a step is the mean over the counted labels of the whole global batch, whatever the layout and the
 micro-batch: the labels of a global batch are counted first, and each carries the weight W / count, where
@@ -22,7 +22,7 @@ from megatron.data.windows import NOT_A_LABEL
 from megatron.engine.training import Inputs, MicroBatch
 from megatron.model.positions import document_starts
 from megatron.parallel.grid import ParallelGrid
-from megatron.training.hooks import Run
+from megatron.training.hooks.base import Run
 
 
 class BatchBuilder:

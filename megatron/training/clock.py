@@ -1,4 +1,4 @@
-"""Time spent training, without the time that hooks take for validation and saving. Floor 6."""
+"""Time spent training, without the time that hooks take for validation and saving."""
 
 import time
 from collections.abc import Iterator

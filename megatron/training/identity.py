@@ -1,6 +1,6 @@
-"""Whether the run that resumes is the run that was saved: same tokenizer, data, seed and optimizer. Floor 6.
+"""Whether the run that resumes is the run that was saved: same tokenizer, data, seed and optimizer.
 
-The model is compared in `megatron/inputs.py`. What may differ freely is not asked about: layout, precision, batch
+The model is compared in `megatron/resources.py`. What may differ freely is not asked about: layout, precision, batch
 size, schedule, data for validation, where files are kept.
 """
 
@@ -12,11 +12,11 @@ from typing import Any
 
 from megatron import registry
 from megatron.checkpoint.store import checkpoint_config
-from megatron.config.data_keys import DataKeys
-from megatron.config.groups import Config
+from megatron.config.schema.config import Config
+from megatron.config.schema.data_keys import DataKeys
 from megatron.errors import UserError
 from megatron.tokenizer.base import Tokenizer
-from megatron.training.contents import CORPORA, compare_contents, contents_of
+from megatron.training.data_fingerprint import CORPORA, compare_contents, contents_of
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The training loop. Everything else is set-up (`run.py`) or a hook. Floor 6."""
+"""The training loop. Everything else is set-up (`run.py`) or a hook."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -7,7 +7,7 @@ from megatron.checkpoint.state import TrainState
 from megatron.config.plan import BatchPlan
 from megatron.engine.training import TrainingEngine
 from megatron.metrics.writers import MetricWriters
-from megatron.training.hooks import FinishedStep, Hook, MicroBatches
+from megatron.training.hooks.base import FinishedStep, Hook, MicroBatches
 
 
 def train_steps(

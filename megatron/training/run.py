@@ -1,4 +1,4 @@
-"""train.py: everything a run needs is checked, then built, in order, and handed to the loop. Floor 6."""
+"""train.py: everything a run needs is checked, then built, in order, and handed to the loop."""
 
 import logging
 import os
@@ -13,31 +13,31 @@ from torch import Tensor
 
 from megatron.checkpoint.lock import SaveLock
 from megatron.checkpoint.state import TrainState
-from megatron.config.describe import plan_lines
-from megatron.config.groups import Config
 from megatron.config.plan import Plan
 from megatron.config.resolve import resolve
-from megatron.data.build import Sources
+from megatron.config.schema.config import Config
+from megatron.data.datasets import Sources
 from megatron.data.loader import micro_batches
 from megatron.engine.distributed import be_deterministic, start_layout, stop
 from megatron.engine.settings import DTYPES
 from megatron.engine.training import TrainingEngine
 from megatron.errors import RunError, work_begins
-from megatron.inputs import check_same_model, open_data, open_tokenizer
-from megatron.launch.heartbeat import Heartbeat
+from megatron.estimate.describe import plan_lines
+from megatron.launch.protocol.heartbeat import Heartbeat
 from megatron.logging import configure
 from megatron.metrics.writers import MetricWriters, WriterSettings, open_writers
 from megatron.model.attention import describe_attention
 from megatron.model.gpt import gpt_layers, make_loss
 from megatron.optimizers.schedules import learning_rate
+from megatron.resources import check_same_model, open_data, open_tokenizer
 from megatron.tokenizer.base import Tokenizer
 from megatron.training.batch import BatchBuilder, training_batches
 from megatron.training.clock import Clock
-from megatron.training.hooks import Run, build_hooks
+from megatron.training.hooks.base import Run, build_hooks
+from megatron.training.hooks.profiling import Wanted
 from megatron.training.identity import check_same_run
+from megatron.training.liveness import Liveness
 from megatron.training.loop import final_step, train_steps
-from megatron.training.profiling import Wanted
-from megatron.training.pulse import Pulse
 from megatron.training.start import agreed, begin, check_writable, checkpoint_to_load
 from megatron.training.stopping import StopRequest, StopVote
 
@@ -75,7 +75,7 @@ def _train(config: Config, prepared: Prepared, request: StopRequest) -> None:
         run, state = set_up(config, prepared)
         vote = StopVote(request, run.engine.grid.device)
         batches = training_batches(read_samples(run, state), BatchBuilder.of(run), run.plan.batch.accumulation_steps)
-        batches = run.pulse.watched(batches, state.step)
+        batches = run.liveness.watched(batches, state.step)
         rate, hooks, last_step = partial(learning_rate, run.plan.schedule), build_hooks(run), run.last_step
         with closing(writers_of(run)) as writers:
             run.clock.lap()  # what came before was set-up
@@ -124,7 +124,7 @@ def check_fits(config: Config, plan: Plan, tokenizer: Tokenizer, checkpoint: Pat
 
 def set_up(config: Config, prepared: Prepared) -> tuple[Run, TrainState]:
     """Let the ranks meet, build the model and bring it to where the run begins. Collective."""
-    plan, pulse = prepared.plan, Pulse(Heartbeat.of_this_process())
+    plan, liveness = prepared.plan, Liveness(Heartbeat.of_this_process())
     same_bits = be_deterministic() if plan.engine.deterministic else []
     grid = start_layout(plan.layout, config.launcher.distributed_backend)
     check = partial(check_fits, config, plan, prepared.tokenizer)
@@ -138,7 +138,7 @@ def set_up(config: Config, prepared: Prepared) -> tuple[Run, TrainState]:
         log.info("%s", line)
     last_step = final_step(state.step, config.training.train_iters or 0, config.training.exit_interval)
     clock = Clock(grid.device)
-    run = Run(config, plan, prepared.tokenizer, prepared.sources, engine, state.step, last_step, clock, pulse)
+    run = Run(config, plan, prepared.tokenizer, prepared.sources, engine, state.step, last_step, clock, liveness)
     return run, state
 
 

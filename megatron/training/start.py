@@ -1,4 +1,4 @@
-"""Where a run begins: fresh, or from a checkpoint. Floor 6."""
+"""Where a run begins: fresh, or from a checkpoint."""
 
 import os
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron.checkpoint.folder import find_checkpoint
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.store import agree_on_checkpoint, load_checkpoint, load_weights
-from megatron.config.run_keys import CheckpointKeys
+from megatron.config.schema.run_keys import CheckpointKeys
 from megatron.engine.training import TrainingEngine
 from megatron.errors import UserError
 

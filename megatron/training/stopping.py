@@ -1,4 +1,4 @@
-"""When a run ends before its time: a signal, or its limit of wall-clock time. Floor 6.
+"""When a run ends before its time: a signal, or its limit of wall-clock time.
 
 All ranks must end after the same step, or those that go on wait for the others for ever. So each step they vote, by a
 maximum over one number. The vote begins when a step is done and is read when the next one is: it travels while that

@@ -76,7 +76,7 @@ class Killer:
 
 def build_hook(_: Any) -> Any:
     """A hook that tells the killer of steps."""
-    from megatron.training.hooks import Hook  # which takes seconds to import, and the launcher needs none of it
+    from megatron.training.hooks.base import Hook  # which takes seconds to import, and the launcher needs none of it
 
     class Steps(Hook):
         def after_step(self, step: Any) -> dict[str, float]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatron.data.reading import CHUNK_BYTES
+from megatron.preprocessing.chunks import CHUNK_BYTES
 from tests.end_to_end.test_preprocess_tools import command, run
 from tests.tokenizer_files import TEXT, bpe_file
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.data.build import build_sources
+from megatron.data.datasets import build_sources
 from megatron.data.indexed import IndexedWriter
 
 ROOT = Path(__file__).parents[2]

@@ -73,7 +73,7 @@ def rank_of(process: int) -> dict[str, str]:
         variables = Path(f"/proc/{process}/environ").read_bytes().decode().split("\0")
     except OSError:
         return {}
-    is_rank = len(words) > 2 and words[2].endswith(b"launch/rank.py")
+    is_rank = len(words) > 2 and words[2].endswith(b"node/rank.py")
     return dict(line.split("=", 1) for line in variables if "=" in line) if is_rank else {}
 
 

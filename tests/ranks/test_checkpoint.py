@@ -15,7 +15,7 @@ from megatron.checkpoint.folder import Retention, find_checkpoint, prune, publis
 from megatron.checkpoint.slices import global_slices
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.store import CheckpointWriter, checkpoint_config, load_checkpoint, load_weights
-from megatron.config.estimate import parameter_count
+from megatron.config.parameter_counts import parameter_count
 from megatron.engine.distributed import start
 from megatron.engine.inference import InferenceEngine
 from megatron.errors import RunError, UserError

@@ -10,7 +10,7 @@ from bench.checkpoint_load import HIDDEN, SOURCE, TARGETS, measure
 from megatron.checkpoint import folder as folders
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.store import CheckpointWriter, agree_on_checkpoint
-from megatron.config.run_keys import CheckpointKeys
+from megatron.config.schema.run_keys import CheckpointKeys
 from megatron.errors import RunError, UserError
 from megatron.training.start import agreed, begin
 from tests.ranks.moves import engine_of, layout_name, run_steps, tensors, train

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from megatron.config.run_keys import GenerationKeys
+from megatron.config.schema.run_keys import GenerationKeys
 from megatron.data.mock import MockStream
 from megatron.engine.distributed import start
 from megatron.evaluation import negative_log_likelihood

@@ -11,11 +11,11 @@ from megatron.engine.distributed import start
 from megatron.engine.training import TrainingEngine
 from megatron.metrics.writers import MetricWriters
 from megatron.model.gpt import gpt_layers, make_loss
-from megatron.training.breakdown import Breakdown, Stopwatch
 from megatron.training.clock import Clock
-from megatron.training.hooks import Hook
+from megatron.training.hooks.base import Hook
+from megatron.training.hooks.breakdown import Breakdown, Stopwatch
+from megatron.training.hooks.profiling import Profiling, Recording, Wanted
 from megatron.training.loop import train_steps
-from megatron.training.profiling import Profiling, Recording, Wanted
 from tests import tiny
 from tests.ranks.run import run_ranks
 

@@ -15,8 +15,8 @@ from megatron.engine.training import StepOutput, TrainingEngine
 from megatron.model.gpt import gpt_layers, make_loss
 from megatron.training.batch import BatchBuilder
 from megatron.training.clock import Clock
-from megatron.training.hooks import FinishedStep
-from megatron.training.validation import Validation
+from megatron.training.hooks.base import FinishedStep
+from megatron.training.hooks.validation import Validation
 from tests import tiny
 from tests.ranks.run import run_ranks
 

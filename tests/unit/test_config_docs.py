@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from megatron.config.groups import group_of_key
-from megatron.config.neox_answers import ANSWERS, VALUES
+from megatron.config.neox.answers import ANSWERS, VALUES
+from megatron.config.schema.config import group_of_key
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").rglob("*.yml"))

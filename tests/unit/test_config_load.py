@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from megatron.config.groups import group_fields, group_of_key
 from megatron.config.load import ConfigError, config_from_flat, find_files, load_config
+from megatron.config.schema.config import group_fields, group_of_key
 
 ROOT = Path(__file__).parents[2]
 SHAPE = "num_layers: 2\nhidden_size: 16\nnum_attention_heads: 2\nseq_length: 8\n"

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from megatron import registry
-from megatron.config.groups import group_fields, group_of_key
 from megatron.config.load import ConfigError, load_config
-from megatron.config.neox_answers import ANSWERS, HONOURED, VALUES
+from megatron.config.neox.answers import ANSWERS, HONOURED, VALUES
 from megatron.config.resolve import resolve
+from megatron.config.schema.config import group_fields, group_of_key
 
 LIST = Path(__file__).with_name("neox_keys.txt").read_text().splitlines()
 NEOX_KEYS = [line for line in LIST if line and line[0] not in "#["]
@@ -53,14 +53,14 @@ def test_every_key_has_one_answer_that_the_code_keeps(key):
     if answer.kind == "honoured":
         assert is_a_field(key), "honoured, but no field of Config has this name"
     else:
-        assert not is_a_field(key), "a field now: it belongs to HONOURED in neox_answers.py"
+        assert not is_a_field(key), "a field now: it belongs to HONOURED in answers.py"
         assert answer.line, "the answer must say why"
 
 
 def test_no_key_has_two_answers():
-    from megatron.config import neox_answers
+    from megatron.config.neox import answers
 
-    keys = [*HONOURED, *(key for keys, _ in (*neox_answers.TRANSLATED, *neox_answers.REFUSED) for key in keys)]
+    keys = [*HONOURED, *(key for keys, _ in (*answers.TRANSLATED, *answers.REFUSED) for key in keys)]
     assert len(keys) == len(set(keys))
 
 

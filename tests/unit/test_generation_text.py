@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from megatron.config.run_keys import GenerationKeys
+from megatron.config.schema.run_keys import GenerationKeys
 from megatron.errors import UserError
 from megatron.generation.decoding import Continuation
 from megatron.generation.prompts import encode_prompts, read_prompts, typed_prompts

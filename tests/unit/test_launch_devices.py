@@ -4,10 +4,10 @@ import pytest
 
 from megatron.config.load import config_from_flat
 from megatron.errors import UserError
-from megatron.launch import accelerators, devices, hosts
+from megatron.launch import accelerators, devices, hostfile
 from megatron.launch.accelerators import devices_of_slots, visible_gpus
 from megatron.launch.devices import local_slots, planned_ranks
-from megatron.launch.hosts import read_hostfile, read_hosts
+from megatron.launch.hostfile import read_hostfile, read_hosts
 
 SHAPE = {"num_layers": 4, "hidden_size": 48, "num_attention_heads": 12, "seq_length": 8}
 
@@ -17,7 +17,7 @@ def machine(monkeypatch, tmp_path):
     """A machine of two cores without a GPU and without a hostfile, whatever this one has."""
     monkeypatch.setattr(devices, "cores", lambda: 2)
     monkeypatch.setattr(accelerators, "_torch_has_cuda", lambda: True)
-    monkeypatch.setattr(hosts, "USUAL_HOSTFILE", tmp_path / "no_hostfile")
+    monkeypatch.setattr(hostfile, "USUAL_HOSTFILE", tmp_path / "no_hostfile")
 
 
 CPU = {"CUDA_VISIBLE_DEVICES": ""}

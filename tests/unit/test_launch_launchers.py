@@ -12,8 +12,8 @@ import pytest
 from megatron import registry
 from megatron.config.load import config_from_flat
 from megatron.errors import UserError
-from megatron.launch import hosts as hosts_module
-from megatron.launch.launch import AGENT, usual_launcher
+from megatron.launch import hostfile as hostfile_module
+from megatron.launch.launchers.launcher import AGENT, usual_launcher
 
 ROOT = Path(__file__).parents[2]
 SHAPE = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "seq_length": 8}
@@ -45,7 +45,7 @@ sys.exit(max(task.wait() for task in started))
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch, tmp_path):
-    monkeypatch.setattr(hosts_module, "USUAL_HOSTFILE", tmp_path / "no_hostfile")
+    monkeypatch.setattr(hostfile_module, "USUAL_HOSTFILE", tmp_path / "no_hostfile")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.launch.environment import for_ranks
+from megatron.launch.protocol.environment import for_ranks
 
 ROOT = Path(__file__).parents[2]
 SHAPE = """
@@ -191,7 +191,7 @@ def test_stopping_deepy_ends_all_ranks_and_their_children(start, tmp_path, numbe
 
 def test_a_second_ctrl_c_ends_ranks_that_do_not_reach_a_step_boundary(start, tmp_path):
     body = """
-from megatron.launch.heartbeat import Heartbeat
+from megatron.launch.protocol.heartbeat import Heartbeat
 signal.signal(signal.SIGINT, lambda *_: None)
 beat = Heartbeat.of_this_process()
 hang(stubborn=True)

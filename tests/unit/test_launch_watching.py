@@ -6,20 +6,20 @@ import time
 import pytest
 
 from megatron.errors import UserError
-from megatron.launch.causes import cause_in_words, death_in_words
-from megatron.launch.environment import travelling
-from megatron.launch.heartbeat import Heartbeat, Pulse, read_pulse
-from megatron.launch.network import interface_towards
-from megatron.launch.processes import StopSignals
-from megatron.launch.records import RankStacks
+from megatron.launch.failure_causes import cause_in_words, death_in_words
+from megatron.launch.node.network import interface_towards
+from megatron.launch.process_group import StopSignals
+from megatron.launch.protocol.environment import forwarded_environment
+from megatron.launch.protocol.heartbeat import Heartbeat, RankStatus, read_rank_status
+from megatron.launch.protocol.records import RankStacks
 from megatron.launch.rollcall import roll_call
 from megatron.launch.watchdog import Watchdog
 
 MAIN = """  File "/repo/megatron/training/loop.py", line 38 in train_steps
   File "/repo/train.py", line 14 in <module>
   File "<frozen runpy>", line 88 in _run_code
-  File "/repo/megatron/launch/rank.py", line 99 in main
-  File "/repo/megatron/launch/rank.py", line 170 in <module>
+  File "/repo/megatron/launch/node/rank.py", line 99 in main
+  File "/repo/megatron/launch/node/rank.py", line 170 in <module>
 """
 OTHER = """Thread 0x00007f (most recent call first):
   File "/usr/lib/python3.11/threading.py", line 320 in wait
@@ -35,23 +35,23 @@ LOADS = """  File "/repo/megatron/data/windows.py", line 88 in __getitem__
 """
 
 
-def pulse(rank=0, step=1201, phase="training step", age=0.0, median=1.0):
-    return Pulse(rank, step, phase, age, median)
+def status(rank=0, step=1201, phase="training step", age=0.0, median=1.0):
+    return RankStatus(rank, step, phase, age, median)
 
 
 def test_the_roll_call_puts_together_who_does_the_same_and_names_the_odd_one():
-    pulses = {rank: pulse(rank, phase="data loading" if rank == 1 else "training step") for rank in range(4)}
+    statuses = {rank: status(rank, phase="data loading" if rank == 1 else "training step") for rank in range(4)}
     stacks = [RankStacks(rank, "S", OTHER + (LOADS if rank == 1 else WAITS) + MAIN) for rank in range(4)]
-    assert roll_call(pulses, stacks, dict.fromkeys(range(4), "here")) == (
+    assert roll_call(statuses, stacks, dict.fromkeys(range(4), "here")) == (
         "ranks 0, 2, 3 wait in all_reduce (optimizer step, step 1201); "
         "rank 1 is in data loading (windows.py:88, step 1201)"
     )
 
 
 def test_the_roll_call_names_hosts_where_there_are_several_and_ranks_that_do_not_answer():
-    pulses = {rank: pulse(rank) for rank in range(3)}
+    statuses = {rank: status(rank) for rank in range(3)}
     stacks = [RankStacks(0, "S", WAITS + MAIN), RankStacks(1, "T", ""), RankStacks(2, "D", "")]
-    assert roll_call(pulses, stacks, {0: "node1", 1: "node1", 2: "node2"}) == (
+    assert roll_call(statuses, stacks, {0: "node1", 1: "node1", 2: "node2"}) == (
         "rank 0 on node1 waits in all_reduce (optimizer step, step 1201); "
         "rank 1 on node1 is stopped by a signal or a debugger (training step, step 1201); "
         "rank 2 on node2 does not answer (training step, step 1201)"
@@ -61,13 +61,13 @@ def test_the_roll_call_names_hosts_where_there_are_several_and_ranks_that_do_not
 @pytest.mark.parametrize(
     ("timeout", "seen", "limit"),
     [
-        (None, pulse(median=1.0), 300),
-        (None, pulse(median=60.0), 600),
-        (None, pulse(median=None), 900),
-        (None, pulse(median=200.0, phase="saving"), 2000),
-        (5.0, pulse(median=60.0), 5),
-        (5.0, pulse(median=60.0, phase="saving"), 900),
-        (0.0, pulse(), float("inf")),
+        (None, status(median=1.0), 300),
+        (None, status(median=60.0), 600),
+        (None, status(median=None), 900),
+        (None, status(median=200.0, phase="saving"), 2000),
+        (5.0, status(median=60.0), 5),
+        (5.0, status(median=60.0, phase="saving"), 900),
+        (0.0, status(), float("inf")),
     ],
 )
 def test_a_step_may_take_ten_medians_and_five_minutes_unless_the_timeout_says_otherwise(timeout, seen, limit):
@@ -76,20 +76,20 @@ def test_a_step_may_take_ten_medians_and_five_minutes_unless_the_timeout_says_ot
 
 def test_the_watchdog_reports_the_rank_that_is_silent_for_longest_once_for_each_step():
     dog = Watchdog(5.0)
-    assert dog.bites([pulse(0, age=4.9), pulse(1, age=0.1)]) is None
-    hanging = [pulse(0, age=5.5), pulse(1, age=6.0)]
-    assert dog.bites(hanging) == hanging[1]
-    assert dog.bites(hanging) is None
-    assert dog.bites([pulse(0, step=1202, age=7.0)]) is not None
+    assert dog.find_hung_rank([status(0, age=4.9), status(1, age=0.1)]) is None
+    hanging = [status(0, age=5.5), status(1, age=6.0)]
+    assert dog.find_hung_rank(hanging) == hanging[1]
+    assert dog.find_hung_rank(hanging) is None
+    assert dog.find_hung_rank([status(0, step=1202, age=7.0)]) is not None
 
 
 def test_a_heartbeat_is_read_by_others_and_ages(tmp_path):
-    assert read_pulse(tmp_path, 3) is None
+    assert read_rank_status(tmp_path, 3) is None
     heart = Heartbeat(3, tmp_path)
-    assert read_pulse(tmp_path, 3) == Pulse(3, 0, "starting", pytest.approx(0, abs=1), None)
+    assert read_rank_status(tmp_path, 3) == RankStatus(3, 0, "starting", pytest.approx(0, abs=1), None)
     heart.beat("data loading", 12, 0.25)
     time.sleep(0.05)
-    seen = read_pulse(tmp_path, 3)
+    seen = read_rank_status(tmp_path, 3)
     assert (seen.step, seen.phase, seen.median) == (12, "data loading", 0.25)
     assert 0.05 <= seen.age < 1
     Heartbeat(0, None).beat("anything", 1)
@@ -145,16 +145,16 @@ def test_what_matters_travels_and_the_machines_own_stays(tmp_path):
         "PATH": "/bin",
     }
     (tmp_path / ".deepspeed_env").write_text('# ours\nNCCL_DEBUG=WARN\nexport OWN="a b"\n')
-    assert travelling(here, [], []) == {"NCCL_DEBUG": "INFO", "HF_TOKEN": "t", "PATH": "/bin"}
-    assert travelling(here, ["MINE"], [tmp_path / "nowhere", tmp_path]) == {
+    assert forwarded_environment(here, [], []) == {"NCCL_DEBUG": "INFO", "HF_TOKEN": "t", "PATH": "/bin"}
+    assert forwarded_environment(here, ["MINE"], [tmp_path / "nowhere", tmp_path]) == {
         **{"NCCL_DEBUG": "WARN", "HF_TOKEN": "t", "PATH": "/bin"},
         **{"MINE": "1", "OWN": "a b"},
     }
     with pytest.raises(UserError, match="forward_environment names GONE"):
-        travelling(here, ["GONE"], [])
+        forwarded_environment(here, ["GONE"], [])
     (tmp_path / ".deepspeed_env").write_text("NCCL_DEBUG\n")
     with pytest.raises(UserError, match=r"deepspeed_env:1: \"NCCL_DEBUG\" must be NAME=value"):
-        travelling(here, [], [tmp_path])
+        forwarded_environment(here, [], [tmp_path])
 
 
 def test_the_interface_towards_this_machine_is_its_loopback():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config.run_keys import LoggingKeys
+from megatron.config.schema.run_keys import LoggingKeys
 from megatron.metrics.writers import METRICS_FILE, WriterSettings, open_writers
 
 

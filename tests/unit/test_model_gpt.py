@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron.config.estimate import parameter_count
+from megatron.config.parameter_counts import parameter_count
 from megatron.model.gpt import gather_logits, gpt_layers, make_loss
 from megatron.registry import names
 from tests.models import VARIETY, build, random_tokens, small

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from megatron.checkpoint.state import TrainState
-from megatron.data.build import build_sources
+from megatron.data.datasets import build_sources
 from megatron.engine.training import StepOutput
 from megatron.errors import RunError
 from megatron.tokenizer.build import build_tokenizer
-from megatron.training.divergence import PATIENCE, divergence, keep_batch
-from megatron.training.hooks import FinishedStep
+from megatron.training.hooks.base import FinishedStep
+from megatron.training.hooks.divergence import PATIENCE, divergence, keep_batch
 
 BATCH, SEQUENCE = 4, 8
 

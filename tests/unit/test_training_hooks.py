@@ -12,10 +12,10 @@ from megatron.engine.training import StepOutput
 from megatron.errors import RunError
 from megatron.metrics.interval import Workload
 from megatron.training.clock import Clock
-from megatron.training.divergence import Divergence
-from megatron.training.hooks import FinishedStep, Hook
+from megatron.training.hooks.base import FinishedStep, Hook
+from megatron.training.hooks.divergence import Divergence
+from megatron.training.hooks.metrics_log import Report, mean_loss
 from megatron.training.loop import final_step, train_steps
-from megatron.training.report import Report, mean_loss
 from tests import tiny
 
 WORK = Workload(tokens_per_step=100, flops_per_token=1e6, ranks=1, peak_flops=None)
@@ -112,7 +112,7 @@ def test_a_loss_scale_does_not_fall_for_ever():
 
 def test_a_run_that_has_diverged_is_not_saved_once_more():
     order = registry.names("hook")
-    assert order.index("report") < order.index("divergence") < order.index("saving")
+    assert order.index("metrics_log") < order.index("divergence") < order.index("saving")
 
 
 def test_every_hook_in_the_registry_is_there():

@@ -12,11 +12,11 @@ from megatron.engine.training import StepOutput
 from megatron.errors import RunError
 from megatron.metrics.interval import log_line
 from megatron.metrics.writers import MetricWriters
-from megatron.training.breakdown import Breakdown, Stopwatch
 from megatron.training.clock import Clock
-from megatron.training.hooks import Hook
+from megatron.training.hooks.base import Hook
+from megatron.training.hooks.breakdown import Breakdown, Stopwatch
+from megatron.training.hooks.profiling import Profiling, Recording, Wanted
 from megatron.training.loop import train_steps
-from megatron.training.profiling import Profiling, Recording, Wanted
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -125,7 +125,7 @@ def test_a_profile_that_cannot_be_written_ends_the_run_with_its_name(tmp_path):
 
 def test_profiling_ends_before_other_hooks_begin_to_work():
     order = registry.names("hook")
-    assert order.index("breakdown") < order.index("profiling") < order.index("report") < order.index("saving")
+    assert order.index("breakdown") < order.index("profiling") < order.index("metrics_log") < order.index("saving")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

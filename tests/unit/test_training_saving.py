@@ -10,8 +10,8 @@ from megatron.checkpoint.folder import BEST, point_to, publish
 from megatron.checkpoint.state import TrainState
 from megatron.engine.training import StepOutput
 from megatron.training.clock import Clock
-from megatron.training.hooks import FinishedStep
-from megatron.training.saving import SaveSteps, Saving, best_loss_in
+from megatron.training.hooks.base import FinishedStep
+from megatron.training.hooks.saving import SaveSteps, Saving, best_loss_in
 
 
 @pytest.mark.parametrize(

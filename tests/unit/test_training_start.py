@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron.checkpoint.folder import publish
-from megatron.config.run_keys import CheckpointKeys
+from megatron.config.schema.run_keys import CheckpointKeys
 from megatron.errors import UserError
 from megatron.training.start import check_writable, checkpoint_to_load
 

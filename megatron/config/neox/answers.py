@@ -1,0 +1,508 @@
+"""Every key of GPT-NeoX and what it means here, as data; `docs/from-neox.md` is written from it.
+
+Keys with the same answer share an entry. HONOURED keys are fields of Config; their lines say what differs.
+A key that becomes a field moves from TRANSLATED or REFUSED to HONOURED; the tests insist on it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.config.neox.translate import Answer
+
+# Keys that keep their meaning, with what a user of GPT-NeoX should know about some of them.
+HONOURED: dict[str, str] = {
+    "pipe_parallel_size": "0 and 1 are the same here",
+    "model_parallel_size": "",
+    "sequence_parallel": "model_parallel_size must divide seq_length",
+    "pipe_partition_method": "blocks are called TransformerBlock; type:transformer|mlp finds them too",
+    "precision": "",
+    "num_layers": "",
+    "hidden_size": "",
+    "num_attention_heads": "",
+    "num_kv_heads": "must be divisible by model_parallel_size",
+    "intermediate_size": "without a gate; with a gated activation it is refused with both lines to paste, because "
+    "GPT-NeoX counts it three times: write ffn_hidden_size",
+    "mlp_multiple_of": "the default width is rounded up to it; a written width must be a multiple",
+    "seq_length": "",
+    "sliding_window_width": "for layers that attention_config calls local",
+    "max_position_embeddings": "unset: seq_length",
+    "norm": "layernorm or rmsnorm",
+    "layernorm_epsilon": "",
+    "rms_norm_epsilon": "",
+    "pos_emb": "learned, rotary or none",
+    "no_weight_tying": "",
+    "attention_config": "global, flash and local",
+    "make_vocab_size_divisible_by": "model_parallel_size must divide the result and does not multiply it, so that no "
+    "layout changes the model",
+    "activation": "a gated one without ffn_hidden_size gets 8/3 of hidden_size, GPT-NeoX 4/3; a line says so",
+    "init_method_std": "",
+    "rotary_pct": "",
+    "rotary_emb_base": "",
+    "init_method": "normal, scaled_normal, small_init or wang_init",
+    "output_layer_init_method": "as init_method",
+    "gpt_j_residual": "",
+    "gpt_j_tied": "",
+    "use_bias_in_attn_linear": "",
+    "use_bias_in_mlp": "works with gpt_j_residual and without a gate too",
+    "lr_decay_style": "linear and cosine go from the peak to min_lr at the last decay step; GPT-NeoX aims at 0, later, "
+    "and cuts off at min_lr. exponential is GPT-NeoX's: half of the peak at the end",
+    "lr_decay_iters": "",
+    "lr_decay_fraction": "",
+    "min_lr": "",
+    "warmup": "the first step already moves",
+    "use_wandb": "off unless it is true; a key that is found does not turn it on",
+    "wandb_group": "",
+    "wandb_run_name": "",
+    "wandb_team": "",
+    "wandb_project": "",
+    "wandb_host": "",
+    "log_dir": "rank_N.log and metrics.jsonl",
+    "tensorboard_dir": "",
+    "peak_theoretical_tflops": "known GPUs need none",
+    "log_interval": "",
+    "wall_clock_breakdown": "in the log line and metrics.jsonl; steps_per_print plays no part",
+    "profile": "every rank's trace and table of kernels go to the folder profile of log_dir, not to tensorboard_dir",
+    "profile_step_start": "",
+    "profile_step_stop": "the step after it has no part in the profile, as there",
+    "memory_profiling": "of the profiled steps, every rank, with or without profile; a table on a CPU",
+    "memory_profiling_path": "a folder, as there; unset: the folder profile of log_dir",
+    "distributed_backend": "nccl or gloo",
+    "eod_mask_loss": "",
+    "seed": "",
+    "iteration": "",
+    "tokenizer_type": "",
+    "padded_vocab_size": "may be written; else derived from the tokenizer",
+    "data_path": "",
+    **{f"{part}_data_paths": "valid and test may be left out" for part in ("train", "valid", "test")},
+    **{f"{part}_data_weights": "exact at every step, to within one sample" for part in ("train", "valid", "test")},
+    **{f"{part}_label_data_paths": "" for part in ("train", "valid", "test")},
+    "weight_by_num_documents": "excludes written weights",
+    "weighted_sampler_alpha": "weights are documents ** alpha, as GPT-NeoX documents it; its code multiplies by 1 - p",
+    "pack_impl": "",
+    "allow_chopped": "with pack_until_overflow and unpacked only",
+    "data_impl": "infer means mmap; mock makes up text",
+    "save": "a run saves at its end too; the format is layout-free and not DeepSpeed's",
+    "load": "a folder without a checkpoint is an error unless it is save's",
+    "checkpoint_factor": "unset: only at the end",
+    "checkpoint_scale": "log: after 1, f, f², ... steps, f being checkpoint_factor",
+    "extra_save_iters": "never deleted",
+    "no_load_optim": "the optimizer itself is kept",
+    "no_load_rng": "no random state is saved: dropout and data order are functions of seed and step",
+    "finetune": "",
+    "train_iters": "",
+    "eval_iters": "always the same samples; 0: none",
+    "keep_last_n_checkpoints": "",
+    "eval_interval": "",
+    "split": "",
+    "vocab_file": "",
+    "merge_file": "",
+    "num_workers": "",
+    "exit_interval": "",
+    "attention_dropout": "",
+    "hidden_dropout": "",
+    "weight_decay": "norms and biases have none, as there",
+    "checkpoint_activations": "",
+    "checkpoint_num_layers": "",
+    "partition_activations": "no effect with sequence_parallel, which cuts them already",
+    "checkpoint_in_cpu": "",
+    "fp32_allreduce": "",
+    "text_gen_type": "unconditional, input-file or interactive",
+    "temperature": "",
+    "top_p": "",
+    "top_k": "",
+    "return_logits": "",
+    "maximum_tokens": "",
+    "prompt_end": "",
+    "sample_input_file": "",
+    "sample_output_file": "",
+    "num_samples": "",
+    "recompute": "",
+    "eval_results_prefix": "",
+    "eval_tasks": "tasks, groups and tags; all documents unless eval_limit says otherwise, GPT-NeoX takes 10",
+    "train_batch_size": "",
+    "train_micro_batch_size_per_gpu": "",
+    "gradient_accumulation_steps": "unset: derived from the two other sizes, else 1",
+    "optimizer": "type and params; Adam is AdamW, as there",
+    "optimizer.type": "",
+    "optimizer.params": "",
+    "optimizer.params.lr": "1e-4 is a number",
+    "optimizer.params.betas": "",
+    "optimizer.params.eps": "",
+    "fp16": "",
+    "fp16.enabled": "",
+    "fp16.loss_scale": "0: dynamic",
+    "fp16.loss_scale_window": "",
+    "fp16.hysteresis": "",
+    "fp16.min_loss_scale": "",
+    "fp16.initial_scale_power": "",
+    "bf16": "",
+    "bf16.enabled": "",
+    "gradient_clipping": "",
+    "zero_optimization": "stages 0 to 3; offload_optimizer and offload_param to the CPU, not to NVMe",
+    "zero_optimization.stage": "fp16 with stage 0 runs as stage 1; 1 and 2 run as 0 where there is one replica",
+    "zero_optimization.allgather_partitions": "",
+    "zero_optimization.allgather_bucket_size": "",
+    "zero_optimization.overlap_comm": "",
+    "zero_optimization.reduce_scatter": "",
+    "zero_optimization.reduce_bucket_size": "",
+    "zero_optimization.contiguous_gradients": "",
+    "data_types": "",
+    "data_types.grad_accum_dtype": "",
+    "hostfile": "DLTS_HOSTFILE and /job/hostfile work too",
+    "include": "",
+    "exclude": "",
+    "num_nodes": "-1 (all) is the same as unset",
+    "num_gpus": "processes per node, on a CPU machine too",
+    "master_port": "unset: a free one",
+    "master_addr": "",
+    "launcher": "unset: pdsh with a hostfile of several hosts, slurm inside an allocation, else local",
+}
+
+
+def _leave_out_if_gelu(value: Any, keys: Mapping[str, Any]) -> dict[str, Any] | None:
+    return {"activation": "gelu_tanh"} if value is True and keys.get("activation", "gelu") == "gelu" else {}
+
+
+def _bfloat16(value: Any, keys: Mapping[str, Any]) -> dict[str, Any] | None:
+    fp16 = keys["fp16"]
+    on = fp16.pop("enabled", fp16.pop("fp16", True)) is not False
+    return {"bf16.enabled": on} if value == "bfloat16" else {"fp16.enabled": on}
+
+
+_FUSION = "torch's kernels and torch.compile do what the hand-written kernel did; the numbers are the same"
+_SUBSIDIARY = "nothing here reads it, as what it belongs to is not built in"
+_DEAD = "GPT-NeoX declares it and never reads it"
+
+# Keys that are replaced by others, or that change nothing here whatever their value.
+TRANSLATED: tuple[tuple[tuple[str, ...], Answer], ...] = (
+    (("fp16.fp16",), Answer("translated", "DeepSpeed knows enabled only", change=lambda v, _: {"fp16.enabled": v})),
+    (("bf16.bf16",), Answer("translated", "DeepSpeed knows enabled only", change=lambda v, _: {"bf16.enabled": v})),
+    (("fp16.type",), Answer("translated", "the number format has a group of its own", change=_bfloat16)),
+    (("fp16.auto_cast",), Answer("translated", "token ids go into the model, and there is nothing to cast")),
+    (
+        tuple(
+            f"bf16.{key}"
+            for key in ("loss_scale", "loss_scale_window", "initial_scale_power", "hysteresis", "min_loss_scale")
+        ),
+        Answer("translated", "bfloat16 has the range of fp32 and needs no loss scale"),
+    ),
+    (
+        ("zero_optimization.cpu_offload",),
+        Answer(
+            "translated",
+            "DeepSpeed's name since 2021",
+            change=lambda value, _: {"zero_optimization.offload_optimizer.device": "cpu" if value else "none"},
+        ),
+    ),
+    (
+        ("save_interval",),
+        Answer("translated", "its name since 2022", change=lambda value, _: {"checkpoint_factor": value}),
+    ),
+    (
+        ("bias_gelu_fusion",),
+        Answer(
+            "translated",
+            "GPT-NeoX's fused kernel is the tanh form of gelu, another function than gelu; else it changes nothing",
+            change=_leave_out_if_gelu,
+        ),
+    ),
+    (
+        (
+            "layernorm_fusion",
+            "rmsnorm_fusion",
+            "use_flashattn_swiglu",
+            "scaled_upper_triang_masked_softmax_fusion",
+            "scaled_masked_softmax_fusion",
+            "bias_dropout_fusion",
+            "rope_fusion",
+        ),
+        Answer("translated", _FUSION),
+    ),
+    (("fused_kernels_build_path",), Answer("translated", "there are no kernels to build")),
+    (
+        ("attention_softmax_in_fp32", "apply_query_key_layer_scaling"),
+        Answer("translated", "every attention kernel here takes its softmax in fp32 already"),
+    ),
+    (
+        ("use_cpu_initialization",),
+        Answer("translated", "weights are always drawn on the CPU, the same in every layout"),
+    ),
+    (("rotary_save_freqs_buffer",), Answer("translated", "checkpoints hold parameters only")),
+    (("onnx_safe",), Answer("translated", "gelu is the exact one already, and nothing here writes ONNX")),
+    (
+        ("param_sharing_style", "use_bias_in_norms", "short_seq_prob", "deepscale", "deepscale_config"),
+        Answer("translated", _DEAD),
+    ),
+    (("adlr_autoresume", "adlr_autoresume_interval", "no_save_optim"), Answer("translated", _DEAD)),
+    (("hysteresis", "loss_scale_window", "min_scale"), Answer("translated", f"{_DEAD}; write them in the group fp16")),
+    (("mup_attn_temp", "mup_output_temp", "moe_lbl_in_fp32"), Answer("translated", _DEAD)),
+    (("weight_server_port", "te_fp8_margin"), Answer("translated", _DEAD)),
+    (("output_layer_parallelism",), Answer("translated", "the output layer is always cut along the vocabulary")),
+    (("rpe_num_buckets", "rpe_max_distance", "scalenorm_epsilon", "gmlp_attn_dim"), Answer("translated", _SUBSIDIARY)),
+    (
+        (
+            "mamba_selective_scan_fusion",
+            "mamba_causal_conv_fusion",
+            "mamba_inner_func_fusion",
+            "mamba_selective_fp32_params",
+            "mamba_use_bias_in_conv",
+            "mamba_use_bias_in_linears",
+            "dim_att",
+            "ffn_dim",
+        ),
+        Answer("translated", "only Mamba and RWKV layers read it, and there are none here"),
+    ),
+    (
+        ("head_size",),
+        Answer("translated", "only RWKV layers read it, and there are none here; for attention write head_dim"),
+    ),
+    (
+        ("sparsity_config", "sparsity_config.block", "sparsity_config.num_local_blocks"),
+        Answer("translated", _SUBSIDIARY),
+    ),
+    (
+        (
+            "te_fp8_format",
+            "te_fp8_wgrad",
+            "te_fp8_amax_history_len",
+            "te_fp8_amax_compute_algo",
+            "online_dataserver_ips",
+            "online_dataserver_ports",
+            "comet_workspace",
+            "comet_project",
+            "comet_experiment_name",
+            "comet_tags",
+            "comet_others",
+            "gradient_noise_scale_n_batches",
+            "gradient_noise_scale_cpu_offload",
+            "precompute_model_name",
+            "s3_chunk_size",
+        ),
+        Answer("translated", _SUBSIDIARY),
+    ),
+    (
+        (
+            "dpo_fp32",
+            "dpo_reference_free",
+            "dpo_beta",
+            "kto_fp32",
+            "kto_desirable_weight",
+            "kto_undesirable_weight",
+            "kto_beta",
+            "fp32_reinforce",
+            "kl_impl",
+            "kl_div_beta",
+            "reinforce_leave_one_out",
+        ),
+        Answer("translated", "only preference training (train_impl) reads it, and there is none here"),
+    ),
+    (
+        ("mup_init_scale", "mup_embedding_mult", "mup_rp_embedding_mult", "mup_width_scale", "base_shapes_file"),
+        Answer("translated", "only use_mup reads it, and there is none here"),
+    ),
+    (
+        ("moe_expert_interval", "moe_top_k", "moe_router_type", "moe_jitter_eps"),
+        Answer("translated", "only experts (moe_num_experts) read it, and there are none here"),
+    ),
+    (("override_lr_scheduler",), Answer("translated", "the schedule of the configuration always counts")),
+    (("log_grad_norm",), Answer("translated", "the gradient norm is in every log line")),
+    (("lazy_mpu_init",), Answer("translated", "ranks always meet when they start")),
+    (
+        ("use_shared_fs",),
+        Answer("translated", "no index files are written beside the data, so nothing has to be shared"),
+    ),
+    (("mmap_warmup",), Answer("translated", "the operating system reads ahead; nothing is read twice")),
+    (("zero_optimization.load_from_fp32_weights",), Answer("translated", "checkpoints always hold fp32 weights")),
+    (("no_save_rng",), Answer("translated", "there is no random state to save")),
+    (
+        ("deepspeed_activation_checkpointing",),
+        Answer("translated", "GPT-NeoX has deprecated it; see checkpoint_activations"),
+    ),
+    (
+        ("contiguous_checkpointing", "synchronize_each_layer"),
+        Answer("translated", "torch's own allocator and streams see to it; the numbers are the same"),
+    ),
+    (("steps_per_print", "dump_state"), Answer("translated", "log_interval sets our own log")),
+    (("profile_backward",), Answer("translated", "what is computed again in the backward pass is in every profile")),
+    (("no_ssh_check", "force_multi"), Answer("translated", "the launcher finds out by itself")),
+)
+
+_SET_BY_CODE = "it is worked out by the program; leave it out"
+_POST_TRAINING = "this is preference training or fine-tuning on labels; here models are pretrained"
+
+# Keys that stop the run with exit code 2, unless their value would change nothing.
+REFUSED: tuple[tuple[tuple[str, ...], Answer], ...] = (
+    (
+        (
+            "world_size",
+            "is_pipe_parallel",
+            "git_hash",
+            "local_rank",
+            "rank",
+            "user_script",
+            "do_train",
+            "do_valid",
+            "do_test",
+            "config_files",
+            "batch_size",
+            "dynamic_loss_scale",
+            "comet_experiment",
+        ),
+        Answer("refused", _SET_BY_CODE),
+    ),
+    (
+        ("global_num_gpus",),
+        Answer("refused", "num_nodes and num_gpus with --dry-run plan for machines that are not here"),
+    ),
+    (("expansion_factor",), Answer("refused", "write ffn_hidden_size, the true width (factor x hidden_size)")),
+    (
+        ("use_qk_layernorm",),
+        Answer(
+            "refused",
+            "its numbers depend on model_parallel_size; write qk_norm: head (Qwen 3) or full (OLMo 2), with rmsnorm",
+        ),
+    ),
+    (("opt_pos_emb_offset",), Answer("refused", "OPT's shifted positions are not built in", harmless=(0,))),
+    (("num_unique_layers",), Answer("refused", "layers do not share weights, there neither; leave it out")),
+    (("fp16_lm_cross_entropy",), Answer("refused", "the loss is taken in fp32, chunk by chunk; leave it out")),
+    (("soft_prompt_tuning",), Answer("refused", "train the weights instead: finetune: true with load")),
+    (("serve_model_weights",), Answer("refused", "weights are handed over as checkpoints (save)")),
+    (
+        ("te_columnparallel", "te_rowparallel", "te_layernorm_mlp", "te_mha", "te_fp8_mha"),
+        Answer("refused", "Transformer Engine is not used; without the key the same layers run in torch, in bf16"),
+    ),
+    (("optimizer_type",), Answer("refused", "write optimizer: {type: ...}")),
+    (("lr",), Answer("refused", "write optimizer: {params: {lr: ...}}")),
+    (("clip_grad",), Answer("refused", "write gradient_clipping")),
+    (("loss_scale",), Answer("refused", "write fp16: {loss_scale: ...}")),
+    (("use_bnb_optimizer",), Answer("refused", "8-bit optimizer states are not built in; ZeRO shards full ones")),
+    (
+        (
+            "zero_stage",
+            "zero_reduce_scatter",
+            "zero_contiguous_gradients",
+            "zero_reduce_bucket_size",
+            "zero_allgather_bucket_size",
+        ),
+        Answer("refused", "write it in the group zero_optimization"),
+    ),
+    (
+        ("use_checkpoint_lr_scheduler",),
+        Answer("refused", "the schedule comes from the configuration; write the checkpoint's lr keys there"),
+    ),
+    (("wandb_init_all_ranks",), Answer("refused", "rank 0 reports for all; each rank has its own log in log_dir")),
+    (("use_comet",), Answer("refused", "use use_wandb or tensorboard_dir; metrics.jsonl is always written")),
+    (
+        ("log_grad_pct_zeros", "log_param_norm", "log_optimizer_states", "log_gradient_noise_scale"),
+        Answer("refused", "it is not measured; loss, gradient norm, rate and speed are (metrics.jsonl)"),
+    ),
+    (("deepspeed_mpi",), Answer("refused", "write launcher: openmpi")),
+    (("deepspeed_slurm",), Answer("refused", "write launcher: slurm")),
+    (
+        tuple(f"{part}_reward_data_paths" for part in ("train", "valid", "test"))
+        + tuple(f"{side}_{part}_data_paths" for side in ("pos", "neg") for part in ("train", "valid", "test"))
+        + tuple(f"{side}_{part}_label_data_paths" for side in ("pos", "neg") for part in ("train", "valid", "test")),
+        Answer("refused", _POST_TRAINING),
+    ),
+    (("dataset_impl",), Answer("refused", _POST_TRAINING, harmless=("gpt2",))),
+    (("train_impl",), Answer("refused", _POST_TRAINING, harmless=("normal",))),
+    (("z_loss",), Answer("refused", "GPT-NeoX reads it for reward models only", harmless=(0, 0.0))),
+    (("s3_path",), Answer("refused", "copy finished folders of save with the store's own tool")),
+    (
+        ("checkpoint_validation_with_forward_pass",),
+        Answer("refused", "evaluate.py measures a checkpoint; what is loaded is checked by shape and name"),
+    ),
+    (("train_epochs",), Answer("refused", "write train_iters: epochs x tokens / (train_batch_size x seq_length)")),
+    (("char_level_ppl",), Answer("refused", "evaluate.py always tells perplexity per token, word and byte")),
+    (("use_mup", "coord_check", "save_base_shapes"), Answer("refused", "muP is not built in; set lr and init_method")),
+    (
+        ("moe_num_experts",),
+        Answer("refused", "there are no experts yet; ffn_hidden_size makes a dense layer wider", harmless=(1,)),
+    ),
+    (("deepspeed",), Answer("refused", "training always goes through DeepSpeed; leave it out", harmless=(True,))),
+    (("scheduler",), Answer("refused", "write lr_decay_style, warmup and min_lr")),
+    (
+        ("communication_data_type",),
+        Answer("refused", "gradients travel in their own format; fp32_allreduce: true makes it fp32"),
+    ),
+    (
+        ("prescale_gradients", "gradient_predivide_factor"),
+        Answer("refused", "gradients are averaged after the sum; leave it out", harmless=(1, 1.0)),
+    ),
+    (("sparse_gradients",), Answer("refused", "gradients of the embedding are dense; leave it out")),
+    (("amp",), Answer("refused", "write precision: fp16 or bfloat16")),
+    (
+        ("curriculum_learning", "curriculum_seqlen", "data_efficiency"),
+        Answer("refused", "samples always have seq_length tokens", harmless=(0,)),
+    ),
+    (("flops_profiler",), Answer("refused", "FLOP/s and MFU are in the log line")),
+    (("autotuning", "autotuning_run"), Answer("refused", "compare layouts with --dry-run instead")),
+    (("activation_checkpointing",), Answer("refused", "write checkpoint_activations and checkpoint_num_layers")),
+    (("sparse_attention",), Answer("refused", "write attention_config with local layers")),
+    (("tensorboard",), Answer("refused", "write tensorboard_dir")),
+    (("wandb",), Answer("refused", "write use_wandb, wandb_project and their like")),
+    (("csv_monitor",), Answer("refused", "metrics.jsonl in log_dir has every figure")),
+    (("elasticity",), Answer("refused", "stop, and resume from save on any number of ranks")),
+    (("comms_logger",), Answer("refused", "NCCL_DEBUG=INFO shows the communication")),
+    (("compression_training",), Answer("refused", "models are trained whole")),
+    (("checkpoint",), Answer("refused", "write save, load and checkpoint_factor")),
+    (("deepspeed_extra_args",), Answer("refused", "DeepSpeed's dictionary is derived from checked keys; set those")),
+    (
+        tuple(f"deepspeed_extra_args.comms_logger{key}" for key in ("", ".enabled", ".verbose", ".prof_all", ".debug")),
+        Answer("refused", "NCCL_DEBUG=INFO shows the communication"),
+    ),
+    (("comment", "account"), Answer("refused", "give it to sbatch or salloc, which make the allocation")),
+)
+
+_INIT = "normal, scaled_normal, small_init and wang_init are known"
+
+# Single values of honoured keys, lower case.
+VALUES: dict[tuple[str, object], Answer] = {
+    ("activation", "swish"): Answer(
+        "translated", "two names of one function", change=lambda value, _: {"activation": "silu"}
+    ),
+    **{
+        ("activation", name): Answer("refused", "gelu, relu, silu, swiglu, geglu or reglu would work")
+        for name in ("softsign", "mish", "bilinear", "glu")
+    },
+    ("norm", "te_rmsnorm"): Answer("translated", "the same sum in torch", change=lambda value, _: {"norm": "rmsnorm"}),
+    ("norm", "te_layernorm"): Answer("translated", "the same sum in torch", change=lambda v, _: {"norm": "layernorm"}),
+    **{
+        ("norm", name): Answer("refused", "layernorm or rmsnorm would work")
+        for name in ("scalenorm", "non_parametric_layernorm")
+    },
+    **{
+        ("pos_emb", name): Answer("refused", "rotary, learned or none would work")
+        for name in ("sinusoidal", "rpe", "alibi")
+    },
+    **{
+        (key, name): Answer("refused", _INIT)
+        for key in ("init_method", "output_layer_init_method")
+        for name in (
+            "orthogonal",
+            "scaled_orthogonal",
+            "xavier_uniform",
+            "xavier_normal",
+            "single_residual_scaled_normal",
+        )
+    },
+    **{
+        ("optimizer.type", name): Answer("refused", "Adam or SGD would work; ZeRO shards their states")
+        for name in ("onebitadam", "cpu_adam", "cpu_torch_adam", "sm3", "madgrad_wd", "lion")
+    },
+    ("precision", "bf16"): Answer("refused", "write bfloat16"),
+    ("data_impl", "cached"): Answer("refused", "encode the text again with tools/preprocess_data.py, as mmap"),
+    ("text_gen_type", "precompute"): Answer("refused", "return_logits: true writes logits beside the text"),
+    ("num_nodes", -1): Answer("translated", "all nodes is what unset means", change=lambda value, _: {}),
+    ("launcher", "mvapich"): Answer("refused", "torchrun works under every scheduler"),
+}
+
+
+def _table() -> dict[str, Answer]:
+    table = {key: Answer("honoured", line) for key, line in HONOURED.items()}
+    for keys, answer in (*TRANSLATED, *REFUSED):
+        table |= dict.fromkeys(keys, answer)
+    return table
+
+
+ANSWERS: dict[str, Answer] = _table()

@@ -1,0 +1,74 @@
+"""How many parameters a model has, whole and per rank, and what follows from that.
+
+Arithmetic on sizes, so that --dry-run needs no torch. A test compares it with real models.
+Letters: h hidden size, f feed-forward width, n query heads, g key/value heads, d head size.
+"""
+
+from collections.abc import Iterable
+
+from megatron.config.plan import ModelPlan, Plan
+from megatron.config.widths import is_gated
+
+MOMENTS = {"sgd": 1}  # tensors like the parameter that an optimizer keeps; the others keep two
+
+
+def parameter_count(model: ModelPlan) -> int:
+    """Parameters of the whole model, without the padding of the vocabulary: what a checkpoint holds."""
+    head = 0 if model.tied_embeddings else model.vocab_size * model.hidden_size
+    ends = (model.vocab_size + _positions(model)) * model.hidden_size + _norm(model) + head
+    return ends + model.num_layers * _block(model, split=1)
+
+
+def embedding_parameters(model: ModelPlan) -> int:
+    """How many of them are token and position embeddings."""
+    return (model.vocab_size + _positions(model)) * model.hidden_size
+
+
+def layer_parameters(model: ModelPlan, split: int = 1) -> list[int]:
+    """Parameters in memory of every layer, on one of `split` tensor-parallel ranks: embedding, blocks, norm, head."""
+    rows = model.padded_vocab_size // split * model.hidden_size
+    blocks = [_block(model, split)] * model.num_layers
+    return [rows + _positions(model) * model.hidden_size, *blocks, _norm(model), rows]
+
+
+def held_parameters(model: ModelPlan, split: int, layers: Iterable[int]) -> int:
+    """Parameters in memory of some of the layers on one rank; tied ends that meet on it are one."""
+    held, counts = set(layers), layer_parameters(model, split)
+    shared = model.tied_embeddings and {0, len(counts) - 1} <= held
+    return sum(counts[layer] for layer in held) - (counts[-1] if shared else 0)
+
+
+def flops_per_token(model: ModelPlan, sequence_length: int) -> float:
+    """FLOPs of one token, forward and backward: 6 N + 12 L n d s, recomputation not counted (see metrics/flops.py)."""
+    width = model.num_attention_heads * model.head_size
+    return 6.0 * parameter_count(model) + 12.0 * model.num_layers * width * sequence_length
+
+
+def checkpoint_bytes(plan: Plan) -> int:
+    """Bytes of a checkpoint: fp32 weights and moments, 12 a parameter with Adam."""
+    return 4 * (1 + MOMENTS.get(plan.optimizer.kind, 2)) * parameter_count(plan.model)
+
+
+def _positions(model: ModelPlan) -> int:
+    return model.max_position_embeddings if model.position_embedding == "learned" else 0
+
+
+def _norm(model: ModelPlan) -> int:
+    return model.hidden_size * (1 if model.norm == "rmsnorm" else 2)
+
+
+def _block(model: ModelPlan, split: int) -> int:
+    """Parameters of one block on one of `split` tensor-parallel ranks; what is not split is counted whole."""
+    hidden, width = model.hidden_size, model.ffn_hidden_size
+    queries = model.num_attention_heads * model.head_size
+    fused = queries + 2 * model.num_kv_heads * model.head_size
+    inner = (2 if is_gated(model.activation) else 1) * width
+    attention = (fused + queries) * hidden // split
+    feed_forward = (inner + width) * hidden // split
+    biases = (fused // split + hidden) * model.bias_in_attention + (inner // split + hidden) * model.bias_in_mlp
+    norms = (1 if model.tied_norm else 2) * _norm(model)
+    if model.qk_norm == "head":
+        norms += 2 * model.head_size
+    elif model.qk_norm == "full":
+        norms += (model.num_attention_heads + model.num_kv_heads) * model.head_size // split
+    return attention + feed_forward + biases + norms

@@ -1,0 +1,1 @@
+"""The keys of the configuration, in groups, with their types, defaults and documentation."""

@@ -1,0 +1,72 @@
+"""`Config`: what the user wrote, checked, frozen, in groups.
+
+Every key of the flat YAML is a field of one group (or `plugins`). Derived values are not here: see `resolve`.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from megatron.config.schema.data_keys import DataKeys
+from megatron.config.schema.key_group import Group
+from megatron.config.schema.model_keys import ModelKeys, ParallelismKeys
+from megatron.config.schema.run_keys import (
+    CheckpointKeys,
+    EvaluationKeys,
+    GenerationKeys,
+    LauncherKeys,
+    LoggingKeys,
+    ProfilingKeys,
+    TokenizerKeys,
+)
+from megatron.config.schema.training_keys import BatchKeys, EngineKeys, OptimizerKeys, PrecisionKeys, TrainingKeys
+
+
+class Config(Group):
+    """One run, exactly as written, with the defaults of what was not."""
+
+    parallelism: ParallelismKeys
+    model: ModelKeys
+    optimizer: OptimizerKeys
+    precision: PrecisionKeys
+    engine: EngineKeys
+    batch: BatchKeys
+    tokenizer: TokenizerKeys
+    data: DataKeys
+    training: TrainingKeys
+    checkpoint: CheckpointKeys
+    logging: LoggingKeys
+    profiling: ProfilingKeys
+    generation: GenerationKeys
+    evaluation: EvaluationKeys
+    launcher: LauncherKeys
+
+    plugins: tuple[str, ...] = ()
+    """Python modules whose DEEPY_REGISTRY adds names to the registry."""
+
+    @property
+    def log_folder(self) -> str | None:
+        """Where logs and metrics go: log_dir, else logs in save, else nowhere."""
+        if self.logging.log_dir is None and self.checkpoint.save is not None:
+            return str(Path(self.checkpoint.save) / "logs")
+        return self.logging.log_dir
+
+    def to_flat(self, with_defaults: bool = False) -> dict[str, Any]:
+        """The flat keys: those that were written, or all of them. Plain lists, dicts and numbers, fit for JSON."""
+        flat = {} if "plugins" not in self.model_fields_set else {"plugins": list(self.plugins)}
+        for group in group_fields():
+            flat |= getattr(self, group).model_dump(mode="json", exclude_unset=not with_defaults)
+        return flat
+
+
+@cache
+def group_fields() -> dict[str, type[Group]]:
+    """Names and classes of the groups of Config."""
+    annotations = {name: field.annotation for name, field in Config.model_fields.items()}
+    return {name: kind for name, kind in annotations.items() if isinstance(kind, type) and issubclass(kind, Group)}
+
+
+@cache
+def group_of_key() -> dict[str, str]:
+    """The group that holds each flat key."""
+    return {key: name for name, kind in group_fields().items() for key in kind.model_fields}

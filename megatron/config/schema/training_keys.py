@@ -1,0 +1,260 @@
+"""Keys that say how the model is trained: optimizer, precision, ZeRO, batch and steps."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from megatron import registry
+from megatron.config.schema.key_group import (
+    Elements,
+    Fraction,
+    Group,
+    NotNegativeFloat,
+    NotNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    registered,
+)
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _registered_spelling(value: object) -> object:
+    """The optimizer's name as the registry writes it: upper and lower case are the same."""
+    spellings = {name.lower(): name for name in registry.names("optimizer")}
+    return spellings.get(value.lower(), value.lower()) if isinstance(value, str) else value
+
+
+class OptimizerParams(Group):
+    """`optimizer.params`."""
+
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate."""
+
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+
+    weight_decay: NotNegativeFloat | None = None
+    """The same as the key weight_decay; say it in one place."""
+
+
+class OptimizerChoice(Group):
+    """`optimizer`: `{type: Adam, params: {lr: 6e-4, betas: [0.9, 0.95], eps: 1e-8}}`."""
+
+    type: Annotated[str, BeforeValidator(_registered_spelling), registered("optimizer")] = "adam"
+    """Adam and AdamW are both AdamW (decoupled weight decay); SGD, whose weight decay is L2: added to the gradient
+    after the clip, and so part of its momentum. Upper and lower case are the same."""
+
+    params: OptimizerParams = OptimizerParams()
+    """Settings of the optimizer."""
+
+
+class OptimizerKeys(Group):
+    """Optimizer and learning rate."""
+
+    optimizer: OptimizerChoice = OptimizerChoice()
+    """Type and params."""
+
+    weight_decay: NotNegativeFloat = 0.1
+    """Weight decay of matrices, decoupled with Adam and L2 with SGD; norms and biases have none."""
+
+    gradient_clipping: NotNegativeFloat = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+
+    lr_decay_style: Annotated[str, registered("lr_schedule")] = "linear"
+    """Schedule after warm-up: constant, linear or cosine (both from the peak to min_lr), exponential (to half of the
+    peak, never below min_lr)."""
+
+    lr_decay_iters: PositiveInt | None = None
+    """Steps, warm-up included, until the learning rate is min_lr. Unset: lr_decay_fraction, or train_iters."""
+
+    lr_decay_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """lr_decay_iters as a fraction of train_iters."""
+
+    min_lr: NotNegativeFloat = 0.0
+    """Learning rate at the end of the decay."""
+
+    warmup: Fraction = 0.01
+    """Linear warm-up, as a fraction of the decay steps."""
+
+
+class Fp16Keys(Group):
+    """`fp16`."""
+
+    enabled: bool | None = None
+    """Train in fp16 with loss scaling."""
+
+    loss_scale: NotNegativeFloat = 0.0
+    """Constant loss scale; 0: dynamic."""
+
+    loss_scale_window: PositiveInt = 1000
+    """Steps without overflow after which a dynamic scale doubles."""
+
+    hysteresis: PositiveInt = 2
+    """Overflows to see before a dynamic scale halves."""
+
+    min_loss_scale: PositiveFloat = 1.0
+    """Smallest dynamic scale."""
+
+    initial_scale_power: NotNegativeInt = 12
+    """A dynamic scale starts at two to this power."""
+
+
+class Bf16Keys(Group):
+    """`bf16`."""
+
+    enabled: bool | None = None
+    """Train in bfloat16 with fp32 master weights."""
+
+
+class DataTypes(Group):
+    """`data_types`."""
+
+    grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Type in which the gradients of a step's micro-batches are summed. Unset: fp32 with bf16 weights, else as the
+    weights. Over replicas they are averaged in 16 bits all the same, unless fp32_allreduce is set."""
+
+
+class PrecisionKeys(Group):
+    """Number formats. With nothing set: fp32."""
+
+    precision: Literal["fp32", "fp16", "bfloat16"] | None = None
+    """Format of weights and activations. Unset: from fp16 and bf16, else fp32."""
+
+    fp16: Fp16Keys = Fp16Keys()
+    """fp16 and its loss scale."""
+
+    bf16: Bf16Keys = Bf16Keys()
+    """bfloat16."""
+
+    data_types: DataTypes = DataTypes()
+    """Further formats."""
+
+
+class OffloadKeys(Group):
+    """`zero_optimization.offload_optimizer` and `.offload_param`."""
+
+    device: Literal["none", "cpu"] = "none"
+    """cpu: kept in the memory of the host."""
+
+    pin_memory: bool = True
+    """In pages that stay, for faster copies; false where the limit of locked memory is small."""
+
+
+class ZeroKeys(Group):
+    """`zero_optimization`: DeepSpeed's ZeRO."""
+
+    stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """0: off; 1: optimizer states, 2: and gradients, 3: and parameters are sharded over data-parallel ranks.
+    2 and 3 exclude a pipeline. 1 and 2 run as 0 where there is one replica, and nothing to share."""
+
+    allgather_partitions: bool = True
+    """Collect updated parameters by all-gather instead of broadcasts."""
+
+    allgather_bucket_size: Elements = 500_000_000
+    """Elements gathered at a time."""
+
+    overlap_comm: bool | None = None
+    """Overlap the reduction of gradients with the backward pass. Unset: in stage 3 only."""
+
+    reduce_scatter: bool = True
+    """Average gradients by reduce-scatter instead of all-reduce."""
+
+    reduce_bucket_size: Elements = 500_000_000
+    """Elements reduced at a time."""
+
+    contiguous_gradients: bool = True
+    """Copy gradients into one buffer as they are produced."""
+
+    round_robin_gradients: bool = False
+    """Stages 1 and 2: deal gradients to ranks in turn."""
+
+    sub_group_size: Elements = 1_000_000_000
+    """Stage 3: elements that one optimizer update handles at a time."""
+
+    stage3_prefetch_bucket_size: Elements = 50_000_000
+    """Stage 3: elements fetched ahead of use."""
+
+    stage3_param_persistence_threshold: Elements = 100_000
+    """Stage 3: smaller parameters stay whole on every rank."""
+
+    stage3_max_live_parameters: Elements = 1_000_000_000
+    """Stage 3: elements that may be whole at a time."""
+
+    stage3_max_reuse_distance: Elements = 1_000_000_000
+    """Stage 3: a parameter used again within this many elements is not released."""
+
+    offload_optimizer: OffloadKeys = OffloadKeys()
+    """Stages 1 to 3: fp32 weights and optimizer states in the memory of the host, where its CPU makes the update."""
+
+    offload_param: OffloadKeys = OffloadKeys()
+    """Stage 3: the weights in the memory of the host, and on the device only while they are used."""
+
+
+class EngineKeys(Group):
+    """Memory against speed."""
+
+    fp32_allreduce: bool = False
+    """Average 16-bit gradients over ranks in fp32: twice the traffic, less rounding."""
+
+    zero_optimization: ZeroKeys = ZeroKeys()
+    """Sharding of optimizer states, gradients and parameters."""
+
+    checkpoint_activations: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+
+    checkpoint_num_layers: PositiveInt = 1
+    """Blocks that are recomputed together."""
+
+    recompute_granularity: Literal["full", "selective"] = "full"
+    """With checkpoint_activations: full keeps the input of each group of blocks only; selective also keeps what is
+    dear to compute again, the results of matrix products and of attention. Not with compile or ZeRO 3."""
+
+    partition_activations: bool = False
+    """With checkpoint_activations: what is kept is cut over the tensor-parallel ranks, and gathered when it is used."""
+
+    checkpoint_in_cpu: bool = False
+    """With checkpoint_activations: the inputs that are kept wait in the memory of the host."""
+
+    compile: bool | None = None
+    """Compile blocks and loss with torch.compile. Unset: where a micro-batch is work enough for it to pay (10^11 FLOPs
+    on a rank) and blocks are not split over ranks. Not with ZeRO 3."""
+
+
+class BatchKeys(Group):
+    """Batch sizes in samples. Two give the third; if one is given, accumulation is 1."""
+
+    train_batch_size: PositiveInt | None = None
+    """Samples of one optimizer step, over all ranks."""
+
+    train_micro_batch_size_per_gpu: PositiveInt | None = None
+    """Samples a data-parallel replica handles at a time."""
+
+    gradient_accumulation_steps: PositiveInt | None = None
+    """Micro-batches of one optimizer step."""
+
+
+class TrainingKeys(Group):
+    """How long, how often, from which seed."""
+
+    train_iters: PositiveInt | None = None
+    """Optimizer steps of the run. Needed to train."""
+
+    eval_interval: PositiveInt = 1000
+    """Steps between validations."""
+
+    eval_iters: NotNegativeInt = 100
+    """Batches of one validation, always the same ones; 0: no validation."""
+
+    seed: NotNegativeInt = 1234
+    """Decides initial weights, order of data, dropout and sampling."""
+
+    deterministic: bool = False
+    """The same bits each time on a GPU too, where that is slower: of each operation the form that gives them, and an
+    error where there is none. On CPUs they are the same anyway."""
+
+    exit_interval: PositiveInt | None = None
+    """End the run, with a checkpoint, at the first step that this divides."""

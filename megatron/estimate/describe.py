@@ -1,0 +1,141 @@
+"""A configuration and its Plan in words: --print-config and --dry-run."""
+
+from collections.abc import Sequence
+from io import StringIO
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from megatron.config.parameter_counts import checkpoint_bytes, embedding_parameters, flops_per_token, parameter_count
+from megatron.config.plan import ModelPlan, Plan
+from megatron.config.resolve import decay_steps
+from megatron.config.schema.config import Config
+from megatron.estimate.memory_tables import holder_lines, inference_lines, memory_lines
+
+# Ids of the GPT-2 vocabulary as GPT-NeoX pads it; stands in where no tokenizer can be asked.
+USUAL_VOCABULARY = 50304
+NAMES = {"fp32": "fp32", "fp16": "fp16", "bf16": "bfloat16"}
+UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
+
+
+def assumed_vocabulary(config: Config) -> int:
+    """Vocabulary for a Plan that is made without a tokenizer."""
+    return config.model.padded_vocab_size or USUAL_VOCABULARY
+
+
+def print_config(config: Config, plan: Plan) -> str:
+    """YAML of all keys with a value, derived ones filled in. What depends on the number of ranks is a comment,
+    so that the text is a configuration for any number of them.
+    """
+    flat = _without_unset(config.to_flat(with_defaults=True) | _derived(config, plan))
+    text = StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = None
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.width = 120
+    yaml.dump(flat, text)
+    return text.getvalue() + "".join(f"# {line}\n" for line in ["derived:", *_layout_lines(plan)])
+
+
+def dry_run(config: Config, plan: Plan, script: str, notes: Sequence[str], on_cpu: bool = False) -> str:
+    """What a run (on GPUs or a CPU) would be: sizes, layout, steps, and in `notes` and below what is not checked."""
+    lines = [f"{script} would run on {_count(plan.layout.world_size, 'rank')}:", *_layout_lines(plan)]
+    lines += _model_lines(plan.model)
+    if script == "train.py":
+        lines += [*_cost_lines(plan), *_length_lines(config, plan), *holder_lines(plan)]
+        lines += memory_lines(plan, config.launcher.gpu_memory, on_cpu)
+    else:
+        lines += inference_lines(plan, config.launcher.gpu_memory)
+    return "\n".join([*lines, "not checked:", *(f"  {note}" for note in (*notes, *_unchecked(config)))])
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """Layout, batch and model, for the start of a run."""
+    return [line.strip() for line in (*_layout_lines(plan), *_model_lines(plan.model))]
+
+
+def short_number(number: float) -> str:
+    """1234567 as "1.23M"."""
+    for unit, name in UNITS:
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return f"{number:g}"
+
+
+def _derived(config: Config, plan: Plan) -> dict[str, Any]:
+    derived: dict[str, Any] = {
+        "num_kv_heads": plan.model.num_kv_heads,
+        "ffn_hidden_size": plan.model.ffn_hidden_size,
+        "intermediate_size": None,
+        "max_position_embeddings": plan.model.max_position_embeddings,
+        "precision": NAMES[plan.engine.precision],
+        "log_dir": config.log_folder,
+    }
+    if decay_steps(config):
+        derived |= {"lr_decay_iters": decay_steps(config), "lr_decay_fraction": None}
+    return derived
+
+
+def _without_unset(flat: dict[str, Any]) -> dict[str, Any]:
+    nested = {key: _without_unset(value) if isinstance(value, dict) else value for key, value in flat.items()}
+    return {key: value for key, value in nested.items() if value is not None and value != {}}
+
+
+def _layout_lines(plan: Plan) -> list[str]:
+    layout, batch = plan.layout, plan.batch
+    return [
+        f"  layout: {_count(layout.world_size, 'rank')} = pipeline {layout.pipe} x data {layout.data} "
+        f"{f'x context {layout.context} ' if layout.context > 1 else ''}x tensor {layout.model}"
+        f"{' with its sequence' if layout.sequence_parallel else ''}, ZeRO "
+        f"{plan.engine.zero_stage}, {plan.engine.precision}",
+        f"  batch: {batch.global_size} samples = micro-batch {batch.micro_size} x accumulation "
+        f"{batch.accumulation_steps} x {layout.data} data-parallel",
+        f"  tokens per step: {batch.tokens_per_step:,}",
+    ]
+
+
+def _model_lines(model: ModelPlan) -> list[str]:
+    total, embedding = parameter_count(model), embedding_parameters(model)
+    return [
+        f"  model: {model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads "
+        f"({model.num_kv_heads} key/value), feed-forward {model.ffn_hidden_size}, vocabulary {model.vocab_size:,} "
+        f"({model.padded_vocab_size:,} in memory)",
+        f"  parameters: {total:,} ({short_number(total)}; {short_number(total - embedding)} without embeddings); "
+        "active per token: all",
+    ]
+
+
+def _cost_lines(plan: Plan) -> list[str]:
+    flops = flops_per_token(plan.model, plan.batch.sequence_length)
+    return [
+        f"  FLOPs per token: {short_number(flops)} ({short_number(flops * plan.batch.tokens_per_step)} per step)",
+        f"  checkpoint: {checkpoint_bytes(plan) / 1e9:,.2f} GB",
+    ]
+
+
+def _length_lines(config: Config, plan: Plan) -> list[str]:
+    steps = config.training.train_iters or 0
+    tokens = steps * plan.batch.tokens_per_step
+    return [
+        f"  run: {steps:,} steps, {short_number(tokens)} tokens, warm-up {plan.schedule.warmup_steps} steps, "
+        f"{plan.schedule.kind} from {plan.schedule.peak:g} to {plan.schedule.minimum:g}"
+    ]
+
+
+def _unchecked(config: Config) -> list[str]:
+    """What a dry run leaves alone, with the values that a real run will look at."""
+    rows = config.model.padded_vocab_size
+    stated = f"padded_vocab_size {rows:,}" if rows else f"{USUAL_VOCABULARY:,}, the usual one"
+    files = [config.tokenizer.vocab_file, config.tokenizer.merge_file]
+    named = " with " + ", ".join(name for name in files if name) if any(files) else ""
+    notes = [f"tokenizer: {config.tokenizer.tokenizer_type}{named}; the vocabulary is taken as {stated}"]
+    paths = (config.data.data_path,) if config.data.data_path else config.data.train_data_paths or ()
+    if config.data.data_impl != "mock" and paths:
+        notes.append(f"data: {', '.join(paths)}")
+    if config.checkpoint.load is not None:
+        notes.append(f"checkpoint: {config.checkpoint.load}")
+    return notes
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -1,0 +1,104 @@
+"""Who holds which layers, and what it takes in memory: the tables of --dry-run."""
+
+from megatron.config.parameter_counts import held_parameters
+from megatron.config.pipeline_stages import layer_classes
+from megatron.config.plan import Plan
+from megatron.estimate.activations import WIDTH
+from megatron.estimate.memory import FRAGMENTATION, RESERVE, StageMemory, fits, stage_memories
+
+GIB = 2**30
+
+
+def holder_lines(plan: Plan) -> list[str]:
+    """Each stage with its layers, its ranks and the parameters of one of them; and how these are sharded."""
+    ranks = plan.layout.replicas * plan.layout.model
+    lines = ["  who holds what:"]
+    for number, stage in enumerate(stage_memories(plan)):
+        who = f"rank {number}" if ranks == 1 else f"ranks {number * ranks}-{(number + 1) * ranks - 1}"
+        lines.append(f"    stage {number}, {who}: {_layers(plan, stage.layers)}; {stage.parameters:,} parameters each")
+    return [*lines, *_shards(plan)]
+
+
+def memory_lines(plan: Plan, gpu_memory: float | None, on_cpu: bool = False) -> list[str]:
+    """Memory of a rank of each stage in GiB, what recomputation makes of it, and whether it fits."""
+    stages = stage_memories(plan, on_cpu)
+    lines = ["  memory of a rank, in GiB:"]
+    lines.append("    stage  weights  gradients  optimizer  activations  logits  buffers     peak")
+    for number, stage in enumerate(stages):
+        cells = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.logits, stage.buffers)
+        figures = "".join(f"{size / GIB:{width}.2f}" for size, width in zip(cells, (9, 11, 11, 13, 8, 9), strict=True))
+        lines.append(f"    {number:5}{figures}{stage.peak / GIB:9.2f}")
+    most = max(stages, key=lambda stage: stage.peak)
+    lines.append(
+        f"    activations with checkpoint_activations {_gib(max(s.activations_recomputed for s in stages))}, "
+        f"without {_gib(max(s.activations_kept for s in stages))}"
+    )
+    lines.append(f"    analytic minimum of the peak with these settings: {_gib(most.least)}")
+    if any(stage.host for stage in stages):
+        lines.append(f"    offloaded to the host: {_gib(max(s.host for s in stages))} a rank, and gradients besides")
+    return [*lines, _verdict(most, gpu_memory)]
+
+
+def inference_lines(plan: Plan, gpu_memory: float | None) -> list[str]:
+    """Weights of a rank for generation and evaluation, and what a token of the cache takes."""
+    model, width = plan.model, WIDTH[plan.engine.precision]
+    everything = range(len(layer_classes(model)))
+    weights = held_parameters(model, plan.layout.model, everything) * width
+    token = 2 * model.num_layers * model.num_kv_heads * model.head_size // plan.layout.model * width
+    lines = [f"  memory of a rank: {_gib(weights)} of weights, and {token:,} bytes for each token of each text"]
+    if gpu_memory is not None:
+        left = gpu_memory * GIB * (1 - FRAGMENTATION) - RESERVE - weights
+        room = f"room for {int(left / token):,} tokens" if left > 0 else "it does not fit; raise model_parallel_size"
+        lines.append(f"  gpu_memory {gpu_memory:g} GiB: {room}")
+    return lines
+
+
+def _layers(plan: Plan, layers: range) -> str:
+    """The layers in words: "embedding, blocks 0 to 5"."""
+    last = plan.model.num_layers
+    blocks = [layer - 1 for layer in layers if 0 < layer <= last]
+    parts = ["embedding"] if 0 in layers else []
+    if blocks:
+        parts.append(f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]} to {blocks[-1]}")
+    parts += [name for layer, name in ((last + 1, "final norm"), (last + 2, "head")) if layer in layers]
+    return ", ".join(parts) if parts else "nothing"
+
+
+def _shards(plan: Plan) -> list[str]:
+    layout, stage = plan.layout, plan.engine.zero_stage
+    lines = []
+    if layout.model > 1:
+        lines.append(f"    every matrix is cut in {layout.model} over neighbouring ranks (tensor parallelism)")
+    if layout.sequence_parallel:
+        lines.append(f"    between the matrices each of these {layout.model} ranks has a part of the sequence")
+    if layout.context > 1:
+        lines.append(f"    every sequence is cut in {layout.context} parts, and in attention the heads are instead")
+    if stage and layout.replicas > 1:
+        what = ("optimizer states", "optimizer states and gradients", "optimizer states, gradients and weights")
+        who = "ranks with the same weights" if layout.context > 1 else "data-parallel ranks"
+        lines.append(f"    {what[stage - 1]} are cut in {layout.replicas} over the {who} (ZeRO {stage})")
+    return lines
+
+
+def _verdict(most: StageMemory, gpu_memory: float | None) -> str:
+    if gpu_memory is None:
+        return f"  peak: {_gib(most.peak)}; gpu_memory=80 would say whether it fits"
+    reserve = f"{_gib(RESERVE)} for CUDA and {FRAGMENTATION:.0%} lost to fragments"
+    if fits(most.peak, gpu_memory):
+        return f"  peak: {_gib(most.peak)}: it fits into gpu_memory {gpu_memory:g} GiB, with {reserve}"
+    ways = [
+        way
+        for way, helps in (
+            ("checkpoint_activations: true", most.activations > most.activations_recomputed),
+            ("a smaller train_micro_batch_size_per_gpu", most.activations + most.logits > most.optimizer),
+            ("more ranks, model_parallel_size or pipe_parallel_size", True),
+        )
+        if helps
+    ]
+    return (
+        f"  peak: {_gib(most.peak)}: it does NOT fit into gpu_memory {gpu_memory:g} GiB, with {reserve}; try {ways[0]}"
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"

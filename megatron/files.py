@@ -1,0 +1,149 @@
+"""Paths and files as users hand them over: expanded, compared, locked, and replaced as a whole."""
+
+import fcntl
+import json
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any, Self
+
+from megatron.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def expanded(path: str, name: str) -> str:
+    """`path` with `~`, `~user`, `$VARIABLE` and `${VARIABLE}` replaced, as a shell would.
+
+    name: the key or flag, for messages. Raises UserError for a variable that is not set or a user who does not exist.
+    """
+    unset = [word for word in re.findall(r"\$(?:(\w+)|\{(\w+)\})", path) if not set(word) & set(os.environ)]
+    if unset:
+        variable = "".join(unset[0])
+        raise UserError(f'{name} ("{path}"): the environment variable {variable} is not set; export it or write it out')
+    found = os.path.expanduser(os.path.expandvars(path))  # noqa: PTH111 (Path.expanduser normalizes the rest as well)
+    if found.startswith("~"):
+        raise UserError(f'{name} ("{path}"): there is no user {found.partition("/")[0][1:] or "here"}; write "./~..."')
+    return found
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is such a file. Unlike Path.is_file, text that cannot be a path (too long, zero bytes) is none."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether there is such a folder. Unlike Path.is_dir, text that cannot be a path is none."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def exists(path: str | Path) -> bool:
+    """Whether there is such a file or folder. Unlike Path.exists, text that cannot be a path is none."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def refuse_overwriting(outputs: Mapping[str, str | Path], inputs: Mapping[str, str | Path]) -> None:
+    """Raise UserError where an output is an input, by whatever spelling, symbolic or hard link.
+
+    Both map what a message calls the path, such as a key or a flag, to the path.
+    """
+    problems = [
+        f"{output} ({target}) is {source} ({path}) itself and would overwrite it; choose another file"
+        for output, target in outputs.items()
+        for source, path in inputs.items()
+        if _is_same(target, path)
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
+def _is_same(one: str | Path, other: str | Path) -> bool:
+    try:
+        return os.path.samefile(one, other)  # noqa: PTH121
+    except (OSError, ValueError):  # one of them is not there
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
+@contextmanager
+def replaced_when_complete(path: Path, mode: str = "w", partial: Path | None = None) -> Iterator[IO[Any]]:
+    """A file to write, which takes the name `path` when the block ends well and leaves nothing when it does not.
+
+    partial: its name until then; PATH.partial unless given. The folder is made where it is missing.
+    """
+    partial = partial or path.with_name(f"{path.name}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+class FileLock:
+    """The right of one process to write, held as a POSIX record lock on a file. A context manager.
+
+    The kernel releases it when the process ends, by signal 9 too, so no stale lock is left. Unlike with flock,
+    processes forked from the holder do not keep it.
+    """
+
+    def __init__(self, path: Path, what: str) -> None:
+        """path: of the lock file. what: is locked, at the beginning of messages, such as "save (checkpoints)"."""
+        self._path, self._what = path, what
+        self._descriptor: int | None = None
+
+    def take(self) -> None:
+        """Take the lock, unless this object holds it.
+
+        Raises UserError, naming the process that holds it. Where files cannot be locked (Lustre mounted without
+        `flock`, for one), warns and goes on.
+        """
+        if self._descriptor is not None:
+            return
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise UserError(f"{self._what}: {self._path} cannot be written: {error.strerror}") from error
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            os.close(descriptor)
+            raise UserError(
+                f"{self._what} is being written to by another run: {_holder(self._path)}. "
+                "Wait until it ends or stop it, or write somewhere else"
+            ) from error
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): let no other run write there", self._path, error.strerror)
+        self._descriptor = descriptor
+        me = {"host": socket.gethostname(), "process": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+        with suppress(OSError):  # a full disk: what counts is the lock
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(me).encode(), 0)
+
+    def release(self) -> None:
+        """Give the lock back; nothing happens where it is not held."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _holder(path: Path) -> str:
+    """Who wrote into the lock file, as far as it can be told."""
+    try:
+        holder = json.loads(path.read_text())
+        return f"process {holder['process']} on {holder['host']}, since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "one that has only just begun"

@@ -1,0 +1,34 @@
+"""Launcher "openmpi": `mpirun` brings one agent to each host."""
+
+import os
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron.config.schema.config import Config
+from megatron.errors import UserError
+from megatron.launch.devices import local_slots
+from megatron.launch.hostfile import LOCALHOST, read_hosts
+from megatron.launch.launchers.launcher import Launch, agent_command
+
+NODE_VARIABLE = "OMPI_COMM_WORLD_RANK"
+
+
+def openmpi(config: Config, script: str, environment: Mapping[str, str]) -> Launch:
+    """Registry entry: the hosts of the hostfile, without one this machine. Raises UserError."""
+    hosts = read_hosts(config, environment) or {LOCALHOST: local_slots(config, script, environment)}
+    if shutil.which("mpirun") is None:
+        raise UserError("launcher openmpi: there is no program mpirun here; install it (apt install openmpi-bin)")
+    # By default mpirun binds each process, here the agent and with it all ranks of a node, to one core.
+    options = ["--map-by", "ppr:1:node", "--bind-to", "none"]
+    options += ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    options += shlex.split(config.launcher.launcher_args or "")
+
+    def command(folder: Path) -> list[str]:
+        agent = agent_command(folder, "--variable", NODE_VARIABLE)
+        return ["mpirun", "-n", str(len(hosts)), "--host", ",".join(hosts), *options, *agent]
+
+    alone = len(hosts) == 1
+    master = config.launcher.master_addr or ("127.0.0.1" if alone else next(iter(hosts)))
+    return Launch(tuple(hosts), tuple(hosts.values()), command, master, remote=not alone, settings={})

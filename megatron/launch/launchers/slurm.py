@@ -1,0 +1,63 @@
+"""Launcher "slurm": `srun` inside an allocation; no ssh between nodes, no hostfile."""
+
+import re
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron.config.schema.config import Config
+from megatron.errors import UserError
+from megatron.launch.devices import local_slots
+from megatron.launch.launchers.launcher import Launch, agent_command
+
+NODE_VARIABLE = "SLURM_PROCID"
+
+
+def slurm(config: Config, script: str, environment: Mapping[str, str]) -> Launch:
+    """Registry entry: one task, the agent, on each node of the allocation. Raises UserError outside of one."""
+    keys = config.launcher
+    if "SLURM_JOB_ID" not in environment:
+        raise UserError("launcher slurm works inside an allocation: start deepy.py from a script for sbatch, or salloc")
+    if shutil.which("srun") is None:
+        raise UserError("launcher slurm: there is no program srun here")
+    if keys.include is not None or keys.exclude is not None:
+        raise UserError("include and exclude choose hosts of a hostfile; with launcher slurm use sbatch --nodelist")
+    held = int(environment.get("SLURM_JOB_NUM_NODES") or environment.get("SLURM_NNODES") or 1)
+    nodes = keys.num_nodes or held
+    if nodes > held:
+        raise UserError(f"num_nodes ({nodes}) is more than the {held} of this allocation")
+    slots = tuple(range(_slots_per_node(config, script, environment)))
+
+    def command(folder: Path) -> list[str]:
+        # One task holds all ranks of its node, so it gets all cores and GPUs that the job has there.
+        tasks = [
+            f"--nodes={nodes}",
+            f"--ntasks={nodes}",
+            "--ntasks-per-node=1",
+            "--cpu-bind=none",
+            "--kill-on-bad-exit=0",
+        ]
+        extra = shlex.split(keys.launcher_args or "")
+        return ["srun", *tasks, *_cores(environment), *extra, *agent_command(folder, "--variable", NODE_VARIABLE)]
+
+    return Launch(("",) * nodes, (slots,) * nodes, command, keys.master_addr, remote=True, settings={})
+
+
+def _slots_per_node(config: Config, script: str, environment: Mapping[str, str]) -> int:
+    """num_gpus, else what Slurm gave per node, else what this node shows."""
+    if config.launcher.num_gpus is not None:
+        return config.launcher.num_gpus
+    for name in ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE", "SLURM_NTASKS_PER_NODE"):
+        # "8", "h200:8" or "h200:8(x2)"
+        match = re.fullmatch(r"(?:[^:]*:)?(\d+)(?:\(x\d+\))?", environment.get(name, ""))
+        if match is not None and int(match[1]) > 0:
+            return int(match[1])
+    here = config.model_copy(update={"launcher": config.launcher.model_copy(update={"num_nodes": 1})})
+    return len(local_slots(here, script, environment))
+
+
+def _cores(environment: Mapping[str, str]) -> list[str]:
+    """All cores of the node: a step does not inherit what sbatch was given per task (since Slurm 22.05)."""
+    cores = environment.get("SLURM_CPUS_ON_NODE")
+    return [f"--cpus-per-task={cores}"] if cores else []

@@ -1,0 +1,1 @@
+"""What runs on each node: the agent, and the ranks that it starts."""

@@ -1,0 +1,1 @@
+"""Everything that happens around a training step: one file per hook."""

@@ -1,0 +1,72 @@
+"""Hook: the log line and the metrics of every `log_interval` steps."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron.config.parameter_counts import parameter_count
+from megatron.metrics.flops import peak_flops, training_flops_per_token
+from megatron.metrics.interval import Interval, Workload, interval_metrics, log_line
+from megatron.training.clock import Clock
+from megatron.training.hooks.base import NOTHING, FinishedStep, Hook, Run
+
+log = logging.getLogger(__name__)
+
+
+class Report(Hook):
+    """Collects losses on the device and reads them once per interval, so that steps do not wait for each other."""
+
+    def __init__(self, interval: int, last_step: int, work: Workload, clock: Clock) -> None:
+        """interval: in steps. last_step: of the whole training, for the time left."""
+        self._interval, self._last_step, self._work, self._clock = interval, last_step, work, clock
+        self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []
+
+    def after_step(self, step: FinishedStep) -> Mapping[str, float]:
+        """Report where it is due, and at the last step of the run."""
+        self._losses.append(step.output.loss.detach().float())
+        self._norms.append(step.output.norm)
+        if not step.is_due(self._interval):
+            return NOTHING
+        losses, norms = (torch.stack(collected).tolist() for collected in (self._losses, self._norms))
+        skipped = [not math.isfinite(norm) for norm in norms]
+        self._losses, self._norms = [], []
+        figures = Interval(
+            steps=len(losses),
+            seconds=self._clock.lap(),
+            loss=mean_loss(losses, skipped),
+            learning_rate=step.learning_rate,
+            grad_norm=None if skipped[-1] else norms[-1],
+            loss_scale=step.output.loss_scale,
+            skipped_steps=sum(skipped),
+        )
+        metrics = interval_metrics(figures, self._work)
+        on_gpu = step.output.loss.is_cuda
+        log.info("%s", log_line(step.state.step, self._last_step, {**step.metrics, **metrics}, on_gpu))
+        return metrics
+
+
+def mean_loss(losses: Sequence[float], skipped: Sequence[bool]) -> float:
+    """The mean over steps. Of skipped steps, which are counted apart, losses that are no numbers are left out."""
+    counted = [loss for loss, out in zip(losses, skipped, strict=True) if math.isfinite(loss) or not out]
+    return sum(counted) / len(counted) if counted else math.nan
+
+
+def workload(run: Run) -> Workload:
+    """What a step amounts to, for the rates in the log."""
+    model, batch, device = run.plan.model, run.plan.batch, run.engine.grid.device
+    width = model.num_attention_heads * model.head_size
+    per_token = training_flops_per_token(parameter_count(model), model.num_layers, width, batch.sequence_length)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    half_precision = run.plan.engine.precision != "fp32"
+    peak = peak_flops(run.config.logging.peak_theoretical_tflops, card, half_precision)
+    return Workload(batch.tokens_per_step, per_token, run.plan.layout.world_size, peak)
+
+
+def metrics_log(run: Run) -> Report:
+    """Registry entry: in every run."""
+    last_step = run.config.training.train_iters or run.last_step
+    return Report(run.config.logging.log_interval, last_step, workload(run), run.clock)
