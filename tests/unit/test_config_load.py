@@ -258,7 +258,8 @@ def test_configuration_is_checked_without_torch():
     program = (
         "import sys\n"
         "from megatron import logging, registry\n"
-        "from megatron.config import command_line, describe, estimate, load, resolve\n"
+        "from megatron.config import command_line, load, resolve\n"
+        "from megatron.estimate import describe, memory\n"
         f"config = load.load_config([{str(ROOT / 'configs')!r}])\n"
         "describe.dry_run(config, resolve.resolve(config, 2, 1000), 'train.py', [])\n"
         "heavy = {'torch', 'numpy', 'deepspeed', 'transformers'} & set(sys.modules)\n"
