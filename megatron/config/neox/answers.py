@@ -7,7 +7,7 @@ A key that becomes a field moves from TRANSLATED or REFUSED to HONOURED; the tes
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.config.neox.translate import Answer
+from megatron.config.neox.translate import Answer, Change
 
 # Keys that keep their meaning, with what a user of GPT-NeoX should know about some of them.
 HONOURED: dict[str, str] = {
@@ -156,6 +156,7 @@ HONOURED: dict[str, str] = {
     "master_port": "unset: a free one",
     "master_addr": "",
     "launcher": "unset: pdsh with a hostfile of several hosts, slurm inside an allocation, else local",
+    "comment": "launcher slurm gives it to srun; other launchers have no use for it",
 }
 
 
@@ -167,6 +168,11 @@ def _bfloat16(value: Any, keys: Mapping[str, Any]) -> dict[str, Any] | None:
     fp16 = keys["fp16"]
     on = fp16.pop("enabled", fp16.pop("fp16", True)) is not False
     return {"bf16.enabled": on} if value == "bfloat16" else {"fp16.enabled": on}
+
+
+def _launcher(name: str) -> Change:
+    """A switch that, when it is on, chooses a launcher."""
+    return lambda value, _: {"launcher": name} if value is True else {}
 
 
 _FUSION = "torch's kernels and torch.compile do what the hand-written kernel did; the numbers are the same"
@@ -324,6 +330,8 @@ TRANSLATED: tuple[tuple[tuple[str, ...], Answer], ...] = (
     ),
     (("steps_per_print", "dump_state"), Answer("translated", "log_interval sets our own log")),
     (("profile_backward",), Answer("translated", "what is computed again in the backward pass is in every profile")),
+    (("deepspeed_slurm",), Answer("translated", "ranks start through srun", change=_launcher("slurm"))),
+    (("deepspeed_mpi",), Answer("translated", "ranks start through mpirun", change=_launcher("openmpi"))),
     (("no_ssh_check", "force_multi"), Answer("translated", "the launcher finds out by itself")),
 )
 
@@ -396,8 +404,6 @@ REFUSED: tuple[tuple[tuple[str, ...], Answer], ...] = (
         ("log_grad_pct_zeros", "log_param_norm", "log_optimizer_states", "log_gradient_noise_scale"),
         Answer("refused", "it is not measured; loss, gradient norm, rate and speed are (metrics.jsonl)"),
     ),
-    (("deepspeed_mpi",), Answer("refused", "write launcher: openmpi")),
-    (("deepspeed_slurm",), Answer("refused", "write launcher: slurm")),
     (
         tuple(f"{part}_reward_data_paths" for part in ("train", "valid", "test"))
         + tuple(f"{side}_{part}_data_paths" for side in ("pos", "neg") for part in ("train", "valid", "test"))
@@ -451,7 +457,7 @@ REFUSED: tuple[tuple[tuple[str, ...], Answer], ...] = (
         tuple(f"deepspeed_extra_args.comms_logger{key}" for key in ("", ".enabled", ".verbose", ".prof_all", ".debug")),
         Answer("refused", "NCCL_DEBUG=INFO shows the communication"),
     ),
-    (("comment", "account"), Answer("refused", "give it to sbatch or salloc, which make the allocation")),
+    (("account",), Answer("refused", "give it to sbatch or salloc, which make the allocation")),
 )
 
 _INIT = "normal, scaled_normal, small_init and wang_init are known"

@@ -210,6 +210,9 @@ class LauncherKeys(Group):
     launcher_args: str | None = None
     """Further arguments of pdsh, mpirun or srun, such as "--mca btl_tcp_if_include eth0"."""
 
+    comment: str | None = None
+    """Comment of the job, which launcher slurm gives to srun (--comment)."""
+
     num_gpus: PositiveInt | None = None
     """Processes per node, on a CPU machine too. Unset: one per visible GPU, or two on a CPU."""
 
