@@ -1,8 +1,8 @@
-"""The command line of deepy.py and of the doors that it starts.
+"""The command line of deepy.py and of the scripts that it starts.
 
     deepy.py SCRIPT [CONFIG ...] [-d DIR] [key=value ...] [options]
 
-Flags that stand for keys become `key=value` overrides; nothing else in the project reads arguments.
+Flags of keys become `key=value` overrides.
 """
 
 import argparse
@@ -11,45 +11,45 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn
 
 from megatron.config.load import OVERRIDE, config_from_flat
 from megatron.config.schema.config import Config
 from megatron.errors import UserError
+from megatron.files import is_file
 
 DOORS = {
-    "train.py": "trains a model",
-    "generate.py": "generates text from a checkpoint",
-    "evaluate.py": "measures a checkpoint",
+    "train.py": "train a model",
+    "generate.py": "generate text from a checkpoint",
+    "evaluate.py": "evaluate a checkpoint",
 }
 MERGED_FLAG = "--merged-config"
-# Flag, key, type, what it is for. A flag of the command line outranks the files.
+# Flags, key, type, help text. A flag overrides the files.
 KEY_FLAGS: tuple[tuple[tuple[str, ...], str, type, str], ...] = (
-    (("-H", "--hostfile"), "hostfile", str, 'file of lines such as "node1 slots=8"'),
-    (("--num_nodes",), "num_nodes", int, "machines of the run"),
-    (("--num_gpus",), "num_gpus", int, "processes per node, on a CPU machine too"),
-    (("--include",), "include", str, 'devices to use, as "localhost:0,2"'),
-    (("--exclude",), "exclude", str, 'devices to leave out, as "localhost:1"'),
+    (("-H", "--hostfile"), "hostfile", str, 'hostfile, with lines such as "node1 slots=8"'),
+    (("--num_nodes",), "num_nodes", int, "number of nodes"),
+    (("--num_gpus",), "num_gpus", int, "processes per node, on CPU nodes too"),
+    (("--include",), "include", str, 'devices to use, such as "localhost:0,2"'),
+    (("--exclude",), "exclude", str, 'devices to leave out, such as "localhost:1"'),
     (("--master_addr",), "master_addr", str, "address of rank 0"),
     (("--master_port",), "master_port", int, "port of rank 0"),
-    (("--launcher",), "launcher", str, "how ranks are started"),
-    (("-i", "--sample_input_file"), "sample_input_file", str, "prompts to continue"),
-    (("-o", "--sample_output_file"), "sample_output_file", str, "file of JSON lines"),
-    (("--num_fewshot", "--eval_num_fewshot"), "eval_num_fewshot", int, "examples before each question of a task"),
-    (("--limit", "--eval_limit"), "eval_limit", float, "documents of each task, below 1 a share of them"),
-    (("--include_path", "--eval_include_path"), "eval_include_path", str, "folder with tasks of one's own"),
-    (("--eval_results_prefix",), "eval_results_prefix", str, "begins the name of the results file"),
+    (("--launcher",), "launcher", str, "launcher: local, pdsh, openmpi or slurm"),
+    (("-i", "--sample_input_file"), "sample_input_file", str, "file of prompts"),
+    (("-o", "--sample_output_file"), "sample_output_file", str, "file for the generated text, as JSON lines"),
+    (("--num_fewshot", "--eval_num_fewshot"), "eval_num_fewshot", int, "few-shot examples before each question"),
+    (("--limit", "--eval_limit"), "eval_limit", float, "documents of each task; below 1: a fraction of them"),
+    (("--include_path", "--eval_include_path"), "eval_include_path", str, "folder with your own tasks"),
+    (("--eval_results_prefix",), "eval_results_prefix", str, "prefix of the name of the results file"),
     (("--iteration",), "iteration", int, "step of the checkpoint to load"),
-    (("--wandb_group",), "wandb_group", str, "group at Weights & Biases"),
-    (("--wandb_run_name",), "wandb_run_name", str, "name at Weights & Biases"),
-    (("--wandb_team",), "wandb_team", str, "team at Weights & Biases"),
+    (("--wandb_group",), "wandb_group", str, "Weights & Biases group"),
+    (("--wandb_run_name",), "wandb_run_name", str, "Weights & Biases run name"),
+    (("--wandb_team",), "wandb_team", str, "Weights & Biases team"),
 )
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What a command line said. `merged` is the whole configuration, where a launcher passed it on."""
+    """A parsed command line. `merged` is the whole configuration, if a launcher passed it on."""
 
     script: str
     files: tuple[str, ...]
@@ -62,19 +62,19 @@ class CommandLine:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}\n{self.format_usage().strip()}\n(--help says more)")
+        raise UserError(f"{message}\n{self.format_usage().strip()}\n(see --help)")
 
 
 def parse_command_line(argv: Sequence[str], script: str | None = None) -> CommandLine:
-    """Understand the arguments after the program's name.
+    """Parse the arguments after the program's name.
 
-    script: the door that is running ("train.py"); None: deepy.py, whose first argument names the door.
+    script: the script that is running ("train.py"); None: deepy.py, whose first argument names the script.
     Raises UserError.
     """
     options = _parser(script).parse_intermixed_args(list(argv))
     words = list(options.words)
     if script is None and not words:
-        raise UserError(f"which script? One of: {', '.join(DOORS)} (--help says more)")
+        raise UserError(f"a script is missing: {', '.join(DOORS)} (see --help)")
     script = script or words.pop(0)
     tasks = [task for task in options.eval_tasks or () if not _is_override(task)]
     words += [word for word in options.eval_tasks or () if _is_override(word)]
@@ -90,13 +90,13 @@ def parse_command_line(argv: Sequence[str], script: str | None = None) -> Comman
 
 
 def merged_to_argument(config: Config) -> str:
-    """A configuration as one word, for the command line of a rank."""
+    """Encode a configuration as one word, for the command line of a rank."""
     text = json.dumps(config.to_flat(), separators=(",", ":"))
     return base64.urlsafe_b64encode(zlib.compress(text.encode(), level=9)).decode()
 
 
 def config_from_argument(argument: str) -> Config:
-    """The configuration that `merged_to_argument` wrote. Raises UserError for anything else."""
+    """Decode what `merged_to_argument` wrote. Raises UserError for anything else."""
     try:
         flat = json.loads(zlib.decompress(base64.urlsafe_b64decode(argument)))
     except (ValueError, zlib.error) as error:
@@ -113,30 +113,33 @@ def _parser(script: str | None) -> _Parser:
         allow_abbrev=False,
     )
     words = "CONFIG or key=value" if script else "SCRIPT, CONFIG or key=value"
-    parser.add_argument("words", nargs="*", metavar="WORD", help=f"{words}; see docs/configuration.md for the keys")
+    parser.add_argument("words", nargs="*", metavar="ARGUMENT", help=f"{words}; see docs/configuration.md for the keys")
     parser.add_argument("-d", "--conf_dir", "--conf-dir", metavar="DIR", help="folder of the CONFIG files")
     for flags, key, kind, help_text in KEY_FLAGS:
-        parser.add_argument(*_both_spellings(flags), dest=key, type=kind, metavar="X", help=help_text)
-    tasks = "tasks of the lm-evaluation-harness"
-    parser.add_argument("--eval_tasks", "--eval-tasks", nargs="+", metavar="T", help=tasks)
-    parser.add_argument("--print-config", action="store_true", help="print the merged, checked configuration and stop")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be run and stop")
+        parser.add_argument(*_both_spellings(flags), dest=key, type=kind, metavar="VALUE", help=help_text)
+    tasks = "tasks of the lm-evaluation-harness, separated by spaces or commas"
+    parser.add_argument("--eval_tasks", "--eval-tasks", nargs="+", metavar="TASK", help=tasks)
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the merged and validated configuration, and exit"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and its memory, and exit")
     parser.add_argument(MERGED_FLAG, help=argparse.SUPPRESS)
     return parser
 
 
 def _both_spellings(flags: tuple[str, ...]) -> list[str]:
-    """A flag with `_` and with `-`, which mean the same."""
+    """A flag with `_` and with `-`."""
     dashed = [f"--{flag[2:].replace('_', '-')}" for flag in flags if flag.startswith("--")]
     return list(dict.fromkeys([*flags, *dashed]))
 
 
 def _is_override(word: str) -> bool:
-    return OVERRIDE.fullmatch(word) is not None and not Path(word).exists()
+    """Whether the word is key=value and not the name of a file."""
+    return OVERRIDE.fullmatch(word) is not None and not is_file(word)
 
 
 def _flags_as_keys(options: argparse.Namespace, tasks: list[str]) -> list[str]:
-    """Flags as overrides; JSON is YAML, and keeps text such as "007" text."""
+    """Flags as overrides, in JSON, so that "007" stays text."""
     given = {key: getattr(options, key) for _, key, _, _ in KEY_FLAGS}
     if given["sample_input_file"] is not None:
         given["text_gen_type"] = "input-file"

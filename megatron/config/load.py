@@ -1,27 +1,30 @@
-"""From YAML files and `key=value` to a checked Config, with every problem named at once.
+"""Read YAML files and `key=value` overrides into a checked Config, and report every problem at once.
 
-Files are flat dictionaries that are put together; a key may stand in one of them only. A `key=value` replaces
-what the files say, and reaches into a nested group by dots: `optimizer.params.lr=1e-4`.
+Files are flat dictionaries that are merged; a key may be in one of them only. A `key=value` replaces the value of the
+files, and reaches into a nested group by dots: `optimizer.params.lr=1e-4`.
 """
 
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from megatron import registry
+from megatron.config.errors import ConfigError
 from megatron.config.messages import validation_problem
-from megatron.config.neox.answers import ANSWERS, VALUES
-from megatron.config.neox.translate import answer_keys, answer_values
+from megatron.config.neox.answers import ANSWERS, DEEPSPEED_KEYS, VALUES
+from megatron.config.neox.translate import answer_keys, answer_values, unpack_extra_args, walk
 from megatron.config.rules.run_rules import broken_rules, notes_on_defaults
-from megatron.config.schema.config import Config, group_fields, group_of_key
-from megatron.config.schema.key_group import Group
-from megatron.config.yaml_file import Entries, Location, normal_key, parse_value, read_file
+from megatron.config.schema.config import Config, fields_at, group_fields, group_of_key
+from megatron.config.schema.key_group import NO_VALUE, Group
+from megatron.config.yaml_file import MAX_DEPTH, Entries, Location, dotted, normal_key, parse_value, read_file, show
 from megatron.errors import UserError
+from megatron.files import exists, expanded, is_file, is_folder
 
 DEFAULT_FOLDER = "configs"
 DEFAULT_FILE = "default.yml"
@@ -30,17 +33,8 @@ COMMAND_LINE = Location("command line")
 OVERRIDE = re.compile(r"([A-Za-z_][\w.-]*)=(.*)", re.DOTALL)
 
 
-class ConfigError(UserError):
-    """The configuration is wrong; `problems` has one message for each thing to mend."""
-
-    def __init__(self, source: str, problems: Sequence[str]) -> None:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"{count} in {source}:", *(f"  {problem}" for problem in problems))
-        self.problems = tuple(problems)
-
-
 def say(line: str) -> None:
-    """Tell the user, once for all ranks, what became of a key."""
+    """Print a line about a key to stderr, on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
 
@@ -56,10 +50,10 @@ def load_config(
 ) -> Config:
     """Read, merge and check a configuration.
 
-    files: with or without extension; a directory stands for its default.yml; none: configs/default.yml.
-    folder: prefix of the files. overrides: "key=value" in YAML syntax. script: the name of the door that will run
-    ("train.py"), whose needs are then checked as well; planning: all but data and checkpoint.
-    tell: gets a line for each key of GPT-NeoX that was translated or left out.
+    files: with or without extension; a folder stands for its default.yml; none: configs/default.yml.
+    folder: prefix of the files. overrides: "key=value" in YAML syntax. script: the door that will run ("train.py"),
+    whose required keys are then checked; planning: except data and checkpoint. tell: gets a line for each GPT-NeoX key
+    that was translated or left out.
     Raises ConfigError with all problems.
     """
     paths, missing = find_files(files, folder)
@@ -84,27 +78,37 @@ def config_from_flat(flat: Mapping[str, Any], source: str = "configuration", scr
 
 
 def find_files(files: Sequence[str], folder: str | None = None) -> tuple[list[Path], list[str]]:
-    """The paths that `files` mean, and a message for each that is not there or may mean two things."""
+    """The paths that `files` mean, and a message for each that is missing or ambiguous."""
     if not files:
         files = ["."] if folder is not None else [DEFAULT_FOLDER]
-    paths, missing = [], []
+    paths: list[Path] = []
+    problems: list[str] = []
     for name in files:
-        path = Path(folder or "") / name
-        beside = [other for other in _with_suffixes(path) if other.is_file()]
-        if path.is_dir() and beside and not name.endswith("/"):
-            missing.append(f"{path} is a folder and {beside[0]} a file; write {name}/ or {name}{beside[0].suffix}")
-            continue
-        path = path / DEFAULT_FILE if path.is_dir() else path
-        found = next((candidate for candidate in (path, *_with_suffixes(path)) if candidate.is_file()), None)
-        if found is None:
-            missing.append(_no_such_file(path))
-        else:
-            paths.append(found)
-    return paths, missing
+        try:
+            paths.append(_find_file(name, folder))
+        except UserError as error:
+            problems += error.problems
+    return paths, problems
+
+
+def _find_file(name: str, folder: str | None) -> Path:
+    path = Path(expanded(folder or "", "-d")) / expanded(name, "the configuration")
+    with_suffix = [other for other in _with_suffixes(path) if is_file(other)]
+    if is_folder(path) and with_suffix and not name.endswith("/"):
+        raise UserError(
+            f"{path} is a folder and {with_suffix[0]} a file; write {name}/ or {name}{with_suffix[0].suffix}"
+        )
+    path = path / DEFAULT_FILE if is_folder(path) else path
+    if exists(path):  # pipes too
+        return path
+    found = [other for other in _with_suffixes(path) if is_file(other)]
+    if not found:
+        raise UserError(_no_such_file(path))
+    return found[0]
 
 
 def _with_suffixes(path: Path) -> list[Path]:
-    """What a name without its extension may mean."""
+    """The files that a name without extension may mean."""
     return [path.with_name(path.name + suffix) for suffix in SUFFIXES] if path.name else []
 
 
@@ -125,19 +129,21 @@ def merge(parts: Sequence[Entries]) -> Entries:
 
 
 def build(entries: Entries, source: str, script: str | None = None, planning: bool = False) -> Config:
-    """Check merged keys and build the Config. Raises ConfigError with all problems, `source` naming the files."""
+    """Check merged keys and build the Config. Raises ConfigError with all problems; `source` names the files."""
+    unpack_extra_args(entries, DEEPSPEED_KEYS)
     answer_keys(entries, ANSWERS)
+    _unset_none(entries)
     try:
         plugins = entries.values.get("plugins", ())
         registry.load_plugins([name for name in plugins if isinstance(name, str)] if isinstance(plugins, tuple) else [])
     except UserError as error:
-        entries.problems.append(_at(entries, "plugins") + str(error))
+        entries.problems.append(entries.prefix(("plugins",)) + str(error))
     known_names = {name for names in registry.TABLE.values() for name in names}  # what a plugin brings is honoured
     answer_values(entries, {key: answer for key, answer in VALUES.items() if key[1] not in known_names})
     problems = list(entries.problems)
     known = group_of_key()
     unknown = [key for key in entries.values if key not in known and key != "plugins"]
-    problems += [_at(entries, key) + _unknown_key(key, [*known, "plugins"]) for key in unknown]
+    problems += [entries.prefix((key,)) + _unknown_key(key, [*known, "plugins"]) for key in unknown]
     config, wrong = _build_groups(entries, problems)
     problems += broken_rules(config, wrong, script, planning)
     if problems:
@@ -179,21 +185,42 @@ def _build_group(
         return kind.model_construct(**usable), wrong
 
 
+def _unset_none(entries: Entries) -> None:
+    """Take the text "None", which other programs write for null, as unset where a key may be unset."""
+    for path, value in list(walk(entries.values)):
+        field = fields_at(path[:-1]).get(str(path[-1]))
+        if not isinstance(value, str) or value.lower() not in NO_VALUE or field is None or field.default is not None:
+            continue
+        here: Any = entries.values
+        for part in path[:-1]:
+            here = here[part]
+        here[path[-1]] = None
+        entries.notes.append(f"{entries.prefix(path)}{dotted(path)} ({show(value)}) is taken as unset (null)")
+
+
 def _override(entries: Entries, text: str) -> None:
     """Put the value of "key=value" in place of what the files say."""
     match = OVERRIDE.fullmatch(text)
     if match is None:
-        entries.problems.append(f'{COMMAND_LINE}: "{text}" is not of the form key=value')
+        entries.problems.append(f"{COMMAND_LINE}: {show(text)} is not of the form key=value")
         return
     path = tuple(normal_key(match[1]).split("."))
+    if len(path) > MAX_DEPTH:
+        entries.problems.append(f"{COMMAND_LINE}: unknown key {show(match[1])}")
+        return
     try:
         value = parse_value(match[2])
     except ValueError as error:
-        entries.problems.append(f'{COMMAND_LINE}: the value in "{text}" is not YAML: {error}')
+        entries.problems.append(f"{COMMAND_LINE}: the value in {show(text)} is not YAML: {error}")
         return
     here = entries.values
-    for part in path[:-1]:
-        here[part] = dict(here[part]) if isinstance(here.get(part), dict) else {}
+    for depth, part in enumerate(path[:-1], 1):
+        group = {} if here.get(part) is None else here[part]
+        if not isinstance(group, dict):
+            where = entries.prefix(path[:depth])
+            entries.problems.append(f"{where}{dotted(path[:depth])} ({show(group)}) is not a group with {path[depth]}")
+            return
+        here[part] = dict(group)
         here = here[part]
     here[path[-1]] = value
     for old in [old for old in entries.locations if old[: len(path)] == path]:
@@ -207,19 +234,16 @@ def _frozen(value: Any) -> Any:
     return tuple(_frozen(part) for part in value) if isinstance(value, list | tuple) else value
 
 
-def _at(entries: Entries, key: str) -> str:
-    location = entries.location((key,))
-    return f"{location}: " if location else ""
-
-
 def _unknown_key(key: str, known: Sequence[str]) -> str:
     near = registry.nearest(key, known)
     return f'unknown key "{key}"' + (f'. Did you mean "{near}"?' if near else "")
 
 
 def _no_such_file(path: Path) -> str:
-    if not path.parent.is_dir():
+    if not is_folder(path.parent):
         return f"there is no folder {path.parent} (for {path.name})"
-    present = [other.name for other in path.parent.iterdir() if other.suffix in SUFFIXES]
+    present: list[str] = []
+    with suppress(OSError):  # a folder that may not be listed
+        present = [other.name for other in path.parent.iterdir() if other.suffix in SUFFIXES]
     near = registry.nearest(path.name, [*present, *(Path(name).stem for name in present)])
     return f"there is no file {path}" + (f". Did you mean {path.with_name(near)}?" if near else "")

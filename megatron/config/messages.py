@@ -1,9 +1,11 @@
-"""Pydantic's findings in words that name file, line, key, value and the nearest right value."""
+"""Turn pydantic's errors into messages with file, line, key, value and the nearest valid value."""
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from megatron import registry
-from megatron.config.schema.config import group_fields, group_of_key
+from megatron.config.schema.config import fields_at
+from megatron.config.schema.key_group import PATH_PROBLEM
 from megatron.config.yaml_file import Entries, KeyPath, dotted, show
 
 if TYPE_CHECKING:
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
 EXPECTED = {
     "int_type": "must be a whole number",
     "int_from_float": "must be a whole number",
+    "int_parsing_size": "must be a whole number below 2^63",
     "float_type": "must be a number",
     "bool_type": "must be true or false",
     "string_type": "must be text",
@@ -23,13 +26,17 @@ EXPECTED = {
     "less_than": "must be less than {lt}",
     "less_than_equal": "must be at most {le}",
 }
+BOOLEANS = {
+    **dict.fromkeys(("yes", "on", "true", "1", "y"), "true"),
+    **dict.fromkeys(("no", "off", "false", "0", "n"), "false"),
+}
+NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 def validation_problem(detail: "ErrorDetails", entries: Entries) -> str:
-    """One line for one finding; `detail["loc"]` starts at the flat key."""
+    """One line for one error; `detail["loc"]` starts at the flat key."""
     path: KeyPath = detail["loc"]
-    location = entries.location(path)
-    return (f"{location}: " if location else "") + _what(detail, path)
+    return entries.prefix(path) + _what(detail, path)
 
 
 def _what(detail: "ErrorDetails", path: KeyPath) -> str:
@@ -40,26 +47,33 @@ def _what(detail: "ErrorDetails", path: KeyPath) -> str:
     if kind == "missing":
         return f'"{key}" is missing; it has no default'
     if kind == "extra_forbidden":
-        near = registry.nearest(str(path[-1]), _keys_of(path[:-1]))
+        near = registry.nearest(str(path[-1]), fields_at(path[:-1]))
         return f'unknown key "{key}"' + (f'. Did you mean "{near}"?' if near else "")
+    if kind == PATH_PROBLEM:
+        return str(detail["msg"])
     if kind == "value_error":
         return f"{key}: {context['error']}"
     if kind == "literal_error":
         return f"{key} ({show(value)}) must be {context['expected']}" + _did_you_mean(value, context)
     if kind == "too_long":
         return f"{key} ({show(value)}) must not have more than {context['max_length']}"
-    return f"{key} ({show(value)}) " + EXPECTED.get(kind, detail["msg"]).format(**context)
+    return f"{key} ({show(value)}) " + EXPECTED.get(kind, detail["msg"]).format(**context) + _way_out(kind, value)
+
+
+def _way_out(kind: str, value: object) -> str:
+    """What to write for a value of the wrong type, where that can be guessed."""
+    if kind == "bool_type" and str(value).lower() in BOOLEANS:
+        return f"; write {BOOLEANS[str(value).lower()]}"
+    if kind in ("int_type", "float_type") and isinstance(value, str) and NUMBER.fullmatch(value.strip()):
+        return f"; write {value.strip()} without quotation marks"
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        return "; put it in quotation marks"
+    if kind == "tuple_type" and isinstance(value, str):
+        return f"; write [{value}]"
+    return ""
 
 
 def _did_you_mean(value: object, context: dict[str, Any]) -> str:
     choices = str(context["expected"]).replace(" or ", ", ").replace("'", "").split(", ")
     near = registry.nearest(value, choices) if isinstance(value, str) else None
     return f'. Did you mean "{near}"?' if near else ""
-
-
-def _keys_of(path: KeyPath) -> list[str]:
-    """The keys that the nested group at `path` knows."""
-    kind: Any = group_fields()[group_of_key()[str(path[0])]]
-    for part in path:
-        kind = kind.model_fields[part].annotation
-    return list(kind.model_fields)

@@ -1,4 +1,4 @@
-"""Which number format the keys precision, fp16 and bf16 ask for together."""
+"""The number format that the keys precision, fp16 and bf16 select."""
 
 from megatron.config.plan import Precision
 from megatron.config.schema.training_keys import PrecisionKeys
@@ -6,20 +6,20 @@ from megatron.config.schema.training_keys import PrecisionKeys
 NAMES: dict[str, Precision] = {"fp32": "fp32", "fp16": "fp16", "bfloat16": "bf16"}
 
 
-def wanted(keys: PrecisionKeys) -> dict[str, Precision]:
-    """What each key that was written asks for, by its text: {"precision (fp16)": "fp16"}."""
-    wishes: dict[str, Precision] = {}
+def chosen_formats(keys: PrecisionKeys) -> dict[str, Precision]:
+    """The format that each written key selects: {"precision (fp16)": "fp16"}."""
+    chosen: dict[str, Precision] = {}
     if keys.precision is not None:
-        wishes[f"precision ({keys.precision})"] = NAMES[keys.precision]
+        chosen[f"precision ({keys.precision})"] = NAMES[keys.precision]
     if keys.fp16.enabled:
-        wishes["fp16.enabled (true)"] = "fp16"
+        chosen["fp16.enabled (true)"] = "fp16"
     if keys.bf16.enabled:
-        wishes["bf16.enabled (true)"] = "bf16"
-    return wishes
+        chosen["bf16.enabled (true)"] = "bf16"
+    return chosen
 
 
-def refused(keys: PrecisionKeys) -> dict[str, Precision]:
-    """What keys set to false exclude: {"fp16.enabled (false)": "fp16"}."""
+def excluded_formats(keys: PrecisionKeys) -> dict[str, Precision]:
+    """The formats that keys set to false exclude: {"fp16.enabled (false)": "fp16"}."""
     excluded: dict[str, Precision] = {}
     if keys.fp16.enabled is False:
         excluded["fp16.enabled (false)"] = "fp16"
@@ -29,5 +29,5 @@ def refused(keys: PrecisionKeys) -> dict[str, Precision]:
 
 
 def resolve_precision(keys: PrecisionKeys) -> Precision:
-    """The format that was asked for; fp32 if none was. The rules have made sure that the keys agree."""
-    return next(iter(wanted(keys).values()), "fp32")
+    """The selected format; default fp32. The rules ensure that the keys agree."""
+    return next(iter(chosen_formats(keys).values()), "fp32")

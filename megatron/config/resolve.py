@@ -3,7 +3,7 @@
 Pure: the same arguments give the same Plan on every machine and rank, and every derived value is made here.
 """
 
-from megatron.config.load import ConfigError
+from megatron.config.errors import ConfigError
 from megatron.config.parameter_counts import flops_per_token
 from megatron.config.plan import (
     BatchPlan,

@@ -1,5 +1,7 @@
 """Sizes that follow from other sizes, in one place for rules, resolve and estimate."""
 
+from math import isqrt
+
 from megatron.config.schema.model_keys import ModelKeys
 
 
@@ -37,7 +39,11 @@ def attention_names(model: ModelKeys) -> tuple[str, ...]:
     for kinds, repetitions in model.attention_config or ((("global",), "all"),):
         if repetitions == "all" and model.num_layers % len(kinds):
             raise ValueError(f'"all" repeats {len(kinds)} kinds, which does not divide num_layers ({model.num_layers})')
-        names += kinds * (model.num_layers // len(kinds) if repetitions == "all" else int(repetitions))
+        times = model.num_layers // len(kinds) if repetitions == "all" else int(repetitions)
+        count = len(names) + len(kinds) * times
+        if count > model.num_layers:
+            raise ValueError(f"gives {count} layers or more, but num_layers is {model.num_layers}")
+        names += kinds * times
     if len(names) != model.num_layers:
         raise ValueError(f"gives {len(names)} layers, but num_layers is {model.num_layers}")
     return tuple(names)
@@ -54,8 +60,9 @@ def rotary_elements(model: ModelKeys) -> int:
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors, ascending."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    """The divisors up to a million and their counterparts, ascending: all of them for numbers up to 10^12."""
+    small = [d for d in range(1, min(isqrt(number), 10**6) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def would_work(choices: list[int], near: int, at_most: int = 3) -> str:

@@ -80,6 +80,14 @@ def test_a_file_with_an_equals_sign_in_its_name_is_a_file(tmp_path, monkeypatch)
     assert parse_command_line(["train.py", "a=b.yml", "seed=1"]).files == ("a=b.yml",)
 
 
+def test_a_long_word_is_an_override_and_a_folder_hides_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "save=x").mkdir()
+    words = ["extra_save_iters=[" + "1," * 500 + "]", "wandb_run_name=" + "x" * 5000, "save=x"]
+    command = parse_command_line(["train.py", "a.yml", *words])
+    assert (command.files, command.overrides) == (("a.yml",), tuple(words))
+
+
 def test_print_config_and_dry_run_are_noted():
     assert parse_command_line(["train.py", "--print-config"]).print_config
     assert parse_command_line(["train.py", "--dry-run"]).dry_run
@@ -88,7 +96,7 @@ def test_print_config_and_dry_run_are_noted():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "which script"),
+        ("", "a script is missing"),
         ("train.py --num_gpus many", "invalid int value"),
         ("train.py --no_such_flag", "--no_such_flag"),
         ("train.py --num_gpu 2", "--num_gpu"),

@@ -2,14 +2,15 @@
 
 import pytest
 
-from megatron.config.load import ConfigError, config_from_flat
+from megatron.config.errors import ConfigError
+from megatron.config.load import config_from_flat
 from megatron.config.resolve import resolve
 
 SHAPE = {"num_layers": 4, "hidden_size": 48, "num_attention_heads": 12, "seq_length": 8}
 TWO = ["a", "b"]
 
 BROKEN = [
-    ({"split": "1,2,3,4"}, 'split ("1,2,3,4") must be up to three shares'),
+    ({"split": "1,2,3,4"}, 'split ("1,2,3,4") must be one to three shares'),
     ({"data_path": "x", "train_data_paths": TWO}, "data_path (x) and train_data_paths ([a, b]) exclude each other"),
     ({"valid_data_paths": TWO}, "valid_data_paths ([a, b]) needs train_data_paths"),
     ({"train_data_paths": []}, "train_data_paths is an empty list"),

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron import registry
-from megatron.config.load import ConfigError, load_config
+from megatron.config.errors import ConfigError
+from megatron.config.load import load_config
 from megatron.config.neox.answers import ANSWERS, HONOURED, VALUES
 from megatron.config.resolve import resolve
 from megatron.config.schema.config import group_fields, group_of_key
@@ -139,7 +140,7 @@ def test_a_gated_default_width_which_differs_is_told(tmp_path):
     config, told = load(tmp_path, "activation: swiglu\n", shape)
     assert told == [
         "activation (swiglu) without ffn_hidden_size: the width is 128, two thirds of 4 x hidden_size; "
-        "in GPT-NeoX it is 64. Writing ffn_hidden_size settles it"
+        "in GPT-NeoX it is 64. Set ffn_hidden_size to choose"
     ]
     assert resolve(config, 1, 100).model.ffn_hidden_size == 128
     assert load(tmp_path, "activation: swiglu\nffn_hidden_size: 128\n", shape)[1] == []
@@ -153,7 +154,7 @@ def test_a_gated_default_width_which_differs_is_told(tmp_path):
         ("optimizer: {type: OneBitAdam}", 'optimizer.type ("OneBitAdam") is not supported: Adam'),
         ("zero_optimization: {offload_optimizer: {device: nvme}}", "zero_optimization.offload_optimizer.device"),
         ("deepspeed: false", "deepspeed (false) is not supported"),
-        ("deepspeed_extra_args: {comms_logger: {enabled: true}}", "deepspeed_extra_args (a group of keys) is not"),
+        ("deepspeed_extra_args: {no_such_key: 1}", "deepspeed_extra_args.no_such_key (1) is not supported"),
         ("activation: swiglu\nintermediate_size: 32768", "has two meanings with the gated activation"),
         ("moe_num_experts: 8", "moe_num_experts (8) is not supported: there are no experts yet"),
     ],
@@ -227,3 +228,56 @@ def test_ranks_do_not_repeat_what_was_told(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     load_config([str(tmp_path / "a.yml")])
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_its_switches_for_a_launcher_choose_that_launcher(tmp_path):
+    config, told = load(tmp_path, "deepspeed_slurm: true\ncomment: neox\n")
+    assert (config.launcher.launcher, config.launcher.comment) == ("slurm", "neox")
+    assert told == ['neox.yml:5: deepspeed_slurm (true) is taken as launcher: "slurm": ranks start through srun']
+    assert load(tmp_path, "deepspeed_slurm: true\nlauncher: slurm\n")[0].launcher.launcher == "slurm"
+    assert load(tmp_path, "deepspeed_mpi: true\n")[0].launcher.launcher == "openmpi"
+    assert load(tmp_path, "deepspeed_slurm: false\n")[0].launcher.launcher is None
+    assert problems(tmp_path, "deepspeed_slurm: true\nlauncher: pdsh\n") == [
+        'neox.yml:5: deepspeed_slurm (true) and launcher ("pdsh") contradict each other; keep launcher'
+    ]
+
+
+def test_extra_args_of_deepspeed_are_the_keys_of_the_same_names(tmp_path):
+    text = """deepspeed_extra_args:
+  comms_logger: {enabled: true, verbose: true, prof_all: true, debug: false}
+  wall_clock_breakdown: true
+  gradient_clipping: 0.5
+  bf16: {bf16: true}
+  zero_optimization: {stage: 1, cpu_offload: false}
+  optimizer: {type: SGD, params: {lr: 0.1}}
+  steps_per_print: 10
+"""
+    config, told = load(tmp_path, text)
+    assert (config.profiling.wall_clock_breakdown, config.optimizer.gradient_clipping) == (True, 0.5)
+    assert resolve(config, 2, 100).engine.precision == "bf16"
+    assert config.engine.zero_optimization.stage == 1
+    assert (config.optimizer.optimizer.type, config.optimizer.optimizer.params.lr) == ("sgd", 0.1)
+    said = "".join(told)
+    assert "neox.yml:6: deepspeed_extra_args.comms_logger (a group of keys) is taken as the key comms_logger" in said
+    assert "neox.yml:6: comms_logger (a group of keys) is left out: it measures only" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{sparse_attention: {mode: fixed}}", "sparse_attention (a group of keys) is not supported: write attention_c"),
+        ("{nebula: {enabled: true}, seed: 1}", "deepspeed_extra_args.nebula (a group of keys) is not supported"),
+        ("{hidden_size: 8}", "deepspeed_extra_args.hidden_size (8) is not supported"),
+        ("{gradient_clipping: 0.5}\ngradient_clipping: 2", "and the key gradient_clipping contradict each other"),
+        ("{gradient_clipping: much}", 'neox.yml:5: gradient_clipping ("much") must be a number'),
+        ("true", "deepspeed_extra_args (true) is not supported"),
+    ],
+)
+def test_extra_args_without_a_key_here_are_refused_by_name(text, message, tmp_path):
+    assert message in problems(tmp_path, f"deepspeed_extra_args: {text}\n")[0]
+
+
+def test_what_may_stand_in_extra_args_has_an_answer():
+    from megatron.config.neox.answers import DEEPSPEED_KEYS
+
+    assert [key for key in DEEPSPEED_KEYS if key not in ANSWERS] == []

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.config.load import ConfigError, config_from_flat
+from megatron.config.errors import ConfigError
+from megatron.config.load import config_from_flat
 from megatron.config.plan import BatchPlan, Layout, LossScalePlan
 from megatron.config.resolve import resolve
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron.config.load import ConfigError, config_from_flat
+from megatron.config.errors import ConfigError
+from megatron.config.load import config_from_flat
 
 SHAPE = {"num_layers": 4, "hidden_size": 48, "num_attention_heads": 12, "seq_length": 8}
 TRAINING = {"train_iters": 10, "train_batch_size": 4, "data_impl": "mock"}
@@ -33,7 +34,7 @@ BROKEN = [
         {"context_parallel_size": 2, "pipe_parallel_size": 2},
         "context_parallel_size (2) excludes a pipeline (pipe_parallel_size 2)",
     ),
-    ({"head_dim": 5, "pos_emb": "rotary"}, "rotary_pct (1) turns 5 of the 5 elements of a head"),
+    ({"head_dim": 5, "pos_emb": "rotary"}, "rotary_pct (1) rotates 5 of the 5 elements of a head"),
     ({"norm_placement": "output", "gpt_j_residual": True}, "norm_placement (output) and gpt_j_residual (true) exclude"),
     ({"qk_norm": "head"}, "qk_norm (head) is an RMSNorm and norm is layernorm; set norm to rmsnorm"),
     (
@@ -46,7 +47,7 @@ BROKEN = [
     ),
     (
         {"pos_emb": "rotary", "rope_scaling": {"factor": 2.0}},
-        "rope_scaling: rope_type default has no use for factor",
+        "rope_scaling: rope_type default does not use factor",
     ),
     (
         {
@@ -81,9 +82,9 @@ BROKEN = [
         {"ffn_hidden_size": 30, "mlp_multiple_of": 16},
         "(30) must be a multiple of mlp_multiple_of (16); 32",
     ),
-    ({"ffn_hidden_size": 96, "intermediate_size": 96}, "say the same thing; keep ffn_hidden_size"),
+    ({"ffn_hidden_size": 96, "intermediate_size": 96}, "set the same thing; keep ffn_hidden_size"),
     ({"max_position_embeddings": 4}, "max_position_embeddings (4) must be at least seq_length (8)"),
-    ({"pos_emb": "rotary", "rotary_pct": 0.8}, "rotary_pct (0.8) turns 3 of the 4 elements of a head"),
+    ({"pos_emb": "rotary", "rotary_pct": 0.8}, "rotary_pct (0.8) rotates 3 of the 4 elements of a head"),
     ({"gpt_j_tied": True}, "gpt_j_tied (true) needs gpt_j_residual (false)"),
     ({"attention_config": [[["global"], 3]]}, "attention_config gives 3 layers, but num_layers is 4"),
     ({"attention_config": [[["global"] * 3, "all"]]}, "repeats 3 kinds, which does not divide num_layers (4)"),
@@ -105,11 +106,11 @@ BROKEN = [
     ),
     (
         {"precision": "bfloat16", "data_types": {"grad_accum_dtype": "fp16"}},
-        "data_types.grad_accum_dtype (fp16) fits no weights in bf16; leave it unset, or take fp32 or bf16",
+        "data_types.grad_accum_dtype (fp16) does not fit weights in bf16; leave it unset, or use fp32 or bf16",
     ),
     (
         {"data_types": {"grad_accum_dtype": "bf16"}},
-        "data_types.grad_accum_dtype (bf16) fits no weights in fp32; leave it unset, or take fp32",
+        "data_types.grad_accum_dtype (bf16) does not fit weights in fp32; leave it unset, or use fp32",
     ),
     (
         {"recompute_granularity": "selective"},
@@ -132,7 +133,7 @@ BROKEN = [
         '("best") must be "type:REGEX", "parameters" or "uniform"',
     ),
     ({"pipe_partition_method": "type:mamba"}, 'pipe_partition_method ("type:mamba") matches no layer'),
-    ({"pipe_partition_method": "type:("}, "has a regular expression that is wrong"),
+    ({"pipe_partition_method": "type:("}, "has an invalid regular expression"),
     (
         {"precision": "fp32", "fp16": {"enabled": True}},
         "precision (fp32) and fp16.enabled (true) contradict",
@@ -140,16 +141,16 @@ BROKEN = [
     ({"bf16": {"enabled": True}, "fp16": {"fp16": True}}, "fp16.enabled (true) and bf16.enabled (true) contradict"),
     ({"precision": "fp16", "fp16": {"enabled": False}}, "precision (fp16) and fp16.enabled (false) contradict"),
     ({"weight_decay": 0.1, "optimizer": {"params": {"weight_decay": 0.2}}}, "weight_decay (0.1) and optimizer.params"),
-    ({"lr_decay_iters": 5, "lr_decay_fraction": 0.5}, "lr_decay_iters (5) and lr_decay_fraction (0.5) say the same"),
+    ({"lr_decay_iters": 5, "lr_decay_fraction": 0.5}, "lr_decay_iters (5) and lr_decay_fraction (0.5) set the same"),
     ({"min_lr": 0.01}, "min_lr (0.01) must not be above optimizer.params.lr (0.001)"),
-    ({"split": "90, ten"}, 'split ("90, ten") must be up to three shares'),
-    ({"split": "0, 0, 0"}, "must be up to three shares"),
-    ({"split": "-1, 2, 1"}, "must be up to three shares"),
+    ({"split": "90, ten"}, 'split ("90, ten") must be one to three shares'),
+    ({"split": "0, 0, 0"}, "must be one to three shares"),
+    ({"split": "-1, 2, 1"}, "must be one to three shares"),
     ({"finetune": True}, "finetune (true) needs load"),
     ({"iteration": 5}, "iteration (5) needs load"),
     ({"text_gen_type": "input-file"}, "needs sample_input_file"),
     ({"include": "localhost:0", "num_gpus": 1}, "include (localhost:0) and num_gpus (1) exclude each other"),
-    ({"eval_num_fewshot": 5, "eval_limit": 0.5}, "eval_num_fewshot (5) and eval_limit (0.5) mean nothing without"),
+    ({"eval_num_fewshot": 5, "eval_limit": 0.5}, "eval_num_fewshot (5) and eval_limit (0.5) need eval_tasks"),
 ]
 
 
@@ -223,16 +224,16 @@ PROFILE = {"profile": True, "log_dir": "logs", "profile_step_start": 2, "profile
         ({"log_dir": None}, r"profile \(true\) writes files, but neither log_dir nor save is set; set log_dir"),
         (
             {"log_dir": None, "profile": False, "memory_profiling": True},
-            r"memory_profiling \(true\) writes files, but there is no place; set memory_profiling_path",
+            r"memory_profiling \(true\) writes files, but has no folder; set memory_profiling_path",
         ),
         ({"profile_step_stop": 2}, r"profile_step_stop \(2\) must be above profile_step_start \(2\)"),
         (
             {"profile_step_start": 10, "profile_step_stop": 12},
-            r"profile_step_start \(10\) steps, but train_iters \(10\)",
+            r"profile_step_start \(10\) steps, but the run ends after train_iters \(10\)",
         ),
     ],
 )
-def test_a_profile_needs_steps_and_a_place(keys, problem):
+def test_a_profile_needs_steps_and_a_folder(keys, problem):
     check(TRAINING | PROFILE, script="train.py")
     with pytest.raises(ConfigError, match=problem):
         check(TRAINING | PROFILE | keys, script="train.py")

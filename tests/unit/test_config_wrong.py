@@ -71,7 +71,7 @@ PAIRS = [
     ("num_nodes: 3\ntrain_batch_size: 8", "num_nodes: 3\ntrain_batch_size: 12", ["train_batch_size (8)", "= 6", "12"]),
     ("min_lr: 0.1", "min_lr: 0.0001", ["min_lr (0.1)", "optimizer.params.lr (0.001)"]),
     ("max_position_embeddings: 4", "max_position_embeddings: 8", ["(4) must be at least seq_length (8)"]),
-    ("pos_emb: rotary\nrotary_pct: 0.8", "pos_emb: rotary\nrotary_pct: 0.5", ["rotary_pct (0.8) turns 3 of the 4"]),
+    ("pos_emb: rotary\nrotary_pct: 0.8", "pos_emb: rotary\nrotary_pct: 0.5", ["rotary_pct (0.8) rotates 3 of the 4"]),
     ("precision: fp32\nbf16: {enabled: true}", "bf16: {enabled: true}", ["precision (fp32)", "bf16.enabled (true)"]),
     ("finetune: true", "finetune: true\nload: there", ["finetune (true) needs load"]),
     ("moe_num_experts: 8", "moe_num_experts: 1", ["F:9: moe_num_experts (8) is not supported"]),

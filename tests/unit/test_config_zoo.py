@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config.load import ConfigError, load_config
+from megatron.config.errors import ConfigError
+from megatron.config.load import load_config
 from megatron.config.parameter_counts import parameter_count
 from megatron.config.resolve import resolve
 from megatron.launch.main import main

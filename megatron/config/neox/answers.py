@@ -7,7 +7,7 @@ A key that becomes a field moves from TRANSLATED or REFUSED to HONOURED; the tes
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.config.neox.translate import Answer, Change
+from megatron.config.neox.translate import EXTRA_ARGS, Answer, Change
 
 # Keys that keep their meaning, with what a user of GPT-NeoX should know about some of them.
 HONOURED: dict[str, str] = {
@@ -330,6 +330,14 @@ TRANSLATED: tuple[tuple[tuple[str, ...], Answer], ...] = (
     ),
     (("steps_per_print", "dump_state"), Answer("translated", "log_interval sets our own log")),
     (("profile_backward",), Answer("translated", "what is computed again in the backward pass is in every profile")),
+    (("flops_profiler",), Answer("translated", "it measures only; FLOP/s and MFU are in the log line")),
+    (
+        (
+            "comms_logger",
+            *(f"{EXTRA_ARGS}.comms_logger{key}" for key in ("", ".enabled", ".verbose", ".prof_all", ".debug")),
+        ),
+        Answer("translated", "it measures only; profile: true traces the communication, NCCL_DEBUG=INFO logs it"),
+    ),
     (("deepspeed_slurm",), Answer("translated", "ranks start through srun", change=_launcher("slurm"))),
     (("deepspeed_mpi",), Answer("translated", "ranks start through mpirun", change=_launcher("openmpi"))),
     (("no_ssh_check", "force_multi"), Answer("translated", "the launcher finds out by itself")),
@@ -441,7 +449,6 @@ REFUSED: tuple[tuple[tuple[str, ...], Answer], ...] = (
         ("curriculum_learning", "curriculum_seqlen", "data_efficiency"),
         Answer("refused", "samples always have seq_length tokens", harmless=(0,)),
     ),
-    (("flops_profiler",), Answer("refused", "FLOP/s and MFU are in the log line")),
     (("autotuning", "autotuning_run"), Answer("refused", "compare layouts with --dry-run instead")),
     (("activation_checkpointing",), Answer("refused", "write checkpoint_activations and checkpoint_num_layers")),
     (("sparse_attention",), Answer("refused", "write attention_config with local layers")),
@@ -449,14 +456,9 @@ REFUSED: tuple[tuple[tuple[str, ...], Answer], ...] = (
     (("wandb",), Answer("refused", "write use_wandb, wandb_project and their like")),
     (("csv_monitor",), Answer("refused", "metrics.jsonl in log_dir has every figure")),
     (("elasticity",), Answer("refused", "stop, and resume from save on any number of ranks")),
-    (("comms_logger",), Answer("refused", "NCCL_DEBUG=INFO shows the communication")),
     (("compression_training",), Answer("refused", "models are trained whole")),
     (("checkpoint",), Answer("refused", "write save, load and checkpoint_factor")),
-    (("deepspeed_extra_args",), Answer("refused", "DeepSpeed's dictionary is derived from checked keys; set those")),
-    (
-        tuple(f"deepspeed_extra_args.comms_logger{key}" for key in ("", ".enabled", ".verbose", ".prof_all", ".debug")),
-        Answer("refused", "NCCL_DEBUG=INFO shows the communication"),
-    ),
+    (("deepspeed_extra_args",), Answer("refused", "write a group of DeepSpeed's keys, or those keys themselves")),
     (("account",), Answer("refused", "give it to sbatch or salloc, which make the allocation")),
 )
 
@@ -512,3 +514,38 @@ def _table() -> dict[str, Answer]:
 
 
 ANSWERS: dict[str, Answer] = _table()
+
+# Keys of DeepSpeed's own settings, which may stand in deepspeed_extra_args; each is a field or has an answer.
+DEEPSPEED_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "optimizer",
+    "scheduler",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "sparse_gradients",
+    "fp16",
+    "bf16",
+    "amp",
+    "gradient_clipping",
+    "zero_optimization",
+    "curriculum_learning",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "dump_state",
+    "flops_profiler",
+    "communication_data_type",
+    "autotuning",
+    "activation_checkpointing",
+    "sparse_attention",
+    "data_efficiency",
+    "tensorboard",
+    "wandb",
+    "csv_monitor",
+    "elasticity",
+    "comms_logger",
+    "compression_training",
+    "checkpoint",
+    "data_types",
+)

@@ -1,16 +1,16 @@
-"""What becomes of a GPT-NeoX key that is not one of ours: translated or left out with a line, or refused.
+"""Apply the answers to GPT-NeoX keys: translate a key or leave it out with a line, or refuse it.
 
-The answers are data (`answers.py`); this file applies them to the keys of a configuration, before they are
-checked. A key that is a field of Config is honoured and never comes here; some of its values may, though, and a nested
-key goes by its dotted name ("fp16.type").
+The answers are data (`answers.py`); they are applied before the keys are checked. A key that is a field of Config is
+honoured and only some of its values have answers. Nested keys have dotted names ("fp16.type").
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron.config.yaml_file import Entries, KeyPath, dotted, show
 
+EXTRA_ARGS = "deepspeed_extra_args"
 Kind = Literal["honoured", "translated", "refused"]
 # From the value and all keys of the configuration to dotted keys of ours; None: there is nothing to translate.
 Change = Callable[[Any, Mapping[str, Any]], Mapping[str, Any] | None]
@@ -21,22 +21,47 @@ class Answer:
     """What a GPT-NeoX key, or one value of it, means here."""
 
     kind: Kind
-    line: str = ""  # honoured: what differs, if anything does; else why, and what to use instead
-    harmless: tuple[object, ...] = ()  # refused: values under which nothing would be different here
-    change: Change | None = None  # translated: our keys for it; None: it is left out, as it changes nothing
+    line: str = ""  # honoured: what differs, if anything; else why, and what to use instead
+    harmless: tuple[object, ...] = ()  # refused: values that change nothing here
+    change: Change | None = None  # translated: our keys for it; None: it is left out because it changes nothing
+
+
+def unpack_extra_args(entries: Entries, known: Collection[str]) -> None:
+    """Move what `deepspeed_extra_args` adds to DeepSpeed's settings to the keys of the same names.
+
+    known: DeepSpeed's keys that have a field or an answer; others are refused.
+    """
+    group = entries.values.get(EXTRA_ARGS)
+    if not isinstance(group, dict):
+        return
+    del entries.values[EXTRA_ARGS]
+    for key, value in group.items():
+        origin = (EXTRA_ARGS, key)
+        said = f"{entries.prefix(origin)}{dotted(origin)} ({show(value)})"
+        if key not in known:
+            entries.problems.append(f"{said} is not supported: no key here sets it; leave it out")
+            continue
+        if key in entries.values and entries.values[key] != value:
+            entries.problems.append(f"{said} and the key {key} contradict each other; keep {key}")
+            continue
+        entries.values[key] = value
+        for path, location in list(entries.locations.items()):
+            if path[:2] == origin:
+                entries.locations.setdefault(path[1:], location)
+        entries.notes.append(f"{said} is taken as the key {key}")
 
 
 def answer_keys(entries: Entries, answers: Mapping[str, Answer]) -> None:
-    """Replace or take out what has an answer; what was done goes to `entries.notes`, refusals to `entries.problems`."""
-    for path, value in list(_walk(entries.values, ())):
+    """Replace or remove the keys that have an answer; notes go to `entries.notes`, refusals to `entries.problems`."""
+    for path, value in list(walk(entries.values)):
         answer = answers.get(dotted(path))
         if answer is None or answer.kind == "honoured" or not _is_there(entries.values, path):
             continue
-        said = f"{_place(entries, path)}{dotted(path)} ({show(value)})"
+        said = f"{entries.prefix(path)}{dotted(path)} ({show(value)})"
         if answer.kind == "translated":
             _translate(entries, path, value, answer, said)
             continue
-        _take_out(entries.values, path)
+        _remove(entries.values, path)
         if _is_harmless(value, answer):
             entries.notes.append(f"{said} is left out: it changes nothing here")
         else:
@@ -44,16 +69,16 @@ def answer_keys(entries: Entries, answers: Mapping[str, Answer]) -> None:
 
 
 def answer_values(entries: Entries, answers: Mapping[tuple[str, object], Answer]) -> None:
-    """The same for single values of keys that are honoured otherwise, such as norm: scalenorm."""
-    for path, value in list(_walk(entries.values, ())):
+    """Apply answers to single values of honoured keys, such as norm: scalenorm."""
+    for path, value in list(walk(entries.values)):
         answer = answers.get((dotted(path), _lower(value))) if isinstance(value, str | int | float) else None
         if answer is None:
             continue
-        said = f"{_place(entries, path)}{dotted(path)} ({show(value)})"
+        said = f"{entries.prefix(path)}{dotted(path)} ({show(value)})"
         if answer.kind == "translated":
             _translate(entries, path, value, answer, said)
         else:
-            _take_out(entries.values, path)
+            _remove(entries.values, path)
             entries.problems.append(f"{said} is not supported: {answer.line}")
 
 
@@ -61,7 +86,7 @@ def _translate(entries: Entries, path: KeyPath, value: Any, answer: Answer, said
     new = {} if answer.change is None else answer.change(value, entries.values)
     if new is None:
         return
-    _take_out(entries.values, path)
+    _remove(entries.values, path)
     for name, replacement in new.items():
         _put(entries, tuple(name.split(".")), replacement, path, said)
     written = ", ".join(f"{name}: {show(replacement)}" for name, replacement in new.items())
@@ -69,41 +94,41 @@ def _translate(entries: Entries, path: KeyPath, value: Any, answer: Answer, said
 
 
 def _put(entries: Entries, target: KeyPath, value: Any, origin: KeyPath, said: str) -> None:
-    """Write `value` at `target`, which then stands where `origin` was written; another value there is a problem."""
+    """Write `value` at `target`, with the location of `origin`; a different value there is a problem."""
     here: Any = entries.values
     for part in target[:-1]:
         here = here.setdefault(part, {})
         if not isinstance(here, dict):
-            return  # the group is no group, which is said when it is checked
+            return  # not a group, which is reported when it is checked
     if here.get(target[-1], value) != value:
         entries.problems.append(
             f"{said} and {dotted(target)} ({show(here[target[-1]])}) contradict each other; keep {dotted(target)}"
         )
         return
     here[target[-1]] = value
-    place = entries.location(origin)
-    if place is not None:
-        entries.locations.setdefault(target, place)
+    location = entries.location(origin)
+    if location is not None:
+        entries.locations.setdefault(target, location)
 
 
-def _walk(values: Mapping[str, Any], above: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
-    """Every key with its value, groups before what is in them."""
+def walk(values: Mapping[str, Any], above: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Every key with its value, a group before its keys."""
     for key, value in values.items():
         yield (*above, key), value
         if isinstance(value, dict):
-            yield from _walk(value, (*above, key))
+            yield from walk(value, (*above, key))
 
 
 def _is_there(values: Mapping[str, Any], path: KeyPath) -> bool:
     here: Any = values
     for part in path:
         if not isinstance(here, dict) or part not in here:
-            return False  # an answer to what is above or beside it took it out
+            return False  # removed by the answer to another key
         here = here[part]
     return True
 
 
-def _take_out(values: dict[str, Any], path: KeyPath) -> None:
+def _remove(values: dict[str, Any], path: KeyPath) -> None:
     here: Any = values
     for part in path[:-1]:
         here = here.get(part, {})
@@ -111,17 +136,12 @@ def _take_out(values: dict[str, Any], path: KeyPath) -> None:
 
 
 def _is_harmless(value: object, answer: Answer) -> bool:
-    """Unset, switched off, or one of the values that the answer names."""
+    """Whether the value is unset, switched off, or one of those that the answer names."""
     if value is None or value is False or value == {} or value == ():
         return not (value is False and True in answer.harmless)
     if isinstance(value, dict) and value.get("enabled") is False:
         return True
     return any(value == same and isinstance(value, bool) == isinstance(same, bool) for same in answer.harmless)
-
-
-def _place(entries: Entries, path: KeyPath) -> str:
-    place = entries.location(path)
-    return f"{place}: " if place else ""
 
 
 def _lower(value: object) -> object:

@@ -1,8 +1,8 @@
-"""Rules between the keys of the model and of its split over ranks."""
+"""Rules between the keys of the model and of its parallelism."""
 
 from collections.abc import Iterator
 
-from megatron.config.rules.rule import Rule
+from megatron.config.rules.rule import Rule, rule
 from megatron.config.schema.config import Config
 from megatron.config.widths import (
     attention_names,
@@ -16,16 +16,20 @@ from megatron.config.widths import (
     would_work,
 )
 
+MODEL_RULES: list[Rule] = []
 
+
+@rule(MODEL_RULES, "hidden_size", "num_attention_heads", "head_dim")
 def _heads_divide_the_width(config: Config) -> Iterator[str]:
     width, heads = config.model.hidden_size, config.model.num_attention_heads
     if width % heads and config.model.head_dim is None:
         yield (
             f"hidden_size ({width}) must be divisible by num_attention_heads ({heads}); "
-            f"num_attention_heads {would_work(divisors(width), heads)}, or head_dim, the size of a head"
+            f"num_attention_heads {would_work(divisors(width), heads)}, or set head_dim, the size of a head"
         )
 
 
+@rule(MODEL_RULES, "num_attention_heads", "model_parallel_size")
 def _heads_can_be_split(config: Config) -> Iterator[str]:
     heads, split = config.model.num_attention_heads, config.parallelism.model_parallel_size
     if heads % split:
@@ -35,6 +39,7 @@ def _heads_can_be_split(config: Config) -> Iterator[str]:
         )
 
 
+@rule(MODEL_RULES, "num_attention_heads", "num_kv_heads")
 def _groups_divide_the_heads(config: Config) -> Iterator[str]:
     heads, groups = config.model.num_attention_heads, config.model.num_kv_heads
     if groups is not None and heads % groups:
@@ -44,6 +49,7 @@ def _groups_divide_the_heads(config: Config) -> Iterator[str]:
         )
 
 
+@rule(MODEL_RULES, "num_kv_heads", "model_parallel_size")
 def _groups_can_be_split(config: Config) -> Iterator[str]:
     groups, split = config.model.num_kv_heads, config.parallelism.model_parallel_size
     if groups is not None and groups % split:
@@ -53,6 +59,7 @@ def _groups_can_be_split(config: Config) -> Iterator[str]:
         )
 
 
+@rule(MODEL_RULES, "seq_length", "sequence_parallel", "context_parallel_size", "model_parallel_size")
 def _sequence_can_be_split(config: Config) -> Iterator[str]:
     length, keys = config.model.seq_length, config.parallelism
     tensor = keys.model_parallel_size if keys.sequence_parallel else 1
@@ -63,6 +70,7 @@ def _sequence_can_be_split(config: Config) -> Iterator[str]:
         yield f"seq_length ({length}) must be divisible by {' x '.join(named)}; {round_up(length, parts)} would work"
 
 
+@rule(MODEL_RULES, "num_attention_heads", "num_kv_heads", "context_parallel_size", "model_parallel_size")
 def _context_shares_the_heads(config: Config) -> Iterator[str]:
     model, keys = config.model, config.parallelism
     context, split = keys.context_parallel_size, keys.model_parallel_size
@@ -74,6 +82,7 @@ def _context_shares_the_heads(config: Config) -> Iterator[str]:
         yield f"{name} ({heads}){each} must be divisible by context_parallel_size ({context}); {choices}"
 
 
+@rule(MODEL_RULES, "context_parallel_size", "pipe_parallel_size")
 def _context_excludes_a_pipeline(config: Config) -> Iterator[str]:
     context, stages = config.parallelism.context_parallel_size, config.parallelism.pipe_parallel_size
     if context > 1 and stages > 1:
@@ -83,23 +92,25 @@ def _context_excludes_a_pipeline(config: Config) -> Iterator[str]:
         )
 
 
-def _width_is_said_once(config: Config) -> Iterator[str]:
+@rule(MODEL_RULES, "intermediate_size", "ffn_hidden_size", "activation", "mlp_multiple_of")
+def _width_is_set_once(config: Config) -> Iterator[str]:
     model = config.model
     if model.intermediate_size is not None and model.ffn_hidden_size is not None:
         yield (
             f"intermediate_size ({model.intermediate_size}) and ffn_hidden_size ({model.ffn_hidden_size}) "
-            "say the same thing; keep ffn_hidden_size"
+            "set the same thing; keep ffn_hidden_size"
         )
     elif model.intermediate_size is not None and is_gated(model.activation):
         neox = neox_gated_width(model.intermediate_size, model.mlp_multiple_of)
         yield (
             f"intermediate_size ({model.intermediate_size}) has two meanings with the gated activation "
             f"{model.activation}; write one of these lines instead:\n"
-            f'      "ffn_hidden_size": {neox}  (what GPT-NeoX makes of it)\n'
+            f'      "ffn_hidden_size": {neox}  (the width in GPT-NeoX)\n'
             f'      "ffn_hidden_size": {model.intermediate_size}  (the true width, as Hugging Face counts it)'
         )
 
 
+@rule(MODEL_RULES, "intermediate_size", "ffn_hidden_size", "activation", "mlp_multiple_of", "hidden_size")
 def _width_is_a_multiple(config: Config) -> Iterator[str]:
     model = config.model
     name = "ffn_hidden_size" if model.ffn_hidden_size is not None else "intermediate_size"
@@ -110,25 +121,36 @@ def _width_is_a_multiple(config: Config) -> Iterator[str]:
         yield f"{name} ({width}) must be a multiple of mlp_multiple_of ({multiple}); {round_up(width, multiple)} is"
 
 
+@rule(
+    MODEL_RULES,
+    "intermediate_size",
+    "ffn_hidden_size",
+    "activation",
+    "mlp_multiple_of",
+    "hidden_size",
+    "model_parallel_size",
+)
 def _width_can_be_split(config: Config) -> Iterator[str]:
     model, split = config.model, config.parallelism.model_parallel_size
     if model.intermediate_size is not None and is_gated(model.activation):
         return
     width = feed_forward_width(model)
     if width % split:
-        written = "" if model.ffn_hidden_size or model.intermediate_size else ", which is the default here,"
+        written = "" if model.ffn_hidden_size or model.intermediate_size else ", the default here,"
         yield (
             f"ffn_hidden_size ({width}){written} must be divisible by model_parallel_size ({split}); "
             f"ffn_hidden_size {round_up(width, split)} would work"
         )
 
 
+@rule(MODEL_RULES, "max_position_embeddings", "seq_length")
 def _positions_cover_the_sequence(config: Config) -> Iterator[str]:
     positions, length = config.model.max_position_embeddings, config.model.seq_length
     if positions is not None and positions < length:
-        yield f"max_position_embeddings ({positions}) must be at least seq_length ({length}); leave it out, or raise it"
+        yield f"max_position_embeddings ({positions}) must be at least seq_length ({length}); leave it out or raise it"
 
 
+@rule(MODEL_RULES, "pos_emb", "rotary_pct", "hidden_size", "num_attention_heads", "head_dim")
 def _rotary_part_is_even(config: Config) -> Iterator[str]:
     model = config.model
     if model.pos_emb != "rotary" or (model.head_dim is None and model.hidden_size % model.num_attention_heads):
@@ -139,47 +161,52 @@ def _rotary_part_is_even(config: Config) -> Iterator[str]:
         best = min(choices, key=lambda share: abs(share - model.rotary_pct), default=None)
         hint = f"rotary_pct {best:g} would work" if best is not None else "use fewer heads"
         yield (
-            f"rotary_pct ({model.rotary_pct:g}) turns {turned} of the {size} elements of a head, "
+            f"rotary_pct ({model.rotary_pct:g}) rotates {turned} of the {size} elements of a head, "
             f"which must be an even number above 0; {hint}"
         )
 
 
+@rule(MODEL_RULES, "gpt_j_residual", "gpt_j_tied")
 def _one_norm_needs_one_residual(config: Config) -> Iterator[str]:
     if config.model.gpt_j_tied and not config.model.gpt_j_residual:
         yield "gpt_j_tied (true) needs gpt_j_residual (false); set both to true, or gpt_j_tied to false"
 
 
+@rule(MODEL_RULES, "norm_placement", "gpt_j_residual")
 def _norms_on_outputs_are_serial(config: Config) -> Iterator[str]:
     if config.model.norm_placement == "output" and config.model.gpt_j_residual:
         yield (
-            "norm_placement (output) and gpt_j_residual (true) exclude each other, as parallel branches are summed "
-            "before there is an output to normalise; keep one of them"
+            "norm_placement (output) and gpt_j_residual (true) exclude each other, because parallel branches are "
+            "summed before there is an output to normalize; keep one of them"
         )
 
 
-def _heads_are_normalised_as_the_rest(config: Config) -> Iterator[str]:
+@rule(MODEL_RULES, "qk_norm", "norm")
+def _heads_are_normalized_as_the_rest(config: Config) -> Iterator[str]:
     model = config.model
     if model.qk_norm is not None and model.norm != "rmsnorm":
         yield f"qk_norm ({model.qk_norm}) is an RMSNorm and norm is {model.norm}; set norm to rmsnorm, or leave it out"
 
 
-def _stretch_is_whole(config: Config) -> Iterator[str]:
+@rule(MODEL_RULES, "rope_scaling", "pos_emb")
+def _rope_scaling_is_complete(config: Config) -> Iterator[str]:
     keys, model = config.model.rope_scaling, config.model
-    needed = {"linear": _STRETCH[:1], "llama3": _STRETCH}.get(keys.rope_type, ())
+    needed = {"linear": _SCALING_KEYS[:1], "llama3": _SCALING_KEYS}.get(keys.rope_type, ())
     if keys.rope_type != "default" and model.pos_emb != "rotary":
         yield f"rope_scaling.rope_type ({keys.rope_type}) needs pos_emb rotary, not {model.pos_emb}; leave it out"
     if missing := [name for name in needed if getattr(keys, name) is None]:
         yield f"rope_scaling.rope_type ({keys.rope_type}) needs {', '.join(missing)}, as in the model's config.json"
-    if spare := [name for name in _STRETCH if name not in needed and getattr(keys, name) is not None]:
-        yield f"rope_scaling: rope_type {keys.rope_type} has no use for {', '.join(spare)}; leave it out"
+    if spare := [name for name in _SCALING_KEYS if name not in needed and getattr(keys, name) is not None]:
+        yield f"rope_scaling: rope_type {keys.rope_type} does not use {', '.join(spare)}; leave it out"
     low, high = keys.low_freq_factor, keys.high_freq_factor
     if keys.rope_type == "llama3" and low is not None and high is not None and low >= high:
-        yield f"rope_scaling.low_freq_factor ({low:g}) must be below high_freq_factor ({high:g}); Llama 3.1 has 1 and 4"
+        yield f"rope_scaling.low_freq_factor ({low:g}) must be below high_freq_factor ({high:g}); Llama 3.1: 1 and 4"
 
 
-_STRETCH = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
+@rule(MODEL_RULES, "attention_config", "num_layers")
 def _attention_covers_the_layers(config: Config) -> Iterator[str]:
     try:
         attention_names(config.model)
@@ -187,11 +214,12 @@ def _attention_covers_the_layers(config: Config) -> Iterator[str]:
         yield f'attention_config {error}; [[["global"], "all"]] would work'
 
 
+@rule(MODEL_RULES, "attention_config", "sliding_window_width")
 def _windows_belong_to_local_layers(config: Config) -> Iterator[str]:
     width, kinds = config.model.sliding_window_width, config.model.attention_config or ()
     has_local = any("local" in names for names, _ in kinds)
     if has_local and width is None:
-        yield "attention_config has local layers, which need sliding_window_width, the keys a query sees"
+        yield "attention_config has local layers, which need sliding_window_width, the keys that a query sees"
     if width is not None and not has_local:
         yield (
             f"sliding_window_width ({width}) has no effect without local layers; "
@@ -199,6 +227,7 @@ def _windows_belong_to_local_layers(config: Config) -> Iterator[str]:
         )
 
 
+@rule(MODEL_RULES, "padded_vocab_size", "model_parallel_size")
 def _rows_can_be_split(config: Config) -> Iterator[str]:
     rows, split = config.model.padded_vocab_size, config.parallelism.model_parallel_size
     if rows is not None and rows % split:
@@ -206,34 +235,3 @@ def _rows_can_be_split(config: Config) -> Iterator[str]:
             f"padded_vocab_size ({rows}) must be divisible by model_parallel_size ({split}); "
             f"{round_up(rows, split)} would work"
         )
-
-
-MODEL_RULES = (
-    Rule(("hidden_size", "num_attention_heads", "head_dim"), _heads_divide_the_width),
-    Rule(("num_attention_heads", "model_parallel_size"), _heads_can_be_split),
-    Rule(("num_attention_heads", "num_kv_heads"), _groups_divide_the_heads),
-    Rule(("num_kv_heads", "model_parallel_size"), _groups_can_be_split),
-    Rule(("seq_length", "sequence_parallel", "context_parallel_size", "model_parallel_size"), _sequence_can_be_split),
-    Rule(
-        ("num_attention_heads", "num_kv_heads", "context_parallel_size", "model_parallel_size"),
-        _context_shares_the_heads,
-    ),
-    Rule(("context_parallel_size", "pipe_parallel_size"), _context_excludes_a_pipeline),
-    Rule(("intermediate_size", "ffn_hidden_size", "activation", "mlp_multiple_of"), _width_is_said_once),
-    Rule(
-        ("intermediate_size", "ffn_hidden_size", "activation", "mlp_multiple_of", "hidden_size"), _width_is_a_multiple
-    ),
-    Rule(
-        ("intermediate_size", "ffn_hidden_size", "activation", "mlp_multiple_of", "hidden_size", "model_parallel_size"),
-        _width_can_be_split,
-    ),
-    Rule(("max_position_embeddings", "seq_length"), _positions_cover_the_sequence),
-    Rule(("pos_emb", "rotary_pct", "hidden_size", "num_attention_heads", "head_dim"), _rotary_part_is_even),
-    Rule(("gpt_j_residual", "gpt_j_tied"), _one_norm_needs_one_residual),
-    Rule(("norm_placement", "gpt_j_residual"), _norms_on_outputs_are_serial),
-    Rule(("qk_norm", "norm"), _heads_are_normalised_as_the_rest),
-    Rule(("rope_scaling", "pos_emb"), _stretch_is_whole),
-    Rule(("attention_config", "num_layers"), _attention_covers_the_layers),
-    Rule(("attention_config", "sliding_window_width"), _windows_belong_to_local_layers),
-    Rule(("padded_vocab_size", "model_parallel_size"), _rows_can_be_split),
-)

@@ -1,54 +1,57 @@
-"""What must hold between keys: each broken rule names both values and a way out.
+"""Rules between keys: each message names the values and a way out.
 
-A rule says which keys it reads, so that it is left out when one of them is unusable already. Rules that
-depend on the number of ranks or on the vocabulary are in `resolve`.
+A rule declares the keys that it reads, and is skipped if one of them has no valid value. Rules that depend on the
+number of ranks or on the vocabulary are in `resolve`.
 """
 
 import re
 from collections.abc import Iterator
 
 from megatron.config.pipeline_stages import BLOCK_CLASS
-from megatron.config.precision import refused, resolve_precision, wanted
+from megatron.config.precision import chosen_formats, excluded_formats, resolve_precision
 from megatron.config.rules.data_rules import DATA_RULES
 from megatron.config.rules.model_rules import MODEL_RULES
-from megatron.config.rules.rule import Rule
+from megatron.config.rules.rule import Rule, rule
 from megatron.config.schema.config import Config
 from megatron.config.widths import feed_forward_width, is_gated, neox_gated_width
+from megatron.config.yaml_file import show
+
+RUN_RULES: list[Rule] = []
 
 
 def broken_rules(config: Config, wrong: set[str], script: str | None = None, planning: bool = False) -> list[str]:
     """One message for each broken rule.
 
-    wrong: keys without a usable value. script: the door that will run. planning: data and checkpoint need not be named.
+    wrong: keys without a valid value. script: that will run. planning: data and checkpoint are not required.
     """
-    needs = SCRIPT_RULES.get(script or "", ())
-    rules = (
-        *MODEL_RULES,
-        *DATA_RULES,
-        *RUN_RULES,
-        *(rule for rule in needs if not (planning and rule in NOT_FOR_A_PLAN)),
-    )
-    return [problem for rule in rules if not wrong.intersection(rule.keys) for problem in rule.check(config)]
+    needed = [
+        rule
+        for rule in (*MODEL_RULES, *DATA_RULES, *RUN_RULES)
+        if (not rule.scripts or script in rule.scripts) and (rule.for_plans or not planning)
+    ]
+    return [problem for rule in needed if not wrong.intersection(rule.keys) for problem in rule.check(config)]
 
 
 def notes_on_defaults(config: Config) -> list[str]:
-    """A line for each default that was taken and is another one in GPT-NeoX."""
+    """A line for each default that differs from GPT-NeoX's."""
     model = config.model
     if not is_gated(model.activation) or model.ffn_hidden_size is not None:
         return []
     width, there = feed_forward_width(model), neox_gated_width(4 * model.hidden_size, model.mlp_multiple_of)
     return [
         f"activation ({model.activation}) without ffn_hidden_size: the width is {width}, two thirds of "
-        f"4 x hidden_size; in GPT-NeoX it is {there}. Writing ffn_hidden_size settles it"
+        f"4 x hidden_size; in GPT-NeoX it is {there}. Set ffn_hidden_size to choose"
     ]
 
 
+@rule(RUN_RULES, "num_layers", "pipe_parallel_size")
 def _pipeline_has_layers(config: Config) -> Iterator[str]:
     layers, stages = config.model.num_layers, config.parallelism.pipe_parallel_size
     if layers < stages:
         yield f"num_layers ({layers}) must be at least pipe_parallel_size ({stages}); lower pipe_parallel_size"
 
 
+@rule(RUN_RULES, "zero_optimization", "pipe_parallel_size")
 def _zero_allows_pipeline(config: Config) -> Iterator[str]:
     stages, stage = config.parallelism.pipe_parallel_size, config.engine.zero_optimization.stage
     if stages > 1 and stage > 1:
@@ -58,39 +61,43 @@ def _zero_allows_pipeline(config: Config) -> Iterator[str]:
         )
 
 
+@rule(RUN_RULES, "checkpoint_activations", "recompute_granularity", "compile", "zero_optimization")
 def _selection_has_operations(config: Config) -> Iterator[str]:
     keys = config.engine
     if keys.recompute_granularity == "selective" and not keys.checkpoint_activations:
         yield "recompute_granularity (selective) needs checkpoint_activations (false); set it to true"
     elif keys.recompute_granularity == "selective" and keys.compile:
         yield (
-            "recompute_granularity (selective) and compile (true) exclude each other, as it picks operations and a "
-            "compiled block is one; keep one of them"
+            "recompute_granularity (selective) and compile (true) exclude each other: it selects operations, and "
+            "a compiled block is a single one; keep one of them"
         )
     elif keys.recompute_granularity == "selective" and keys.zero_optimization.stage == 3:
         yield (
-            "recompute_granularity (selective) excludes zero_optimization.stage 3, which takes weights away that the "
-            "kept results still need; use stage 0 to 2, or recompute_granularity full"
+            "recompute_granularity (selective) excludes zero_optimization.stage 3, which releases weights that kept "
+            "results still need; use stage 0 to 2, or recompute_granularity full"
         )
 
 
+@rule(RUN_RULES, "compile", "zero_optimization")
 def _compiling_leaves_weights_in_place(config: Config) -> Iterator[str]:
     if config.engine.compile and config.engine.zero_optimization.stage == 3:
         yield (
             "compile (true) excludes zero_optimization.stage 3, which gathers weights between the operations that "
-            "compiling fuses; use stage 0 to 2, or compile false"
+            "the compiler fuses; use stage 0 to 2, or compile false"
         )
 
 
+@rule(RUN_RULES, "data_types", "precision", "bf16", "fp16")
 def _gradients_are_summed_in_a_fitting_type(config: Config) -> Iterator[str]:
     summed_in, weights = config.precision.data_types.grad_accum_dtype, resolve_precision(config.precision)
     if summed_in not in (None, "fp32", weights):
         yield (
-            f"data_types.grad_accum_dtype ({summed_in}) fits no weights in {weights}; leave it unset, or take fp32"
+            f"data_types.grad_accum_dtype ({summed_in}) does not fit weights in {weights}; leave it unset, or use fp32"
             f"{'' if weights == 'fp32' else f' or {weights}'}"
         )
 
 
+@rule(RUN_RULES, "zero_optimization")
 def _offload_has_a_stage(config: Config) -> Iterator[str]:
     keys = config.engine.zero_optimization
     if keys.offload_optimizer.device != "none" and keys.stage == 0:
@@ -99,53 +106,62 @@ def _offload_has_a_stage(config: Config) -> Iterator[str]:
         yield f"zero_optimization.offload_param (cpu) needs zero_optimization.stage 3, not {keys.stage}"
 
 
+@rule(RUN_RULES, "pipe_partition_method")
 def _partition_method_is_known(config: Config) -> Iterator[str]:
     method = config.parallelism.pipe_partition_method
     kind, _, pattern = method.lower().partition(":")
     if kind == "type" and pattern:
         try:
             if not re.search(pattern, BLOCK_CLASS.lower()):
-                yield f'pipe_partition_method ("{method}") matches no layer; the blocks are called {BLOCK_CLASS}'
-        except re.error as error:
-            yield f'pipe_partition_method ("{method}") has a regular expression that is wrong: {error}'
+                yield f'pipe_partition_method ("{method}") matches no layer; type:{BLOCK_CLASS} matches the blocks'
+        except (re.error, OverflowError, RecursionError) as error:
+            yield (
+                f"pipe_partition_method ({show(method)}) has an invalid regular expression ({error}); "
+                f"type:{BLOCK_CLASS} would work"
+            )
     elif method not in ("uniform", "parameters"):
         yield f'pipe_partition_method ("{method}") must be "type:REGEX", "parameters" or "uniform"'
 
 
+@rule(RUN_RULES, "precision", "fp16", "bf16")
 def _precision_is_one(config: Config) -> Iterator[str]:
-    wishes = wanted(config.precision)
-    texts = list(wishes)
-    if len(set(wishes.values())) > 1:
-        other = next(text for text in texts if wishes[text] != wishes[texts[0]])
+    chosen = chosen_formats(config.precision)
+    texts = list(chosen)
+    if len(set(chosen.values())) > 1:
+        other = next(text for text in texts if chosen[text] != chosen[texts[0]])
         yield f"{texts[0]} and {other} contradict each other; keep one of them"
-    for text, excluded in refused(config.precision).items():
-        if excluded in wishes.values():
-            wish = next(wish for wish, value in wishes.items() if value == excluded)
-            yield f"{wish} and {text} contradict each other; keep one of them"
+    for text, excluded in excluded_formats(config.precision).items():
+        if excluded in chosen.values():
+            choice = next(choice for choice, value in chosen.items() if value == excluded)
+            yield f"{choice} and {text} contradict each other; keep one of them"
 
 
+@rule(RUN_RULES, "optimizer", "weight_decay")
 def _weight_decay_is_one(config: Config) -> Iterator[str]:
     inner, outer = config.optimizer.optimizer.params.weight_decay, config.optimizer.weight_decay
     if inner is not None and inner != outer and "weight_decay" in config.optimizer.model_fields_set:
         yield f"weight_decay ({outer}) and optimizer.params.weight_decay ({inner}) differ; keep one of them"
 
 
+@rule(RUN_RULES, "lr_decay_iters", "lr_decay_fraction")
 def _decay_length_is_one(config: Config) -> Iterator[str]:
     keys = config.optimizer
     if keys.lr_decay_iters is not None and keys.lr_decay_fraction is not None:
         yield (
             f"lr_decay_iters ({keys.lr_decay_iters}) and lr_decay_fraction ({keys.lr_decay_fraction}) "
-            "say the same thing twice; keep one of them"
+            "set the same thing; keep one of them"
         )
 
 
+@rule(RUN_RULES, "min_lr", "optimizer")
 def _minimum_is_below_peak(config: Config) -> Iterator[str]:
     lowest, peak = config.optimizer.min_lr, config.optimizer.optimizer.params.lr
     if lowest > peak:
         yield f"min_lr ({lowest}) must not be above optimizer.params.lr ({peak}); a tenth of it is usual"
 
 
-def _loading_names_a_place(config: Config) -> Iterator[str]:
+@rule(RUN_RULES, "load", "save", "finetune", "iteration")
+def _loading_has_a_folder(config: Config) -> Iterator[str]:
     keys = config.checkpoint
     if keys.load is None and keys.finetune:
         yield "finetune (true) needs load, the folder with the weights to start from"
@@ -153,11 +169,13 @@ def _loading_names_a_place(config: Config) -> Iterator[str]:
         yield f"iteration ({keys.iteration}) needs load, the folder of the checkpoint"
 
 
+@rule(RUN_RULES, "text_gen_type", "sample_input_file")
 def _prompts_have_a_file(config: Config) -> Iterator[str]:
     if config.generation.text_gen_type == "input-file" and config.generation.sample_input_file is None:
         yield "text_gen_type (input-file) needs sample_input_file (or -i FILE)"
 
 
+@rule(RUN_RULES, "include", "exclude", "num_gpus")
 def _devices_are_chosen_once(config: Config) -> Iterator[str]:
     keys = config.launcher
     chosen = {name: getattr(keys, name) for name in ("include", "exclude", "num_gpus")}
@@ -166,14 +184,24 @@ def _devices_are_chosen_once(config: Config) -> Iterator[str]:
         yield f"{' and '.join(given)} exclude each other; keep one of them"
 
 
+@rule(RUN_RULES, "eval_tasks", "eval_num_fewshot", "eval_limit", "eval_include_path")
 def _harness_keys_have_tasks(config: Config) -> Iterator[str]:
     keys = config.evaluation
     named = ("eval_num_fewshot", "eval_limit", "eval_include_path")
     given = [f"{name} ({getattr(keys, name)})" for name in named if getattr(keys, name) is not None]
     if given and not keys.eval_tasks:
-        yield f"{' and '.join(given)} mean nothing without eval_tasks; name the tasks, or leave them out"
+        yield f"{' and '.join(given)} need eval_tasks; name the tasks, or leave them out"
 
 
+@rule(
+    RUN_RULES,
+    "profile",
+    "memory_profiling",
+    "profile_step_start",
+    "profile_step_stop",
+    "train_iters",
+    scripts=("train.py",),
+)
 def _profile_has_steps(config: Config) -> Iterator[str]:
     keys, steps = config.profiling, config.training.train_iters
     begin, end = keys.profile_step_start, keys.profile_step_stop
@@ -184,79 +212,45 @@ def _profile_has_steps(config: Config) -> Iterator[str]:
         yield f"profile_step_stop ({end}) must be above profile_step_start ({begin}), or no step is profiled; raise it"
     elif steps is not None and steps <= begin:
         yield (
-            f"{name} (true) begins after profile_step_start ({begin}) steps, but train_iters ({steps}) ends the run "
-            "by then; lower profile_step_start"
+            f"{name} (true) begins after profile_step_start ({begin}) steps, but the run ends after train_iters "
+            f"({steps}); lower profile_step_start"
         )
 
 
-def _profile_has_a_place(config: Config) -> Iterator[str]:
+@rule(RUN_RULES, "profile", "memory_profiling", "memory_profiling_path", "log_dir", "save", scripts=("train.py",))
+def _profile_has_a_folder(config: Config) -> Iterator[str]:
     keys = config.profiling
     if config.log_folder is not None:
         return
     if keys.profile:
         yield "profile (true) writes files, but neither log_dir nor save is set; set log_dir"
     if keys.memory_profiling and keys.memory_profiling_path is None:
-        yield "memory_profiling (true) writes files, but there is no place; set memory_profiling_path, log_dir or save"
+        yield "memory_profiling (true) writes files, but has no folder; set memory_profiling_path, log_dir or save"
 
 
+@rule(RUN_RULES, "train_iters", scripts=("train.py",))
 def _training_has_an_end(config: Config) -> Iterator[str]:
     if config.training.train_iters is None:
         yield '"train_iters" is missing; training needs the number of steps'
 
 
+@rule(RUN_RULES, "train_batch_size", "train_micro_batch_size_per_gpu", scripts=("train.py",))
 def _training_has_a_batch(config: Config) -> Iterator[str]:
     if config.batch.train_batch_size is None and config.batch.train_micro_batch_size_per_gpu is None:
-        yield "train_batch_size or train_micro_batch_size_per_gpu is missing; one of them gives the size of a step"
+        yield "train_batch_size or train_micro_batch_size_per_gpu is missing; training needs one of them"
 
 
+@rule(RUN_RULES, "data_path", "train_data_paths", "data_impl", scripts=("train.py",), for_plans=False)
 def _data_are_named(config: Config) -> Iterator[str]:
     keys = config.data
     if keys.data_path is None and keys.train_data_paths is None and keys.data_impl != "mock":
         yield (
             '"data_path" is missing; name a prefix of .bin and .idx files (or several in train_data_paths), '
-            "or try things out with data_impl: mock"
+            "or use random text (data_impl: mock)"
         )
 
 
+@rule(RUN_RULES, "load", "save", scripts=("generate.py", "evaluate.py"), for_plans=False)
 def _weights_are_named(config: Config) -> Iterator[str]:
     if config.checkpoint.load is None and config.checkpoint.save is None:
         yield '"load" is missing; name the folder of the checkpoint'
-
-
-RUN_RULES = (
-    Rule(("num_layers", "pipe_parallel_size"), _pipeline_has_layers),
-    Rule(("zero_optimization", "pipe_parallel_size"), _zero_allows_pipeline),
-    Rule(("zero_optimization",), _offload_has_a_stage),
-    Rule(("data_types", "precision", "bf16", "fp16"), _gradients_are_summed_in_a_fitting_type),
-    Rule(("compile", "zero_optimization"), _compiling_leaves_weights_in_place),
-    Rule(
-        ("checkpoint_activations", "recompute_granularity", "compile", "zero_optimization"), _selection_has_operations
-    ),
-    Rule(("pipe_partition_method",), _partition_method_is_known),
-    Rule(("precision", "fp16", "bf16"), _precision_is_one),
-    Rule(("optimizer", "weight_decay"), _weight_decay_is_one),
-    Rule(("lr_decay_iters", "lr_decay_fraction"), _decay_length_is_one),
-    Rule(("min_lr", "optimizer"), _minimum_is_below_peak),
-    Rule(("load", "save", "finetune", "iteration"), _loading_names_a_place),
-    Rule(("text_gen_type", "sample_input_file"), _prompts_have_a_file),
-    Rule(("include", "exclude", "num_gpus"), _devices_are_chosen_once),
-    Rule(("eval_tasks", "eval_num_fewshot", "eval_limit", "eval_include_path"), _harness_keys_have_tasks),
-)
-
-_LOADS = Rule(("load", "save"), _weights_are_named)
-_HAS_DATA = Rule(("data_path", "train_data_paths", "data_impl"), _data_are_named)
-NOT_FOR_A_PLAN = (_LOADS, _HAS_DATA)
-SCRIPT_RULES = {
-    "train.py": (
-        Rule(("train_iters",), _training_has_an_end),
-        Rule(
-            ("profile", "memory_profiling", "profile_step_start", "profile_step_stop", "train_iters"),
-            _profile_has_steps,
-        ),
-        Rule(("profile", "memory_profiling", "memory_profiling_path", "log_dir", "save"), _profile_has_a_place),
-        Rule(("train_batch_size", "train_micro_batch_size_per_gpu"), _training_has_a_batch),
-        _HAS_DATA,
-    ),
-    "generate.py": (_LOADS,),
-    "evaluate.py": (_LOADS,),
-}

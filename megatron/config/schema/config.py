@@ -3,9 +3,12 @@
 Every key of the flat YAML is a field of one group (or `plugins`). Derived values are not here: see `resolve`.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from pydantic.fields import FieldInfo
 
 from megatron.config.schema.data_keys import DataKeys
 from megatron.config.schema.key_group import Group
@@ -70,3 +73,12 @@ def group_fields() -> dict[str, type[Group]]:
 def group_of_key() -> dict[str, str]:
     """The group that holds each flat key."""
     return {key: name for name, kind in group_fields().items() for key in kind.model_fields}
+
+
+def fields_at(path: Sequence[str | int]) -> dict[str, FieldInfo]:
+    """The keys of the nested group at `path`, such as ("optimizer", "params"); flat keys for (); {} for no group."""
+    fields = {key: field for kind in group_fields().values() for key, field in kind.model_fields.items()}
+    for part in path:
+        annotation = fields[str(part)].annotation if str(part) in fields else None
+        fields = dict(getattr(annotation, "model_fields", {}))
+    return fields

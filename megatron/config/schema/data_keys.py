@@ -1,20 +1,32 @@
 """Keys of the training data: which corpora, in which proportion, and how their tokens become samples."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from megatron.config.schema.key_group import Group, NotNegativeFloat, NotNegativeInt, PositiveFloat
+from pydantic import BeforeValidator, Field
 
-Paths = tuple[str, ...] | None
+from megatron.config.schema.key_group import Group, NotNegativeInt, PathText, PositiveFloat
+
+Paths = tuple[PathText, ...] | None
 Weights = tuple[PositiveFloat, ...] | None
+
+
+def _joined_shares(value: object) -> object:
+    """The shares as text: a single number and a list of numbers may be written too."""
+    shares = value if isinstance(value, tuple) else (value,)
+    numbers = all(isinstance(share, int | float) and not isinstance(share, bool) for share in shares)
+    return ", ".join(str(share) for share in shares) if shares and numbers else value
+
+
+Split = Annotated[str, BeforeValidator(_joined_shares)]
 
 
 class DataKeys(Group):
     """Token files."""
 
-    data_path: str | None = None
+    data_path: PathText | None = None
     """Prefix of the .bin and .idx files, such as data/mine_text_document; split divides them."""
 
-    split: str = "969, 30, 1"
+    split: Split = "969, 30, 1"
     """Shares of training, validation and test in data_path; by document, or by token for a corpus of one document."""
 
     train_data_paths: Paths = None
@@ -38,7 +50,7 @@ class DataKeys(Group):
     weight_by_num_documents: bool = False
     """Give each corpus a weight of (its documents) ** weighted_sampler_alpha."""
 
-    weighted_sampler_alpha: NotNegativeFloat = 1.0
+    weighted_sampler_alpha: Annotated[float, Field(ge=0, le=10)] = 1.0
     """With weight_by_num_documents: 1 is in proportion to the documents, 0 the same for all."""
 
     train_label_data_paths: Paths = None

@@ -2,15 +2,17 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from megatron.config.schema.key_group import (
     Fraction,
     Group,
     NotNegativeFloat,
     NotNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
+    WholeNumber,
     registered,
 )
 
@@ -22,10 +24,10 @@ class TokenizerKeys(Group):
     """HFTokenizer (tokenizer.json), GPT2BPETokenizer and HFGPT2Tokenizer (vocab.json and merges.txt),
     CharLevelTokenizer (bytes), TiktokenTokenizer, SPMTokenizer."""
 
-    vocab_file: str | None = None
+    vocab_file: PathText | None = None
     """Vocabulary or tokenizer file; for TiktokenTokenizer also the name of an encoding."""
 
-    merge_file: str | None = None
+    merge_file: PathText | None = None
     """merges.txt of the GPT-2 tokenizers."""
 
     end_of_document_token: str | None = None
@@ -35,10 +37,10 @@ class TokenizerKeys(Group):
 class CheckpointKeys(Group):
     """What is kept, where, and from where a run goes on."""
 
-    save: str | None = None
+    save: PathText | None = None
     """Folder of this run's checkpoints. Unset: no checkpoints."""
 
-    load: str | None = None
+    load: PathText | None = None
     """Folder to go on from. Equal to save and still empty: start fresh. For generation and evaluation, unset: save."""
 
     checkpoint_factor: PositiveInt | None = None
@@ -85,10 +87,10 @@ class LoggingKeys(Group):
     log_interval: PositiveInt = 100
     """Steps between log lines."""
 
-    log_dir: str | None = None
+    log_dir: PathText | None = None
     """Folder of metrics.jsonl and of each rank's log. Unset: logs in save; without save: nothing is written."""
 
-    tensorboard_dir: str | None = None
+    tensorboard_dir: PathText | None = None
     """Write for TensorBoard as well, into this folder."""
 
     use_wandb: bool = False
@@ -134,7 +136,7 @@ class ProfilingKeys(Group):
     """Record the memory of the same steps: on a GPU torch's snapshot of every allocation, on a CPU a table of the ten
     operators that allocate most."""
 
-    memory_profiling_path: str | None = None
+    memory_profiling_path: PathText | None = None
     """Folder for it. Unset: the folder profile of log_dir (or of logs in save)."""
 
 
@@ -159,10 +161,10 @@ class GenerationKeys(Group):
     prompt_end: str = "\n"
     """Separates prompts in the input file, and ends a prompt typed in."""
 
-    sample_input_file: str | None = None
+    sample_input_file: PathText | None = None
     """File of prompts."""
 
-    sample_output_file: str = "samples.txt"
+    sample_output_file: PathText = "samples.txt"
     """File of JSON lines."""
 
     num_samples: PositiveInt = 1
@@ -178,11 +180,20 @@ class GenerationKeys(Group):
     """Prompts handled together."""
 
 
+def _separate_words(value: object) -> object:
+    """The words of a text or list with commas, each one of its own."""
+    words = (value,) if isinstance(value, str) else value
+    if not isinstance(words, tuple) or not all(isinstance(word, str) for word in words):
+        return value
+    return tuple(part.strip() for word in words for part in word.split(",") if part.strip())
+
+
 class EvaluationKeys(Group):
     """evaluate.py."""
 
-    eval_tasks: tuple[str, ...] | None = None
-    """Tasks, groups or tags of the lm-evaluation-harness; `*` and `?` match as in file names. Unset: perplexity."""
+    eval_tasks: Annotated[tuple[str, ...] | None, BeforeValidator(_separate_words)] = None
+    """Tasks, groups or tags of the lm-evaluation-harness, in a list or separated by commas; `*` and `?` match as in
+    file names. Unset: perplexity."""
 
     eval_num_fewshot: NotNegativeInt | None = None
     """Examples before each question, but for tasks that insist on 0. Unset: what each task says."""
@@ -190,10 +201,10 @@ class EvaluationKeys(Group):
     eval_limit: PositiveFloat | None = None
     """Documents of each task, or below 1 a share of them. Unset: all."""
 
-    eval_include_path: str | None = None
+    eval_include_path: PathText | None = None
     """Folder with task files of one's own, which outrank the harness's."""
 
-    eval_results_prefix: str = ""
+    eval_results_prefix: PathText = ""
     """Begins the name of the results file."""
 
     eval_split: Literal["train", "valid", "test"] = "valid"
@@ -222,10 +233,10 @@ class LauncherKeys(Group):
     master_addr: str | None = None
     """Address of rank 0. Unset: the first host."""
 
-    master_port: Annotated[int, Field(gt=0, lt=65536)] | None = None
+    master_port: Annotated[WholeNumber, Field(gt=0, lt=65536)] | None = None
     """Port of rank 0. Unset: a free one."""
 
-    hostfile: str | None = None
+    hostfile: PathText | None = None
     """Lines such as "node1 slots=8". Unset: the file in DLTS_HOSTFILE, or /job/hostfile where it exists."""
 
     include: str | None = None
@@ -243,12 +254,12 @@ class LauncherKeys(Group):
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """Unset: nccl on GPUs, gloo otherwise."""
 
-    watchdog_timeout: NotNegativeFloat | None = None
+    watchdog_timeout: Annotated[float, Field(ge=0, le=1e8)] | None = None
     """Seconds that a step may take before all ranks are asked what they do; 0: never. Unset: ten times the running
     median, at least 300."""
 
     watchdog_action: Literal["end", "wait"] = "end"
     """After the roll-call of a hang: end the run with exit code 1, or wait on."""
 
-    time_limit_minutes: PositiveFloat | None = None
+    time_limit_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Minutes after which the run ends at a step boundary, with a checkpoint. Unset: no limit."""

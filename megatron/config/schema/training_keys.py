@@ -6,13 +6,13 @@ from pydantic import BeforeValidator, Field
 
 from megatron import registry
 from megatron.config.schema.key_group import (
-    Elements,
     Fraction,
     Group,
     NotNegativeFloat,
     NotNegativeInt,
     PositiveFloat,
     PositiveInt,
+    WholeNumber,
     registered,
 )
 
@@ -99,7 +99,7 @@ class Fp16Keys(Group):
     min_loss_scale: PositiveFloat = 1.0
     """Smallest dynamic scale."""
 
-    initial_scale_power: NotNegativeInt = 12
+    initial_scale_power: Annotated[WholeNumber, Field(ge=0, le=127)] = 12
     """A dynamic scale starts at two to this power."""
 
 
@@ -147,15 +147,15 @@ class OffloadKeys(Group):
 class ZeroKeys(Group):
     """`zero_optimization`: DeepSpeed's ZeRO."""
 
-    stage: Annotated[int, Field(ge=0, le=3)] = 0
+    stage: Annotated[WholeNumber, Field(ge=0, le=3)] = 0
     """0: off; 1: optimizer states, 2: and gradients, 3: and parameters are sharded over data-parallel ranks.
     2 and 3 exclude a pipeline. 1 and 2 run as 0 where there is one replica, and nothing to share."""
 
     allgather_partitions: bool = True
     """Collect updated parameters by all-gather instead of broadcasts."""
 
-    allgather_bucket_size: Elements = 500_000_000
-    """Elements gathered at a time."""
+    allgather_bucket_size: PositiveInt = 500_000_000
+    """PositiveInt gathered at a time."""
 
     overlap_comm: bool | None = None
     """Overlap the reduction of gradients with the backward pass. Unset: in stage 3 only."""
@@ -163,8 +163,8 @@ class ZeroKeys(Group):
     reduce_scatter: bool = True
     """Average gradients by reduce-scatter instead of all-reduce."""
 
-    reduce_bucket_size: Elements = 500_000_000
-    """Elements reduced at a time."""
+    reduce_bucket_size: PositiveInt = 500_000_000
+    """PositiveInt reduced at a time."""
 
     contiguous_gradients: bool = True
     """Copy gradients into one buffer as they are produced."""
@@ -172,19 +172,19 @@ class ZeroKeys(Group):
     round_robin_gradients: bool = False
     """Stages 1 and 2: deal gradients to ranks in turn."""
 
-    sub_group_size: Elements = 1_000_000_000
+    sub_group_size: PositiveInt = 1_000_000_000
     """Stage 3: elements that one optimizer update handles at a time."""
 
-    stage3_prefetch_bucket_size: Elements = 50_000_000
+    stage3_prefetch_bucket_size: PositiveInt = 50_000_000
     """Stage 3: elements fetched ahead of use."""
 
-    stage3_param_persistence_threshold: Elements = 100_000
+    stage3_param_persistence_threshold: PositiveInt = 100_000
     """Stage 3: smaller parameters stay whole on every rank."""
 
-    stage3_max_live_parameters: Elements = 1_000_000_000
+    stage3_max_live_parameters: PositiveInt = 1_000_000_000
     """Stage 3: elements that may be whole at a time."""
 
-    stage3_max_reuse_distance: Elements = 1_000_000_000
+    stage3_max_reuse_distance: PositiveInt = 1_000_000_000
     """Stage 3: a parameter used again within this many elements is not released."""
 
     offload_optimizer: OffloadKeys = OffloadKeys()
