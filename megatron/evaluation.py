@@ -28,10 +28,10 @@ from megatron.errors import UserError, work_begins
 from megatron.harness.run import evaluate_tasks
 from megatron.inference import FoundModel, TrainedModel, find_trained_model, open_trained_model
 from megatron.logging import configure
-from megatron.metrics.units import perplexity
 from megatron.model.gpt import make_loss
 from megatron.resources import open_data
 from megatron.tokenizer.base import Tokenizer
+from megatron.units import perplexity
 
 log = logging.getLogger(__name__)
 

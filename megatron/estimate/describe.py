@@ -11,11 +11,11 @@ from megatron.config.plan import ModelPlan, Plan
 from megatron.config.resolve import decay_steps
 from megatron.config.schema.config import Config
 from megatron.estimate.memory_tables import holder_lines, inference_lines, memory_lines
+from megatron.units import short_number
 
 # Ids of the GPT-2 vocabulary as GPT-NeoX pads it; stands in where no tokenizer can be asked.
 USUAL_VOCABULARY = 50304
 NAMES = {"fp32": "fp32", "fp16": "fp16", "bf16": "bfloat16"}
-UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
 
 
 def assumed_vocabulary(config: Config) -> int:
@@ -52,14 +52,6 @@ def dry_run(config: Config, plan: Plan, script: str, notes: Sequence[str], on_cp
 def plan_lines(plan: Plan) -> list[str]:
     """Layout, batch and model, for the start of a run."""
     return [line.strip() for line in (*_layout_lines(plan), *_model_lines(plan.model))]
-
-
-def short_number(number: float) -> str:
-    """1234567 as "1.23M"."""
-    for unit, name in UNITS:
-        if number >= unit:
-            return f"{number / unit:.3g}{name}"
-    return f"{number:g}"
 
 
 def _derived(config: Config, plan: Plan) -> dict[str, Any]:
@@ -108,7 +100,8 @@ def _model_lines(model: ModelPlan) -> list[str]:
 def _cost_lines(plan: Plan) -> list[str]:
     flops = flops_per_token(plan.model, plan.batch.sequence_length)
     return [
-        f"  FLOPs per token: {short_number(flops)} ({short_number(flops * plan.batch.tokens_per_step)} per step)",
+        f"  FLOPs per token: {short_number(flops, 'FLOP')} "
+        f"({short_number(flops * plan.batch.tokens_per_step, 'FLOP')} per step)",
         f"  checkpoint: {checkpoint_bytes(plan) / 1e9:,.2f} GB",
     ]
 

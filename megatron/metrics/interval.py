@@ -7,7 +7,7 @@ A step's loss is the mean over the tokens of its global batch; the interval's is
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron.metrics.units import duration, short_number
+from megatron.units import duration, short_number
 
 
 @dataclass(frozen=True)

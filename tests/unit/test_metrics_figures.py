@@ -6,19 +6,24 @@ import pytest
 
 from megatron.metrics.flops import peak_flops, training_flops_per_token
 from megatron.metrics.interval import Interval, Workload, interval_metrics, log_line
-from megatron.metrics.units import duration, perplexity, short_number
+from megatron.units import duration, perplexity, short_number
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (0, "0.00"),
+        (0, "0"),
+        (7, "7"),
+        (0.0, "0.00"),
         (0.123, "0.123"),
         (9.996, "10.0"),
         (950, "950"),
         (999.6, "1.00k"),
         (39832, "39.8k"),
-        (1.7e18, "1700P"),
+        (162_000_000, "162M"),
+        (20_500_000_000, "20.5B"),
+        (3e12, "3.00T"),
+        (4e15, "4000T"),
     ],
 )
 def test_a_number_is_shortened_to_three_digits_and_a_prefix(value, text):
@@ -28,6 +33,8 @@ def test_a_number_is_shortened_to_three_digits_and_a_prefix(value, text):
 def test_the_prefix_belongs_to_the_unit():
     assert short_number(1.714e14, "FLOP/s/gpu") == "171 TFLOP/s/gpu"
     assert short_number(12.0, "FLOP/s/rank") == "12.0 FLOP/s/rank"
+    assert short_number(1.7e18, "FLOP") == "1700 PFLOP"
+    assert short_number(2.5e9, "FLOP") == "2.50 GFLOP"
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from megatron.config.plan import BatchPlan
 from megatron.data.datasets import Corpus
 from megatron.data.windows import SampleSource
 from megatron.engine.training import TrainingEngine
-from megatron.metrics.units import perplexity
 from megatron.training.batch import BatchBuilder
 from megatron.training.clock import Clock
 from megatron.training.hooks.base import NOTHING, FinishedStep, Hook, Run
 from megatron.training.liveness import Liveness
+from megatron.units import perplexity
 
 log = logging.getLogger(__name__)
 

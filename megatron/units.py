@@ -1,14 +1,17 @@
-"""Numbers as people read them: 39.8k, 171 TFLOP/s, 1d 4h, perplexity."""
+"""Format numbers for people: 39.8k, 162M, 171 TFLOP/s, 1d 4h; perplexity of a loss."""
 
 import math
 
-PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))  # of units
+COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))  # of tokens and parameters, which have no unit
 SECONDS = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 
 
 def short_number(value: float, unit: str = "") -> str:
-    """Three significant digits, a decimal prefix and a unit: 39832 -> "39.8k", (1.71e14, "FLOP/s") -> "171 TFLOP/s"."""
-    for factor, letter in PREFIXES:
+    """Three significant digits with a prefix: 2e9 -> "2.00B", (1.71e14, "FLOP/s") -> "171 TFLOP/s", (7, "") -> "7"."""
+    if isinstance(value, int) and abs(value) < 1000:
+        return f"{value} {unit}".rstrip()
+    for factor, letter in PREFIXES if unit else COUNTS:
         if abs(value) >= 0.9995 * factor:
             return f"{_three_digits(value / factor)}{' ' if unit else ''}{letter}{unit}"
     return f"{_three_digits(value)} {unit}".rstrip()
