@@ -1,10 +1,12 @@
-"""One table of everything that is chosen by name in a configuration: kind -> name -> "module:attribute".
+"""The table of everything that a configuration chooses by name: kind -> name -> "module:attribute".
 
-A new norm, tokenizer or schedule is one file and one line here; a plugin adds names the same way without touching
-this file. Targets are imported when they are asked for, so that reading the table costs nothing and needs no torch.
+A new norm, tokenizer or schedule is one file and one line here; a plugin adds names from outside. Targets are imported
+when they are resolved, so that reading the table needs no torch.
 """
 
 import importlib
+import pkgutil
+import re
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -12,6 +14,7 @@ from typing import Any
 
 from megatron.errors import UserError
 
+TARGET = re.compile(r"[\w.]+:[\w.]+")
 # The only mutable state of the package: `load_plugins` adds to it.
 TABLE: dict[str, dict[str, str]] = {
     "tokenizer": {
@@ -94,56 +97,69 @@ TABLE: dict[str, dict[str, str]] = {
 
 
 def names(kind: str) -> list[str]:
-    """The names that `kind` knows, in the order of the table."""
+    """The names of a kind, in the order of the table."""
     return list(TABLE[kind])
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that looks most like `word`, upper and lower case alike, or None if none comes near."""
+    """The most similar choice, ignoring case, or None if none is similar."""
     by_lower_case = {choice.lower(): choice for choice in choices}
     found = get_close_matches(word.lower(), by_lower_case, n=1, cutoff=0.6)
     return by_lower_case[found[0]] if found else None
 
 
 def unknown_name(kind: str, name: str) -> str:
-    """Say that `name` is no `kind`, with the nearest name and all names."""
+    """A message that `kind` has no such name, with the nearest name and all names."""
     near = nearest(name, TABLE[kind])
     hint = f'. Did you mean "{near}"?' if near else ""
     return f'unknown {kind.replace("_", " ")} "{name}"{hint} (known: {", ".join(TABLE[kind])})'
 
 
 def resolve(kind: str, name: str) -> Any:
-    """Import and return what `name` stands for.
+    """Import and return the target of `name`.
 
-    Raises UserError for a name that is not in the table.
+    Raises UserError for a name that is not in the table, and for a plugin's target that cannot be imported.
     """
     if name not in TABLE[kind]:
         raise UserError(unknown_name(kind, name))
-    module, attribute = TABLE[kind][name].split(":")
-    return getattr(importlib.import_module(module), attribute)
+    target = TABLE[kind][name]
+    try:
+        return pkgutil.resolve_name(target)
+    except Exception as error:
+        if target.startswith(f"{__package__}."):
+            raise  # our own defect
+        reason = _reason(error)
+        raise UserError(f'{kind} "{name}": the plugin\'s {target} cannot be imported: {reason}') from error
 
 
 def load_plugins(modules: Sequence[str]) -> None:
     """Import each module and add the names of its `DEEPY_REGISTRY: dict[kind, dict[name, "module:attribute"]]`.
 
-    Raises UserError if a module cannot be imported, declares nothing, or takes a name that means something else.
+    Raises UserError if a module cannot be imported, has no such table, or redefines a name.
     """
     for module in modules:
         try:
-            declared = importlib.import_module(module).DEEPY_REGISTRY
-        except AttributeError as error:
-            raise UserError(f'plugins: "{module}" has no table DEEPY_REGISTRY') from error
+            declared = getattr(importlib.import_module(module), "DEEPY_REGISTRY", None)
         except Exception as error:
-            reason = traceback.format_exception_only(error)[-1].strip()
-            raise UserError(f'plugins: "{module}" cannot be imported: {reason}') from error
+            raise UserError(f'plugins: "{module}" cannot be imported: {_reason(error)}') from error
+        if not isinstance(declared, Mapping):
+            raise UserError(f'plugins: "{module}" has no table DEEPY_REGISTRY')
         _add(module, declared)
 
 
-def _add(plugin: str, declared: Mapping[str, Mapping[str, str]]) -> None:
+def _add(plugin: str, declared: Mapping[Any, Any]) -> None:
     for kind, entries in declared.items():
+        if not isinstance(entries, Mapping) or not all(TARGET.fullmatch(str(target)) for target in entries.values()):
+            raise UserError(
+                f'plugins: "{plugin}": DEEPY_REGISTRY["{kind}"] must be a dictionary of names and "module:attribute"'
+            )
         if kind not in TABLE:
             raise UserError(f'plugins: "{plugin}" declares an unknown kind "{kind}" (known: {", ".join(TABLE)})')
         for name, target in entries.items():
             if TABLE[kind].get(name, target) != target:
                 raise UserError(f'plugins: "{plugin}" declares {kind} "{name}", which is {TABLE[kind][name]} already')
             TABLE[kind][name] = target
+
+
+def _reason(error: Exception) -> str:
+    return traceback.format_exception_only(error)[-1].strip()

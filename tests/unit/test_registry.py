@@ -49,12 +49,24 @@ def test_a_plugin_adds_a_name_that_resolves(plugin):
     assert registry.resolve("norm", "mine").__name__ == "Mine"
 
 
+@pytest.mark.parametrize("target", ["no_such_module:x", "half_plugin:Missing"])
+def test_a_target_of_a_plugin_that_is_not_there_is_named(plugin, target):
+    registry.load_plugins([plugin("half_plugin", f'DEEPY_REGISTRY = {{"norm": {{"mine": "{target}"}}}}')])
+    with pytest.raises(UserError, match=f'norm "mine": the plugin\'s {target} cannot be imported: '):
+        registry.resolve("norm", "mine")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "no table DEEPY_REGISTRY"),
         ("import there_is_no_such_module", "cannot be imported: ModuleNotFoundError"),
         ("1 / 0", "cannot be imported: ZeroDivisionError"),
+        ("import sys\nsys.no_such_thing", "cannot be imported: AttributeError: module 'sys' has no attribute"),
+        ("DEEPY_REGISTRY = []", "no table DEEPY_REGISTRY"),
+        ('DEEPY_REGISTRY = {"norm": "mine"}', "must be a dictionary of names"),
+        ('DEEPY_REGISTRY = {"norm": {"mine": "module.attribute"}}', "must be a dictionary of names"),
+        ('DEEPY_REGISTRY = {"norm": {"mine": 5}}', "must be a dictionary of names"),
         ('DEEPY_REGISTRY = {"colour": {"red": "a:b"}}', 'unknown kind "colour"'),
         ('DEEPY_REGISTRY = {"norm": {"rmsnorm": "a:b"}}', "which is megatron.model.norms:RMSNorm already"),
     ],
