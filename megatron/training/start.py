@@ -1,10 +1,10 @@
-"""Where a run begins: fresh, or from a checkpoint."""
+"""How a run starts: afresh, or from a checkpoint."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron.checkpoint.folder import find_checkpoint
+from megatron.checkpoint.folder import check_save_folder, find_checkpoint
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.store import agree_on_checkpoint, load_checkpoint, load_weights
 from megatron.config.schema.run_keys import CheckpointKeys
@@ -13,40 +13,44 @@ from megatron.errors import UserError
 
 
 def checkpoint_to_load(keys: CheckpointKeys) -> Path | None:
-    """The checkpoint that the run goes on from; None: it starts fresh.
+    """The checkpoint to resume from; None for a fresh start.
 
-    `load` equal to `save` and still empty is a fresh start: the same command begins a run and goes on with it.
-    Only sizes of files are looked at yet: hashes are for all ranks together, when they have met (`agreed`).
-    Raises UserError where anything else that `load` names is not there, and where `save` holds another run's
-    checkpoints, which a fresh start would mix with its own.
+    `load` equal to `save` and still empty is a fresh start, so the same command starts a run and resumes it.
+    Only file sizes are verified here; hashes are verified by all ranks together (`agreed`).
+    Raises UserError if anything else that `load` names is missing, and if `save` holds checkpoints of another run or
+    another program, which a fresh start would mix with its own.
     """
     save, load = keys.save, keys.load
-    goes_on = save is not None and load is not None and _same(save, load) and not keys.finetune
+    resumes = save is not None and load is not None and _same(save, load) and not keys.finetune
     found = find_checkpoint(Path(load), keys.iteration) if load is not None else None
-    if load is not None and found is None and not goes_on:
+    if load is not None and found is None and not resumes:
         raise UserError(f"load ({load}) has no checkpoint. To start afresh, leave load unset or equal to save")
-    if save is not None and not goes_on and (held := find_checkpoint(Path(save))) is not None:
+    if save is None:
+        return found
+    check_save_folder(Path(save))
+    if not resumes and (held := find_checkpoint(Path(save))) is not None:
         raise UserError(
-            f"save ({save}) already holds {held.name} of another run. To go on from it, set load to the same folder"
+            f"save ({save}) already holds {held.name} of another run. To resume it, set load to the same folder"
             f"{' and leave finetune out' if keys.finetune else ''}; otherwise choose an empty one"
         )
     return found
 
 
 def check_writable(folder: Path, key: str) -> None:
-    """Make `folder`. Raises UserError, naming `key`, where this process cannot write into it."""
+    """Create `folder`. Raises UserError, naming `key`, where this process cannot write into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{key} ({folder}) cannot be made: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"{key} ({folder}) cannot be created: {reason}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{key} ({folder}) cannot be written to")
 
 
 def agreed(checkpoint: Path | None, keys: CheckpointKeys, check: Callable[[Path], None]) -> Path | None:
-    """The checkpoint that all ranks go on from, which is `checkpoint` unless its content turns out to be damaged.
+    """The checkpoint that all ranks resume from: `checkpoint`, unless its content turns out to be damaged.
 
-    Collective. check: what `checkpoint` was held to, if another is taken for it; raises UserError.
+    Collective. check: applied to the one that is taken instead; raises UserError.
     """
     chosen = agree_on_checkpoint(checkpoint, keys.verify, keys.iteration)
     if chosen is not None and chosen != checkpoint:
@@ -55,7 +59,7 @@ def agreed(checkpoint: Path | None, keys: CheckpointKeys, check: Callable[[Path]
 
 
 def begin(engine: TrainingEngine, checkpoint: Path | None, keys: CheckpointKeys) -> tuple[TrainState, str]:
-    """Bring `engine` to where the run begins. Returns the state there and a line that says so. Collective."""
+    """Load `checkpoint`, if any, into `engine`. Returns the first state and a line for the log. Collective."""
     if checkpoint is None:
         return TrainState(), "starting fresh: weights from the seed, step 0"
     if keys.finetune:
@@ -67,4 +71,4 @@ def begin(engine: TrainingEngine, checkpoint: Path | None, keys: CheckpointKeys)
 
 
 def _same(one: str, other: str) -> bool:
-    return Path(one).resolve() == Path(other).resolve()
+    return os.path.realpath(one) == os.path.realpath(other)

@@ -175,4 +175,4 @@ def test_where_files_cannot_be_locked_that_is_said_and_the_run_goes_on(tmp_path,
     monkeypatch.setattr("fcntl.lockf", refuse)
     with SaveLock(tmp_path) as lock:
         lock.take()
-    assert "cannot be locked (Function not implemented): let no other run save there" in caplog.text
+    assert "cannot be locked (Function not implemented): let no other run write there" in caplog.text
