@@ -1,7 +1,7 @@
 """Continue token sequences with a trained model, several at a time.
 
 Shapes: b texts, s columns (the longest text, shorter ones padded on the left), v vocabulary.
-Every rank of a tensor-parallel group does the same on the same logits and so chooses the same tokens.
+Every rank of a tensor-parallel group has the same logits and chooses the same tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from megatron.model.cache import KVCache
 
 @dataclass(frozen=True)
 class DecodingSettings:
-    """maximum_tokens: longest continuation. use_cache: keep keys and values instead of computing everything anew."""
+    """maximum_tokens: longest continuation. use_cache: keep keys and values instead of recomputing them."""
 
     sampling: Sampling
     maximum_tokens: int
@@ -40,13 +40,13 @@ def continue_texts(
     prompts: Sequence[Sequence[int]],
     settings: DecodingSettings,
     seeds: Sequence[str],
-    is_complete: Callable[[Sequence[int]], bool] = lambda tokens: False,
+    is_complete: Callable[[Sequence[int], int], bool] = lambda tokens, generated: False,
 ) -> list[Continuation]:
     """Generate for each prompt until the end of the document or `maximum_tokens`.
 
     prompts: ids, at least one each and at most the model's context. seeds: one per prompt; the sampled text depends
-    on prompt and seed only. is_complete: whether the tokens generated for a prompt are all that is wanted of it.
-    Beyond the context each token is predicted from the last `context` tokens, computed anew.
+    on prompt and seed only. is_complete: whether to stop, given a prompt with its continuation and the number of tokens
+    of the latter. Beyond the context each token is predicted from the last `context` tokens, without a cache.
     """
     next_logits = NextLogits(model, settings)
     texts = [list(prompt) for prompt in prompts]
@@ -66,7 +66,7 @@ def continue_texts(
                 found[i].tokens.append(token)
                 if settings.keep_logits:
                     found[i].logits.append(logits[i].tolist())
-            if found[i].finished or is_complete(found[i].tokens):
+            if found[i].finished or is_complete(texts[i], len(found[i].tokens)):
                 growing.remove(i)
         if not growing:
             break
@@ -74,10 +74,10 @@ def continue_texts(
 
 
 class NextLogits:
-    """Logits of the token after each text, as the texts grow by one token per call."""
+    """Logits of the next token of each text; texts grow by one token per call."""
 
     def __init__(self, model: TrainedModel, settings: DecodingSettings) -> None:
-        """settings: whether to keep keys and values, and for how many more tokens to have room."""
+        """settings: whether to keep keys and values, and for how many more tokens to allocate."""
         self._model = model
         self._use_cache = settings.use_cache
         self._room = settings.maximum_tokens

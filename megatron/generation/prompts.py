@@ -1,4 +1,4 @@
-"""Where prompts come from: a file, or nowhere (unconditional), or the terminal."""
+"""Prompts: from a file, from the terminal, or the empty one of unconditional generation."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -8,20 +8,16 @@ from typing import TextIO
 import torch.distributed as dist
 
 from megatron.errors import UserError
-from megatron.tokenizer.base import Tokenizer
+from megatron.text_files import read_text
+from megatron.tokenizer.base import Tokenizer, UnknownTextError
 
 
 def read_prompts(path: Path, prompt_end: str) -> list[str]:
-    """The prompts of a UTF-8 file: parted by `prompt_end`, stripped, empty ones left out.
+    """The prompts of a text file: split at `prompt_end`, stripped, without empty ones.
 
-    Raises UserError for a file that cannot be read, is no UTF-8 or holds no prompt.
+    Raises UserError for a file that cannot be read, is not text or holds no prompt.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"sample_input_file ({path}): {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"sample_input_file ({path}) is not UTF-8: byte {error.start} cannot be decoded") from error
+    text = read_text(path, "sample_input_file")
     parts = text.split(prompt_end) if prompt_end else [text]
     prompts = [part.strip() for part in parts if part.strip()]
     if not prompts:
@@ -30,12 +26,18 @@ def read_prompts(path: Path, prompt_end: str) -> list[str]:
 
 
 def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, context: int) -> list[list[int]]:
-    """Ids of each prompt; an empty one is the end of a document, after which a new one begins.
+    """Ids of each prompt; without any, the end of a document, after which a new one begins.
 
-    Raises UserError, naming each prompt longer than `context` tokens.
+    Raises UserError, naming each prompt that is longer than `context` tokens or that the vocabulary has no tokens for.
     """
-    encoded = [ids or [tokenizer.end_of_document] for ids in tokenizer.encode_batch(list(prompts))]
-    problems = [
+    encoded, problems = [], []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            encoded += [ids or [tokenizer.end_of_document] for ids in tokenizer.encode_openings([prompt])]
+        except UnknownTextError as error:
+            encoded.append([])
+            problems.append(f"prompt {number}: {error}")
+    problems += [
         f"prompt {number} has {len(ids)} tokens, but the model's context is {context} (max_position_embeddings): "
         f'"{prompts[number - 1][:40]}..."'
         for number, ids in enumerate(encoded, 1)
@@ -47,9 +49,9 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, context: int) -
 
 
 def typed_prompts(prompt_end: str, source: TextIO = sys.stdin) -> Iterator[str]:
-    """Prompts as they are typed in on rank 0, on every rank; ends with the input (Ctrl-D) or with "stop".
+    """Prompts typed in on rank 0, on every rank; ends with the input (Ctrl-D) or with "stop".
 
-    prompt_end: ends a prompt; empty lines between prompts are passed over. Collective: a broadcast for each prompt.
+    prompt_end: ends a prompt; empty lines between prompts are skipped. Collective: a broadcast for each prompt.
     """
     while True:
         message = [_ask(prompt_end, source) if dist.get_rank() == 0 else None]

@@ -14,13 +14,15 @@ from megatron.tokenizer.base import Tokenizer
 def record(context: str, found: Continuation, tokenizer: Tokenizer, seconds: float) -> dict[str, Any]:
     """The object for one text.
 
-    context: the prompt ("" for none). text: the continuation alone, null where there is none. length: its tokens.
-    finished: the model ended the document itself; false means that maximum_tokens came first. message: null, or why
-    there is no text. duration_seconds: of the batch that the text was part of. logits: only if kept, [length][v].
+    context: the prompt ("" for none). text: the continuation, so that context and text joined are the whole; null
+    where there is none. length: its tokens. finished: the model ended the document itself; false means that
+    maximum_tokens came first. message: null, or why there is no text. duration_seconds: of the batch that the text was
+    part of. logits: only if kept, [length][v].
     """
+    before = tokenizer.encode_openings([context])[0]
     fields: dict[str, Any] = {
         "context": context,
-        "text": tokenizer.decode(found.tokens) if found.tokens else None,
+        "text": tokenizer.decode_continuation(before, found.tokens) if found.tokens else None,
         "length": len(found.tokens),
         "finished": found.finished,
         "message": None if found.tokens else "no text: the first token generated was the end of the document",
@@ -32,10 +34,10 @@ def record(context: str, found: Continuation, tokenizer: Tokenizer, seconds: flo
 
 
 class JsonLinesFile:
-    """The output file. It is opened, and so found writable, before the work; every batch is flushed."""
+    """The output file, opened before the work begins and flushed after every batch."""
 
     def __init__(self, path: Path) -> None:
-        """Start `path` anew. Raises UserError where it cannot be written."""
+        """Create or truncate `path`. Raises UserError where it cannot be written."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("w", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Continue prompts until certain text appears. No harness in here."""
+"""Continue prompts until a stop string appears. Independent of the harness."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from megatron.tokenizer.base import Tokenizer
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a task asks of a continuation. until: texts that end it and are no part of it."""
+class ContinuationSettings:
+    """What a task asks of a continuation. until: stop strings, which are not part of it."""
 
     sampling: Sampling
     maximum_tokens: int
@@ -20,45 +20,51 @@ class Wish:
 
 @dataclass(frozen=True)
 class Opening:
-    """Tokens to continue. seed: of the random numbers, if the wish is for any."""
+    """Tokens to continue. seed: for sampling."""
 
     ids: tuple[int, ...]
-    wish: Wish
+    settings: ContinuationSettings
     seed: str
 
 
 def continue_openings(model: TrainedModel, openings: Sequence[Opening]) -> list[str]:
-    """The text after each opening; all have the same wish. Collective over the tensor-parallel group."""
-    wish = openings[0].wish
+    """The text after each opening; all have the same settings. Collective over the tensor-parallel group."""
+    settings = openings[0].settings
     found = continue_texts(
         model,
         [opening.ids for opening in openings],
-        DecodingSettings(wish.sampling, wish.maximum_tokens),
+        DecodingSettings(settings.sampling, settings.maximum_tokens),
         [opening.seed for opening in openings],
-        EndsWith(wish.until, model.tokenizer),
+        StopsAt(settings.until, model.tokenizer),
     )
-    return [cut(model.tokenizer.decode(continuation.tokens), wish.until) for continuation in found]
+    decode = model.tokenizer.decode_continuation
+    return [
+        cut(decode(opening.ids, continuation.tokens), settings.until)
+        for opening, continuation in zip(openings, found, strict=True)
+    ]
 
 
 def cut(text: str, until: Sequence[str]) -> str:
-    """`text` up to the first place where one of `until` begins."""
+    """`text` up to the first stop string."""
     for end in until:
         text = text.split(end)[0]
     return text
 
 
-class EndsWith:
-    """Whether tokens came to the end that is wished for.
+class StopsAt:
+    """Whether a continuation has a stop string near its end.
 
-    Only as many of the last tokens are looked at as the longest end can have: one for each of its bytes, and two more
-    for those that it begins and ends in. Should a tokenizer hide an end so, the text is longer and is cut later.
+    Only as many of the last tokens are decoded as the longest stop string can have: one for each of its bytes, and two
+    more for those that it begins and ends in. Where a tokenizer hides a stop string this way, the text is longer
+    and is cut afterwards.
     """
 
     def __init__(self, until: Sequence[str], tokenizer: Tokenizer) -> None:
         self._until, self._tokenizer = until, tokenizer
         self._reach = max((len(end.encode()) for end in until), default=0) + 2
 
-    def __call__(self, tokens: Sequence[int]) -> bool:
-        """tokens: all that were generated for one text."""
-        tail = self._tokenizer.decode(tokens[-self._reach :])
+    def __call__(self, tokens: Sequence[int], generated: int) -> bool:
+        """tokens: a prompt with its continuation. generated: the number of tokens of the latter."""
+        start = len(tokens) - min(generated, self._reach)
+        tail = self._tokenizer.decode_continuation(tokens[max(0, start - self._reach) : start], tokens[start:])
         return any(end in tail for end in self._until)

@@ -1,7 +1,7 @@
-"""What the harness takes for a language model: text in, likelihoods and continuations out.
+"""The harness's interface of a language model: text in, likelihoods and continuations out.
 
-Tokenizing and cutting follow the harness's own `hf` model, so that the same weights get the same scores. Requests are
-sorted by length and cut into batches here; the team computes them.
+Tokenization and truncation follow the harness's own `hf` model, so that the same weights get the same scores. Requests
+are sorted by length and batched here; the team computes them.
 """
 
 import sys
@@ -14,7 +14,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron.errors import UserError
 from megatron.generation.sampling import Sampling
-from megatron.harness.continuing import Opening, Wish, continue_openings
+from megatron.harness.continuing import ContinuationSettings, Opening, continue_openings
 from megatron.harness.scoring import Likelihood, Row, score_rows
 from megatron.harness.team import Team
 from megatron.text import well_formed
@@ -35,8 +35,8 @@ class HarnessModel(TemplateLM):
     ) -> None:
         """context: tokens that the model sees at once. batch: texts computed together on a replica.
 
-        open_team: lets the ranks meet and loads the weights; called for the first request, when all that can be wrong
-        with the tasks has been found.
+        open_team: starts the process group and loads the weights; called for the first request, when the tasks have
+        been checked.
         """
         super().__init__()
         self._tokenizer, self._context, self._batch, self._seed = tokenizer, context, batch, seed
@@ -53,17 +53,17 @@ class HarnessModel(TemplateLM):
 
     @property
     def is_open(self) -> bool:
-        """Whether the ranks have met and the weights are loaded; `was_needed`: whether that was tried."""
+        """Whether the process group is up and the weights are loaded; `was_needed`: whether that was tried."""
         return "team" in self.__dict__
 
     @property
     def eot_token_id(self) -> int:
-        """What ends a document."""
+        """The end-of-document token."""
         return self._tokenizer.end_of_document
 
     @property
     def prefix_token_id(self) -> int:
-        """What the first token of a text is predicted from: the tokenizer's beginning of text, else the end of one."""
+        """The token before the first one of a text: the tokenizer's beginning of text, else the end of a document."""
         return self._prefix
 
     @property
@@ -73,7 +73,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def max_gen_toks(self) -> int:
-        """The longest continuation, where a task says nothing: the harness's number."""
+        """The longest continuation of a task that sets none: the harness's number."""
         return 256
 
     @property
@@ -82,14 +82,14 @@ class HarnessModel(TemplateLM):
         return self._tokenizer.fingerprint
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids, with what the tokenizer puts around a text unless that is there already or not wanted."""
+        """Ids, with the tokenizer's prefix unless the text spells it or `add_special_tokens` is false; no suffix."""
         begins = bool(self._prefix_text) and string.startswith(self._prefix_text)
         if add_special_tokens is False or (add_special_tokens is None and begins):
             return self._tokenizer.encode_bare([well_formed(string)])[0]
-        return self._tokenizer.encode(string)
+        return self._tokenizer.encode_openings([string])[0]
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Likelihood]:
-        """The likelihood of each continuation after its context, which is cut on the left where it is too long."""
+        """The likelihood of each continuation after its context, which is truncated on the left if it is too long."""
         found: list[Likelihood] = super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
         return found
 
@@ -108,11 +108,11 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """A continuation of each context, up to what its task says that ends it."""
+        """A continuation of each context, up to the first stop string of its task."""
         openings = [self._opening(number, request) for number, request in enumerate(requests)]
         batches: list[list[int]] = []
-        for wish in dict.fromkeys(opening.wish for opening in openings):
-            numbers = [number for number, opening in enumerate(openings) if opening.wish == wish]
+        for settings in dict.fromkeys(opening.settings for opening in openings):
+            numbers = [number for number, opening in enumerate(openings) if opening.settings == settings]
             batches += self._batches(numbers, lambda number: len(openings[number].ids))
         shares = [[openings[number] for number in batch] for batch in batches]
         return in_order(batches, self.team.ask(continue_openings, shares, "generate_until") if shares else [])
@@ -128,7 +128,7 @@ class HarnessModel(TemplateLM):
         return in_order([n for batch in numbers for n in batch], [row for answer in answers for row in answer])
 
     def _tokens_to_read(self, request: Tokenized) -> tuple[int, ...]:
-        """All but the last token of context and continuation, as many as the model sees at once."""
+        """All but the last token of context and continuation, truncated on the left to the model's context."""
         strings, context, continuation = request
         if not 0 < len(continuation) <= self._context:
             raise UserError(
@@ -140,17 +140,17 @@ class HarnessModel(TemplateLM):
 
     def _opening(self, number: int, request: Any) -> Opening:
         text, options = request.args
-        wish = self._wish(request.task_name, options)
-        ids = self.tok_encode(text)[wish.maximum_tokens - self._context :]
-        return Opening(tuple(ids or [self._prefix]), wish, f"{self._seed}/{number}")
+        settings = self._settings(request.task_name, options)
+        ids = self.tok_encode(text)[settings.maximum_tokens - self._context :]
+        return Opening(tuple(ids or [self._prefix]), settings, f"{self._seed}/{number}")
 
-    def _wish(self, task: str, options: Mapping[str, Any]) -> Wish:
-        """What a task's generation_kwargs ask for. Raises UserError for what cannot be had."""
+    def _settings(self, task: str, options: Mapping[str, Any]) -> ContinuationSettings:
+        """A task's generation_kwargs. Raises UserError for those that are not supported."""
         unknown = [key for key in options if key not in UNDERSTOOD and options[key] != HARMLESS.get(key)]
         tokens = next((int(options[key]) for key in MAXIMUM_TOKENS if key in options), self.max_gen_toks)
         if unknown:
             raise UserError(
-                f"eval_tasks: {task} asks for {', '.join(unknown)} in its generation_kwargs: not known here"
+                f"eval_tasks: {task} asks for {', '.join(unknown)} in its generation_kwargs, which is not supported"
             )
         if tokens >= self._context:
             raise UserError(
@@ -160,16 +160,16 @@ class HarnessModel(TemplateLM):
         until = options.get("until") or []
         ends = [until] if isinstance(until, str) else list(until)
         ends.append(self._tokenizer.decode([self.eot_token_id]))
-        return Wish(sampling(options), tokens, tuple(dict.fromkeys(filter(None, ends))))
+        return ContinuationSettings(sampling(options), tokens, tuple(dict.fromkeys(filter(None, ends))))
 
     def _batches(self, items: Sequence[Item], length: Callable[[Item], int]) -> list[list[Item]]:
-        """The longest first: what does not fit into memory fails at once, and a batch has little padding."""
+        """The longest first: running out of memory shows at once, and a batch has little padding."""
         ordered = sorted(items, key=length, reverse=True)
         return [ordered[first : first + self._batch] for first in range(0, len(ordered), self._batch)]
 
 
 def sampling(options: Mapping[str, Any]) -> Sampling:
-    """Greedy unless a task wants otherwise: a temperature above 0 means sampling, do_sample: false means not."""
+    """Greedy by default; a temperature above 0 means sampling unless do_sample is false."""
     temperature = float(options.get("temperature") or 0.0)
     if not options.get("do_sample", temperature > 0):
         return Sampling()
@@ -177,6 +177,6 @@ def sampling(options: Mapping[str, Any]) -> Sampling:
 
 
 def in_order(numbers: Sequence[Sequence[int]], answers: Sequence[Sequence[Item]]) -> list[Item]:
-    """Answers that came in groups, by the number that each group gives to each."""
+    """Answers of all groups, sorted by their numbers."""
     pairs = [pair for group, found in zip(numbers, answers, strict=True) for pair in zip(group, found, strict=True)]
     return [answer for _, answer in sorted(pairs, key=lambda pair: pair[0])]

@@ -1,4 +1,4 @@
-"""The harness's results for a file and for a reader."""
+"""The harness's results as JSON and as a table."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from lm_eval.utils import handle_non_serializable, make_table
 
 
 def as_json(results: Mapping[str, Any]) -> str:
-    """The harness's own form of its results."""
+    """The results as the harness writes them."""
     return json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n"
 
 
@@ -32,7 +32,7 @@ def _documents(results: Mapping[str, Any], name: str) -> str:
 
 
 def _count(results: Mapping[str, Any], name: str) -> tuple[int, int]:
-    """Documents used and documents there are; of a group, those of its tasks."""
+    """Documents used and documents available; for a group, the sums over its tasks."""
     counts = results["n-samples"].get(name)
     if counts is not None:
         return counts["effective"], counts["original"]

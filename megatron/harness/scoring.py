@@ -1,7 +1,7 @@
 """How likely a model finds given continuations of given tokens.
 
-Shapes: b rows, s columns (the longest row, shorter ones padded on the right, where no token looks), n tokens of a
-continuation, v vocabulary. No harness in here.
+Shapes: b rows, s columns (the longest row; shorter ones are padded on the right, where no token attends), n tokens of a
+continuation, v vocabulary. Independent of the harness.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from torch.nn.functional import cross_entropy
 from megatron.inference import TrainedModel
 from megatron.model.gpt import gather_logits
 
-Likelihood = tuple[float, bool]  # log-likelihood in nats, and whether greedy decoding would have said the same
+Likelihood = tuple[float, bool]  # log-likelihood in nats, and whether greedy decoding gives the same tokens
 
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens that are read once, and what is asked about them.
+    """Tokens for one forward pass, and the continuations that are scored from it.
 
-    continuations: each ends one token after `tokens` do, so that its last token is predicted from all of them. Several
-    answers of one token to one question share a row.
+    continuations: each ends one token after `tokens` do, so that its last token is predicted from all of them. Answers
+    of one token to the same question share a row.
     """
 
     tokens: tuple[int, ...]
@@ -39,7 +39,7 @@ def score_rows(model: TrainedModel, rows: Sequence[Row]) -> list[list[Likelihood
 
 @torch.inference_mode()
 def _score_row(model: TrainedModel, row: Row, local: Tensor) -> list[Likelihood]:
-    """local: this rank's share of the row's logits, [s, v/tp]. Only what is asked about is gathered, row by row."""
+    """local: this rank's shard of the row's logits, [s, v/tp]. Only the scored positions are gathered."""
     end = len(row.tokens)
     asked = local[end - max(map(len, row.continuations)) : end]
     logits = gather_logits(asked, model.grid, model.plan.model.vocab_size).float()

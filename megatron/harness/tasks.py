@@ -1,4 +1,4 @@
-"""The tasks that are asked for, found among those of the harness and of a folder of one's own."""
+"""Find the requested tasks among the harness's own and those of `eval_include_path`."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -10,7 +10,7 @@ from megatron.registry import nearest
 
 
 def check_harness(include_path: str | None) -> None:
-    """Raise UserError where the harness is not installed, or the folder of one's own tasks is not there."""
+    """Raise UserError where the harness is not installed or `include_path` is not a folder."""
     if find_spec("lm_eval") is None:
         raise UserError('eval_tasks needs the lm-evaluation-harness: pip install "lm-eval>=0.4.9", or -e ".[eval]"')
     if include_path is not None and not Path(include_path).is_dir():
@@ -20,9 +20,13 @@ def check_harness(include_path: str | None) -> None:
 def find_tasks(patterns: Sequence[str], manager: Any) -> list[str]:
     """Names of tasks, groups and tags that match `patterns` (`*` and `?` as in file names), each once.
 
-    manager: the harness's TaskManager. Raises UserError with the nearest name for each pattern that nothing matches.
+    patterns: names or comma-separated lists of names. manager: the harness's TaskManager. Raises UserError with the
+    nearest name for each pattern without a match.
     """
-    matches = {pattern: manager.match_tasks([pattern]) for pattern in patterns}
+    words = [word.strip() for pattern in patterns for word in pattern.split(",") if word.strip()]
+    if not words:
+        raise UserError("eval_tasks names no task")
+    matches = {word: manager.match_tasks([word]) for word in words}
     problems = [_no_such_task(pattern, manager.all_tasks) for pattern, names in matches.items() if not names]
     if problems:
         raise UserError(*problems)

@@ -1,25 +1,33 @@
-"""What happens to one chunk of text in a worker: parse, clean, tokenize. No torch."""
+"""Process one chunk of text in a worker: parse, clean, tokenize. No torch."""
 
 from threading import local
 
 import numpy as np
 
 from megatron.arrays import Ids, surrounded
+from megatron.errors import RunError
 from megatron.preprocessing.chunks import Chunk
 from megatron.preprocessing.deduplication import text_hash
 from megatron.preprocessing.documents import parse_chunk
 from megatron.preprocessing.instructions import encode_records
 from megatron.preprocessing.job import LISTED_BAD_LINES, EncodedChunk, Encoder, Job, MakesEncoder, Texts, Totals
 from megatron.text import utf8_length
+from megatron.tokenizer.base import UnknownTextError
 
 
 def encode_chunk(chunk: Chunk, job: Job, make_encoder: MakesEncoder) -> EncodedChunk:
-    """Parse and tokenize one chunk."""
-    encoder = encoder_of(make_encoder)
+    """Parse and tokenize one chunk. Raises RunError for a text that the vocabulary has no tokens for."""
+    try:
+        return _encode_chunk(chunk, job, encoder_of(make_encoder))
+    except UnknownTextError as error:
+        raise RunError(f"{chunk.source}, from line {chunk.start.line + 1} on: {error}") from error
+
+
+def _encode_chunk(chunk: Chunk, job: Job, encoder: Encoder) -> EncodedChunk:
     if not isinstance(job.form, Texts):
         return encode_records(chunk, job, job.form, encoder)
     parsed = parse_chunk(chunk, job.keys)
-    chunk.release()  # the one who handed it over holds it still
+    chunk.release()  # the caller still holds a reference
     result = EncodedChunk(Totals(repaired=parsed.repaired, bad_lines=len(parsed.bad_lines)))
     result.totals.bad_line_list = parsed.bad_lines[:LISTED_BAD_LINES]
     for key, texts in parsed.texts.items():
@@ -32,7 +40,7 @@ _made = local()
 
 
 def encoder_of(make_encoder: MakesEncoder) -> Encoder:
-    """One encoder for all chunks of a thread: it remembers what it has seen, and each chunk has to say that."""
+    """One encoder for all chunks of a thread: it reports each code point only once."""
     if getattr(_made, "by", None) != make_encoder:
         _made.encoder, _made.by = make_encoder(), make_encoder
     encoder: Encoder = _made.encoder
@@ -40,9 +48,9 @@ def encoder_of(make_encoder: MakesEncoder) -> Encoder:
 
 
 def _chosen(texts: list[str], form: Texts, totals: Totals) -> list[str]:
-    """The texts that are neither empty nor of a length that is not wanted, mended."""
+    """The texts that are not empty and within the length limits, repaired by ftfy if the form asks for it."""
     if form.ftfy:
-        import ftfy  # only those who ask for it wait for it
+        import ftfy  # slow to import
 
         texts = [ftfy.fix_text(text) for text in texts]
     present = [text for text in texts if text]
@@ -57,16 +65,17 @@ def _chosen(texts: list[str], form: Texts, totals: Totals) -> list[str]:
 
 
 def _encode_texts(key: str, texts: list[str], form: Texts, encoder: Encoder, result: EncodedChunk) -> Ids:
-    """The ids of all texts; what else there is to say of them goes to `result`."""
+    """The ids of all texts; sizes, counts and hashes go to `result`."""
     encoded, totals = encoder.encode(texts), result.totals
     ids, sizes = encoded.ids, encoded.sizes
-    if not sizes.all():  # a tokenizer that strips spaces has no ids for them
+    if not sizes.all():  # a tokenizer that strips white space has no ids for a text of it alone
         texts = [text for text, size in zip(texts, sizes, strict=True) if size]
         totals.empty += len(sizes) - len(texts)
         sizes = sizes[sizes > 0]
     places = np.flatnonzero(ids == encoder.end_of_document)
-    totals.contain_eod += len(np.unique(np.searchsorted(np.cumsum(sizes), places, "right")))
-    if form.append_eod:
+    ends = np.bincount(np.searchsorted(np.cumsum(sizes), places, "right"), minlength=len(sizes))
+    totals.contain_eod += int((ends > sum(encoder.affixes, ()).count(encoder.end_of_document)).sum())
+    if form.append_eod and encoder.affixes[1][-1:] != (encoder.end_of_document,):
         ids, sizes = surrounded(ids, sizes, (), (encoder.end_of_document,)), sizes + 1
     totals.documents += len(sizes)
     totals.tokens += len(ids)

@@ -1,8 +1,9 @@
-"""Instruction data: text of which only the answers are learned, as token files with label files beside them.
+"""Instruction data: text of which only the answers are learned, as token files with a label file each.
 
-A record becomes segments of text, each learned or not (`forms`). Segments are tokenized one by one, so that no token
-lies across the border. `P_text_document` holds the ids, `P_label_document` the label of each: the id itself, or -100
-where nothing is to be learned. `train_data_paths` and `train_label_data_paths` name them. No torch.
+A record becomes segments of text, each learned or not (`record_formats`). A segment is tokenized as a continuation of
+those before it, so that no token crosses the border and no space is made up there (`Tokenizer.encode_parts` says what
+happens where this cannot be). `P_text_document` holds the ids, `P_label_document` the label of each: the id itself, or
+-100 where nothing is to be learned. `train_data_paths` and `train_label_data_paths` name them. No torch.
 """
 
 from collections.abc import Iterator
@@ -22,17 +23,20 @@ from megatron.text import utf8_length, well_formed
 def encode_records(chunk: Chunk, job: Job, form: PromptAndCompletion | Chat, encoder: Encoder) -> EncodedChunk:
     """Ids and labels of a chunk's records, each ended by the end-of-document token. form: the job's.
 
-    Records in which nothing is learned are left out and counted, and bad ones are listed.
+    Records without anything to learn are skipped and counted, bad ones are listed.
     """
     result = EncodedChunk(Totals())
     documents = list(_documents(chunk, form, result.totals))
-    chunk.release()  # the one who handed it over holds it still
-    encoded = encoder.encode([text for segments in documents for text, _ in segments], bare=True)
+    chunk.release()  # the caller still holds a reference
+    encoded = encoder.encode_parts([[text for text, _ in segments] for segments in documents])
     pieces = iter(split(encoded.ids, encoded.sizes))
-    ends = sum(encoder.affixes, (encoder.end_of_document,)).count(encoder.end_of_document)
+    before, after = encoder.affixes
+    if after[-1:] != (encoder.end_of_document,):
+        after = (*after, encoder.end_of_document)
+    ends = (before + after).count(encoder.end_of_document)
     texts, labels = [], []
     for segments in documents:
-        ids, learned = _document([(next(pieces), learned) for _, learned in segments], encoder)
+        ids, learned = _document([(next(pieces), learned) for _, learned in segments], before, after)
         texts.append(ids)
         labels.append(np.where(learned, ids, NOT_A_LABEL))
         result.totals.learned += int(learned.sum())
@@ -48,16 +52,15 @@ def encode_records(chunk: Chunk, job: Job, form: PromptAndCompletion | Chat, enc
     return result
 
 
-def _document(runs: list[tuple[Ids, bool]], encoder: Encoder) -> tuple[Ids, Ids]:
-    """Ids of a document, int64, and which of them are learned; its end is what its last text is."""
-    before, after = encoder.affixes
-    whole = [(np.array(before, np.int64), False), *runs, (np.array([*after, encoder.end_of_document]), runs[-1][1])]
+def _document(runs: list[tuple[Ids, bool]], before: tuple[int, ...], after: tuple[int, ...]) -> tuple[Ids, Ids]:
+    """Ids of a document, int64, and which of them are learned; its end is learned if its last text is."""
+    whole = [(np.array(before, np.int64), False), *runs, (np.array(after, np.int64), runs[-1][1])]
     ids = np.concatenate([run.astype(np.int64) for run, _ in whole])
     return ids, np.repeat([learned for _, learned in whole], [len(run) for run, _ in whole])
 
 
 def _documents(chunk: Chunk, form: PromptAndCompletion | Chat, totals: Totals) -> Iterator[Segments]:
-    """The segments of each record that has something to learn."""
+    """The segments of each record in which something is learned."""
     for name, record, is_valid in _records(chunk):
         try:
             if isinstance(record, str):
@@ -86,4 +89,4 @@ def _records(chunk: Chunk) -> Iterator[tuple[str, Record | str, bool]]:
         return
     for number, line in enumerate(lines_of(chunk), start=chunk.start.line + 1):
         if line.strip():
-            yield f"{chunk.source}, line {number}", *json_object(line)
+            yield f"{chunk.source}, line {number}", *json_object(line, chunk)

@@ -38,8 +38,11 @@ class Encoder(Protocol):
     affixes: tuple[tuple[int, ...], tuple[int, ...]]
     fingerprint: str
 
-    def encode(self, texts: Sequence[str], bare: bool = False) -> Encoded:
-        """Ids of texts without surrogates; bare: without the affixes."""
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Ids of texts without surrogates, with the affixes."""
+
+    def encode_parts(self, documents: Sequence[Sequence[str]]) -> Encoded:
+        """Ids of the parts of documents, without the affixes; sizes: of all parts."""
 
 
 class MakesEncoder(Protocol):

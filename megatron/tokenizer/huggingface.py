@@ -1,7 +1,9 @@
 """Tokenizers that the `tokenizers` library runs: a tokenizer.json, or GPT-2's vocab.json with merges.txt."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,20 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from megatron.errors import UserError
-from megatron.tokenizer.base import END_OF_DOCUMENT, Tokenizer, digest, missing_token, required_file
+from megatron.files import is_folder
+from megatron.text_files import read_text
+from megatron.tokenizer.base import (
+    END_OF_DOCUMENT,
+    Tokenizer,
+    UnknownTextError,
+    digest,
+    missing_token,
+    required_file,
+)
+
+EXCERPT_CHARACTERS = 20  # on each side of unknown text, in messages
+UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
+TEXT_MARKER = 2**32 - 1  # an id that stands for a text while affixes are read
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -20,36 +35,41 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, kind: str, source: Path, definition: str, token: str) -> None:
-        # A file may ask for at most so many tokens, and would silently cut every document.
+        # A file can limit the number of tokens, which would silently cut every document.
         backend.no_truncation()
         backend.no_padding()
         found = backend.token_to_id(token)
         if found is None:
             raise missing_token(token, kind, _special_tokens(backend))
+        if backend.decoder is None:
+            backend.decoder = _decoder_for(json.loads(backend.to_str()))
         self._backend = backend
-        self._line = f'{kind} {source}, {{}} ids, end of document "{token}" ({found})'
+        self._name = f"{kind} {source}"
+        self._line = f'{self._name}, {{}} ids, end of document "{token}" ({found})'
         # Not the number of tokens: some files leave ids out.
         self.vocab_size = max(backend.get_vocab().values()) + 1
         self.end_of_document = found
         self.fingerprint = digest(definition, token)
         self.added_tokens = tuple(entry.content for entry in backend.get_added_tokens_decoder().values())
-        self.affixes = _affixes(backend)
+        self.affixes = _affixes(backend, self._name)
+        self.parts_stand_alone = _parts_stand_alone(self.definition())
+        self.unknown = _unknown(backend)
 
     def describe(self) -> str:
         """One line for the start of a run."""
         return self._line.format(f"{self.vocab_size:,}")
 
     def encode_bare(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts without surrogates, without what the file's post-processor adds."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """Ids of texts without surrogates, without what the file's post-processor adds. Raises UnknownTextError."""
+        return self._run(self._backend, list(texts), with_affixes=False)
 
     def normalized(self, text: str) -> str:
-        """The text as it is before it is cut into words."""
+        """`text` as it is before pre-tokenization."""
         normalizer = self._backend.normalizer
         return str(normalizer.normalize_str(text)) if normalizer else text
 
     def token_texts(self) -> list[str]:
-        """The tokens as the vocabulary writes them."""
+        """The tokens as the vocabulary spells them."""
         return list(self._backend.get_vocab())
 
     def definition(self) -> dict[str, Any]:
@@ -58,7 +78,50 @@ class HuggingFaceTokenizer(Tokenizer):
         return content
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts)]
+        return self._run(self._backend, texts, with_affixes=True)
+
+    def _encode_continuing(self, texts: list[str]) -> list[list[int]]:
+        return self._run(self._continuing_backend, texts, with_affixes=False)
+
+    @cached_property
+    def _continuing_backend(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, which puts no space before a text."""
+        definition = self.definition()
+        for part in ("normalizer", "pre_tokenizer"):
+            definition[part] = _without_prefix_space(definition.get(part))
+        return tokenizers.Tokenizer.from_str(json.dumps(definition))
+
+    def _run(self, backend: tokenizers.Tokenizer, texts: list[str], with_affixes: bool) -> list[list[int]]:
+        try:
+            return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=with_affixes)]
+        except Exception as error:  # the library raises bare Exception
+            for text in texts:
+                for unknown, place in self._unknown_texts(text):
+                    around = text[max(0, place - EXCERPT_CHARACTERS) : place + len(unknown) + EXCERPT_CHARACTERS]
+                    code = f" (U+{ord(unknown):04X})" if len(unknown) == 1 else ""
+                    raise UnknownTextError(
+                        f"the vocabulary of {self._name} has neither a token for {_quoted(unknown)}{code} nor an "
+                        f"unknown token; the text has it at character {place + 1}: {_quoted(around)}"
+                    ) from error
+            raise UserError(f"{self._name} cannot encode a text ({type(error).__name__}: {error})") from error
+
+    def _unknown_texts(self, text: str) -> Iterator[tuple[str, int]]:
+        """Characters, or words where the model has words only, that the model refuses, with their offsets."""
+        model, pre_tokenizer = self._backend.model, self._backend.pre_tokenizer
+        by_character = isinstance(model, models.BPE | models.Unigram)
+        pattern = "|".join(map(re.escape, self.added_tokens))
+        start = 0
+        for stop, following in [*((m.start(), m.end()) for m in re.finditer(pattern, text) if pattern), (len(text), 0)]:
+            part = self.normalized(text[start:stop])
+            words = pre_tokenizer.pre_tokenize_str(part) if pre_tokenizer else [(part, (0, len(part)))]
+            for word, (offset, _) in words:
+                for unit in [*word] if by_character else [word]:
+                    try:
+                        model.tokenize(unit)
+                    except Exception:
+                        at = text.find(unit, start + offset)  # normalizers shift offsets
+                        yield unit, at if at >= 0 else start + offset
+            start = following
 
     def _decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)
@@ -67,11 +130,12 @@ class HuggingFaceTokenizer(Tokenizer):
 def build_hf_tokenizer(vocab_file: str | None, merge_file: str | None, token: str | None) -> HuggingFaceTokenizer:
     """`HFTokenizer`: vocab_file is a tokenizer.json, merges included. Raises UserError for a broken one."""
     path = required_file(vocab_file, "vocab_file", "HFTokenizer", "a tokenizer.json")
+    content = read_text(path, "vocab_file")
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend = tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # the library raises bare Exception
         raise UserError(f'vocab_file ("{path}") is not a tokenizer.json: {error}') from error
-    return HuggingFaceTokenizer(backend, "HFTokenizer", path, path.read_text("utf-8"), token or END_OF_DOCUMENT)
+    return HuggingFaceTokenizer(backend, "HFTokenizer", path, content, token or END_OF_DOCUMENT)
 
 
 def build_gpt2_bpe_tokenizer(vocab_file: str | None, merge_file: str | None, token: str | None) -> HuggingFaceTokenizer:
@@ -80,13 +144,14 @@ def build_gpt2_bpe_tokenizer(vocab_file: str | None, merge_file: str | None, tok
     vocab_file: vocab.json, or a folder that holds vocab.json and merges.txt. Raises UserError for unreadable files.
     """
     kind = "GPT2BPETokenizer"
-    if vocab_file and Path(vocab_file).is_dir():
+    if vocab_file and is_folder(vocab_file):
         folder = Path(vocab_file)
         vocab_file, merge_file = str(folder / "vocab.json"), merge_file or str(folder / "merges.txt")
     vocab = required_file(vocab_file, "vocab_file", kind, "GPT-2's vocab.json (a tokenizer.json goes with HFTokenizer)")
     merges = required_file(merge_file, "merge_file", kind, "GPT-2's merges.txt")
+    vocab_text, merges_text = read_text(vocab, "vocab_file"), read_text(merges, "merge_file")
     try:
-        backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+        backend = tokenizers.Tokenizer(models.BPE(json.loads(vocab_text), _merges(merges_text)))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f'vocab_file ("{vocab}") and merge_file ("{merges}") cannot be read: {error}') from error
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -94,16 +159,102 @@ def build_gpt2_bpe_tokenizer(vocab_file: str | None, merge_file: str | None, tok
     token = token or END_OF_DOCUMENT
     if backend.token_to_id(token) is not None:  # declared special, it is kept whole in the text; never added
         backend.add_special_tokens([AddedToken(token, normalized=False)])
-    definition = vocab.read_text("utf-8") + merges.read_text("utf-8")
-    return HuggingFaceTokenizer(backend, kind, vocab, definition, token)
+    return HuggingFaceTokenizer(backend, kind, vocab, vocab_text + merges_text, token)
 
 
-def _affixes(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the post-processor puts before and after the ids of a text."""
-    bare = backend.encode("a", add_special_tokens=False).ids
-    full = backend.encode("a").ids
-    start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
-    return tuple(full[:start]), tuple(full[start + len(bare) :])
+def _merges(text: str) -> list[tuple[str, str]]:
+    """The pairs of a merges.txt. Raises ValueError."""
+    pairs = []
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+        words = line.split(" ")
+        if line.startswith("#version"):
+            continue
+        if len(words) != 2:
+            raise ValueError(f"line {number} of the merges is not a pair of tokens")
+        pairs.append((words[0], words[1]))
+    return pairs
+
+
+def _affixes(backend: tokenizers.Tokenizer, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that the post-processor puts before and after those of a text. Raises UserError where it repeats a text.
+
+    Found with a model that has a marker for any text, since a letter may be missing from the file's own vocabulary.
+    """
+    probe = tokenizers.Tokenizer(models.WordLevel({"text": TEXT_MARKER}, unk_token="text"))
+    if backend.post_processor is not None:
+        probe.post_processor = backend.post_processor
+    ids = probe.encode("text").ids
+    if ids.count(TEXT_MARKER) != 1:
+        times = ids.count(TEXT_MARKER)
+        raise UserError(f"the post_processor of {name} puts each text {times} times into its output; once is needed")
+    place = ids.index(TEXT_MARKER)
+    return tuple(ids[:place]), tuple(ids[place + 1 :])
+
+
+def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer in a tokenizer.json."""
+    if part is None:
+        return []
+    if part["type"] != "Sequence":
+        return [part]
+    return [step for each in part.get("normalizers") or part.get("pretokenizers") or () for step in _steps(each)]
+
+
+def _parts_stand_alone(definition: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json describes a byte-level BPE that adds and drops nothing."""
+    model, steps = definition["model"], _steps(definition.get("pre_tokenizer"))
+    plain = model.get("type") == "BPE" and not any(
+        model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix")
+    )
+    forms = all(step["type"] in UNICODE_FORMS for step in _steps(definition.get("normalizer")))
+    byte_level = bool(steps) and steps[-1]["type"] == "ByteLevel"
+    removes = any(step.get("behavior") == "Removed" or step["type"].startswith("Whitespace") for step in steps)
+    return plain and forms and byte_level and not removes and not any(step.get("add_prefix_space") for step in steps)
+
+
+def _without_prefix_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer or pre-tokenizer of a tokenizer.json that puts nothing before a text."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    changed = dict(part)
+    if changed["type"] == "Metaspace":
+        changed["prepend_scheme"] = "never"
+        changed.pop("add_prefix_space", None)  # the older spelling of the same
+    elif "add_prefix_space" in changed:
+        changed["add_prefix_space"] = False
+    for key in ("normalizers", "pretokenizers"):
+        if key in changed:
+            changed[key] = [step for step in map(_without_prefix_space, changed[key]) if step is not None]
+    return changed
+
+
+def _decoder_for(definition: dict[str, Any]) -> Any:
+    """The decoder that fits a tokenizer.json that names none; None where none does."""
+    for step in reversed(_steps(definition.get("pre_tokenizer"))):
+        if step["type"] == "ByteLevel":
+            return decoders.ByteLevel()
+        if step["type"] == "Metaspace":
+            scheme = step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never")
+            return decoders.Metaspace(step.get("replacement", "\u2581"), scheme)
+    if definition["model"].get("type") == "WordPiece":
+        return decoders.WordPiece(definition["model"].get("continuing_subword_prefix", "##"), cleanup=False)
+    if any(step["type"] == "ByteLevel" for step in _steps(definition.get("normalizer"))):
+        return decoders.ByteLevel()
+    return None
+
+
+def _unknown(backend: tokenizers.Tokenizer) -> int | None:
+    """The id of the model's unknown token, if it has one."""
+    model = backend.model
+    if isinstance(model, models.Unigram):
+        found: int | None = json.loads(backend.to_str())["model"].get("unk_id")
+        return found
+    token = getattr(model, "unk_token", None)
+    return None if token is None else backend.token_to_id(token)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _special_tokens(backend: tokenizers.Tokenizer) -> list[str]:

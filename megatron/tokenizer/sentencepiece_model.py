@@ -1,5 +1,6 @@
 """`SPMTokenizer`: a SentencePiece model file."""
 
+from functools import cached_property
 from pathlib import Path
 
 import sentencepiece
@@ -8,13 +9,19 @@ from megatron.errors import UserError
 from megatron.tokenizer.base import Tokenizer, digest, missing_token, required_file
 
 KIND = "SPMTokenizer"
+# A ModelProto message with `normalizer_spec { add_dummy_prefix: false }` alone. Serialized messages of protobuf that
+# follow one another are merged, and the last value counts.
+WITHOUT_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model behind Deepy's interface. Control pieces such as `</s>` have no text when decoded."""
+    """A SentencePiece model behind Deepy's interface. Control pieces such as `</s>` decode to nothing."""
+
+    parts_stand_alone = False
 
     def __init__(self, model: sentencepiece.SentencePieceProcessor, source: Path, token: str | None) -> None:
-        self._model = model
+        self._model, self._source = model, source
+        self.unknown = model.unk_id()
         self.vocab_size = model.vocab_size()
         self.end_of_document = _end_of_document(model, token)
         piece = model.id_to_piece(self.end_of_document)
@@ -32,6 +39,15 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self._model.encode(texts, num_threads=1)
         return ids
+
+    def _encode_continuing(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self._continuing_model.encode(texts, num_threads=1)
+        return ids
+
+    @cached_property
+    def _continuing_model(self) -> sentencepiece.SentencePieceProcessor:
+        """The same model, which puts no space before a text."""
+        return sentencepiece.SentencePieceProcessor(model_proto=self._source.read_bytes() + WITHOUT_DUMMY_PREFIX)
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._model.decode(ids))
@@ -54,7 +70,7 @@ def _end_of_document(model: sentencepiece.SentencePieceProcessor, token: str | N
     if token is None and model.eos_id() >= 0:
         return int(model.eos_id())
     token = token or "</s>"
-    found = model.piece_to_id(token)  # the unknown piece's id, if it is not there
+    found = model.piece_to_id(token)  # for an absent piece, the id of the unknown piece
     if model.id_to_piece(found) != token:
         ids = range(model.vocab_size())
         raise missing_token(token, KIND, [model.id_to_piece(i) for i in ids if model.is_control(i)])

@@ -17,7 +17,7 @@ from megatron.convert import gpt_neox
 from megatron.convert.llama import llama
 from megatron.errors import RunError, UserError
 from megatron.generation.sampling import Sampling
-from megatron.harness.continuing import EndsWith, continue_openings, cut
+from megatron.harness.continuing import StopsAt, continue_openings, cut
 from megatron.harness.language_model import HarnessModel, sampling
 from megatron.harness.results import as_json, as_table
 from megatron.harness.run import evaluate_tasks, run_harness
@@ -93,7 +93,7 @@ def unopened(**changes):
         raise AssertionError("the ranks met")
 
     tokenizer = SimpleNamespace(
-        affixes=((), ()), end_of_document=0, decode=lambda ids: "<eod>", encode=lambda text: [1]
+        affixes=((), ()), end_of_document=0, decode=lambda ids: "<eod>", encode_openings=lambda texts: [[1]]
     )
     return HarnessModel(tokenizer, changes.get("context", CONTEXT), 4, 1234, fail)
 
@@ -229,7 +229,7 @@ def test_sampling_is_what_a_task_asks_for(options, expected):
 def test_a_text_ends_where_the_first_end_begins_and_decoding_stops_there(tmp_path):
     assert cut("one\ntwo. three", ("\n", ".", "three")) == "one"
     tokenizer = Weights({}, vocabulary(tmp_path), {}).tokenizer
-    ends = EndsWith(("über",), tokenizer)
+    ends = StopsAt(("über",), tokenizer)
     ids = tokenizer.encode("The quick brown fox jumps über")
-    complete = [ends(ids[:count]) for count in range(1, len(ids) + 1)]
+    complete = [ends(ids[:count], count) for count in range(1, len(ids) + 1)]
     assert complete == [False] * (len(ids) - 1) + [True]

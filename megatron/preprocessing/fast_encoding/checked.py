@@ -85,6 +85,13 @@ class CheckedEncoder:
         result.ids, result.sizes = np.frombuffer(found, self._dtype), sizes
         return result if bare else self._with_affixes(result)
 
+    def encode_parts(self, documents: Sequence[Sequence[str]]) -> Encoded:
+        """Ids of the parts of each document, without affixes: see `Tokenizer.encode_parts`. sizes: of all parts."""
+        if self._reference.parts_stand_alone:
+            return self.encode([part for parts in documents for part in parts], bare=True)
+        found = [ids for parts in documents for ids in self._reference.encode_parts(parts)]
+        return Encoded(*flat(found), by_reference=len(documents))
+
     def _groups(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
         """The pieces of all texts, with the number of the text of each, a few megabytes at a time."""
         owners, group, size = list[int](), list[str](), 0
