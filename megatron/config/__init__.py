@@ -1,1 +1,1 @@
-"""What the user wrote (Config), what must hold for it, and what it comes to (Plan). No torch."""
+"""The configuration (Config), its rules, and the values derived from it (Plan). No torch."""

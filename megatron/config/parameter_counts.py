@@ -1,4 +1,4 @@
-"""How many parameters a model has, whole and per rank, and what follows from that.
+"""Parameter counts of a model and of one rank, FLOPs per token and checkpoint size.
 
 Arithmetic on sizes, so that --dry-run needs no torch. A test compares it with real models.
 Letters: h hidden size, f feed-forward width, n query heads, g key/value heads, d head size.
@@ -9,43 +9,43 @@ from collections.abc import Iterable
 from megatron.config.plan import ModelPlan, Plan
 from megatron.config.widths import is_gated
 
-MOMENTS = {"sgd": 1}  # tensors like the parameter that an optimizer keeps; the others keep two
+MOMENTS = {"sgd": 1}  # optimizer states per parameter; 2 for all others
 
 
 def parameter_count(model: ModelPlan) -> int:
-    """Parameters of the whole model, without the padding of the vocabulary: what a checkpoint holds."""
+    """Parameters of the whole model without the padding of the vocabulary, as in a checkpoint."""
     head = 0 if model.tied_embeddings else model.vocab_size * model.hidden_size
     ends = (model.vocab_size + _positions(model)) * model.hidden_size + _norm(model) + head
     return ends + model.num_layers * _block(model, split=1)
 
 
 def embedding_parameters(model: ModelPlan) -> int:
-    """How many of them are token and position embeddings."""
+    """Parameters of token and position embeddings."""
     return (model.vocab_size + _positions(model)) * model.hidden_size
 
 
 def layer_parameters(model: ModelPlan, split: int = 1) -> list[int]:
-    """Parameters in memory of every layer, on one of `split` tensor-parallel ranks: embedding, blocks, norm, head."""
+    """Parameters of each layer in the memory of one of `split` tensor-parallel ranks: embedding, blocks, norm, head."""
     rows = model.padded_vocab_size // split * model.hidden_size
     blocks = [_block(model, split)] * model.num_layers
     return [rows + _positions(model) * model.hidden_size, *blocks, _norm(model), rows]
 
 
 def held_parameters(model: ModelPlan, split: int, layers: Iterable[int]) -> int:
-    """Parameters in memory of some of the layers on one rank; tied ends that meet on it are one."""
+    """Parameters of some layers in the memory of one rank; tied embedding and head on the same rank count once."""
     held, counts = set(layers), layer_parameters(model, split)
     shared = model.tied_embeddings and {0, len(counts) - 1} <= held
     return sum(counts[layer] for layer in held) - (counts[-1] if shared else 0)
 
 
 def flops_per_token(model: ModelPlan, sequence_length: int) -> float:
-    """FLOPs of one token, forward and backward: 6 N + 12 L n d s, recomputation not counted (see metrics/flops.py)."""
+    """FLOPs of one token, forward and backward: 6 N + 12 L n d s, without recomputation (see metrics/flops.py)."""
     width = model.num_attention_heads * model.head_size
     return 6.0 * parameter_count(model) + 12.0 * model.num_layers * width * sequence_length
 
 
 def checkpoint_bytes(plan: Plan) -> int:
-    """Bytes of a checkpoint: fp32 weights and moments, 12 a parameter with Adam."""
+    """Bytes of a checkpoint: fp32 weights and moments, 12 per parameter with Adam."""
     return 4 * (1 + MOMENTS.get(plan.optimizer.kind, 2)) * parameter_count(plan.model)
 
 
@@ -58,7 +58,7 @@ def _norm(model: ModelPlan) -> int:
 
 
 def _block(model: ModelPlan, split: int) -> int:
-    """Parameters of one block on one of `split` tensor-parallel ranks; what is not split is counted whole."""
+    """Parameters of one block on one of `split` tensor-parallel ranks; replicated ones count in full."""
     hidden, width = model.hidden_size, model.ffn_hidden_size
     queries = model.num_attention_heads * model.head_size
     fused = queries + 2 * model.num_kv_heads * model.head_size

@@ -1,7 +1,7 @@
-"""Which layers each stage of the pipeline holds, as DeepSpeed deals them out.
+"""The layers of each pipeline stage, partitioned as DeepSpeed does.
 
-The layers of the model in order: embedding, blocks, final norm, head. A test holds this file to DeepSpeed's
-own partitioning, which cannot be asked here because it needs torch.
+The layers of the model in order: embedding, blocks, final norm, head. A test compares this file with DeepSpeed's own
+partitioning, which needs torch and thus cannot be called here.
 """
 
 import re
@@ -15,20 +15,20 @@ BLOCK_CLASS = "TransformerBlock"
 
 
 def layer_classes(model: ModelPlan) -> list[str]:
-    """The names of the layers' classes, which pipe_partition_method "type:REGEX" searches."""
+    """The class names of the layers, which pipe_partition_method "type:REGEX" searches."""
     head = "Embedding" if model.tied_embeddings else "Head"
     return ["Embedding", *[BLOCK_CLASS] * model.num_layers, "FinalNorm", head]
 
 
 def stage_layers(plan: Plan) -> list[range]:
-    """The layers of each stage, as numbers into `layer_classes`."""
+    """The layers of each stage, as indices into `layer_classes`."""
     classes, stages, method = layer_classes(plan.model), plan.layout.pipe, plan.engine.partition_method.lower()
     if stages == 1:
         return [range(len(classes))]
     if method == "uniform":
         bounds = _uniform(len(classes), stages)
     elif method == "parameters":
-        bounds = _balanced(layer_parameters(plan.model, plan.layout.model), stages)
+        bounds = _balanced(layer_parameters(plan.model, plan.layout.tensor), stages)
     else:
         pattern = re.compile(method.partition(":")[2], re.IGNORECASE)
         bounds = _balanced([1 if pattern.search(name) else 0 for name in classes], stages)
@@ -36,7 +36,7 @@ def stage_layers(plan: Plan) -> list[range]:
 
 
 def _uniform(items: int, parts: int) -> list[int]:
-    """Bounds of parts that differ by at most one item, the longer ones last... as DeepSpeed rounds them."""
+    """Bounds of parts that differ by at most one item, rounded as in DeepSpeed."""
     if items <= parts:
         return [min(part, items) for part in range(parts + 1)]
     size, rest = divmod(items, parts)
@@ -46,7 +46,7 @@ def _uniform(items: int, parts: int) -> list[int]:
 def _balanced(weights: Sequence[int], parts: int) -> list[int]:
     """Bounds of consecutive parts with the smallest difference between the heaviest and the lightest part.
 
-    DeepSpeed's dynamic programme over (items taken, parts made), the last of equal choices winning.
+    DeepSpeed's dynamic program over (items taken, parts made); ties go to the last choice.
     """
     items = len(weights)
     if items <= parts:

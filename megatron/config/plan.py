@@ -1,6 +1,6 @@
-"""What a configuration comes to: every derived value, computed once.
+"""`Plan`: every value derived from a configuration, computed once.
 
-`Plan` is what the floors above read. It is plain, frozen data without torch, so that a login node can print it.
+Higher floors read the Plan. It is plain, frozen data without torch, so that a login node can print it.
 """
 
 from dataclasses import dataclass
@@ -12,24 +12,24 @@ AttentionKind = str  # a name of the registry kind "attention_backend"
 
 @dataclass(frozen=True)
 class Layout:
-    """How ranks are arranged: `world_size = pipe * data * context * model`."""
+    """The arrangement of ranks: `world_size = pipe * data * context * tensor`."""
 
     world_size: int
     pipe: int  # stages of the pipeline; 1 means no pipeline
     data: int  # data-parallel replicas
-    model: int  # tensor-parallel size
-    context: int = 1  # ranks that share a sequence
-    sequence_parallel: bool = False  # the tensor-parallel ranks share the sequence outside of the split matrices
+    tensor: int  # tensor-parallel size
+    context: int = 1  # ranks over which a sequence is sharded
+    sequence_parallel: bool = False  # shard the sequence over the tensor-parallel ranks outside the matrices
 
     @property
     def replicas(self) -> int:
-        """Ranks that hold the same weights and average their gradients; what ZeRO shards over."""
+        """Ranks with the same weights, which average gradients and over which ZeRO shards."""
         return self.data * self.context
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Sizes in samples: `global_size = micro_size * accumulation_steps * data`, `data` being that of the layout."""
+    """Sizes in samples: `global_size = micro_size * accumulation_steps * Layout.data`."""
 
     micro_size: int
     accumulation_steps: int
@@ -44,7 +44,7 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary positions are stretched; the last three for llama3 only."""
+    """Scaling of rotary positions; the last three fields are for llama3 only."""
 
     kind: Literal["linear", "llama3"]
     factor: float
@@ -55,14 +55,14 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """The model, with nothing left to derive. Sizes are of the whole model, never of one rank."""
+    """The model. Sizes are of the whole model, never of one rank."""
 
     num_layers: int
     hidden_size: int
     num_attention_heads: int
     num_kv_heads: int
     head_size: int
-    ffn_hidden_size: int  # true width of the feed-forward layer, gate not counted
+    ffn_hidden_size: int  # width of the feed-forward layer, without the gate
     vocab_size: int  # ids the tokenizer can produce
     padded_vocab_size: int  # rows of the embedding in memory; logits beyond vocab_size are -inf
     max_position_embeddings: int
@@ -81,24 +81,24 @@ class ModelPlan:
     output_init_method: str
     init_std: float
     attention_kinds: tuple[AttentionKind, ...]  # one for each layer
-    sliding_window: int | None  # keys a query of a "local" layer sees, itself included
+    sliding_window: int | None  # keys that a query of a "local" layer attends to, including its own
     attention_dropout: float
     hidden_dropout: float
-    norms_on_outputs: bool = False  # of the branches, where others have them on their inputs
-    qk_norm: Literal["head", "full"] | None = None  # RMSNorm of queries and keys: of each head, or of all together
+    norms_on_outputs: bool = False  # of the branches, instead of their inputs
+    qk_norm: Literal["head", "full"] | None = None  # RMSNorm of queries and keys: per head, or over all heads
     rope_scaling: RopeScaling | None = None
-    reset_attention_mask: bool = False  # no token attends to another document than its own
-    reset_position_ids: bool = False  # positions count from the beginning of each document
+    reset_attention_mask: bool = False  # tokens attend only to their own document
+    reset_position_ids: bool = False  # positions restart at each document
 
     @property
     def keeps_documents_apart(self) -> bool:
-        """Whether the layers must be told where documents begin."""
+        """Whether the layers need the document starts."""
         return self.reset_attention_mask or self.reset_position_ids
 
 
 @dataclass(frozen=True)
 class OptimizerPlan:
-    """Settings of the optimizer, ready to use. `kind` is a name in the registry."""
+    """Settings of the optimizer. `kind` is a name in the registry."""
 
     kind: str
     learning_rate: float
@@ -110,18 +110,18 @@ class OptimizerPlan:
 
 @dataclass(frozen=True)
 class SchedulePlan:
-    """Learning rate over steps. `kind`: constant, linear, cosine or exponential (registry kind "lr_schedule")."""
+    """Learning rate schedule. `kind`: constant, linear, cosine or exponential (registry kind "lr_schedule")."""
 
     kind: str
     peak: float
     minimum: float
     warmup_steps: int
-    decay_steps: int  # warm-up included
+    decay_steps: int  # including warm-up
 
 
 @dataclass(frozen=True)
 class LossScalePlan:
-    """fp16 only. `initial` is a power of two when dynamic, the constant scale when static."""
+    """Loss scale of fp16. `initial` is a power of two when dynamic, the constant scale when static."""
 
     dynamic: bool
     initial: float
@@ -132,21 +132,21 @@ class LossScalePlan:
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """What the engine needs to know beyond layout, batch and optimizer."""
+    """Settings of the engine beyond layout, batch and optimizer."""
 
     precision: Precision
     zero_stage: int
-    zero_options: dict[str, object]  # further keys of `zero_optimization`, checked, for DeepSpeed as they are
+    zero_options: dict[str, object]  # validated keys of `zero_optimization`, passed to DeepSpeed unchanged
     loss_scale: LossScalePlan | None
     partition_method: str
-    recompute_layers: int  # 0: off; N: recompute in groups of N blocks
+    recompute_layers: int  # 0: off; N: recompute groups of N blocks
     gradient_accumulation_dtype: Literal["fp32", "bf16", "fp16"] | None
     seed: int
-    recompute_selective: bool = False  # keep the results of matrix products and attention
-    partition_activations: bool = False  # over the tensor-parallel ranks, what recomputation keeps
-    checkpoint_in_cpu: bool = False  # what recomputation keeps, in the memory of the host
+    recompute_selective: bool = False  # store the results of matrix products and attention
+    partition_activations: bool = False  # shard stored activations over the tensor-parallel ranks
+    checkpoint_in_cpu: bool = False  # store activations in host memory
     fp32_allreduce: bool = False
-    compile: bool = False  # blocks and loss, by torch.compile
+    compile: bool = False  # blocks and loss, with torch.compile
     deterministic: bool = False
 
 

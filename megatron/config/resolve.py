@@ -1,6 +1,6 @@
-"""From what was written to what it comes to: `Plan = resolve(config, world_size, vocab_size)`.
+"""Derive a Plan from a Config: `resolve(config, world_size, vocab_size)`.
 
-Pure: the same arguments give the same Plan on every machine and rank, and every derived value is made here.
+A pure function: the same arguments give the same Plan on every rank. Every derived value is computed here.
 """
 
 from megatron.config.errors import ConfigError
@@ -21,17 +21,14 @@ from megatron.config.precision import resolve_precision
 from megatron.config.schema.config import Config
 from megatron.config.widths import attention_names, feed_forward_width, head_size, round_up
 
-WORTH_COMPILING = (
-    1e11  # FLOPs of a micro-batch on one rank: a model for tests is far below, one of 19M parameters above
-)
+WORTH_COMPILING = 1e11  # FLOPs of a micro-batch on one rank; test models are far below, 19M parameters above
 
 
 def resolve(config: Config, world_size: int, vocab_size: int, *, inference: bool = False) -> Plan:
     """Derive everything from a checked Config.
 
-    world_size: ranks of the run. vocab_size: ids the tokenizer can produce.
-    inference: arrange the ranks for generation and evaluation: whole sequences, no pipeline, a micro-batch where none
-    is written.
+    world_size: ranks of the run. vocab_size: ids that the tokenizer can produce. inference: the layout for generation
+    and evaluation: whole sequences, no pipeline, micro-batch 1 by default.
     Raises ConfigError with every rule that the ranks or the vocabulary break.
     """
     problems: list[str] = []
@@ -42,7 +39,7 @@ def resolve(config: Config, world_size: int, vocab_size: int, *, inference: bool
         raise ConfigError(f"the configuration for {world_size} ranks", problems)
     model = _model(config, vocab_size, rows)
     engine = _engine(config, layout, batch, _compiles(config, model, layout, batch))
-    return Plan(layout, batch, model, _optimizer(config), _schedule(config), engine)
+    return Plan(layout, batch, model, _optimizer(config), schedule_of(config), engine)
 
 
 def padded_vocabulary(config: Config, vocab_size: int) -> int:
@@ -54,15 +51,15 @@ def _layout(config: Config, world_size: int, inference: bool, problems: list[str
     keys = config.parallelism
     pipe = 1 if inference else max(1, keys.pipe_parallel_size)
     context, sequence_parallel = (1, False) if inference else (keys.context_parallel_size, keys.sequence_parallel)
-    model = keys.model_parallel_size
-    taken = pipe * context * model
+    tensor = keys.model_parallel_size
+    taken = pipe * context * tensor
     if world_size % taken:
         shared = f"context_parallel_size ({context}) x " if context > 1 else ""
         problems.append(
             f"{world_size} ranks cannot be divided by pipe_parallel_size ({pipe}) x {shared}model_parallel_size "
-            f"({model}); num_gpus {taken} or a multiple of it would work"
+            f"({tensor}); num_gpus {taken} or a multiple of it would work"
         )
-    return Layout(world_size, pipe, max(1, world_size // taken), model, context, sequence_parallel and model > 1)
+    return Layout(world_size, pipe, max(1, world_size // taken), tensor, context, sequence_parallel and tensor > 1)
 
 
 def _vocabulary_rows(config: Config, vocab_size: int, problems: list[str]) -> int:
@@ -81,10 +78,7 @@ def _vocabulary_rows(config: Config, vocab_size: int, problems: list[str]) -> in
 
 
 def _batch(config: Config, data: int, inference: bool, problems: list[str]) -> BatchPlan:
-    """The sizes of a step, global = micro x accumulation x data.
-
-    Two of the written sizes give the third; with one alone accumulation is 1.
-    """
+    """The batch sizes, global = micro x accumulation x data: two determine the third; accumulation is 1 by default."""
     keys, length = config.batch, config.model.seq_length
     whole, micro, steps = keys.train_batch_size, keys.train_micro_batch_size_per_gpu, keys.gradient_accumulation_steps
     if inference:
@@ -182,14 +176,15 @@ def _optimizer(config: Config) -> OptimizerPlan:
 
 
 def decay_steps(config: Config) -> int:
-    """Steps until the learning rate is at its minimum, warm-up included; 0 if nothing says how many."""
+    """Steps until the learning rate is minimal, including warm-up; 0 if no key sets them."""
     keys, steps = config.optimizer, config.training.train_iters or 0
     if keys.lr_decay_fraction is not None:
         return round(keys.lr_decay_fraction * steps)
     return keys.lr_decay_iters or steps
 
 
-def _schedule(config: Config) -> SchedulePlan:
+def schedule_of(config: Config) -> SchedulePlan:
+    """The learning rate over the steps of a run."""
     keys, steps = config.optimizer, decay_steps(config)
     return SchedulePlan(keys.lr_decay_style, keys.optimizer.params.lr, keys.min_lr, round(keys.warmup * steps), steps)
 
@@ -198,10 +193,10 @@ def _compiles(config: Config, model: ModelPlan, layout: Layout, batch: BatchPlan
     if config.engine.compile is not None:
         return config.engine.compile
     if config.engine.checkpoint_activations and config.engine.recompute_granularity == "selective":
-        return False  # it picks operations, which a compiled block has none of
+        return False  # it selects operations, and a compiled block has none
     flops = flops_per_token(model, batch.sequence_length) * batch.micro_size * batch.sequence_length
-    # collectives inside of a block break its graph, and leave little to fuse
-    whole = layout.model == layout.context == 1 and config.engine.zero_optimization.stage < 3
+    # collectives in a block break its graph and leave little to fuse
+    whole = layout.tensor == layout.context == 1 and config.engine.zero_optimization.stage < 3
     return whole and flops / layout.pipe >= WORTH_COMPILING
 
 
@@ -209,7 +204,7 @@ def _engine(config: Config, layout: Layout, batch: BatchPlan, compile: bool) -> 
     precision, keys = resolve_precision(config.precision), config.engine
     sum_type = config.precision.data_types.grad_accum_dtype
     if sum_type is None and precision == "bf16" and batch.accumulation_steps > 1:
-        sum_type = "fp32"  # each sum in bf16 would be off by 2 ** -9 of itself
+        sum_type = "fp32"  # bf16 sums have a relative error of 2 ** -9
     return EnginePlan(
         precision=precision,
         zero_stage=_stage_that_runs(config, precision, layout.replicas),
@@ -229,10 +224,10 @@ def _engine(config: Config, layout: Layout, batch: BatchPlan, compile: bool) -> 
 
 
 def _stage_that_runs(config: Config, precision: Precision, replicas: int) -> int:
-    """The ZeRO stage, 0 where stages 1 and 2 have nobody to share with.
+    """The ZeRO stage; stages 1 and 2 become 0 with a single replica.
 
-    fp16 without ZeRO runs as stage 1: the numbers are the same, and DeepSpeed scales the loss there without taking a
-    step on zero gradients first.
+    fp16 without ZeRO runs as stage 1: the results are the same, and there DeepSpeed's loss scaling does not begin with
+    a step on zero gradients.
     """
     zero = config.engine.zero_optimization
     if precision == "fp16":

@@ -1,4 +1,4 @@
-"""Sizes that follow from other sizes, in one place for rules, resolve and estimate."""
+"""Sizes derived from other sizes, for rules, resolve and estimate."""
 
 from math import isqrt
 
@@ -6,7 +6,7 @@ from megatron.config.schema.model_keys import ModelKeys
 
 
 def is_gated(activation: str) -> bool:
-    """Whether the feed-forward layer has a gate: swiglu, geglu, reglu, and a plugin's name that ends in "glu"."""
+    """Whether the feed-forward layer has a gate: swiglu, geglu, reglu, and plugin names that end in "glu"."""
     return activation.endswith("glu")
 
 
@@ -16,9 +16,9 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def feed_forward_width(model: ModelKeys) -> int:
-    """True width of the feed-forward layer, as written or by default.
+    """Width of the feed-forward layer, as written or by default.
 
-    The default is 4 x hidden_size; with a gate two thirds of it, which keeps the number of parameters (GLU variants,
+    The default is 4 x hidden_size; with a gate two thirds of that, for the same number of parameters (GLU variants,
     https://arxiv.org/abs/2002.05202).
     """
     written = model.ffn_hidden_size or model.intermediate_size
@@ -29,12 +29,12 @@ def feed_forward_width(model: ModelKeys) -> int:
 
 
 def neox_gated_width(intermediate_size: int, multiple: int) -> int:
-    """The width GPT-NeoX gives a gated layer that is written as `intermediate_size`."""
+    """The width of a gated layer with this `intermediate_size` in GPT-NeoX."""
     return round_up(int(intermediate_size * 2 / 3), multiple) // 2
 
 
 def attention_names(model: ModelKeys) -> tuple[str, ...]:
-    """The kind of attention of each layer. Raises ValueError if attention_config does not give num_layers kinds."""
+    """The attention of each layer. Raises ValueError if attention_config does not give num_layers kinds."""
     names: list[str] = []
     for kinds, repetitions in model.attention_config or ((("global",), "all"),):
         if repetitions == "all" and model.num_layers % len(kinds):
@@ -55,7 +55,7 @@ def head_size(model: ModelKeys) -> int:
 
 
 def rotary_elements(model: ModelKeys) -> int:
-    """Elements of each head that rotary positions turn."""
+    """Elements of each head that rotary positions rotate."""
     return int(head_size(model) * model.rotary_pct)
 
 

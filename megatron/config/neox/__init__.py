@@ -1,1 +1,1 @@
-"""GPT-NeoX's keys: honoured, translated, or refused with the reason."""
+"""GPT-NeoX's keys: honoured, translated, or refused with a reason."""

@@ -1,1 +1,1 @@
-"""The keys of the configuration, in groups, with their types, defaults and documentation."""
+"""The configuration keys, in groups, with types, defaults and documentation."""

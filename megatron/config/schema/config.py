@@ -1,6 +1,6 @@
-"""`Config`: what the user wrote, checked, frozen, in groups.
+"""`Config`: the validated, frozen configuration, in groups.
 
-Every key of the flat YAML is a field of one group (or `plugins`). Derived values are not here: see `resolve`.
+Every key of the flat YAML is a field of one group (or `plugins`). For derived values see `resolve`.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from megatron.config.schema.training_keys import BatchKeys, EngineKeys, Optimize
 
 
 class Config(Group):
-    """One run, exactly as written, with the defaults of what was not."""
+    """The configuration of a run: written keys, and defaults for the others."""
 
     parallelism: ParallelismKeys
     model: ModelKeys
@@ -49,13 +49,13 @@ class Config(Group):
 
     @property
     def log_folder(self) -> str | None:
-        """Where logs and metrics go: log_dir, else logs in save, else nowhere."""
+        """Folder of logs and metrics: log_dir, else logs in save, else None."""
         if self.logging.log_dir is None and self.checkpoint.save is not None:
             return str(Path(self.checkpoint.save) / "logs")
         return self.logging.log_dir
 
     def to_flat(self, with_defaults: bool = False) -> dict[str, Any]:
-        """The flat keys: those that were written, or all of them. Plain lists, dicts and numbers, fit for JSON."""
+        """The flat keys, only written ones or all, as plain lists, dicts and numbers for JSON."""
         flat = {} if "plugins" not in self.model_fields_set else {"plugins": list(self.plugins)}
         for group in group_fields():
             flat |= getattr(self, group).model_dump(mode="json", exclude_unset=not with_defaults)

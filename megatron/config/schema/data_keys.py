@@ -1,4 +1,4 @@
-"""Keys of the training data: which corpora, in which proportion, and how their tokens become samples."""
+"""Data keys: corpora, their weights, and how tokens are packed into samples."""
 
 from typing import Annotated, Literal
 
@@ -11,7 +11,7 @@ Weights = tuple[PositiveFloat, ...] | None
 
 
 def _joined_shares(value: object) -> object:
-    """The shares as text: a single number and a list of numbers may be written too."""
+    """The shares as text; a number and a list of numbers are accepted too."""
     shares = value if isinstance(value, tuple) else (value,)
     numbers = all(isinstance(share, int | float) and not isinstance(share, bool) for share in shares)
     return ", ".join(str(share) for share in shares) if shares and numbers else value
@@ -24,37 +24,37 @@ class DataKeys(Group):
     """Token files."""
 
     data_path: PathText | None = None
-    """Prefix of the .bin and .idx files, such as data/mine_text_document; split divides them."""
+    """Prefix of the .bin and .idx files, such as data/corpus_text_document; divided by split."""
 
     split: Split = "969, 30, 1"
-    """Shares of training, validation and test in data_path; by document, or by token for a corpus of one document."""
+    """Shares of training, validation and test in data_path, in documents, or in tokens for a corpus of one document."""
 
     train_data_paths: Paths = None
-    """Prefixes of several corpora to train on, in place of data_path and split."""
+    """Prefixes of several training corpora, instead of data_path and split."""
 
     valid_data_paths: Paths = None
-    """Prefixes for validation, beside train_data_paths; each corpus has its own loss. Unset: no validation."""
+    """Prefixes for validation, with train_data_paths; each corpus has its own loss. Unset: no validation."""
 
     test_data_paths: Paths = None
-    """Prefixes for the test, beside train_data_paths."""
+    """Prefixes for the test, with train_data_paths."""
 
     train_data_weights: Weights = None
-    """Shares of the samples of each of train_data_paths; any positive numbers. Unset: equal."""
+    """Weights of train_data_paths: relative numbers of samples. Unset: equal."""
 
     valid_data_weights: Weights = None
-    """Shares of valid_data_paths."""
+    """Weights of valid_data_paths."""
 
     test_data_weights: Weights = None
-    """Shares of test_data_paths."""
+    """Weights of test_data_paths."""
 
     weight_by_num_documents: bool = False
-    """Give each corpus a weight of (its documents) ** weighted_sampler_alpha."""
+    """Weight each corpus by (number of documents) ** weighted_sampler_alpha."""
 
     weighted_sampler_alpha: Annotated[float, Field(ge=0, le=10)] = 1.0
-    """With weight_by_num_documents: 1 is in proportion to the documents, 0 the same for all."""
+    """With weight_by_num_documents: 1: proportional to the number of documents; 0: equal."""
 
     train_label_data_paths: Paths = None
-    """Labels for train_data_paths, token by token, -100 where nothing is to be learned; one prefix for each."""
+    """Labels for train_data_paths, one per token, -100 where the loss is masked; one prefix per corpus."""
 
     valid_label_data_paths: Paths = None
     """Labels for valid_data_paths."""
@@ -63,24 +63,24 @@ class DataKeys(Group):
     """Labels for test_data_paths."""
 
     pack_impl: Literal["packed", "pack_until_overflow", "unpacked"] = "packed"
-    """packed: samples are cut from the stream of tokens, and may begin and end inside a document.
-    pack_until_overflow: whole documents, as many as fit. unpacked: one document. The rest is filled up, unlearned."""
+    """packed: samples are slices of the token stream, which may begin and end inside a document.
+    pack_until_overflow: as many whole documents as fit. unpacked: one document. Padding is masked from the loss."""
 
     allow_chopped: bool = True
-    """pack_until_overflow and unpacked: cut documents that are too long; false: leave them out."""
+    """pack_until_overflow and unpacked: truncate documents that are too long; false: skip them."""
 
     data_impl: Literal["mmap", "mock", "infer"] = "mmap"
-    """mmap reads files; mock makes up text, for trying things out; infer means mmap."""
+    """mmap: read files; mock: random text, for tests; infer: the same as mmap."""
 
     num_workers: NotNegativeInt = 2
-    """Processes per rank that read ahead."""
+    """Data loading processes per rank."""
 
     eod_mask_loss: bool = False
-    """Do not learn to predict what follows the end of a document."""
+    """Mask the loss of the token after the end of a document."""
 
     reset_attention_mask: bool = False
-    """Keep the documents of a sample apart: no token attends to another document. They end with the tokenizer's
-    end-of-document token (preprocess_data.py --append-eod)."""
+    """Tokens attend only to their own document. Documents must end with the tokenizer's end-of-document token
+    (preprocess_data.py --append-eod)."""
 
     reset_position_ids: bool = False
-    """Count positions from the beginning of each document."""
+    """Restart positions at each document."""

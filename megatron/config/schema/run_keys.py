@@ -1,4 +1,4 @@
-"""Keys around the training: tokenizer, checkpoints, logging, generation, evaluation, launcher."""
+"""Keys of tokenizer, checkpoints, logging, generation, evaluation and launcher."""
 
 from typing import Annotated, Literal
 
@@ -18,7 +18,7 @@ from megatron.config.schema.key_group import (
 
 
 class TokenizerKeys(Group):
-    """Which tokenizer made the data and reads the prompts."""
+    """The tokenizer of data and prompts."""
 
     tokenizer_type: Annotated[str, registered("tokenizer")] = "GPT2BPETokenizer"
     """HFTokenizer (tokenizer.json), GPT2BPETokenizer and HFGPT2Tokenizer (vocab.json and merges.txt),
@@ -31,17 +31,18 @@ class TokenizerKeys(Group):
     """merges.txt of the GPT-2 tokenizers."""
 
     end_of_document_token: str | None = None
-    """Text of the token that ends a document. Unset: the tokenizer's own; it must exist either way."""
+    """Text of the token that ends a document, which must be in the vocabulary. Unset: the tokenizer's own."""
 
 
 class CheckpointKeys(Group):
-    """What is kept, where, and from where a run goes on."""
+    """Saving checkpoints, and resuming from them."""
 
     save: PathText | None = None
-    """Folder of this run's checkpoints. Unset: no checkpoints."""
+    """Folder for the checkpoints of this run. Unset: none are saved."""
 
     load: PathText | None = None
-    """Folder to go on from. Equal to save and still empty: start fresh. For generation and evaluation, unset: save."""
+    """Folder to resume from. If it is save and still empty, the run starts fresh. Unset, for generation and evaluation:
+    save."""
 
     checkpoint_factor: PositiveInt | None = None
     """Steps between checkpoints. Unset: only at the end."""
@@ -50,138 +51,138 @@ class CheckpointKeys(Group):
     """linear: every checkpoint_factor steps; log: after 1, f, f², f³, ... steps, f being checkpoint_factor."""
 
     extra_save_iters: tuple[NotNegativeInt, ...] = ()
-    """Steps to save at besides; these checkpoints are never deleted. 0: the weights from the seed."""
+    """Additional steps to save at; these checkpoints are never deleted. 0: the initial weights."""
 
     keep_last_n_checkpoints: PositiveInt | None = None
-    """Older checkpoints are deleted, but for those of extra_save_iters and the best. Unset: all are kept."""
+    """Delete older checkpoints, except those of extra_save_iters and the best. Unset: all are kept."""
 
     keep_best_checkpoint: bool = False
-    """Save after a validation with the lowest loss so far, let the file `best` name it, and do not delete it."""
+    """Save after each validation with the lowest loss so far; the file `best` names the checkpoint, which is kept."""
 
     async_save: bool = False
-    """Copy the state to host memory (12 bytes per parameter, shared out over the ranks) and write while training."""
+    """Copy the state to host memory (12 bytes per parameter, sharded over the ranks) and write it in the background."""
 
     verify: Literal["quick", "full"] = "quick"
-    """What is checked of a checkpoint before it is loaded: sizes of its files, or their hashes as well."""
+    """Check the sizes of a checkpoint's files before loading (quick), or their hashes too (full)."""
 
     finetune: bool = False
-    """Take weights only from load, and start at step 0."""
+    """Load only the weights, and start at step 0."""
 
     allow_changes: tuple[Literal["seed", "data", "tokenizer", "model"], ...] = ()
-    """What may differ from the run that wrote the checkpoint to go on from; anything else is refused. model: settings
-    that change what the weights compute and not their shapes, such as rotary_emb_base; finetune needs it as well."""
+    """Differences from the run that wrote the checkpoint that are accepted; others are refused. model: settings that
+    change what the weights compute but not their shapes, such as rotary_emb_base; also required with finetune."""
 
     no_load_optim: bool = False
-    """Do not take the optimizer's state from load."""
+    """Do not load the optimizer state."""
 
     no_load_rng: bool = False
-    """Changes nothing: no random state is saved, since dropout and data order are functions of seed and step."""
+    """No effect: random state is not saved, because dropout and data order are functions of seed and step."""
 
     iteration: PositiveInt | None = None
     """Step of the checkpoint to load. Unset: the latest."""
 
 
 class LoggingKeys(Group):
-    """Where numbers go."""
+    """Logs and metrics."""
 
     log_interval: PositiveInt = 100
     """Steps between log lines."""
 
     log_dir: PathText | None = None
-    """Folder of metrics.jsonl and of each rank's log. Unset: logs in save; without save: nothing is written."""
+    """Folder of metrics.jsonl and the logs of the ranks. Unset: logs in save; without save, nothing is written."""
 
     tensorboard_dir: PathText | None = None
-    """Write for TensorBoard as well, into this folder."""
+    """Folder for TensorBoard event files. Unset: none."""
 
     use_wandb: bool = False
-    """Write to Weights & Biases as well (WANDB_MODE=offline works)."""
+    """Also log to Weights & Biases (WANDB_MODE=offline works)."""
 
     wandb_project: str = "deepy"
-    """Project at Weights & Biases."""
+    """Weights & Biases project."""
 
     wandb_group: str | None = None
-    """Group at Weights & Biases."""
+    """Weights & Biases group."""
 
     wandb_run_name: str | None = None
-    """Name of the run at Weights & Biases."""
+    """Weights & Biases run name."""
 
     wandb_team: str | None = None
-    """Team (entity) at Weights & Biases."""
+    """Weights & Biases team (entity)."""
 
     wandb_host: str | None = None
-    """Address of a Weights & Biases server of one's own."""
+    """Address of a self-hosted Weights & Biases server."""
 
     peak_theoretical_tflops: PositiveFloat | None = None
-    """TFLOP/s one device can do; turns on MFU in the log line."""
+    """Peak TFLOP/s of one device; adds MFU to the log line. Unset: known for common GPUs."""
 
 
 class ProfilingKeys(Group):
-    """Where time and memory of a training go."""
+    """Profiling of time and memory in training."""
 
     wall_clock_breakdown: bool = False
-    """Tell the time of a step by phases: waiting for data, forward, backward, optimizer. The device is waited for
-    between them, which costs some speed on a GPU."""
+    """Log the time of each phase of a step: waiting for data, forward, backward, optimizer. The device is synchronized
+    between phases, which costs some speed on a GPU."""
 
     profile: bool = False
-    """Trace some steps with torch's profiler: a trace of each rank and a table of its ten most expensive kernels, in
+    """Trace some steps with torch's profiler: for each rank, a trace and a table of its ten most expensive kernels, in
     the folder profile of log_dir (or of logs in save)."""
 
     profile_step_start: NotNegativeInt = 10
-    """Steps done when profiling begins."""
+    """Completed steps when profiling begins."""
 
     profile_step_stop: PositiveInt = 12
-    """Steps done when it ends: with 10 and 12, steps 11 and 12 of the log are profiled."""
+    """Completed steps when profiling ends: with 10 and 12, steps 11 and 12 are profiled."""
 
     memory_profiling: bool = False
-    """Record the memory of the same steps: on a GPU torch's snapshot of every allocation, on a CPU a table of the ten
+    """Profile the memory of the same steps: on a GPU torch's snapshot of all allocations, on a CPU a table of the ten
     operators that allocate most."""
 
     memory_profiling_path: PathText | None = None
-    """Folder for it. Unset: the folder profile of log_dir (or of logs in save)."""
+    """Folder of memory profiles. Unset: the folder profile of log_dir (or of logs in save)."""
 
 
 class GenerationKeys(Group):
     """generate.py."""
 
     text_gen_type: Literal["unconditional", "input-file", "interactive"] | None = None
-    """Where prompts come from. Unset: input-file if there is a sample_input_file, else unconditional."""
+    """Source of the prompts. Unset: input-file with a sample_input_file, else unconditional."""
 
     temperature: NotNegativeFloat = 0.0
-    """Divides logits before sampling. With temperature, top_k and top_p all 0: greedy."""
+    """Sampling temperature. With temperature, top_k and top_p all 0: greedy decoding."""
 
     top_k: NotNegativeInt = 0
-    """Sample among this many likeliest tokens; 0: no limit."""
+    """Number of most likely tokens to sample from; 0: no limit."""
 
     top_p: Fraction = 0.0
-    """Sample among the likeliest tokens that make up this probability; 0: no limit."""
+    """Sample from the most likely tokens whose probabilities add up to this; 0: no limit."""
 
     maximum_tokens: PositiveInt = 64
-    """Longest continuation, in tokens."""
+    """Maximum number of generated tokens."""
 
     prompt_end: str = "\n"
-    """Separates prompts in the input file, and ends a prompt typed in."""
+    """Separates prompts in the input file, and ends an interactive prompt."""
 
     sample_input_file: PathText | None = None
     """File of prompts."""
 
     sample_output_file: PathText = "samples.txt"
-    """File of JSON lines."""
+    """File for the generated texts, as JSON lines."""
 
     num_samples: PositiveInt = 1
-    """Texts per prompt, or in all when unconditional."""
+    """Texts per prompt, or in total when unconditional."""
 
     recompute: bool = False
-    """Compute everything anew for each token instead of keeping keys and values."""
+    """Recompute the whole sequence for each token instead of caching keys and values."""
 
     return_logits: bool = False
-    """Write the logits of every generated token too."""
+    """Also write the logits of every generated token."""
 
     generation_batch_size: PositiveInt = 8
-    """Prompts handled together."""
+    """Prompts per batch."""
 
 
 def _separate_words(value: object) -> object:
-    """The words of a text or list with commas, each one of its own."""
+    """Split text at commas, also within a list."""
     words = (value,) if isinstance(value, str) else value
     if not isinstance(words, tuple) or not all(isinstance(word, str) for word in words):
         return value
@@ -196,39 +197,39 @@ class EvaluationKeys(Group):
     file names. Unset: perplexity."""
 
     eval_num_fewshot: NotNegativeInt | None = None
-    """Examples before each question, but for tasks that insist on 0. Unset: what each task says."""
+    """Few-shot examples before each question, except for tasks that require 0. Unset: the default of each task."""
 
     eval_limit: PositiveFloat | None = None
-    """Documents of each task, or below 1 a share of them. Unset: all."""
+    """Documents of each task; below 1: a fraction of them. Unset: all."""
 
     eval_include_path: PathText | None = None
-    """Folder with task files of one's own, which outrank the harness's."""
+    """Folder with your own task files, which override the harness's."""
 
     eval_results_prefix: PathText = ""
-    """Begins the name of the results file."""
+    """Prefix of the name of the results file."""
 
     eval_split: Literal["train", "valid", "test"] = "valid"
-    """Part of the data whose perplexity is measured, without eval_tasks."""
+    """Split whose perplexity is measured, without eval_tasks."""
 
 
 class LauncherKeys(Group):
-    """How ranks are started."""
+    """Launching of ranks."""
 
     launcher: Annotated[str, registered("launcher")] | None = None
-    """local: all ranks on this machine. pdsh: the hosts of the hostfile, by ssh. openmpi: mpirun. slurm: srun inside an
-    allocation. Unset: pdsh with a hostfile of several hosts, slurm in the script of several nodes, else local."""
+    """local: all ranks on this node. pdsh: hosts of the hostfile, by ssh. openmpi: mpirun. slurm: srun inside an
+    allocation. Unset: pdsh with a hostfile of several hosts, slurm in a batch script of several nodes, else local."""
 
     launcher_args: str | None = None
-    """Further arguments of pdsh, mpirun or srun, such as "--mca btl_tcp_if_include eth0"."""
+    """Additional arguments of pdsh, mpirun or srun, such as "--mca btl_tcp_if_include eth0"."""
 
     comment: str | None = None
     """Comment of the job, which launcher slurm gives to srun (--comment)."""
 
     num_gpus: PositiveInt | None = None
-    """Processes per node, on a CPU machine too. Unset: one per visible GPU, or two on a CPU."""
+    """Processes per node, on CPU nodes too. Unset: one per visible GPU, or two on a CPU."""
 
     num_nodes: PositiveInt | None = None
-    """Machines of the run."""
+    """Number of nodes."""
 
     master_addr: str | None = None
     """Address of rank 0. Unset: the first host."""
@@ -237,29 +238,30 @@ class LauncherKeys(Group):
     """Port of rank 0. Unset: a free one."""
 
     hostfile: PathText | None = None
-    """Lines such as "node1 slots=8". Unset: the file in DLTS_HOSTFILE, or /job/hostfile where it exists."""
+    """File with lines such as "node1 slots=8". Unset: the file in DLTS_HOSTFILE, or /job/hostfile if it exists."""
 
     include: str | None = None
-    """Hosts and devices to use, as "node1@node2:0,2"; "localhost:0,2" without a hostfile."""
+    """Hosts and devices to use, such as "node1@node2:0,2"; "localhost:0,2" without a hostfile."""
 
     exclude: str | None = None
-    """Hosts and devices to leave out, as "node1@node2:1"."""
+    """Hosts and devices to exclude, such as "node1@node2:1"."""
 
     forward_environment: tuple[str, ...] = ()
-    """Environment variables that every node gets, beside NCCL_*, GLOO_*, DS_*, OMP_*, WANDB_*, HF_* and their like."""
+    """Environment variables to forward to every node, in addition to NCCL_*, GLOO_*, DS_*, OMP_*, WANDB_*, HF_* and
+    similar ones."""
 
     gpu_memory: PositiveFloat | None = None
-    """Memory of one device in GiB, such as 80: --dry-run then says whether the run fits."""
+    """Memory of one device in GiB, such as 80: --dry-run then reports whether the run fits."""
 
     distributed_backend: Literal["nccl", "gloo"] | None = None
-    """Unset: nccl on GPUs, gloo otherwise."""
+    """Communication backend. Unset: nccl on GPUs, gloo otherwise."""
 
     watchdog_timeout: Annotated[float, Field(ge=0, le=1e8)] | None = None
-    """Seconds that a step may take before all ranks are asked what they do; 0: never. Unset: ten times the running
+    """Maximum seconds of a step; then all ranks report what they are doing. 0: no limit. Unset: ten times the running
     median, at least 300."""
 
     watchdog_action: Literal["end", "wait"] = "end"
-    """After the roll-call of a hang: end the run with exit code 1, or wait on."""
+    """After the report of a hang: end the run with exit code 1, or keep waiting."""
 
     time_limit_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Minutes after which the run ends at a step boundary, with a checkpoint. Unset: no limit."""

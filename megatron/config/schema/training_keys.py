@@ -1,4 +1,4 @@
-"""Keys that say how the model is trained: optimizer, precision, ZeRO, batch and steps."""
+"""Training keys: optimizer, precision, ZeRO, batch and steps."""
 
 from typing import Annotated, Literal
 
@@ -20,7 +20,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _registered_spelling(value: object) -> object:
-    """The optimizer's name as the registry writes it: upper and lower case are the same."""
+    """The optimizer's name in the spelling of the registry, ignoring case."""
     spellings = {name.lower(): name for name in registry.names("optimizer")}
     return spellings.get(value.lower(), value.lower()) if isinstance(value, str) else value
 
@@ -32,21 +32,21 @@ class OptimizerParams(Group):
     """Peak learning rate."""
 
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Decay of the first and second moment."""
+    """Decay rates of the first and second moment."""
 
     eps: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
 
     weight_decay: NotNegativeFloat | None = None
-    """The same as the key weight_decay; say it in one place."""
+    """The same as the key weight_decay; set one of them."""
 
 
 class OptimizerChoice(Group):
     """`optimizer`: `{type: Adam, params: {lr: 6e-4, betas: [0.9, 0.95], eps: 1e-8}}`."""
 
     type: Annotated[str, BeforeValidator(_registered_spelling), registered("optimizer")] = "adam"
-    """Adam and AdamW are both AdamW (decoupled weight decay); SGD, whose weight decay is L2: added to the gradient
-    after the clip, and so part of its momentum. Upper and lower case are the same."""
+    """Adam and AdamW are both AdamW (decoupled weight decay); SGD has L2 weight decay: added to the gradient after
+    clipping, and thus part of the momentum. Case is ignored."""
 
     params: OptimizerParams = OptimizerParams()
     """Settings of the optimizer."""
@@ -59,17 +59,17 @@ class OptimizerKeys(Group):
     """Type and params."""
 
     weight_decay: NotNegativeFloat = 0.1
-    """Weight decay of matrices, decoupled with Adam and L2 with SGD; norms and biases have none."""
+    """Weight decay of matrices, decoupled with Adam and L2 with SGD; not applied to norms and biases."""
 
     gradient_clipping: NotNegativeFloat = 1.0
-    """Largest global gradient norm; 0: no clipping."""
+    """Maximum global gradient norm; 0: no clipping."""
 
     lr_decay_style: Annotated[str, registered("lr_schedule")] = "linear"
     """Schedule after warm-up: constant, linear or cosine (both from the peak to min_lr), exponential (to half of the
-    peak, never below min_lr)."""
+    peak, but not below min_lr)."""
 
     lr_decay_iters: PositiveInt | None = None
-    """Steps, warm-up included, until the learning rate is min_lr. Unset: lr_decay_fraction, or train_iters."""
+    """Steps, including warm-up, until the learning rate is min_lr. Unset: lr_decay_fraction, or train_iters."""
 
     lr_decay_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """lr_decay_iters as a fraction of train_iters."""
@@ -91,16 +91,16 @@ class Fp16Keys(Group):
     """Constant loss scale; 0: dynamic."""
 
     loss_scale_window: PositiveInt = 1000
-    """Steps without overflow after which a dynamic scale doubles."""
+    """Steps without overflow before a dynamic scale is doubled."""
 
     hysteresis: PositiveInt = 2
-    """Overflows to see before a dynamic scale halves."""
+    """Overflows before a dynamic scale is halved."""
 
     min_loss_scale: PositiveFloat = 1.0
-    """Smallest dynamic scale."""
+    """Minimum dynamic scale."""
 
     initial_scale_power: Annotated[WholeNumber, Field(ge=0, le=127)] = 12
-    """A dynamic scale starts at two to this power."""
+    """A dynamic scale starts at 2 to this power."""
 
 
 class Bf16Keys(Group):
@@ -114,12 +114,12 @@ class DataTypes(Group):
     """`data_types`."""
 
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """Type in which the gradients of a step's micro-batches are summed. Unset: fp32 with bf16 weights, else as the
-    weights. Over replicas they are averaged in 16 bits all the same, unless fp32_allreduce is set."""
+    """Type in which gradients of micro-batches are accumulated. Unset: fp32 with bf16 weights, else that of the
+    weights. The all-reduce over replicas stays in 16 bits unless fp32_allreduce is set."""
 
 
 class PrecisionKeys(Group):
-    """Number formats. With nothing set: fp32."""
+    """Number formats. Default: fp32."""
 
     precision: Literal["fp32", "fp16", "bfloat16"] | None = None
     """Format of weights and activations. Unset: from fp16 and bf16, else fp32."""
@@ -131,17 +131,17 @@ class PrecisionKeys(Group):
     """bfloat16."""
 
     data_types: DataTypes = DataTypes()
-    """Further formats."""
+    """Other formats."""
 
 
 class OffloadKeys(Group):
     """`zero_optimization.offload_optimizer` and `.offload_param`."""
 
     device: Literal["none", "cpu"] = "none"
-    """cpu: kept in the memory of the host."""
+    """cpu: kept in host memory."""
 
     pin_memory: bool = True
-    """In pages that stay, for faster copies; false where the limit of locked memory is small."""
+    """Use pinned memory, for faster copies; false if the limit of locked memory is low."""
 
 
 class ZeroKeys(Group):
@@ -149,13 +149,13 @@ class ZeroKeys(Group):
 
     stage: Annotated[WholeNumber, Field(ge=0, le=3)] = 0
     """0: off; 1: optimizer states, 2: and gradients, 3: and parameters are sharded over data-parallel ranks.
-    2 and 3 exclude a pipeline. 1 and 2 run as 0 where there is one replica, and nothing to share."""
+    2 and 3 exclude a pipeline. 1 and 2 run as 0 with a single replica."""
 
     allgather_partitions: bool = True
     """Collect updated parameters by all-gather instead of broadcasts."""
 
     allgather_bucket_size: PositiveInt = 500_000_000
-    """PositiveInt gathered at a time."""
+    """Elements gathered at a time."""
 
     overlap_comm: bool | None = None
     """Overlap the reduction of gradients with the backward pass. Unset: in stage 3 only."""
@@ -164,97 +164,97 @@ class ZeroKeys(Group):
     """Average gradients by reduce-scatter instead of all-reduce."""
 
     reduce_bucket_size: PositiveInt = 500_000_000
-    """PositiveInt reduced at a time."""
+    """Elements reduced at a time."""
 
     contiguous_gradients: bool = True
     """Copy gradients into one buffer as they are produced."""
 
     round_robin_gradients: bool = False
-    """Stages 1 and 2: deal gradients to ranks in turn."""
+    """Stages 1 and 2: assign gradients to ranks in turn."""
 
     sub_group_size: PositiveInt = 1_000_000_000
     """Stage 3: elements that one optimizer update handles at a time."""
 
     stage3_prefetch_bucket_size: PositiveInt = 50_000_000
-    """Stage 3: elements fetched ahead of use."""
+    """Stage 3: elements that are prefetched."""
 
     stage3_param_persistence_threshold: PositiveInt = 100_000
-    """Stage 3: smaller parameters stay whole on every rank."""
+    """Stage 3: smaller parameters are not sharded."""
 
     stage3_max_live_parameters: PositiveInt = 1_000_000_000
-    """Stage 3: elements that may be whole at a time."""
+    """Stage 3: maximum number of elements that are gathered at a time."""
 
     stage3_max_reuse_distance: PositiveInt = 1_000_000_000
-    """Stage 3: a parameter used again within this many elements is not released."""
+    """Stage 3: a parameter that is reused within this many elements is not released."""
 
     offload_optimizer: OffloadKeys = OffloadKeys()
-    """Stages 1 to 3: fp32 weights and optimizer states in the memory of the host, where its CPU makes the update."""
+    """Stages 1 to 3: keep fp32 weights and optimizer states in host memory and run the update on the CPU."""
 
     offload_param: OffloadKeys = OffloadKeys()
-    """Stage 3: the weights in the memory of the host, and on the device only while they are used."""
+    """Stage 3: keep weights in host memory, and on the device only while they are used."""
 
 
 class EngineKeys(Group):
-    """Memory against speed."""
+    """Memory and speed."""
 
     fp32_allreduce: bool = False
-    """Average 16-bit gradients over ranks in fp32: twice the traffic, less rounding."""
+    """All-reduce 16-bit gradients in fp32: twice the traffic, less rounding."""
 
     zero_optimization: ZeroKeys = ZeroKeys()
     """Sharding of optimizer states, gradients and parameters."""
 
     checkpoint_activations: bool = False
-    """Recompute activations in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass instead of storing them."""
 
     checkpoint_num_layers: PositiveInt = 1
-    """Blocks that are recomputed together."""
+    """Number of blocks that are recomputed together."""
 
     recompute_granularity: Literal["full", "selective"] = "full"
-    """With checkpoint_activations: full keeps the input of each group of blocks only; selective also keeps what is
-    dear to compute again, the results of matrix products and of attention. Not with compile or ZeRO 3."""
+    """With checkpoint_activations: full stores only the input of each group of blocks; selective also stores the
+    results of matrix products and attention, which are expensive to recompute. Not with compile or ZeRO 3."""
 
     partition_activations: bool = False
-    """With checkpoint_activations: what is kept is cut over the tensor-parallel ranks, and gathered when it is used."""
+    """With checkpoint_activations: shard stored activations over the tensor-parallel ranks, and gather them for use."""
 
     checkpoint_in_cpu: bool = False
-    """With checkpoint_activations: the inputs that are kept wait in the memory of the host."""
+    """With checkpoint_activations: store the inputs in host memory."""
 
     compile: bool | None = None
-    """Compile blocks and loss with torch.compile. Unset: where a micro-batch is work enough for it to pay (10^11 FLOPs
-    on a rank) and blocks are not split over ranks. Not with ZeRO 3."""
+    """Compile blocks and loss with torch.compile. Unset: if a micro-batch is large enough to benefit (10^11 FLOPs per
+    rank) and blocks are not split over ranks. Not with ZeRO 3."""
 
 
 class BatchKeys(Group):
-    """Batch sizes in samples. Two give the third; if one is given, accumulation is 1."""
+    """Batch sizes in samples. Two determine the third; with only one, accumulation is 1."""
 
     train_batch_size: PositiveInt | None = None
     """Samples of one optimizer step, over all ranks."""
 
     train_micro_batch_size_per_gpu: PositiveInt | None = None
-    """Samples a data-parallel replica handles at a time."""
+    """Samples that a data-parallel replica processes at a time."""
 
     gradient_accumulation_steps: PositiveInt | None = None
     """Micro-batches of one optimizer step."""
 
 
 class TrainingKeys(Group):
-    """How long, how often, from which seed."""
+    """Length, validation and seed of a run."""
 
     train_iters: PositiveInt | None = None
-    """Optimizer steps of the run. Needed to train."""
+    """Optimizer steps of the run. Required for training."""
 
     eval_interval: PositiveInt = 1000
     """Steps between validations."""
 
     eval_iters: NotNegativeInt = 100
-    """Batches of one validation, always the same ones; 0: no validation."""
+    """Batches of each validation, always the same ones; 0: no validation."""
 
     seed: NotNegativeInt = 1234
-    """Decides initial weights, order of data, dropout and sampling."""
+    """Seed of initial weights, data order, dropout and sampling."""
 
     deterministic: bool = False
-    """The same bits each time on a GPU too, where that is slower: of each operation the form that gives them, and an
-    error where there is none. On CPUs they are the same anyway."""
+    """Bitwise reproducible results on GPUs, at some speed: use deterministic kernels, and fail where an operation has
+    none. Results on CPUs are always reproducible."""
 
     exit_interval: PositiveInt | None = None
-    """End the run, with a checkpoint, at the first step that this divides."""
+    """End the run, with a checkpoint, at the first step that is a multiple of this."""
