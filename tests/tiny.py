@@ -17,6 +17,8 @@ from megatron.config.plan import (
     Plan,
     SchedulePlan,
 )
+from megatron.training.clock import Clock
+from megatron.training.hooks.base import Run
 
 SEQUENCE = 16
 GLOBAL_BATCH = 8
@@ -95,6 +97,13 @@ def plan(
             **(engine or {}),
         ),
     )
+
+
+def run(engine: Any, plan: Plan, first_step: int, last_step: int) -> Run:
+    """A run of which the loop is under test: `engine` and `plan`, without configuration and data."""
+    clock = Clock(torch.device("cpu"))
+    absent: Any = None
+    return Run(absent, plan, absent, absent, engine, first_step, last_step, clock)
 
 
 def ranks_of(settings: dict[str, Any]) -> int:

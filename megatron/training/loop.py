@@ -4,39 +4,35 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 
 from megatron.checkpoint.state import TrainState
-from megatron.config.plan import BatchPlan
-from megatron.engine.training import TrainingEngine
 from megatron.metrics.writers import MetricWriters
-from megatron.training.hooks.base import FinishedStep, Hook, MicroBatches
+from megatron.optimizers.schedules import learning_rate
+from megatron.training.hooks.base import FinishedStep, Hook, MicroBatches, Run
 
 
 def train_steps(
-    engine: TrainingEngine,
-    batches: Iterator[MicroBatches],
-    learning_rate: Callable[[int], float],
+    run: Run,
     state: TrainState,
-    last_step: int,
-    batch: BatchPlan,
+    batches: Iterator[MicroBatches],
     hooks: Sequence[Hook],
     writers: MetricWriters,
-    asked_to_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainState:
-    """Train from `state` until `last_step` steps are done, and return the state there. Collective over all ranks.
+    """Train from `state` until `run.last_step` steps are done, and return the state there. Collective over all ranks.
 
-    asked_to_stop: asked after every step but the last; true ends the run with that step, on all ranks alike.
-
-    batches: this rank's micro-batches, from the one after `state.consumed_samples` on. learning_rate: of a step,
-    counted from 0. After every step each hook looks at it in turn, and what they return is written as its metrics.
+    batches: this rank's micro-batches, starting at `state.consumed_samples`. should_stop: called after every step but
+    the last; True ends the run with that step and must be the same on all ranks. After every step the hooks are called
+    in turn, and what they return is written as the step's metrics.
     """
+    batch, last_step = run.plan.batch, run.last_step
     with ExitStack() as closing:
         for hook in hooks:
             closing.callback(hook.close)
             batches = hook.watched(batches)
         while state.step < last_step:
-            rate = learning_rate(state.step)
-            output = engine.train_batch(next(batches), step=state.step, learning_rate=rate)
+            rate = learning_rate(run.plan.schedule, state.step)
+            output = run.engine.train_batch(next(batches), step=state.step, learning_rate=rate)
             state = state.after_step(batch.global_size, batch.tokens_per_step)
-            stop = state.step < last_step and asked_to_stop()
+            stop = state.step < last_step and should_stop()
             metrics: dict[str, float] = {}
             step = FinishedStep(state, output, rate, stop or state.step == last_step, metrics, is_stop=stop)
             for hook in hooks:
@@ -48,7 +44,7 @@ def train_steps(
 
 
 def final_step(done: int, train_iters: int, exit_interval: int | None) -> int:
-    """The step that a run ends at: `train_iters`, or the next multiple of `exit_interval` if that comes first."""
+    """The last step of a run: `train_iters`, or the next multiple of `exit_interval` if that comes first."""
     if exit_interval is None:
         return train_iters
     return min(train_iters, (done // exit_interval + 1) * exit_interval)

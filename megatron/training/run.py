@@ -1,4 +1,4 @@
-"""train.py: everything a run needs is checked, then built, in order, and handed to the loop."""
+"""train.py: check everything that a run needs, build it in order, and hand it to the loop."""
 
 import logging
 import os
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron.checkpoint.lock import SaveLock
 from megatron.checkpoint.state import TrainState
+from megatron.checkpoint.store import checkpoint_config
 from megatron.config.plan import Plan
 from megatron.config.resolve import resolve
 from megatron.config.schema.config import Config
@@ -28,16 +29,17 @@ from megatron.logging import configure
 from megatron.metrics.writers import MetricWriters, WriterSettings, open_writers
 from megatron.model.attention import describe_attention
 from megatron.model.gpt import gpt_layers, make_loss
-from megatron.optimizers.schedules import learning_rate
+from megatron.parallel.grid import ParallelGrid
 from megatron.resources import check_same_model, open_data, open_tokenizer
 from megatron.tokenizer.base import Tokenizer
 from megatron.training.batch import BatchBuilder, training_batches
 from megatron.training.clock import Clock
 from megatron.training.hooks.base import Run, build_hooks
-from megatron.training.hooks.profiling import Wanted
+from megatron.training.hooks.profiling import ProfileRequest
 from megatron.training.identity import check_same_run
 from megatron.training.liveness import Liveness
 from megatron.training.loop import final_step, train_steps
+from megatron.training.schedule_change import resumed_changes
 from megatron.training.start import agreed, begin, check_writable, checkpoint_to_load
 from megatron.training.stopping import StopRequest, StopVote
 
@@ -46,49 +48,47 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run needs that can be had, and checked, by each rank alone."""
+    """What each rank opens and checks without the others."""
 
     plan: Plan
     tokenizer: Tokenizer
     sources: Sources
-    checkpoint: Path | None  # to go on from
+    checkpoint: Path | None  # to resume from
 
 
 def train(config: Config) -> None:
-    """Train a model as `config` says. Every rank of the run calls it.
+    """Train a model as configured. Collective over all ranks.
 
-    Raises UserError, before the first step, for whatever a user can mend; RunError when the training itself fails.
+    Raises UserError, before the first step, for what the user can correct; RunError if the training itself fails.
     """
     rank = int(os.environ.get("RANK", "0"))
     configure(rank)
     request = StopRequest(config.launcher.time_limit_minutes)
     with SaveLock(Path(config.checkpoint.save) if config.checkpoint.save and rank == 0 else None) as lock:
-        lock.take()  # before looking at the folder: a run that is about to end may still save there
+        lock.take()  # before the folder is read: a run that is about to end may still save there
         prepared = prepare(config, int(os.environ.get("WORLD_SIZE", "1")))
-        lock.take()  # a folder that was not there is there now
+        lock.take()  # `prepare` has created the folder if it was missing
         _train(config, prepared, request)
 
 
 def _train(config: Config, prepared: Prepared, request: StopRequest) -> None:
-    """Let the ranks meet, train, and say how it ended."""
+    """Set the process group up, train, and report how the run ended. Collective."""
     with request.listening():
         run, state = set_up(config, prepared)
         vote = StopVote(request, run.engine.grid.device)
         batches = training_batches(read_samples(run, state), BatchBuilder.of(run), run.plan.batch.accumulation_steps)
         batches = run.liveness.watched(batches, state.step)
-        rate, hooks, last_step = partial(learning_rate, run.plan.schedule), build_hooks(run), run.last_step
+        hooks = build_hooks(run)
         with closing(writers_of(run)) as writers:
-            run.clock.lap()  # what came before was set-up
+            run.clock.lap()  # discard the time of the set-up
             with work_begins():
-                state = train_steps(
-                    run.engine, batches, rate, state, last_step, run.plan.batch, hooks, writers, vote.after_step
-                )
+                state = train_steps(run, state, batches, hooks, writers, vote.after_step)
     stop()
     finish(config, state.step, vote.reason)
 
 
 def finish(config: Config, step: int, stopped_by: str | None) -> None:
-    """Say how the run ended. Raises RunError where it ended early and nothing of it is kept."""
+    """Log how the run ended. Raises RunError if it ended early and nothing was saved."""
     if stopped_by is None:
         log.info("done: step %d", step)
     elif config.checkpoint.save is not None:
@@ -98,7 +98,7 @@ def finish(config: Config, step: int, stopped_by: str | None) -> None:
 
 
 def prepare(config: Config, world_size: int) -> Prepared:
-    """Check everything that can be checked without other ranks. Raises UserError."""
+    """Open and check everything that needs no other ranks. Raises UserError."""
     tokenizer = open_tokenizer(config)
     plan = resolve(config, world_size, tokenizer.vocab_size)
     sources = open_data(config, tokenizer.vocab_size)
@@ -106,16 +106,21 @@ def prepare(config: Config, world_size: int) -> Prepared:
     checkpoint = checkpoint_to_load(config.checkpoint)
     if checkpoint is not None:
         check_fits(config, plan, tokenizer, checkpoint)
-    for key, folder in (("save", config.checkpoint.save), ("log_dir", config.log_folder)):
+    written = {
+        "save": config.checkpoint.save,
+        "log_dir": config.log_folder,
+        "tensorboard_dir": config.logging.tensorboard_dir,
+    }
+    for key, folder in written.items():
         if folder is not None:
             check_writable(Path(folder), key)
-    for path in Wanted.of(config).folders:
+    for path in ProfileRequest.of(config).folders:
         check_writable(path, "the folder of the profile")
     return Prepared(plan, tokenizer, sources, checkpoint)
 
 
 def check_fits(config: Config, plan: Plan, tokenizer: Tokenizer, checkpoint: Path) -> None:
-    """Raise UserError where this run may not go on from `checkpoint`."""
+    """Raise UserError if this run may not resume from `checkpoint`."""
     if "model" not in config.checkpoint.allow_changes:
         check_same_model(plan.model, checkpoint)
     if not config.checkpoint.finetune:
@@ -123,27 +128,34 @@ def check_fits(config: Config, plan: Plan, tokenizer: Tokenizer, checkpoint: Pat
 
 
 def set_up(config: Config, prepared: Prepared) -> tuple[Run, TrainState]:
-    """Let the ranks meet, build the model and bring it to where the run begins. Collective."""
+    """Set the process group up, build the model and load the checkpoint. Collective."""
     plan, liveness = prepared.plan, Liveness(Heartbeat.of_this_process())
-    same_bits = be_deterministic() if plan.engine.deterministic else []
+    nondeterministic = be_deterministic() if plan.engine.deterministic else []
     grid = start_layout(plan.layout, config.launcher.distributed_backend)
     check = partial(check_fits, config, plan, prepared.tokenizer)
     checkpoint = agreed(prepared.checkpoint, config.checkpoint, check)
-    layers = gpt_layers(plan.model, grid, plan.engine.seed)
-    engine = TrainingEngine(layers, make_loss(plan.model, grid), grid, plan)
-    lines = [prepared.tokenizer.describe(), *prepared.sources.description, *plan_lines(plan)]
-    lines += describe_attention(plan.model, grid.device, DTYPES[plan.engine.precision])
+    engine = TrainingEngine(gpt_layers(plan.model, grid, plan.engine.seed), make_loss(plan.model, grid), grid, plan)
     state, beginning = begin(engine, checkpoint, config.checkpoint)
-    for line in [*lines, *same_bits, *_where_files_go(config), beginning]:
+    for line in [*_description(prepared, grid), *nondeterministic, *_where_files_go(config), beginning]:
         log.info("%s", line)
+    if checkpoint is not None and not config.checkpoint.finetune:
+        for line in resumed_changes(config, plan, checkpoint_config(checkpoint), state):
+            log.info("%s", line)
     last_step = final_step(state.step, config.training.train_iters or 0, config.training.exit_interval)
     clock = Clock(grid.device)
     run = Run(config, plan, prepared.tokenizer, prepared.sources, engine, state.step, last_step, clock, liveness)
     return run, state
 
 
+def _description(prepared: Prepared, grid: ParallelGrid) -> list[str]:
+    """Tokenizer, data, layout, batch, model and attention kernels, for the log."""
+    plan = prepared.plan
+    attention = describe_attention(plan.model, grid.device, DTYPES[plan.engine.precision])
+    return [prepared.tokenizer.describe(), *prepared.sources.description, *plan_lines(plan), *attention]
+
+
 def read_samples(run: Run, state: TrainState) -> Iterator[Tensor]:
-    """This rank's micro-batches of token ids, int64 [b, s + 1], from where `state` stands."""
+    """This rank's micro-batches of token ids, int64 [b, s + 1], from `state.consumed_samples` on."""
     grid, batch = run.engine.grid, run.plan.batch
     return micro_batches(
         run.sources.samples("train"),
@@ -158,7 +170,7 @@ def read_samples(run: Run, state: TrainState) -> Iterator[Tensor]:
 
 
 def writers_of(run: Run) -> MetricWriters:
-    """On the first rank all metric writers that are asked for, elsewhere none."""
+    """The configured metric writers on rank 0, none elsewhere."""
     if dist.get_rank() != 0:
         return MetricWriters([])
     folder = Path(run.config.log_folder) if run.config.log_folder else None

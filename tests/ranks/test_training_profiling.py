@@ -14,7 +14,7 @@ from megatron.model.gpt import gpt_layers, make_loss
 from megatron.training.clock import Clock
 from megatron.training.hooks.base import Hook
 from megatron.training.hooks.breakdown import Breakdown, Stopwatch
-from megatron.training.hooks.profiling import Profiling, Recording, Wanted
+from megatron.training.hooks.profiling import ProfileRequest, Profiling, Recording
 from megatron.training.loop import train_steps
 from tests import tiny
 from tests.ranks.run import run_ranks
@@ -36,17 +36,17 @@ class Losses(Hook):
 def trained(layout: dict, folder: Path | None) -> Losses:
     """Train a few steps, recorded and timed where there is a `folder`."""
     plan = tiny.plan(**layout)
-    grid = start(plan.layout.pipe, plan.layout.model)
+    grid = start(plan.layout.pipe, plan.layout.tensor)
     engine = TrainingEngine(gpt_layers(plan.model, grid, 5), make_loss(plan.model, grid), grid, plan)
     losses = Losses()
     hooks: list[Hook] = [losses]
     if folder is not None:
         watch = Stopwatch(grid.device)
         engine.time_phases(watch.timed)
-        recording = Recording(Wanted(range(1, 3), folder, folder), grid.device, dist.get_rank())
+        recording = Recording(ProfileRequest(range(1, 3), folder, folder), grid.device, dist.get_rank())
         hooks = [Breakdown(1, watch), Profiling(recording, range(1, 3), 0, Clock(grid.device)), losses]
     batches = (tiny.micro_batches(step, plan, grid.rank("data")) for step in range(STEPS))
-    train_steps(engine, batches, lambda step: 1e-2, TrainState(), STEPS, plan.batch, hooks, MetricWriters([]))
+    train_steps(tiny.run(engine, plan, 0, STEPS), TrainState(), batches, hooks, MetricWriters([]))
     return losses
 
 

@@ -2,19 +2,21 @@
 
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from megatron import registry
 from megatron.checkpoint.state import TrainState
+from megatron.config.plan import SchedulePlan
 from megatron.engine.training import StepOutput
 from megatron.errors import RunError
 from megatron.metrics.interval import Workload
 from megatron.training.clock import Clock
 from megatron.training.hooks.base import FinishedStep, Hook
 from megatron.training.hooks.divergence import Divergence
-from megatron.training.hooks.metrics_log import Report, mean_loss
+from megatron.training.hooks.metrics_log import MetricsLog, mean_loss
 from megatron.training.loop import final_step, train_steps
 from tests import tiny
 
@@ -39,18 +41,18 @@ def test_a_run_ends_at_train_iters_or_at_the_next_multiple_of_exit_interval(done
 
 
 def test_the_report_is_the_mean_of_the_interval_and_of_nothing_before_it():
-    report = Report(2, 6, WORK, clock())
+    report = MetricsLog(2, 6, WORK, clock())
     losses = [report.after_step(finished(step, loss)).get("train/lm_loss") for step, loss in enumerate([8, 6, 3, 5], 1)]
     assert losses == [None, 7.0, None, 4.0]
 
 
 def test_with_an_interval_of_one_every_step_reports_its_own_loss():
-    report = Report(1, 6, WORK, clock())
+    report = MetricsLog(1, 6, WORK, clock())
     assert [report.after_step(finished(step, loss))["train/lm_loss"] for step, loss in ((1, 8.0), (2, 6.0))] == [8, 6]
 
 
 def test_the_last_step_of_a_run_is_reported_wherever_it_falls():
-    report = Report(100, 100, WORK, clock())
+    report = MetricsLog(100, 100, WORK, clock())
     assert report.after_step(finished(7, 3.0, last=True))["train/lm_loss"] == 3.0
 
 
@@ -63,7 +65,7 @@ def test_only_the_infinite_loss_of_a_skipped_step_is_left_out_and_counted():
     assert mean_loss([1.0, math.inf, 3.0], [False, True, False]) == 2.0
     assert mean_loss([1.0, 5.0], [False, True]) == 3.0
     assert math.isnan(mean_loss([math.inf], [True]))
-    report = Report(2, 6, WORK, clock())
+    report = MetricsLog(2, 6, WORK, clock())
     report.after_step(finished(1, 4.0))
     metrics = report.after_step(finished(2, math.inf, skipped=True))
     assert metrics["train/skipped_steps"] == 1
@@ -167,13 +169,14 @@ class Record:
 
 def run_loop(engine, hooks, writers, start: TrainState, last: int) -> TrainState:
     batches = (f"batch {number}" for number in range(100))
-    return train_steps(engine, batches, lambda step: step / 10, start, last, tiny.plan().batch, hooks, writers)
+    plan = replace(tiny.plan(), schedule=SchedulePlan("constant", 1.0, 1.0, warmup_steps=9, decay_steps=20))
+    return train_steps(tiny.run(engine, plan, start.step, last), start, batches, hooks, writers)
 
 
 def test_the_loop_counts_steps_samples_and_tokens_and_asks_for_the_rate_of_each_step():
     engine, watcher, record = Engine(), Watcher(), Record()
     state = run_loop(engine, [watcher], record, TrainState(2, 16, 256), 4)
-    assert engine.calls == [(2, 0.2, "batch 0"), (3, 0.3, "batch 1")]
+    assert engine.calls == [(2, 0.3, "batch 0"), (3, 0.4, "batch 1")]
     assert state == TrainState(4, 32, 512)
     assert watcher.seen == [(3, 24, False), (4, 32, True)]
     assert record.rows == [(3, {}), (4, {"train/lm_loss": 3.0})]

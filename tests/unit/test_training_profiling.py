@@ -15,7 +15,7 @@ from megatron.metrics.writers import MetricWriters
 from megatron.training.clock import Clock
 from megatron.training.hooks.base import Hook
 from megatron.training.hooks.breakdown import Breakdown, Stopwatch
-from megatron.training.hooks.profiling import Profiling, Recording, Wanted
+from megatron.training.hooks.profiling import ProfileRequest, Profiling, Recording
 from megatron.training.loop import train_steps
 from tests import tiny
 
@@ -39,13 +39,11 @@ class Engine:
 
 def train(folder, start: int, stop: int, first: int = 0, last: int = 6, engine=None, memory: bool = True, others=()):
     engine = engine or Engine()
-    recording = Recording(Wanted(range(start, stop), folder, folder if memory else None), engine.device, rank=3)
+    recording = Recording(ProfileRequest(range(start, stop), folder, folder if memory else None), engine.device, rank=3)
     steps = range(max(start, first), min(stop, last))
     hooks: list[Hook] = [Profiling(recording, steps, first, Clock(engine.device)), *others]
     batches = iter([[]] * 100)
-    return train_steps(
-        engine, batches, lambda step: 0.1, TrainState(first), last, tiny.plan().batch, hooks, MetricWriters([])
-    )
+    return train_steps(tiny.run(engine, tiny.plan(), first, last), TrainState(first), batches, hooks, MetricWriters([]))
 
 
 def trace(folder) -> list[dict]:
@@ -187,7 +185,7 @@ def test_the_breakdown_is_the_mean_time_of_a_step_by_phases_without_validation()
     hooks = [Breakdown(2, watch), Validation(forward)]
     load = watch.passing(2)
     batches = (load() or [] for _ in range(9))
-    train_steps(Timed(), batches, lambda step: 0.1, TrainState(), 4, tiny.plan().batch, hooks, record)
+    train_steps(tiny.run(Timed(), tiny.plan(), 0, 4), TrainState(), batches, hooks, record)
     names = ("runtime/data_wait_seconds", "runtime/forward_seconds", "runtime/optimizer_seconds")
     expected = [dict(zip(names, means, strict=True)) for means in ((2, 4.5, 1), (2, 10.5, 1))]
     assert record.rows == [{}, expected[0], {}, expected[1]]

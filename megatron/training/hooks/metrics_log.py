@@ -16,7 +16,7 @@ from megatron.training.hooks.base import NOTHING, FinishedStep, Hook, Run
 log = logging.getLogger(__name__)
 
 
-class Report(Hook):
+class MetricsLog(Hook):
     """Collects losses on the device and reads them once per interval, so that steps do not wait for each other."""
 
     def __init__(self, interval: int, last_step: int, work: Workload, clock: Clock) -> None:
@@ -66,7 +66,7 @@ def workload(run: Run) -> Workload:
     return Workload(batch.tokens_per_step, per_token, run.plan.layout.world_size, peak)
 
 
-def metrics_log(run: Run) -> Report:
+def metrics_log(run: Run) -> MetricsLog:
     """Registry entry: in every run."""
     last_step = run.config.training.train_iters or run.last_step
-    return Report(run.config.logging.log_interval, last_step, workload(run), run.clock)
+    return MetricsLog(run.config.logging.log_interval, last_step, workload(run), run.clock)

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ProfileRequest:
     """What to record, and where it goes. trace, memory: their folders; None: not asked for."""
 
     steps: range  # numbers of steps, counted from 0
@@ -28,7 +28,7 @@ class Wanted:
     memory: Path | None
 
     @classmethod
-    def of(cls, config: Config) -> "Wanted":
+    def of(cls, config: Config) -> "ProfileRequest":
         """As the configuration says."""
         keys = config.profiling
         folder = Path(config.log_folder or ".", "profile")
@@ -45,14 +45,14 @@ class Wanted:
 class Recording:
     """Records what a rank does between `start` and `stop`, and writes it. Numbers do not change by it."""
 
-    def __init__(self, wanted: Wanted, device: torch.device, rank: int) -> None:
-        self._wanted, self._rank, self._on_gpu = wanted, rank, device.type == "cuda"
-        self._snapshot = wanted.memory is not None and self._on_gpu
+    def __init__(self, request: ProfileRequest, device: torch.device, rank: int) -> None:
+        self._request, self._rank, self._on_gpu = request, rank, device.type == "cuda"
+        self._snapshot = request.memory is not None and self._on_gpu
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
-        counts = wanted.memory is not None and not self._on_gpu
+        counts = request.memory is not None and not self._on_gpu
         self._profiler = (
             profile(activities=activities, record_shapes=True, profile_memory=counts)
-            if wanted.trace is not None or counts
+            if request.trace is not None or counts
             else None
         )
 
@@ -86,7 +86,7 @@ class Recording:
 
     def _write(self, steps: str) -> tuple[list[Path], list[str]]:
         files, tables = [], []
-        profiler, trace, memory, rank = self._profiler, self._wanted.trace, self._wanted.memory, self._rank
+        profiler, trace, memory, rank = self._profiler, self._request.trace, self._request.memory, self._rank
         head = f"{steps} on rank {rank}"
         if trace is not None and profiler is not None:
             files.append(_whole(trace / f"trace_rank_{rank}.json", profiler.export_chrome_trace))
@@ -167,17 +167,17 @@ class Profiling(Hook):
 
 def profiling(run: Run) -> Profiling | None:
     """Registry entry: with `profile` or `memory_profiling`, if the run comes to one of the steps."""
-    wanted = Wanted.of(run.config)
-    if not wanted.folders:
+    request = ProfileRequest.of(run.config)
+    if not request.folders:
         return None
-    steps = range(max(wanted.steps.start, run.first_step), min(wanted.steps.stop, run.last_step))
+    steps = range(max(request.steps.start, run.first_step), min(request.steps.stop, run.last_step))
     if not steps:
         log.info(
             "nothing is profiled: this run has %s, and profile_step_start and profile_step_stop name %s",
-            _in_words(range(run.first_step, run.last_step)), _in_words(wanted.steps),
+            _in_words(range(run.first_step, run.last_step)), _in_words(request.steps),
         )  # fmt: skip
         return None
-    recording = Recording(wanted, run.engine.grid.device, dist.get_rank())
+    recording = Recording(request, run.engine.grid.device, dist.get_rank())
     return Profiling(recording, steps, run.first_step, run.clock, run.liveness)
 
 
