@@ -78,7 +78,7 @@ class TrainedModel:
             num_layers=model.num_layers,
             batch=len(padding),
             max_length=columns,
-            kv_heads_local=model.num_kv_heads // self.grid.size("model"),
+            kv_heads_local=model.num_kv_heads // self.grid.size("tensor"),
             head_size=model.head_size,
             dtype=self.engine.dtype,
             device=self.grid.device,
@@ -110,7 +110,7 @@ def open_trained_model(found: FoundModel, backend: str | None, timeout_minutes: 
 
     backend: of torch.distributed, or None. timeout_minutes: that ranks wait for one another.
     """
-    grid = start(model=found.plan.layout.model, backend=backend, timeout_minutes=timeout_minutes)
+    grid = start(tensor=found.plan.layout.tensor, backend=backend, timeout_minutes=timeout_minutes)
     layers = gpt_layers(found.plan.model, grid, found.plan.engine.seed)
     engine = InferenceEngine(layers, grid, DTYPES[found.plan.engine.precision])
     agree_on_checkpoint(found.checkpoint)

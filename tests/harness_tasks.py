@@ -139,7 +139,7 @@ class Weights:
 
     def on(self, grid: ParallelGrid) -> TrainedModel:
         """The model, cut over the tensor-parallel ranks of `grid`."""
-        plan = self.plan(grid.size("model"), grid.size("model") * grid.size("data"))
+        plan = self.plan(grid.size("tensor"), grid.size("tensor") * grid.size("data"))
         engine = InferenceEngine(gpt_layers(plan.model, grid, seed=3), grid, torch.float32)
         load_state(engine.module, self.state)
         return TrainedModel(engine, grid, plan, self.tokenizer)

@@ -124,7 +124,7 @@ def global_slices(
 def _owns(parameter: PlacedParameter, grid: ParallelGrid, replicated_over_data: bool) -> bool:
     if getattr(parameter, "ds_pipe_replicated", False) or (replicated_over_data and grid.rank("replica")):
         return False
-    return parameter.shard_dim is not None or grid.rank("model") == 0
+    return parameter.shard_dim is not None or grid.rank("tensor") == 0
 
 
 def _part(planner: DefaultSavePlanner | DefaultLoadPlanner, index: MetadataIndex) -> Any:

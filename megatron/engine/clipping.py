@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from megatron.parallel.grid import Axis, ParallelGrid
 from megatron.parallel.parameter import PlacedParameter
 
-_SPLIT_OVER: tuple[Axis, ...] = ("model", "pipe")  # the axes along which ranks hold different parameters
+_SPLIT_OVER: tuple[Axis, ...] = ("tensor", "pipe")  # the axes along which ranks hold different parameters
 
 
 def skip_if_not_finite(optimizer: Optimizer, norm: Callable[[], Tensor | float], on_device: bool) -> None:
@@ -75,7 +75,7 @@ class GradientClip:
             torch._foreach_mul_([p.grad for p in stepped if p.grad is not None], 1.0 / above)
 
     def _global_norm(self) -> Tensor:
-        """The 2-norm over every element of the model once: all-reduces over the model and the pipe axes."""
+        """The 2-norm over every element of the model once: all-reduces over the tensor and pipe axes."""
         mine = [p.grad for p in self._weights if p.grad is not None and self._counts_here(p)]
         square = torch.zeros((), device=self._grid.device)
         if mine:
@@ -89,4 +89,4 @@ class GradientClip:
         """A shard counts where it is; a copy on tensor-parallel rank 0; a tied copy of a later stage never."""
         if getattr(parameter, "ds_pipe_replicated", False):
             return False
-        return cast(PlacedParameter, parameter).shard_dim is not None or self._grid.rank("model") == 0
+        return cast(PlacedParameter, parameter).shard_dim is not None or self._grid.rank("tensor") == 0

@@ -17,12 +17,12 @@ from megatron.parallel.grid import ParallelGrid
 
 def start_layout(layout: Layout, backend: str | None = None) -> ParallelGrid:
     """Join the process group and take a place in the grid that `layout` describes; see `start`."""
-    return start(layout.pipe, layout.model, backend, context=layout.context, sequence_parallel=layout.sequence_parallel)
+    return start(layout.pipe, layout.tensor, backend, context=layout.context, sequence_parallel=layout.sequence_parallel)
 
 
 def start(
     pipe: int = 1,
-    model: int = 1,
+    tensor: int = 1,
     backend: str | None = None,
     timeout_minutes: float = 30,
     *,
@@ -31,8 +31,8 @@ def start(
 ) -> ParallelGrid:
     """Join the process group and take a place in the grid.
 
-    pipe, model, context: sizes of the pipeline, of tensor and of context parallelism; data parallelism takes the rest
-    of the world.
+    pipe, tensor, context: sizes of pipeline, tensor and context parallelism; data parallelism takes the rest of the
+    world.
     backend: default NCCL where a GPU is visible, gloo otherwise.
     """
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
@@ -46,7 +46,7 @@ def start(
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         dist.init_process_group(backend or ("nccl" if on_gpu else "gloo"), timeout=timedelta(minutes=timeout_minutes))
-    return ParallelGrid.create(pipe, model, context, sequence_parallel, device="cuda" if on_gpu else "cpu")
+    return ParallelGrid.create(pipe, tensor, context, sequence_parallel, device="cuda" if on_gpu else "cpu")
 
 
 def be_deterministic() -> list[str]:

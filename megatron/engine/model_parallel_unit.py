@@ -13,15 +13,15 @@ class ModelParallelUnit:
 
     def get_model_parallel_rank(self) -> int:
         """Place along the tensor-parallel axis."""
-        return self._grid.rank("model")
+        return self._grid.rank("tensor")
 
     def get_model_parallel_world_size(self) -> int:
         """Ranks along the tensor-parallel axis."""
-        return self._grid.size("model")
+        return self._grid.size("tensor")
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         """The tensor-parallel group."""
-        return self._grid.group("model")
+        return self._grid.group("tensor")
 
     def get_data_parallel_rank(self) -> int:
         """Place among the ranks with the same weights: data and context axis together."""

@@ -84,7 +84,7 @@ def pipeline_module(
     module: nn.Module = PipelineModule(
         [TiedSpec(layer) if layer.tied else Spec(layer) for layer in layers],
         topology=PipeModelDataParallelTopology(
-            num_pp=grid.size("pipe"), num_mp=grid.size("model"), num_dp=grid.size("data")
+            num_pp=grid.size("pipe"), num_mp=grid.size("tensor"), num_dp=grid.size("data")
         ),
         loss_fn=loss,
         partition_method=partition_method,

@@ -36,7 +36,7 @@ def checkpoint_function(plan: EnginePlan, grid: ParallelGrid) -> Checkpoint:
     if plan.recompute_selective:
         run = partial(checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, _KEPT))
     # with sequence parallelism the inputs are parts already
-    partitioned = plan.partition_activations and grid.size("model") > 1 and not grid.sequence_parallel
+    partitioned = plan.partition_activations and grid.size("tensor") > 1 and not grid.sequence_parallel
     if not (partitioned or plan.checkpoint_in_cpu):
         return run
     stored = _Stored(grid if partitioned else None, plan.checkpoint_in_cpu)
@@ -58,10 +58,10 @@ class _Stored:
 
     def pack(self, tensor: Tensor) -> tuple[Tensor, torch.Size, torch.device, bool]:
         """The part to keep, and what is needed to make the tensor of it again."""
-        kept, ranks = tensor.detach(), self.grid.size("model") if self.grid else 1
+        kept, ranks = tensor.detach(), self.grid.size("tensor") if self.grid else 1
         cut = self.grid is not None and tensor.is_floating_point() and tensor.numel() % ranks == 0
         if cut and self.grid is not None:
-            kept = kept.reshape(ranks, -1)[self.grid.rank("model")].clone()
+            kept = kept.reshape(ranks, -1)[self.grid.rank("tensor")].clone()
         if self.in_cpu:
             on_host = torch.empty(kept.shape, dtype=kept.dtype, device="cpu", pin_memory=kept.is_cuda)
             kept = on_host.copy_(kept, non_blocking=kept.is_cuda)
@@ -73,6 +73,6 @@ class _Stored:
         kept = kept.to(device, non_blocking=True)
         if cut and self.grid is not None:
             whole = kept.new_empty(shape.numel())
-            dist.all_gather_into_tensor(whole, kept, group=self.grid.group("model"))
+            dist.all_gather_into_tensor(whole, kept, group=self.grid.group("tensor"))
             kept = whole
         return kept.view(shape)

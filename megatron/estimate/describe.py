@@ -1,4 +1,4 @@
-"""A configuration and its Plan in words: --print-config and --dry-run."""
+"""Text of --print-config and --dry-run."""
 
 from collections.abc import Sequence
 from io import StringIO
@@ -13,19 +13,19 @@ from megatron.config.schema.config import Config
 from megatron.estimate.memory_tables import holder_lines, inference_lines, memory_lines
 from megatron.units import short_number
 
-# Ids of the GPT-2 vocabulary as GPT-NeoX pads it; stands in where no tokenizer can be asked.
-USUAL_VOCABULARY = 50304
+# The GPT-2 vocabulary as GPT-NeoX pads it; assumed where no tokenizer is available.
+ASSUMED_VOCABULARY = 50304
 NAMES = {"fp32": "fp32", "fp16": "fp16", "bf16": "bfloat16"}
 
 
 def assumed_vocabulary(config: Config) -> int:
-    """Vocabulary for a Plan that is made without a tokenizer."""
-    return config.model.padded_vocab_size or USUAL_VOCABULARY
+    """Vocabulary size of a Plan without a tokenizer."""
+    return config.model.padded_vocab_size or ASSUMED_VOCABULARY
 
 
 def print_config(config: Config, plan: Plan) -> str:
-    """YAML of all keys with a value, derived ones filled in. What depends on the number of ranks is a comment,
-    so that the text is a configuration for any number of them.
+    """YAML of all keys that have a value, including derived ones. Values that depend on the number of ranks are comments,
+    so that the text is a valid configuration for any number.
     """
     flat = _without_unset(config.to_flat(with_defaults=True) | _derived(config, plan))
     text = StringIO()
@@ -38,7 +38,7 @@ def print_config(config: Config, plan: Plan) -> str:
 
 
 def dry_run(config: Config, plan: Plan, script: str, notes: Sequence[str], on_cpu: bool = False) -> str:
-    """What a run (on GPUs or a CPU) would be: sizes, layout, steps, and in `notes` and below what is not checked."""
+    """Layout, sizes, memory and steps of a run on GPUs or a CPU. notes: further items of the list 'not checked'."""
     lines = [f"{script} would run on {_count(plan.layout.world_size, 'rank')}:", *_layout_lines(plan)]
     lines += _model_lines(plan.model)
     if script == "train.py":
@@ -50,7 +50,7 @@ def dry_run(config: Config, plan: Plan, script: str, notes: Sequence[str], on_cp
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """Layout, batch and model, for the start of a run."""
+    """Layout, batch and model, for the log at the start of a run."""
     return [line.strip() for line in (*_layout_lines(plan), *_model_lines(plan.model))]
 
 
@@ -77,8 +77,8 @@ def _layout_lines(plan: Plan) -> list[str]:
     layout, batch = plan.layout, plan.batch
     return [
         f"  layout: {_count(layout.world_size, 'rank')} = pipeline {layout.pipe} x data {layout.data} "
-        f"{f'x context {layout.context} ' if layout.context > 1 else ''}x tensor {layout.model}"
-        f"{' with its sequence' if layout.sequence_parallel else ''}, ZeRO "
+        f"{f'x context {layout.context} ' if layout.context > 1 else ''}x tensor {layout.tensor}"
+        f"{' with sequence parallelism' if layout.sequence_parallel else ''}, ZeRO "
         f"{plan.engine.zero_stage}, {plan.engine.precision}",
         f"  batch: {batch.global_size} samples = micro-batch {batch.micro_size} x accumulation "
         f"{batch.accumulation_steps} x {layout.data} data-parallel",
@@ -116,12 +116,12 @@ def _length_lines(config: Config, plan: Plan) -> list[str]:
 
 
 def _unchecked(config: Config) -> list[str]:
-    """What a dry run leaves alone, with the values that a real run will look at."""
+    """What a dry run does not check, with its values."""
     rows = config.model.padded_vocab_size
-    stated = f"padded_vocab_size {rows:,}" if rows else f"{USUAL_VOCABULARY:,}, the usual one"
+    stated = f"padded_vocab_size {rows:,}" if rows else f"{ASSUMED_VOCABULARY:,}"
     files = [config.tokenizer.vocab_file, config.tokenizer.merge_file]
     named = " with " + ", ".join(name for name in files if name) if any(files) else ""
-    notes = [f"tokenizer: {config.tokenizer.tokenizer_type}{named}; the vocabulary is taken as {stated}"]
+    notes = [f"tokenizer: {config.tokenizer.tokenizer_type}{named}; the vocabulary size is assumed to be {stated}"]
     paths = (config.data.data_path,) if config.data.data_path else config.data.train_data_paths or ()
     if config.data.data_impl != "mock" and paths:
         notes.append(f"data: {', '.join(paths)}")

@@ -1,8 +1,7 @@
-"""What a training step takes in the memory of each rank.
+"""Memory of a training step on each rank.
 
-Arithmetic on a Plan, after what the engine really keeps (`engine/settings.py`, DeepSpeed 0.19's ZeRO
-optimizers) and what the model's operations save for the backward pass. `docs/estimates.md` holds it against measured
-runs.
+Arithmetic on a Plan, based on what the engine allocates (`engine/settings.py`, DeepSpeed 0.19's ZeRO optimizers) and
+what the model's operations save for the backward pass. `docs/estimates.md` compares it with measured runs.
 """
 
 from dataclasses import dataclass, replace
@@ -21,47 +20,47 @@ from megatron.estimate.activations import (
     tokens_on_rank,
 )
 
-LOSS_CHUNK = 2**24  # logits that the loss handles at a time, in fp32 (parallel/cross_entropy.py)
-WHOLE_BUCKET = 500_000_000  # elements that DeepSpeed averages at a time without ZeRO, whatever reduce_bucket_size says
+LOSS_CHUNK = 2**24  # logits per chunk of the loss, in fp32 (parallel/cross_entropy.py)
+WHOLE_BUCKET = 500_000_000  # elements that DeepSpeed reduces at a time without ZeRO, regardless of reduce_bucket_size
 RESERVE = 2**30  # for CUDA, NCCL and kernels' workspaces
-FRAGMENTATION = 0.05  # of the memory, which the allocator cannot hand out
+FRAGMENTATION = 0.05  # fraction of memory lost in the allocator
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes on one rank of a pipeline stage. `peak` is the worst moment of a step, not the sum of the others."""
+    """Bytes on one rank of a pipeline stage. `peak` is the largest of several moments of a step, not a sum."""
 
-    layers: range  # numbers into stages.layer_classes
+    layers: range  # indices into pipeline_stages.layer_classes
     parameters: int
     weights: int
-    optimizer: int  # moments, and fp32 weights where the optimizer keeps its own
-    host: int  # what is offloaded: in the memory of the host instead
+    optimizer: int  # moments, and the optimizer's own fp32 weights
+    host: int  # offloaded to host memory
     gradients: int  # at the end of the backward pass
-    activations: int  # of all micro-batches in flight, logits not counted
-    activations_kept: int  # what they would be without recomputation
-    activations_recomputed: int  # and with it, block by block
-    logits: int  # logits and their gradient, and the chunk of the loss
-    kept_logits: int  # the logits alone, which the loss keeps for its backward pass
-    buffers: int  # of communication, and of the pipeline
-    permanent_buffers: int  # those of them, and summed gradients, that stay between steps
+    activations: int  # of all micro-batches in flight, without logits
+    activations_kept: int  # without recomputation
+    activations_recomputed: int  # with recomputation of single blocks
+    logits: int  # logits, their gradient, and the chunk of the loss
+    kept_logits: int  # only the logits, which the loss saves for the backward pass
+    buffers: int  # of communication and pipeline
+    permanent_buffers: int  # those, and accumulated gradients, that persist between steps
     least: int  # the analytic minimum of the peak, see `_least`
     peak: int
 
 
 def stage_memories(plan: Plan, on_cpu: bool = False) -> list[StageMemory]:
-    """The memory of a rank of each stage, first to last. on_cpu: where torch composes what is a kernel on a GPU."""
+    """Memory of one rank of each stage. on_cpu: torch composes some operations that are one kernel on a GPU."""
     return [_stage(plan, number, layers, on_cpu) for number, layers in enumerate(stage_layers(plan))]
 
 
 def fits(peak: int, gpu_memory: float) -> bool:
-    """Whether `peak` bytes fit into a device of `gpu_memory` GiB, with what CUDA and its allocator take."""
+    """Whether `peak` bytes, CUDA's memory and the allocator's losses fit into a device of `gpu_memory` GiB."""
     return peak <= gpu_memory * 2**30 * (1 - FRAGMENTATION) - RESERVE
 
 
 def _stage(plan: Plan, number: int, layers: range, on_cpu: bool) -> StageMemory:
     stage, replicas = plan.engine.zero_stage, plan.layout.replicas
-    parameters = held_parameters(plan.model, plan.layout.model, layers)
-    # every ZeRO optimizer steps an fp32 copy of its own, of fp32 weights too
+    parameters = held_parameters(plan.model, plan.layout.tensor, layers)
+    # every ZeRO optimizer updates its own fp32 copy, even of fp32 weights
     kept_by_optimizer = MOMENTS.get(plan.optimizer.kind, 2) + (1 if stage or plan.engine.precision != "fp32" else 0)
     in_flight = min(plan.layout.pipe - number, plan.batch.accumulation_steps) if plan.layout.pipe > 1 else 1
     has_head = len(layer_classes(plan.model)) - 1 in layers
@@ -94,12 +93,11 @@ def _stage(plan: Plan, number: int, layers: range, on_cpu: bool) -> StageMemory:
 
 
 def _least(plan: Plan, memory: StageMemory, kept: int) -> int:
-    """What the peak of a step cannot be below with these settings, by the worse of two moments.
+    """A lower bound of the peak with these settings, the larger of two moments.
 
-    Before the backward pass there are weights, optimizer states, sums of gradients of earlier micro-batches, what the
-    recompute setting keeps for the backward pass, and the logits with one fp32 chunk of the loss (or, where blocks are
-    computed again, all that one of them saves). After it there are weights, optimizer states and all gradients.
-    kept: bytes that are saved where every norm is a kernel.
+    Before the backward pass: weights, optimizer states, accumulated gradients of earlier micro-batches, activations that
+    the recompute setting stores, and the logits with one fp32 chunk of the loss (or, with recomputation, all that one
+    block saves). After it: weights, optimizer states and all gradients. kept: activation bytes if every norm is a kernel.
     """
     width, several = WIDTH[plan.engine.precision], plan.batch.accumulation_steps > 1
     chunk = min(memory.kept_logits // width, LOSS_CHUNK) * 4
@@ -110,31 +108,31 @@ def _least(plan: Plan, memory: StageMemory, kept: int) -> int:
 
 
 def _peak(plan: Plan, memory: StageMemory, passing: int, on_cpu: bool) -> int:
-    """The worst of five moments of a step. passing: bytes of the buffers that are not always there."""
+    """The largest of five moments of a step. passing: bytes of temporary buffers."""
     stage, several = plan.engine.zero_stage, plan.batch.accumulation_steps > 1
-    averaging, passing = (passing, 0) if stage == 0 else (0, passing)  # without ZeRO when all gradients are there
+    averaging, passing = (passing, 0) if stage == 0 else (0, passing)  # without ZeRO after all gradients are computed
     gradients = 0 if _keeps_gradients(plan, stage) else memory.gradients
-    # beside the micro-batch that is under way: what earlier ones left, and weights that are whole for a while
+    # in addition to the current micro-batch: gradients of earlier ones, and gathered weights
     held = gradients + passing if several else passing if stage == 3 else 0
     there = product_bytes(plan) if plan.engine.recompute_selective else 0
     again = (block_bytes(plan, on_cpu) - there) * plan.engine.recompute_layers + gradients_in_flight(plan)
-    stale = memory.kept_logits if plan.layout.pipe > 1 else 0  # the pipeline's buffers hold these logits already
+    stale = memory.kept_logits if plan.layout.pipe > 1 else 0  # these logits are already in the pipeline's buffers
     moments = {
-        "the loss is there": held + memory.activations + memory.logits,
-        "the last block is in its backward pass": max(held, passing) + memory.activations + again,
-        "the first block is": (gradients if several else min(gradients, _later_gradients(plan, memory)))
+        "loss": held + memory.activations + memory.logits,
+        "backward pass of the last block": max(held, passing) + memory.activations + again,
+        "backward pass of the first block": (gradients if several else min(gradients, _later_gradients(plan, memory)))
         + memory.activations // max(1, blocks_among(plan, memory.layers))
         + again
         + passing,
-        "gradients are averaged": gradients + averaging,
-        "the optimizer steps": gradients + _step(plan, memory.parameters, stage),
+        "gradient reduction": gradients + averaging,
+        "optimizer step": gradients + _step(plan, memory.parameters, stage),
     }
     return memory.weights + memory.optimizer + memory.permanent_buffers - stale + max(moments.values())
 
 
 def _later_gradients(plan: Plan, memory: StageMemory) -> int:
-    """Gradients that are there before the first block of a stage, and the untied embedding before it, have theirs."""
-    counts = layer_parameters(plan.model, plan.layout.model)
+    """Gradient bytes before those of the first block of a stage and of an untied embedding are computed."""
+    counts = layer_parameters(plan.model, plan.layout.tensor)
     first = [layer for layer in memory.layers if 0 < layer <= plan.model.num_layers][:1]
     first += [0] if 0 in memory.layers and not plan.model.tied_embeddings else []
     missing = sum(counts[layer] for layer in first)
@@ -142,18 +140,18 @@ def _later_gradients(plan: Plan, memory: StageMemory) -> int:
 
 
 def _accumulator(plan: Plan) -> int:
-    """Bytes of an element of a summed gradient; without ZeRO our own fp32 masters take them in fp32."""
+    """Bytes per element of an accumulated gradient; fp32 without ZeRO, for our own fp32 master weights."""
     usual = "fp32" if plan.engine.zero_stage == 0 else plan.engine.precision
     return WIDTH[plan.engine.gradient_accumulation_dtype or usual]
 
 
 def _gradients(plan: Plan, parameters: int, stage: int) -> int:
-    """Gradients when all of them are there; from stage 2 on a rank keeps those of its own shard."""
+    """Bytes of all gradients; from stage 2 on, only of the rank's own shard."""
     return parameters * _accumulator(plan) // (plan.layout.replicas if stage >= 2 else 1)
 
 
 def _step(plan: Plan, parameters: int, stage: int) -> int:
-    """What the optimizer's step adds to the gradients: this shard's, flattened, and then in fp32."""
+    """Bytes that the optimizer step adds to the gradients: its shard, flattened, and then in fp32."""
     if _is_offloaded(plan, "offload_optimizer"):
         return 0
     narrow = _accumulator(plan)
@@ -162,7 +160,7 @@ def _step(plan: Plan, parameters: int, stage: int) -> int:
     shard = parameters // plan.layout.replicas
     if stage == 3:
         return min(shard, _option(plan, "sub_group_size")) * 4
-    return shard * (narrow + (4 if narrow != 4 else 0))  # a flat fp32 gradient is used as it is
+    return shard * (narrow + (4 if narrow != 4 else 0))  # a flat fp32 gradient needs no copy
 
 
 def _is_offloaded(plan: Plan, name: str) -> bool:
@@ -183,11 +181,11 @@ def _option(plan: Plan, name: str) -> int:
 
 
 def _buffers(plan: Plan, parameters: int, stage: int) -> int:
-    """Buckets in which gradients travel, and in stage 3 the parameters that are whole for a while."""
+    """Bytes of gradient buckets, and in stage 3 of gathered parameters."""
     if stage == 0:
-        forwarded_environment = 4 if plan.engine.fp32_allreduce else WIDTH[plan.engine.precision]
+        reduced = 4 if plan.engine.fp32_allreduce else WIDTH[plan.engine.precision]
         own = _accumulator(plan)
-        whole = min(parameters, WHOLE_BUCKET) * (own + (forwarded_environment if forwarded_environment != own else 0))
+        whole = min(parameters, WHOLE_BUCKET) * (own + (reduced if reduced != own else 0))
         return whole if plan.layout.replicas > 1 else 0
     if stage == 3:
         live = _option(plan, "stage3_max_live_parameters") + _option(plan, "stage3_prefetch_bucket_size")
@@ -196,7 +194,7 @@ def _buffers(plan: Plan, parameters: int, stage: int) -> int:
 
 
 def _buckets(plan: Plan, parameters: int) -> int:
-    """Whole buffers of reduce_bucket_size elements, two where communication overlaps the backward pass."""
+    """Bytes of buckets of reduce_bucket_size elements, two if communication overlaps the backward pass."""
     size = _option(plan, "reduce_bucket_size") * _accumulator(plan)
     if plan.engine.zero_options.get("contiguous_gradients", True) is False:
         return min(parameters * _accumulator(plan), size)
@@ -205,19 +203,19 @@ def _buckets(plan: Plan, parameters: int) -> int:
 
 
 def _keeps_gradients(plan: Plan, stage: int) -> bool:
-    """Whether summed gradients have a buffer of their own, which is there between steps too."""
+    """Whether accumulated gradients have a permanent buffer."""
     return stage == 3 or (stage == 1 and _accumulator(plan) != WIDTH[plan.engine.precision])
 
 
 def _permanent_buckets(plan: Plan, parameters: int, stage: int) -> int:
-    """Stage 3 keeps its buckets once they are there."""
+    """Bytes of buckets that persist between steps, in stage 3."""
     return _buckets(plan, parameters) if stage == 3 else 0
 
 
 def _stage_buffers(plan: Plan, number: int, kept_logits: int) -> int:
-    """What DeepSpeed's pipeline keeps of micro-batches: inputs, their gradients, and outputs, logits in the last stage.
+    """Bytes of DeepSpeed's pipeline buffers: inputs, their gradients, and outputs (logits in the last stage).
 
-    Beside them there is one input that is on its way.
+    One more input is being received.
     """
     if plan.layout.pipe == 1:
         return 0
@@ -228,11 +226,11 @@ def _stage_buffers(plan: Plan, number: int, kept_logits: int) -> int:
 
 
 def _kept_logits(plan: Plan) -> int:
-    return tokens_on_rank(plan) * plan.model.padded_vocab_size // plan.layout.model * WIDTH[plan.engine.precision]
+    return tokens_on_rank(plan) * plan.model.padded_vocab_size // plan.layout.tensor * WIDTH[plan.engine.precision]
 
 
 def _logits(plan: Plan) -> int:
-    """Logits, their gradient, and the fp32 chunk in which the loss is taken."""
+    """Bytes of logits, their gradient, and an fp32 chunk of the loss."""
     width, kept = WIDTH[plan.engine.precision], _kept_logits(plan)
     chunk = min(kept // width, LOSS_CHUNK) * 4 * (1 if width == 4 else 2)
     return 2 * kept + chunk

@@ -1,4 +1,4 @@
-"""Who holds which layers, and what it takes in memory: the tables of --dry-run."""
+"""The tables of --dry-run: layers, parameters and memory of each stage."""
 
 from megatron.config.parameter_counts import held_parameters
 from megatron.config.pipeline_stages import layer_classes
@@ -10,17 +10,17 @@ GIB = 2**30
 
 
 def holder_lines(plan: Plan) -> list[str]:
-    """Each stage with its layers, its ranks and the parameters of one of them; and how these are sharded."""
-    ranks = plan.layout.replicas * plan.layout.model
-    lines = ["  who holds what:"]
+    """Layers, ranks and parameters of each stage, and how they are sharded."""
+    ranks = plan.layout.replicas * plan.layout.tensor
+    lines = ["  layers and parameters:"]
     for number, stage in enumerate(stage_memories(plan)):
-        who = f"rank {number}" if ranks == 1 else f"ranks {number * ranks}-{(number + 1) * ranks - 1}"
-        lines.append(f"    stage {number}, {who}: {_layers(plan, stage.layers)}; {stage.parameters:,} parameters each")
+        owners = f"rank {number}" if ranks == 1 else f"ranks {number * ranks}-{(number + 1) * ranks - 1}"
+        lines.append(f"    stage {number}, {owners}: {_layers(plan, stage.layers)}; {stage.parameters:,} parameters each")
     return [*lines, *_shards(plan)]
 
 
 def memory_lines(plan: Plan, gpu_memory: float | None, on_cpu: bool = False) -> list[str]:
-    """Memory of a rank of each stage in GiB, what recomputation makes of it, and whether it fits."""
+    """Memory of a rank of each stage in GiB, with and without recomputation, and whether it fits."""
     stages = stage_memories(plan, on_cpu)
     lines = ["  memory of a rank, in GiB:"]
     lines.append("    stage  weights  gradients  optimizer  activations  logits  buffers     peak")
@@ -35,17 +35,17 @@ def memory_lines(plan: Plan, gpu_memory: float | None, on_cpu: bool = False) -> 
     )
     lines.append(f"    analytic minimum of the peak with these settings: {_gib(most.least)}")
     if any(stage.host for stage in stages):
-        lines.append(f"    offloaded to the host: {_gib(max(s.host for s in stages))} a rank, and gradients besides")
+        lines.append(f"    offloaded to the host: {_gib(max(s.host for s in stages))} per rank, and gradients")
     return [*lines, _verdict(most, gpu_memory)]
 
 
 def inference_lines(plan: Plan, gpu_memory: float | None) -> list[str]:
-    """Weights of a rank for generation and evaluation, and what a token of the cache takes."""
+    """Memory of a rank for generation and evaluation: weights, and the cache of a token."""
     model, width = plan.model, WIDTH[plan.engine.precision]
     everything = range(len(layer_classes(model)))
-    weights = held_parameters(model, plan.layout.model, everything) * width
-    token = 2 * model.num_layers * model.num_kv_heads * model.head_size // plan.layout.model * width
-    lines = [f"  memory of a rank: {_gib(weights)} of weights, and {token:,} bytes for each token of each text"]
+    weights = held_parameters(model, plan.layout.tensor, everything) * width
+    token = 2 * model.num_layers * model.num_kv_heads * model.head_size // plan.layout.tensor * width
+    lines = [f"  memory of a rank: {_gib(weights)} of weights, and {token:,} bytes of cache per token"]
     if gpu_memory is not None:
         left = gpu_memory * GIB * (1 - FRAGMENTATION) - RESERVE - weights
         room = f"room for {int(left / token):,} tokens" if left > 0 else "it does not fit; raise model_parallel_size"
@@ -54,7 +54,7 @@ def inference_lines(plan: Plan, gpu_memory: float | None) -> list[str]:
 
 
 def _layers(plan: Plan, layers: range) -> str:
-    """The layers in words: "embedding, blocks 0 to 5"."""
+    """The layers as text: "embedding, blocks 0 to 5"."""
     last = plan.model.num_layers
     blocks = [layer - 1 for layer in layers if 0 < layer <= last]
     parts = ["embedding"] if 0 in layers else []
@@ -67,10 +67,10 @@ def _layers(plan: Plan, layers: range) -> str:
 def _shards(plan: Plan) -> list[str]:
     layout, stage = plan.layout, plan.engine.zero_stage
     lines = []
-    if layout.model > 1:
-        lines.append(f"    every matrix is cut in {layout.model} over neighbouring ranks (tensor parallelism)")
+    if layout.tensor > 1:
+        lines.append(f"    every matrix is cut in {layout.tensor} over neighbouring ranks (tensor parallelism)")
     if layout.sequence_parallel:
-        lines.append(f"    between the matrices each of these {layout.model} ranks has a part of the sequence")
+        lines.append(f"    between the matrices each of these {layout.tensor} ranks has a part of the sequence")
     if layout.context > 1:
         lines.append(f"    every sequence is cut in {layout.context} parts, and in attention the heads are instead")
     if stage and layout.replicas > 1:

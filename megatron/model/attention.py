@@ -38,7 +38,7 @@ class Attention(nn.Module):
         self.dense = RowParallelLinear(width, model.hidden_size, bias, output_init, grid)
         self.attend: Attend = resolve("attention_backend", kind)(model, grid.device)
         self.index, self.rotation, self.dropout, self.grid = index, rotation, model.attention_dropout, grid
-        self.kv_heads = model.num_kv_heads // grid.size("model")
+        self.kv_heads = model.num_kv_heads // grid.size("tensor")
         self.share = model.num_attention_heads // model.num_kv_heads
         self.head_size = model.head_size
         self.separate, self.recount = model.reset_attention_mask, model.reset_position_ids

@@ -55,7 +55,7 @@ def _build(module_class: type[nn.Module], name: str, seed: int, *arguments: Any)
 
 def make_loss(model: ModelPlan, grid: ParallelGrid) -> Callable[[Tensor, Targets], Tensor]:
     """The training loss, `gpt_loss`, for this rank's share of the vocabulary."""
-    start = grid.rank("model") * (model.padded_vocab_size // grid.size("model"))
+    start = grid.rank("tensor") * (model.padded_vocab_size // grid.size("tensor"))
     return partial(gpt_loss, grid=grid, vocab_start=start)
 
 
@@ -65,9 +65,9 @@ def gpt_loss(logits: Tensor, targets: Targets, grid: ParallelGrid, vocab_start: 
     logits: [b, s, v/tp]; the same result on every tensor-parallel rank.
     """
     labels, weights = targets
-    return (vocab_parallel_nll(logits, labels, grid.group("model"), vocab_start) * weights).sum()
+    return (vocab_parallel_nll(logits, labels, grid.group("tensor"), vocab_start) * weights).sum()
 
 
 def gather_logits(logits: Tensor, grid: ParallelGrid, vocab_size: int) -> Tensor:
     """Logits [b, s, v/tp] of this rank -> [b, s, vocab_size] of the true vocabulary. One all-gather."""
-    return gather_from_group(logits, grid.group("model"))[..., :vocab_size]
+    return gather_from_group(logits, grid.group("tensor"))[..., :vocab_size]

@@ -28,7 +28,7 @@ class HeadNorm(nn.Module):
     def __init__(self, model: ModelPlan, grid: ParallelGrid) -> None:
         super().__init__()
         self.query, self.key = (Weight(model.head_size, None, grid) for _ in range(2))
-        self.group, self.epsilon = grid.group("model"), model.norm_epsilon
+        self.group, self.epsilon = grid.group("tensor"), model.norm_epsilon
 
     def forward(self, heads: Tensor) -> Tensor:
         """[b, s, g, r+1, d] -> the same shape. Two all-reduces of [d] backward: every rank's heads use the weights."""
@@ -47,7 +47,7 @@ class FullNorm(nn.Module):
         super().__init__()
         self.widths = (model.num_attention_heads * model.head_size, model.num_kv_heads * model.head_size)
         self.query, self.key = (Weight(width, 0, grid) for width in self.widths)
-        self.group, self.epsilon = grid.group("model"), model.norm_epsilon
+        self.group, self.epsilon = grid.group("tensor"), model.norm_epsilon
 
     def forward(self, heads: Tensor) -> Tensor:
         """[b, s, g, r+1, d] -> the same shape. One all-reduce of [b, s, 2] forward and one backward."""

@@ -12,41 +12,41 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 # Ranks that differ along "data" see other samples, along "context" another part of the same samples; "replica" is both
 # of them together: ranks with the same weights, whose gradients are averaged.
-Axis = Literal["pipe", "data", "context", "model", "replica"]
+Axis = Literal["pipe", "data", "context", "tensor", "replica"]
 # Outermost to innermost, the order DeepSpeed's topology uses: tensor-parallel neighbours share a node.
-AXES: tuple[Axis, ...] = ("pipe", "data", "context", "model")
-REPLICA_AXES: tuple[Axis, ...] = ("pipe", "replica", "model")
+AXES: tuple[Axis, ...] = ("pipe", "data", "context", "tensor")
+REPLICA_AXES: tuple[Axis, ...] = ("pipe", "replica", "tensor")
 
 
 @dataclass(frozen=True)
 class ParallelGrid:
-    """The pipe x data x context x model grid of ranks."""
+    """The pipe x data x context x tensor grid of ranks."""
 
     mesh: DeviceMesh
-    replicas: DeviceMesh  # the same ranks as pipe x replica x model
+    replicas: DeviceMesh  # the same ranks as pipe x replica x tensor
     sequence_parallel: bool = False  # between the split matrices, each tensor-parallel rank has a part of the sequence
 
     @classmethod
     def create(
-        cls, pipe: int = 1, model: int = 1, context: int = 1, sequence_parallel: bool = False, device: str = "cpu"
+        cls, pipe: int = 1, tensor: int = 1, context: int = 1, sequence_parallel: bool = False, device: str = "cpu"
     ) -> "ParallelGrid":
         """Arrange the ranks of the running process group; the data axis takes what is left.
 
-        pipe: stages of the pipeline. model: tensor-parallel size. context: ranks that share a sequence.
+        pipe: stages of the pipeline. tensor: tensor-parallel size. context: ranks that share a sequence.
         device: "cpu" or "cuda".
         Collective: every rank of the world calls it. Raises ValueError when the world does not divide.
         """
-        world, taken = dist.get_world_size(), pipe * context * model
+        world, taken = dist.get_world_size(), pipe * context * tensor
         if world % taken:
             raise ValueError(
                 f"{world} ranks cannot be divided by pipe_parallel_size ({pipe}) x context_parallel_size ({context}) "
-                f"x model_parallel_size ({model})"
+                f"x model_parallel_size ({tensor})"
             )
-        mesh = init_device_mesh(device, (pipe, world // taken, context, model), mesh_dim_names=AXES)
+        mesh = init_device_mesh(device, (pipe, world // taken, context, tensor), mesh_dim_names=AXES)
         replicas = mesh
         if context > 1:
-            replicas = init_device_mesh(device, (pipe, world // (pipe * model), model), mesh_dim_names=REPLICA_AXES)
-        return cls(mesh, replicas, sequence_parallel and model > 1)
+            replicas = init_device_mesh(device, (pipe, world // (pipe * tensor), tensor), mesh_dim_names=REPLICA_AXES)
+        return cls(mesh, replicas, sequence_parallel and tensor > 1)
 
     def size(self, axis: Axis) -> int:
         """Ranks along `axis`."""
@@ -67,7 +67,7 @@ class ParallelGrid:
         """The places in a sequence of the `length` tokens that this rank's hidden states stand for."""
         part = self.rank("context")
         if self.sequence_parallel:
-            part = part * self.size("model") + self.rank("model")
+            part = part * self.size("tensor") + self.rank("tensor")
         return slice(part * length, (part + 1) * length)
 
     def _mesh_of(self, axis: Axis) -> tuple[DeviceMesh, str]:

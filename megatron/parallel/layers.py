@@ -53,7 +53,7 @@ def column_parallel(inputs: Tensor, grid: ParallelGrid, *layers: tuple[Tensor, T
     Returns [b, s, o/tp] of each. One all-reduce backward; with sequence parallelism one all-gather forward, and an
     all-gather and a reduce-scatter backward, as only a rank's own part of the inputs is kept.
     """
-    group = grid.group("model")
+    group = grid.group("tensor")
     if grid.sequence_parallel:
         flat = [tensor for layer in layers for tensor in layer]
         return list(_GatheredLinear.apply(inputs, group, *flat))
@@ -112,7 +112,7 @@ def row_parallel_sum(*branches: tuple[RowParallelLinear, Tensor]) -> Tensor:
 
 def sum_over_ranks(partial: Tensor, grid: ParallelGrid) -> Tensor:
     """Summands [b, s, h] of the tensor-parallel ranks -> hidden states: [b, s, h], or [b, s/tp, h]."""
-    group = grid.group("model")
+    group = grid.group("tensor")
     return scatter_sequence(partial, group) if grid.sequence_parallel else reduce_from_group(partial, group)
 
 
@@ -122,7 +122,7 @@ def of_all_parts(parameter: Tensor, grid: ParallelGrid) -> Tensor:
     With sequence parallelism each rank uses it on its part of the sequence: the gradient is summed over the group here,
     inside autograd, as ZeRO may have reduced and freed it when the backward pass is over.
     """
-    return copy_to_group(parameter, grid.group("model")) if grid.sequence_parallel else parameter
+    return copy_to_group(parameter, grid.group("tensor")) if grid.sequence_parallel else parameter
 
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:
@@ -148,8 +148,8 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.grid = grid
         self.weight = new_parameter((vocab_size, hidden_size), 0, initialise, grid, padded_size)
-        rows = padded_size // grid.size("model")
-        self.start = grid.rank("model") * rows
+        rows = padded_size // grid.size("tensor")
+        self.start = grid.rank("tensor") * rows
         # added to the logits where this rank has padding rows: 0 for true rows, -inf for padding
         beyond = torch.arange(self.start, self.start + rows, device=grid.device) >= vocab_size
         logits = torch.zeros(rows, device=grid.device).masked_fill(beyond, float("-inf"))
@@ -158,7 +158,7 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids [b, s] int64 -> [b, s, h], the same on every rank; [b, s/tp, h] with sequence parallelism."""
         rows = self.weight.shape[0]
-        if self.grid.size("model") == 1:
+        if self.grid.size("tensor") == 1:
             return F.embedding(tokens, self.weight)
         row = tokens - self.start
         elsewhere = (row < 0) | (row >= rows)

@@ -44,11 +44,11 @@ def new_parameter(
     """
     local_shape, start = list(global_shape), 0
     if shard_dim is not None:
-        size, ranks = padded_size or global_shape[shard_dim], grid.size("model")
+        size, ranks = padded_size or global_shape[shard_dim], grid.size("tensor")
         if size % ranks:
             raise ValueError(f"dimension {shard_dim} of {global_shape}: {size} cannot be cut into {ranks} equal parts")
         local_shape[shard_dim] = size // ranks
-        start = grid.rank("model") * local_shape[shard_dim]
+        start = grid.rank("tensor") * local_shape[shard_dim]
     parameter = nn.Parameter(torch.empty(local_shape, device=grid.device))
     vars(parameter).update(
         global_name="",
@@ -56,7 +56,7 @@ def new_parameter(
         shard_dim=shard_dim,
         shard_start=start,
         initialise=initialise,
-        model_parallel=shard_dim is not None and grid.size("model") > 1,
+        model_parallel=shard_dim is not None and grid.size("tensor") > 1,
     )
     return parameter
 

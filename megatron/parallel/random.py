@@ -19,10 +19,10 @@ from megatron.parallel.grid import ParallelGrid
 @contextmanager
 def own_stream(grid: ParallelGrid) -> Iterator[None]:
     """Draw other random numbers than the other ranks of the tensor-parallel group."""
-    seeds = torch.randint(2**63 - 1, (grid.size("model"),))
+    seeds = torch.randint(2**63 - 1, (grid.size("tensor"),))
     device = grid.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int(seeds[grid.rank("model")]))
+        torch.manual_seed(int(seeds[grid.rank("tensor")]))
         yield
 
 

@@ -17,7 +17,7 @@ def assert_answers(weights: Weights, tensor: int, work: list[tuple[Any, list[Any
     work: functions, batches, and the answers of one rank.
     """
     team_module.BATCHES_PER_ROUND = 2  # so that there are many rounds, and a last one that is not full
-    team = Team(weights.on(ParallelGrid.create(model=tensor)))
+    team = Team(weights.on(ParallelGrid.create(tensor=tensor)))
     if dist.get_rank() != 0:
         team.serve()
         return

@@ -13,7 +13,7 @@ from tests.models import build
 
 def assert_logits(model: ModelPlan, state: dict[str, Tensor], tokens: Tensor, expected: Tensor) -> None:
     """The model with the parameters `state`, cut over all ranks, gives `expected` within 1e-4 of its largest logit."""
-    grid = ParallelGrid.create(model=dist.get_world_size())
+    grid = ParallelGrid.create(tensor=dist.get_world_size())
     module = build(model, grid).eval()
     load_state(module, state)
     with torch.no_grad():

@@ -101,7 +101,7 @@ def test_every_element_is_written_by_one_rank(settings):
 
 def inference_logits(checkpoint: str, out: str, settings: dict) -> None:
     plan = tiny.plan(**settings)
-    grid = start(model=plan.layout.model)
+    grid = start(tensor=plan.layout.tensor)
     engine = InferenceEngine(gpt_layers(plan.model, grid, seed=99), grid)
     load_weights(engine, Path(checkpoint))
     whole = {r.parameter.global_name: r.parameter for r in engine.state.runs() if r.parameter.shard_dim is None}

@@ -21,7 +21,7 @@ LAYOUTS = pytest.mark.parametrize("tensor", [2, 1], ids=["tensor-parallel", "two
 
 
 def generate(folder: str, tensor: int, keys: dict) -> None:
-    model = trained_model(start(model=tensor))
+    model = trained_model(start(tensor=tensor))
     prompts = [Prompt(text, list(text.encode()), str(number)) for number, text in enumerate(TEXTS)]
     settings = GenerationKeys(maximum_tokens=24, generation_batch_size=2, **keys)
     path = Path(folder) / "out.txt"
@@ -47,7 +47,7 @@ def test_every_layout_writes_the_same_texts_in_order(tmp_path, tensor, keys):
 
 
 def score(out: str, tensor: int) -> None:
-    model = trained_model(start(model=tensor))
+    model = trained_model(start(tensor=tensor))
     stream = MockStream("valid", 1003, 200, seed=1)
     nats = negative_log_likelihood(model, stream, sequence=16, batch=3)
     Path(f"{out}.{dist.get_rank()}").write_text(str(nats))

@@ -27,7 +27,7 @@ def step(model: ModelPlan, grid: ParallelGrid, recompute_layers: int, seed: int 
 
 def recompute_body(model: ModelPlan) -> None:
     for sequence_parallel in (False, True)[: dist.get_world_size()]:
-        grid = ParallelGrid.create(model=dist.get_world_size(), sequence_parallel=sequence_parallel)
+        grid = ParallelGrid.create(tensor=dist.get_world_size(), sequence_parallel=sequence_parallel)
         plain = step(model, grid, recompute_layers=0)
         for layers in (1, 2):
             again = step(model, grid, recompute_layers=layers)
@@ -43,7 +43,7 @@ def test_recomputation_is_bit_equal(tp, dropout, kind):
 
 
 def replicas_body(model: ModelPlan) -> None:
-    grid = ParallelGrid.create(model=dist.get_world_size())
+    grid = ParallelGrid.create(tensor=dist.get_world_size())
     module = build(model, grid).train()
     hidden = random_tokens(model, batch=2, length=13)
     torch.manual_seed(3)
@@ -61,7 +61,7 @@ def test_with_dropout_the_hidden_state_stays_the_same_on_all_ranks(parallel_resi
 
 def twin_heads_body(model: ModelPlan) -> None:
     """Give both ranks' heads the same weights: only their dropout can tell them apart."""
-    grid = ParallelGrid.create(model=dist.get_world_size())
+    grid = ParallelGrid.create(tensor=dist.get_world_size())
     attention = Attention(model, grid, 0, "global", None)
     half = random_tensor((48, 32), 1)
     load_whole(attention.query_key_value.weight, torch.cat([half, half]))

@@ -38,7 +38,7 @@ def run(model: ModelPlan, grid: ParallelGrid) -> tuple[Tensor, Tensor, dict[str,
 
 def compare(model: ModelPlan, logits: Tensor, loss: Tensor, gradients: dict[str, Tensor]) -> None:
     for sequence_parallel in (False, True):
-        grid = ParallelGrid.create(model=dist.get_world_size(), sequence_parallel=sequence_parallel)
+        grid = ParallelGrid.create(tensor=dist.get_world_size(), sequence_parallel=sequence_parallel)
         compare_on(grid, model, logits, loss, gradients)
 
 
@@ -52,7 +52,7 @@ def compare_on(
     for name, parameter in parameters.items():
         expected = gradients[name]
         if parameter.shard_dim is not None:
-            expected = expected.chunk(grid.size("model"), parameter.shard_dim)[grid.rank("model")]
+            expected = expected.chunk(grid.size("tensor"), parameter.shard_dim)[grid.rank("tensor")]
         assert_near(parameter.grad, expected, name)
 
 
@@ -74,9 +74,9 @@ def test_four_ranks_compute_what_one_computes():
 
 
 def decode_body(model: ModelPlan, expected: Tensor) -> None:
-    grid = ParallelGrid.create(model=dist.get_world_size())
+    grid = ParallelGrid.create(tensor=dist.get_world_size())
     module, tokens = build(model, grid).eval(), random_tokens(model, batch=2, length=12)
-    kv_heads, padding = model.num_kv_heads // grid.size("model"), torch.tensor([0, 3])
+    kv_heads, padding = model.num_kv_heads // grid.size("tensor"), torch.tensor([0, 3])
     cache = KVCache(3, 2, 12, kv_heads, model.head_size, torch.float32, torch.device("cpu"), padding)
     with torch.inference_mode():
         steps = [gather_logits(module(part, cache), grid, model.vocab_size) for part in tokens.split([6, 1, 1, 4], 1)]
@@ -94,7 +94,7 @@ def test_decoding_on_two_ranks_equals_reading_everything_on_one(name):
 
 
 def padding_body(model: ModelPlan) -> None:
-    grid = ParallelGrid.create(model=dist.get_world_size())
+    grid = ParallelGrid.create(tensor=dist.get_world_size())
     _, _, parameters = run(model, grid)
     for name in ("embedding.weight", "head.weight"):
         weight = parameters[name]

@@ -15,18 +15,18 @@ TP = pytest.mark.parametrize("tp", [1, 2, 4])
 
 def loss_body(vocab_size: int, padded_size: int, dtype: torch.dtype, chunk: int) -> None:
     cross_entropy._CHUNK_ELEMENTS = chunk
-    grid = ParallelGrid.create(model=dist.get_world_size())
+    grid = ParallelGrid.create(tensor=dist.get_world_size())
     whole = (torch.randn(3, 7, vocab_size) * 5).to(dtype)
     padded = F.pad(whole, (0, padded_size - vocab_size), value=float("-inf"))
-    width = padded_size // grid.size("model")
-    start = grid.rank("model") * width
+    width = padded_size // grid.size("tensor")
+    start = grid.rank("tensor") * width
     mine = padded[..., start : start + width].clone().requires_grad_()
     theirs = whole.float().requires_grad_()
     labels = torch.randint(0, vocab_size, (3, 7))
     labels[0, :2] = torch.tensor([0, vocab_size - 1])
     weights = torch.rand(3, 7)
 
-    losses = cross_entropy.vocab_parallel_nll(mine, labels, grid.group("model"), start)
+    losses = cross_entropy.vocab_parallel_nll(mine, labels, grid.group("tensor"), start)
     expected = F.cross_entropy(theirs.flatten(0, 1), labels.flatten(), reduction="none").view(3, 7)
     assert losses.dtype == torch.float32
     assert_close(losses, expected)
@@ -50,10 +50,10 @@ def test_the_loss_does_not_depend_on_how_tokens_are_chunked(chunk):
 
 
 def huge_logits_body() -> None:
-    grid = ParallelGrid.create(model=dist.get_world_size())
-    logits = torch.full((1, 1, 4), 1e4 if grid.rank("model") else -1e4, requires_grad=True)
+    grid = ParallelGrid.create(tensor=dist.get_world_size())
+    logits = torch.full((1, 1, 4), 1e4 if grid.rank("tensor") else -1e4, requires_grad=True)
     label = torch.tensor([[7]])  # on the last rank
-    loss = cross_entropy.vocab_parallel_nll(logits, label, grid.group("model"), 4 * grid.rank("model"))
+    loss = cross_entropy.vocab_parallel_nll(logits, label, grid.group("tensor"), 4 * grid.rank("tensor"))
     loss.sum().backward()
     assert_close(loss, torch.full((1, 1), 4.0).log())
     assert logits.grad.isfinite().all()

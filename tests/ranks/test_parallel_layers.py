@@ -27,11 +27,11 @@ TP = pytest.mark.parametrize("tp", [1, 2, 4])
 
 
 def all_ranks() -> ParallelGrid:
-    return ParallelGrid.create(model=dist.get_world_size())
+    return ParallelGrid.create(tensor=dist.get_world_size())
 
 
 def part(whole: Tensor, dim: int, grid: ParallelGrid) -> Tensor:
-    return whole.chunk(grid.size("model"), dim)[grid.rank("model")]
+    return whole.chunk(grid.size("tensor"), dim)[grid.rank("tensor")]
 
 
 def leaf(*shape: int) -> Tensor:
@@ -44,7 +44,7 @@ def copy_of(tensor: Tensor) -> Tensor:
 
 def collectives_body() -> None:
     grid = all_ranks()
-    group, rank, ranks = grid.group("model"), grid.rank("model"), grid.size("model")
+    group, rank, ranks = grid.group("tensor"), grid.rank("tensor"), grid.size("tensor")
     whole = leaf(3, 4 * ranks)
 
     copied = copy_of(whole)

@@ -34,16 +34,16 @@ def whole_values(seed: int = 3) -> dict[str, torch.Tensor]:
 
 
 def slices_body(whole: dict[str, torch.Tensor]) -> None:
-    grid = ParallelGrid.create(model=dist.get_world_size())
+    grid = ParallelGrid.create(tensor=dist.get_world_size())
     module = Mixed(grid)
     name_and_initialise(module, "part", seed=3)
     for name, parameter in module.named_parameters():
         dim = parameter.shard_dim
-        expected = whole[name] if dim is None else whole[name].chunk(grid.size("model"), dim)[grid.rank("model")]
+        expected = whole[name] if dim is None else whole[name].chunk(grid.size("tensor"), dim)[grid.rank("tensor")]
         assert_close(parameter.detach(), expected, rtol=0, atol=0)
         assert parameter.global_name == f"part.{name}"
-        assert parameter.model_parallel == (dim is not None and grid.size("model") > 1)
-        assert parameter.shard_start == (0 if dim is None else grid.rank("model") * parameter.shape[dim])
+        assert parameter.model_parallel == (dim is not None and grid.size("tensor") > 1)
+        assert parameter.shard_start == (0 if dim is None else grid.rank("tensor") * parameter.shape[dim])
     assert module.padded.global_shape == (7, 3)
 
 
@@ -73,7 +73,7 @@ def test_a_tensor_of_the_wrong_shape_is_refused():
 
 
 def uneven_body() -> None:
-    grid = ParallelGrid.create(model=2)
+    grid = ParallelGrid.create(tensor=2)
     with pytest.raises(ValueError, match="7 cannot be cut into 2 equal parts"):
         new_parameter((7, 2), 0, gaussian, grid)
 

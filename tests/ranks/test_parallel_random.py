@@ -17,7 +17,7 @@ def gathered(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def streams_body() -> None:
-    grid = ParallelGrid.create(model=dist.get_world_size())
+    grid = ParallelGrid.create(tensor=dist.get_world_size())
     torch.manual_seed(7)
     shared = torch.rand(100)
     with own_stream(grid):
@@ -39,7 +39,7 @@ def test_an_own_stream_differs_by_rank_and_leaves_the_shared_one_alike():
 
 
 def recompute_body() -> None:
-    grid = ParallelGrid.create(model=dist.get_world_size())
+    grid = ParallelGrid.create(tensor=dist.get_world_size())
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         x = F.dropout(x.sin(), 0.5)

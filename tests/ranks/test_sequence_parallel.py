@@ -90,7 +90,7 @@ def load(layer: nn.Module, whole: nn.Module) -> nn.Module:
 
 
 def layers_body() -> None:
-    grid = ParallelGrid.create(model=dist.get_world_size(), sequence_parallel=True)
+    grid = ParallelGrid.create(tensor=dist.get_world_size(), sequence_parallel=True)
     whole = leaf(3, 8, 8)
     split = {"weight": 0, "bias": 0}
 
@@ -142,7 +142,7 @@ def test_layers_between_cut_sequences_equal_plain_ones(ranks):
 
 
 def ends_body() -> None:
-    grid = ParallelGrid.create(model=dist.get_world_size(), sequence_parallel=True)
+    grid = ParallelGrid.create(tensor=dist.get_world_size(), sequence_parallel=True)
     full = nn.Embedding(61, 6)
     table = load(VocabParallelEmbedding(61, 64, 6, zeros, grid), full)
     tokens, hidden = torch.randint(0, 61, (3, 8)), leaf(3, 8, 6)
@@ -162,7 +162,7 @@ def test_both_ends_of_a_model_with_cut_sequences_equal_plain_ones(ranks):
 
 
 def masks_body(sequence_parallel: bool) -> None:
-    grid = ParallelGrid.create(model=2, sequence_parallel=sequence_parallel)
+    grid = ParallelGrid.create(tensor=2, sequence_parallel=sequence_parallel)
     mine = dropout(torch.ones(2, 16, 8), 0.5, True, grid)
     first, second = (torch.empty_like(mine) for _ in range(2))
     dist.all_gather([first, second], mine)
@@ -176,11 +176,11 @@ def test_parts_of_a_sequence_drop_by_masks_of_their_own_and_copies_by_the_same(s
 
 
 def grid_body() -> None:
-    grid = ParallelGrid.create(model=2, context=2, sequence_parallel=True)
+    grid = ParallelGrid.create(tensor=2, context=2, sequence_parallel=True)
     rank = dist.get_rank()
-    assert (grid.rank("context"), grid.rank("model"), grid.rank("replica")) == (rank // 2, rank % 2, rank // 2)
+    assert (grid.rank("context"), grid.rank("tensor"), grid.rank("replica")) == (rank // 2, rank % 2, rank // 2)
     assert grid.own_tokens(4) == slice(4 * rank, 4 * rank + 4)
-    whole = ParallelGrid.create(model=2, context=2)
+    whole = ParallelGrid.create(tensor=2, context=2)
     assert whole.own_tokens(8) == slice(8 * (rank // 2), 8 * (rank // 2) + 8)
     both = ParallelGrid.create(context=2)
     assert (both.size("data"), both.size("context"), both.size("replica")) == (2, 2, 4)

@@ -38,7 +38,7 @@ def source(samples: int) -> Source:
 
 def validation(samples: Source, layout: dict, masked: int | None = None, max_batches: int = 100) -> Validation:
     plan = tiny.plan(**layout)
-    grid = start(plan.layout.pipe, plan.layout.model)
+    grid = start(plan.layout.pipe, plan.layout.tensor)
     engine = TrainingEngine(gpt_layers(plan.model, grid, 5), make_loss(plan.model, grid), grid, plan)
     return Validation(engine, samples, BatchBuilder(grid, masked), plan.batch, 10, max_batches, Clock(grid.device))
 

@@ -17,8 +17,8 @@ def plan(world_size=1, vocab_size=1000, inference=False, **keys):
 
 
 def test_what_is_left_of_the_ranks_is_data_parallel():
-    assert plan(8, pipe_parallel_size=2, model_parallel_size=2).layout == Layout(8, pipe=2, data=2, model=2)
-    assert plan(8, context_parallel_size=2, model_parallel_size=2).layout == Layout(8, 1, data=2, model=2, context=2)
+    assert plan(8, pipe_parallel_size=2, model_parallel_size=2).layout == Layout(8, pipe=2, data=2, tensor=2)
+    assert plan(8, context_parallel_size=2, model_parallel_size=2).layout == Layout(8, 1, data=2, tensor=2, context=2)
     assert plan(2, sequence_parallel=True).layout == Layout(2, 1, 2, 1), "it needs tensor parallelism"
     assert plan(2, pipe_parallel_size=0).layout == plan(2, pipe_parallel_size=1).layout == Layout(2, 1, 2, 1)
 
@@ -26,7 +26,7 @@ def test_what_is_left_of_the_ranks_is_data_parallel():
 def test_reading_a_model_takes_no_pipeline():
     keys = {"pipe_parallel_size": 2, "model_parallel_size": 2, "train_batch_size": 7}
     found = plan(2, inference=True, **keys)
-    assert found.layout == Layout(2, pipe=1, data=1, model=2)
+    assert found.layout == Layout(2, pipe=1, data=1, tensor=2)
     cut = plan(2, inference=True, context_parallel_size=2, model_parallel_size=2, sequence_parallel=True)
     assert cut.layout == found.layout
     assert found.batch.micro_size == 1
