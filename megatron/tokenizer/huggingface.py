@@ -2,8 +2,10 @@
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _encode_continuing(self, texts: list[str]) -> list[list[int]]:
         return self._run(self._continuing_backend, texts, with_affixes=False)
+
+    def _split(self, ids: list[int], parts: Sequence[str]) -> list[list[int]]:
+        offsets = self._backend.encode("".join(parts), add_special_tokens=False).offsets
+        ends = [*accumulate((end for _, end in offsets), max)]
+        cuts = [bisect_right(ends, border) for border in accumulate(map(len, parts))][:-1]
+        return [ids[start:stop] for start, stop in pairwise([0, *cuts, len(ids)])]
 
     @cached_property
     def _continuing_backend(self) -> tokenizers.Tokenizer:
