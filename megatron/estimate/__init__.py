@@ -1,1 +1,1 @@
-"""What a run would be before it starts: its plan in words, and the memory of each rank. No torch."""
+"""Describe a run before it starts: its plan, and the memory of each rank. No torch."""

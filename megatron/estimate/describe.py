@@ -24,8 +24,9 @@ def assumed_vocabulary(config: Config) -> int:
 
 
 def print_config(config: Config, plan: Plan) -> str:
-    """YAML of all keys that have a value, including derived ones. Values that depend on the number of ranks are comments,
-    so that the text is a valid configuration for any number.
+    """YAML of all keys that have a value, including derived ones.
+
+    Values that depend on the number of ranks are comments, so that the text is a valid configuration for any number.
     """
     flat = _without_unset(config.to_flat(with_defaults=True) | _derived(config, plan))
     text = StringIO()

@@ -95,9 +95,10 @@ def _stage(plan: Plan, number: int, layers: range, on_cpu: bool) -> StageMemory:
 def _least(plan: Plan, memory: StageMemory, kept: int) -> int:
     """A lower bound of the peak with these settings, the larger of two moments.
 
-    Before the backward pass: weights, optimizer states, accumulated gradients of earlier micro-batches, activations that
-    the recompute setting stores, and the logits with one fp32 chunk of the loss (or, with recomputation, all that one
-    block saves). After it: weights, optimizer states and all gradients. kept: activation bytes if every norm is a kernel.
+    Before the backward pass: weights, optimizer states, accumulated gradients of earlier micro-batches, activations
+    that the recompute setting stores, and the logits with one fp32 chunk of the loss (or, with recomputation, all that
+    one block saves). After it: weights, optimizer states and all gradients.
+    kept: activation bytes if every norm is a kernel.
     """
     width, several = WIDTH[plan.engine.precision], plan.batch.accumulation_steps > 1
     chunk = min(memory.kept_logits // width, LOSS_CHUNK) * 4

@@ -15,7 +15,9 @@ def holder_lines(plan: Plan) -> list[str]:
     lines = ["  layers and parameters:"]
     for number, stage in enumerate(stage_memories(plan)):
         owners = f"rank {number}" if ranks == 1 else f"ranks {number * ranks}-{(number + 1) * ranks - 1}"
-        lines.append(f"    stage {number}, {owners}: {_layers(plan, stage.layers)}; {stage.parameters:,} parameters each")
+        lines.append(
+            f"    stage {number}, {owners}: {_layers(plan, stage.layers)}; {stage.parameters:,} parameters each"
+        )
     return [*lines, *_shards(plan)]
 
 
@@ -68,22 +70,22 @@ def _shards(plan: Plan) -> list[str]:
     layout, stage = plan.layout, plan.engine.zero_stage
     lines = []
     if layout.tensor > 1:
-        lines.append(f"    every matrix is cut in {layout.tensor} over neighbouring ranks (tensor parallelism)")
+        lines.append(f"    every matrix is sharded over {layout.tensor} adjacent ranks (tensor parallelism)")
     if layout.sequence_parallel:
-        lines.append(f"    between the matrices each of these {layout.tensor} ranks has a part of the sequence")
+        lines.append(f"    outside the matrices, these {layout.tensor} ranks shard the sequence")
     if layout.context > 1:
-        lines.append(f"    every sequence is cut in {layout.context} parts, and in attention the heads are instead")
+        lines.append(f"    every sequence is sharded over {layout.context} ranks, and in attention the heads are")
     if stage and layout.replicas > 1:
         what = ("optimizer states", "optimizer states and gradients", "optimizer states, gradients and weights")
-        who = "ranks with the same weights" if layout.context > 1 else "data-parallel ranks"
-        lines.append(f"    {what[stage - 1]} are cut in {layout.replicas} over the {who} (ZeRO {stage})")
+        owners = "ranks with the same weights" if layout.context > 1 else "data-parallel ranks"
+        lines.append(f"    {what[stage - 1]} are sharded over {layout.replicas} {owners} (ZeRO {stage})")
     return lines
 
 
 def _verdict(most: StageMemory, gpu_memory: float | None) -> str:
     if gpu_memory is None:
-        return f"  peak: {_gib(most.peak)}; gpu_memory=80 would say whether it fits"
-    reserve = f"{_gib(RESERVE)} for CUDA and {FRAGMENTATION:.0%} lost to fragments"
+        return f"  peak: {_gib(most.peak)}; set gpu_memory=80 to see whether it fits"
+    reserve = f"{_gib(RESERVE)} for CUDA and {FRAGMENTATION:.0%} lost to fragmentation"
     if fits(most.peak, gpu_memory):
         return f"  peak: {_gib(most.peak)}: it fits into gpu_memory {gpu_memory:g} GiB, with {reserve}"
     ways = [

@@ -156,7 +156,7 @@ def test_a_gated_default_width_which_differs_is_told(tmp_path):
         ("deepspeed: false", "deepspeed (false) is not supported"),
         ("deepspeed_extra_args: {no_such_key: 1}", "deepspeed_extra_args.no_such_key (1) is not supported"),
         ("activation: swiglu\nintermediate_size: 32768", "has two meanings with the gated activation"),
-        ("moe_num_experts: 8", "moe_num_experts (8) is not supported: there are no experts yet"),
+        ("moe_num_experts: 8", "moe_num_experts (8) is not supported: experts are not supported"),
     ],
 )
 def test_what_would_be_another_run_is_refused_once(text, message, tmp_path):

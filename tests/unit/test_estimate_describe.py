@@ -48,10 +48,10 @@ def test_a_dry_run_says_layout_sizes_and_what_it_could_not_check():
         "FLOPs per token: ",
         "checkpoint: 0.03 GB",
         "stage 0, ranks 0-3: embedding, blocks 0 to 3, final norm, head; ",
-        "every matrix is cut in 2 over neighbouring ranks (tensor parallelism)",
+        "every matrix is sharded over 2 adjacent ranks (tensor parallelism)",
         "memory of a rank, in GiB",
-        "gpu_memory=80 would say whether it fits",
-        "not checked:\n  something\n  tokenizer: GPT2BPETokenizer; the vocabulary is taken as 50,304, the usual one",
+        "set gpu_memory=80 to see whether it fits",
+        "not checked:\n  something\n  tokenizer: GPT2BPETokenizer; the vocabulary size is assumed to be 50,304",
         "data: there",
         "checkpoint: elsewhere",
     ):
@@ -60,7 +60,7 @@ def test_a_dry_run_says_layout_sizes_and_what_it_could_not_check():
 
 def test_a_stated_vocabulary_is_used_and_named():
     config, plan = planned(vocab_size=512, padded_vocab_size=512)
-    assert "the vocabulary is taken as padded_vocab_size 512" in dry_run(config, plan, "train.py", [])
+    assert "the vocabulary size is assumed to be padded_vocab_size 512" in dry_run(config, plan, "train.py", [])
 
 
 @pytest.mark.parametrize(

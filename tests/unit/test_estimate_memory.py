@@ -135,7 +135,7 @@ def test_it_is_said_whether_the_run_fits():
 def test_generation_is_told_its_weights_and_the_room_for_texts():
     config = config_from_flat(SHAPE | {"gpu_memory": 1, "save": "x"})
     text = dry_run(config, resolve(config, 1, 1000, inference=True), "generate.py", [])
-    assert "1,536 bytes for each token of each text" in text
+    assert "1,536 bytes of cache per token" in text
     assert "gpu_memory 1 GiB: it does not fit" in text, "CUDA takes that much"
 
 

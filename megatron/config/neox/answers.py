@@ -1,7 +1,7 @@
-"""Every key of GPT-NeoX and what it means here, as data; `docs/from-neox.md` is written from it.
+"""Every key of GPT-NeoX and its meaning here, as data, from which `docs/from-neox.md` is generated.
 
-Keys with the same answer share an entry. HONOURED keys are fields of Config; their lines say what differs.
-A key that becomes a field moves from TRANSLATED or REFUSED to HONOURED; the tests insist on it.
+Keys with the same answer share an entry. HONOURED keys are fields of Config; their lines name differences. A key that
+becomes a field moves from TRANSLATED or REFUSED to HONOURED, which the tests check.
 """
 
 from collections.abc import Mapping
@@ -9,22 +9,22 @@ from typing import Any
 
 from megatron.config.neox.translate import EXTRA_ARGS, Answer, Change
 
-# Keys that keep their meaning, with what a user of GPT-NeoX should know about some of them.
+# Keys that keep their meaning, with differences from GPT-NeoX.
 HONOURED: dict[str, str] = {
-    "pipe_parallel_size": "0 and 1 are the same here",
+    "pipe_parallel_size": "0 and 1 both mean no pipeline",
     "model_parallel_size": "",
     "sequence_parallel": "model_parallel_size must divide seq_length",
-    "pipe_partition_method": "blocks are called TransformerBlock; type:transformer|mlp finds them too",
+    "pipe_partition_method": "blocks are called TransformerBlock; type:transformer|mlp matches them too",
     "precision": "",
     "num_layers": "",
     "hidden_size": "",
     "num_attention_heads": "",
     "num_kv_heads": "must be divisible by model_parallel_size",
-    "intermediate_size": "without a gate; with a gated activation it is refused with both lines to paste, because "
-    "GPT-NeoX counts it three times: write ffn_hidden_size",
-    "mlp_multiple_of": "the default width is rounded up to it; a written width must be a multiple",
+    "intermediate_size": "for activations without a gate; with a gated one it is refused, because GPT-NeoX counts it "
+    "three times: write ffn_hidden_size, as the message proposes",
+    "mlp_multiple_of": "the default width is rounded up; a written width must be a multiple",
     "seq_length": "",
-    "sliding_window_width": "for layers that attention_config calls local",
+    "sliding_window_width": "for local layers of attention_config",
     "max_position_embeddings": "unset: seq_length",
     "norm": "layernorm or rmsnorm",
     "layernorm_epsilon": "",
@@ -32,9 +32,9 @@ HONOURED: dict[str, str] = {
     "pos_emb": "learned, rotary or none",
     "no_weight_tying": "",
     "attention_config": "global, flash and local",
-    "make_vocab_size_divisible_by": "model_parallel_size must divide the result and does not multiply it, so that no "
-    "layout changes the model",
-    "activation": "a gated one without ffn_hidden_size gets 8/3 of hidden_size, GPT-NeoX 4/3; a line says so",
+    "make_vocab_size_divisible_by": "model_parallel_size must divide the result and does not multiply it, so that the "
+    "model does not depend on the layout",
+    "activation": "a gated one without ffn_hidden_size gets 8/3 of hidden_size, in GPT-NeoX 4/3; a line reports it",
     "init_method_std": "",
     "rotary_pct": "",
     "rotary_emb_base": "",
@@ -44,13 +44,13 @@ HONOURED: dict[str, str] = {
     "gpt_j_tied": "",
     "use_bias_in_attn_linear": "",
     "use_bias_in_mlp": "works with gpt_j_residual and without a gate too",
-    "lr_decay_style": "linear and cosine go from the peak to min_lr at the last decay step; GPT-NeoX aims at 0, later, "
-    "and cuts off at min_lr. exponential is GPT-NeoX's: half of the peak at the end",
+    "lr_decay_style": "linear and cosine decay from the peak to min_lr at the last decay step; GPT-NeoX decays to 0 "
+    "and clamps at min_lr. exponential is GPT-NeoX's: half of the peak at the end",
     "lr_decay_iters": "",
     "lr_decay_fraction": "",
     "min_lr": "",
-    "warmup": "the first step already moves",
-    "use_wandb": "off unless it is true; a key that is found does not turn it on",
+    "warmup": "the learning rate of the first step is not 0",
+    "use_wandb": "off unless true; an API key alone does not turn it on",
     "wandb_group": "",
     "wandb_run_name": "",
     "wandb_team": "",
@@ -58,39 +58,39 @@ HONOURED: dict[str, str] = {
     "wandb_host": "",
     "log_dir": "rank_N.log and metrics.jsonl",
     "tensorboard_dir": "",
-    "peak_theoretical_tflops": "known GPUs need none",
+    "peak_theoretical_tflops": "not needed for known GPUs",
     "log_interval": "",
-    "wall_clock_breakdown": "in the log line and metrics.jsonl; steps_per_print plays no part",
-    "profile": "every rank's trace and table of kernels go to the folder profile of log_dir, not to tensorboard_dir",
+    "wall_clock_breakdown": "in the log line and metrics.jsonl, regardless of steps_per_print",
+    "profile": "traces and kernel tables of all ranks are in the folder profile of log_dir, not in tensorboard_dir",
     "profile_step_start": "",
-    "profile_step_stop": "the step after it has no part in the profile, as there",
-    "memory_profiling": "of the profiled steps, every rank, with or without profile; a table on a CPU",
-    "memory_profiling_path": "a folder, as there; unset: the folder profile of log_dir",
+    "profile_step_stop": "later steps are not profiled, as in GPT-NeoX",
+    "memory_profiling": "for the profiled steps of every rank, with or without profile; a table on a CPU",
+    "memory_profiling_path": "a folder; unset: the folder profile of log_dir",
     "distributed_backend": "nccl or gloo",
     "eod_mask_loss": "",
     "seed": "",
     "iteration": "",
     "tokenizer_type": "",
-    "padded_vocab_size": "may be written; else derived from the tokenizer",
+    "padded_vocab_size": "unset: derived from the tokenizer",
     "data_path": "",
-    **{f"{part}_data_paths": "valid and test may be left out" for part in ("train", "valid", "test")},
-    **{f"{part}_data_weights": "exact at every step, to within one sample" for part in ("train", "valid", "test")},
+    **{f"{part}_data_paths": "valid and test are optional" for part in ("train", "valid", "test")},
+    **{f"{part}_data_weights": "exact at every step to within one sample" for part in ("train", "valid", "test")},
     **{f"{part}_label_data_paths": "" for part in ("train", "valid", "test")},
-    "weight_by_num_documents": "excludes written weights",
-    "weighted_sampler_alpha": "weights are documents ** alpha, as GPT-NeoX documents it; its code multiplies by 1 - p",
+    "weight_by_num_documents": "excludes explicit weights",
+    "weighted_sampler_alpha": "weights are documents ** alpha, as GPT-NeoX documents; its code multiplies by 1 - p",
     "pack_impl": "",
     "allow_chopped": "with pack_until_overflow and unpacked only",
-    "data_impl": "infer means mmap; mock makes up text",
-    "save": "a run saves at its end too; the format is layout-free and not DeepSpeed's",
-    "load": "a folder without a checkpoint is an error unless it is save's",
+    "data_impl": "infer means mmap; mock is random text",
+    "save": "also saves at the end of the run; the format does not depend on the layout and is not DeepSpeed's",
+    "load": "a folder without a checkpoint is an error unless it is save",
     "checkpoint_factor": "unset: only at the end",
-    "checkpoint_scale": "log: after 1, f, f², ... steps, f being checkpoint_factor",
+    "checkpoint_scale": "log: after 1, f, f², ... steps, with f = checkpoint_factor",
     "extra_save_iters": "never deleted",
-    "no_load_optim": "the optimizer itself is kept",
-    "no_load_rng": "no random state is saved: dropout and data order are functions of seed and step",
+    "no_load_optim": "the optimizer is still created",
+    "no_load_rng": "random state is not saved: dropout and data order are functions of seed and step",
     "finetune": "",
     "train_iters": "",
-    "eval_iters": "always the same samples; 0: none",
+    "eval_iters": "always the same samples; 0: no validation",
     "keep_last_n_checkpoints": "",
     "eval_interval": "",
     "split": "",
@@ -100,10 +100,10 @@ HONOURED: dict[str, str] = {
     "exit_interval": "",
     "attention_dropout": "",
     "hidden_dropout": "",
-    "weight_decay": "norms and biases have none, as there",
+    "weight_decay": "not applied to norms and biases, as in GPT-NeoX",
     "checkpoint_activations": "",
     "checkpoint_num_layers": "",
-    "partition_activations": "no effect with sequence_parallel, which cuts them already",
+    "partition_activations": "no effect with sequence_parallel, which shards them already",
     "checkpoint_in_cpu": "",
     "fp32_allreduce": "",
     "text_gen_type": "unconditional, input-file or interactive",
@@ -118,11 +118,11 @@ HONOURED: dict[str, str] = {
     "num_samples": "",
     "recompute": "",
     "eval_results_prefix": "",
-    "eval_tasks": "tasks, groups and tags; all documents unless eval_limit says otherwise, GPT-NeoX takes 10",
+    "eval_tasks": "tasks, groups and tags; all documents unless eval_limit is set, in GPT-NeoX 10",
     "train_batch_size": "",
     "train_micro_batch_size_per_gpu": "",
-    "gradient_accumulation_steps": "unset: derived from the two other sizes, else 1",
-    "optimizer": "type and params; Adam is AdamW, as there",
+    "gradient_accumulation_steps": "unset: derived from the other two sizes, else 1",
+    "optimizer": "type and params; Adam is AdamW, as in GPT-NeoX",
     "optimizer.type": "",
     "optimizer.params": "",
     "optimizer.params.lr": "1e-4 is a number",
@@ -139,7 +139,7 @@ HONOURED: dict[str, str] = {
     "bf16.enabled": "",
     "gradient_clipping": "",
     "zero_optimization": "stages 0 to 3; offload_optimizer and offload_param to the CPU, not to NVMe",
-    "zero_optimization.stage": "fp16 with stage 0 runs as stage 1; 1 and 2 run as 0 where there is one replica",
+    "zero_optimization.stage": "fp16 with stage 0 runs as stage 1; 1 and 2 run as 0 with a single replica",
     "zero_optimization.allgather_partitions": "",
     "zero_optimization.allgather_bucket_size": "",
     "zero_optimization.overlap_comm": "",
@@ -152,11 +152,11 @@ HONOURED: dict[str, str] = {
     "include": "",
     "exclude": "",
     "num_nodes": "-1 (all) is the same as unset",
-    "num_gpus": "processes per node, on a CPU machine too",
+    "num_gpus": "processes per node, on CPU nodes too",
     "master_port": "unset: a free one",
     "master_addr": "",
     "launcher": "unset: pdsh with a hostfile of several hosts, slurm inside an allocation, else local",
-    "comment": "launcher slurm gives it to srun; other launchers have no use for it",
+    "comment": "passed to srun by launcher slurm; other launchers ignore it",
 }
 
 
@@ -171,20 +171,20 @@ def _bfloat16(value: Any, keys: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _launcher(name: str) -> Change:
-    """A switch that, when it is on, chooses a launcher."""
+    """A switch that chooses a launcher."""
     return lambda value, _: {"launcher": name} if value is True else {}
 
 
-_FUSION = "torch's kernels and torch.compile do what the hand-written kernel did; the numbers are the same"
-_SUBSIDIARY = "nothing here reads it, as what it belongs to is not built in"
-_DEAD = "GPT-NeoX declares it and never reads it"
+_FUSION = "torch's kernels and torch.compile replace the fused kernel; results are the same"
+_SUBSIDIARY = "it belongs to a feature that is not supported"
+_DEAD = "GPT-NeoX declares it but never reads it"
 
-# Keys that are replaced by others, or that change nothing here whatever their value.
+# Keys that are replaced by others, or that have no effect here.
 TRANSLATED: tuple[tuple[tuple[str, ...], Answer], ...] = (
-    (("fp16.fp16",), Answer("translated", "DeepSpeed knows enabled only", change=lambda v, _: {"fp16.enabled": v})),
-    (("bf16.bf16",), Answer("translated", "DeepSpeed knows enabled only", change=lambda v, _: {"bf16.enabled": v})),
-    (("fp16.type",), Answer("translated", "the number format has a group of its own", change=_bfloat16)),
-    (("fp16.auto_cast",), Answer("translated", "token ids go into the model, and there is nothing to cast")),
+    (("fp16.fp16",), Answer("translated", "DeepSpeed's key is enabled", change=lambda v, _: {"fp16.enabled": v})),
+    (("bf16.bf16",), Answer("translated", "DeepSpeed's key is enabled", change=lambda v, _: {"bf16.enabled": v})),
+    (("fp16.type",), Answer("translated", "bf16 has its own group", change=_bfloat16)),
+    (("fp16.auto_cast",), Answer("translated", "the model's inputs are token ids, which are not cast")),
     (
         tuple(
             f"bf16.{key}"
@@ -208,7 +208,7 @@ TRANSLATED: tuple[tuple[tuple[str, ...], Answer], ...] = (
         ("bias_gelu_fusion",),
         Answer(
             "translated",
-            "GPT-NeoX's fused kernel is the tanh form of gelu, another function than gelu; else it changes nothing",
+            "GPT-NeoX's fused kernel is the tanh form of gelu, which differs from gelu; otherwise no effect",
             change=_leave_out_if_gelu,
         ),
     ),
@@ -227,14 +227,14 @@ TRANSLATED: tuple[tuple[tuple[str, ...], Answer], ...] = (
     (("fused_kernels_build_path",), Answer("translated", "there are no kernels to build")),
     (
         ("attention_softmax_in_fp32", "apply_query_key_layer_scaling"),
-        Answer("translated", "every attention kernel here takes its softmax in fp32 already"),
+        Answer("translated", "all attention kernels here compute the softmax in fp32"),
     ),
     (
         ("use_cpu_initialization",),
-        Answer("translated", "weights are always drawn on the CPU, the same in every layout"),
+        Answer("translated", "weights are always initialized on the CPU, identically in every layout"),
     ),
-    (("rotary_save_freqs_buffer",), Answer("translated", "checkpoints hold parameters only")),
-    (("onnx_safe",), Answer("translated", "gelu is the exact one already, and nothing here writes ONNX")),
+    (("rotary_save_freqs_buffer",), Answer("translated", "checkpoints contain parameters only")),
+    (("onnx_safe",), Answer("translated", "gelu is exact, and ONNX export is not supported")),
     (
         ("param_sharing_style", "use_bias_in_norms", "short_seq_prob", "deepscale", "deepscale_config"),
         Answer("translated", _DEAD),
@@ -243,7 +243,7 @@ TRANSLATED: tuple[tuple[tuple[str, ...], Answer], ...] = (
     (("hysteresis", "loss_scale_window", "min_scale"), Answer("translated", f"{_DEAD}; write them in the group fp16")),
     (("mup_attn_temp", "mup_output_temp", "moe_lbl_in_fp32"), Answer("translated", _DEAD)),
     (("weight_server_port", "te_fp8_margin"), Answer("translated", _DEAD)),
-    (("output_layer_parallelism",), Answer("translated", "the output layer is always cut along the vocabulary")),
+    (("output_layer_parallelism",), Answer("translated", "the output layer is always sharded along the vocabulary")),
     (("rpe_num_buckets", "rpe_max_distance", "scalenorm_epsilon", "gmlp_attn_dim"), Answer("translated", _SUBSIDIARY)),
     (
         (
@@ -256,11 +256,11 @@ TRANSLATED: tuple[tuple[tuple[str, ...], Answer], ...] = (
             "dim_att",
             "ffn_dim",
         ),
-        Answer("translated", "only Mamba and RWKV layers read it, and there are none here"),
+        Answer("translated", "only for Mamba and RWKV layers, which are not supported"),
     ),
     (
         ("head_size",),
-        Answer("translated", "only RWKV layers read it, and there are none here; for attention write head_dim"),
+        Answer("translated", "only for RWKV layers, which are not supported; for attention write head_dim"),
     ),
     (
         ("sparsity_config", "sparsity_config.block", "sparsity_config.num_local_blocks"),
@@ -300,36 +300,36 @@ TRANSLATED: tuple[tuple[tuple[str, ...], Answer], ...] = (
             "kl_div_beta",
             "reinforce_leave_one_out",
         ),
-        Answer("translated", "only preference training (train_impl) reads it, and there is none here"),
+        Answer("translated", "only for preference training (train_impl), which is not supported"),
     ),
     (
         ("mup_init_scale", "mup_embedding_mult", "mup_rp_embedding_mult", "mup_width_scale", "base_shapes_file"),
-        Answer("translated", "only use_mup reads it, and there is none here"),
+        Answer("translated", "only for use_mup, which is not supported"),
     ),
     (
         ("moe_expert_interval", "moe_top_k", "moe_router_type", "moe_jitter_eps"),
-        Answer("translated", "only experts (moe_num_experts) read it, and there are none here"),
+        Answer("translated", "only for experts (moe_num_experts), which are not supported"),
     ),
-    (("override_lr_scheduler",), Answer("translated", "the schedule of the configuration always counts")),
+    (("override_lr_scheduler",), Answer("translated", "the schedule always comes from the configuration")),
     (("log_grad_norm",), Answer("translated", "the gradient norm is in every log line")),
-    (("lazy_mpu_init",), Answer("translated", "ranks always meet when they start")),
+    (("lazy_mpu_init",), Answer("translated", "ranks always initialize communication at the start")),
     (
         ("use_shared_fs",),
-        Answer("translated", "no index files are written beside the data, so nothing has to be shared"),
+        Answer("translated", "no index files are written next to the data"),
     ),
-    (("mmap_warmup",), Answer("translated", "the operating system reads ahead; nothing is read twice")),
-    (("zero_optimization.load_from_fp32_weights",), Answer("translated", "checkpoints always hold fp32 weights")),
-    (("no_save_rng",), Answer("translated", "there is no random state to save")),
+    (("mmap_warmup",), Answer("translated", "the operating system reads ahead")),
+    (("zero_optimization.load_from_fp32_weights",), Answer("translated", "checkpoints always contain fp32 weights")),
+    (("no_save_rng",), Answer("translated", "random state is never saved")),
     (
         ("deepspeed_activation_checkpointing",),
-        Answer("translated", "GPT-NeoX has deprecated it; see checkpoint_activations"),
+        Answer("translated", "deprecated in GPT-NeoX; see checkpoint_activations"),
     ),
     (
         ("contiguous_checkpointing", "synchronize_each_layer"),
-        Answer("translated", "torch's own allocator and streams see to it; the numbers are the same"),
+        Answer("translated", "torch's allocator and streams make it unnecessary; results are the same"),
     ),
-    (("steps_per_print", "dump_state"), Answer("translated", "log_interval sets our own log")),
-    (("profile_backward",), Answer("translated", "what is computed again in the backward pass is in every profile")),
+    (("steps_per_print", "dump_state"), Answer("translated", "log_interval sets the interval of log lines")),
+    (("profile_backward",), Answer("translated", "every profile includes the backward pass")),
     (("flops_profiler",), Answer("translated", "it measures only; FLOP/s and MFU are in the log line")),
     (
         (
@@ -340,13 +340,13 @@ TRANSLATED: tuple[tuple[tuple[str, ...], Answer], ...] = (
     ),
     (("deepspeed_slurm",), Answer("translated", "ranks start through srun", change=_launcher("slurm"))),
     (("deepspeed_mpi",), Answer("translated", "ranks start through mpirun", change=_launcher("openmpi"))),
-    (("no_ssh_check", "force_multi"), Answer("translated", "the launcher finds out by itself")),
+    (("no_ssh_check", "force_multi"), Answer("translated", "the launcher detects it")),
 )
 
-_SET_BY_CODE = "it is worked out by the program; leave it out"
-_POST_TRAINING = "this is preference training or fine-tuning on labels; here models are pretrained"
+_SET_BY_CODE = "it is derived; leave it out"
+_POST_TRAINING = "preference training is not supported"
 
-# Keys that stop the run with exit code 2, unless their value would change nothing.
+# Keys that stop the run with exit code 2, unless their value has no effect.
 REFUSED: tuple[tuple[tuple[str, ...], Answer], ...] = (
     (
         (
@@ -368,7 +368,7 @@ REFUSED: tuple[tuple[tuple[str, ...], Answer], ...] = (
     ),
     (
         ("global_num_gpus",),
-        Answer("refused", "num_nodes and num_gpus with --dry-run plan for machines that are not here"),
+        Answer("refused", "--dry-run with num_nodes and num_gpus plans for other machines"),
     ),
     (("expansion_factor",), Answer("refused", "write ffn_hidden_size, the true width (factor x hidden_size)")),
     (
@@ -378,20 +378,20 @@ REFUSED: tuple[tuple[tuple[str, ...], Answer], ...] = (
             "its numbers depend on model_parallel_size; write qk_norm: head (Qwen 3) or full (OLMo 2), with rmsnorm",
         ),
     ),
-    (("opt_pos_emb_offset",), Answer("refused", "OPT's shifted positions are not built in", harmless=(0,))),
-    (("num_unique_layers",), Answer("refused", "layers do not share weights, there neither; leave it out")),
-    (("fp16_lm_cross_entropy",), Answer("refused", "the loss is taken in fp32, chunk by chunk; leave it out")),
+    (("opt_pos_emb_offset",), Answer("refused", "OPT's shifted positions are not supported", harmless=(0,))),
+    (("num_unique_layers",), Answer("refused", "layers do not share weights, in GPT-NeoX neither; leave it out")),
+    (("fp16_lm_cross_entropy",), Answer("refused", "the loss is always computed in fp32; leave it out")),
     (("soft_prompt_tuning",), Answer("refused", "train the weights instead: finetune: true with load")),
-    (("serve_model_weights",), Answer("refused", "weights are handed over as checkpoints (save)")),
+    (("serve_model_weights",), Answer("refused", "use checkpoints (save)")),
     (
         ("te_columnparallel", "te_rowparallel", "te_layernorm_mlp", "te_mha", "te_fp8_mha"),
-        Answer("refused", "Transformer Engine is not used; without the key the same layers run in torch, in bf16"),
+        Answer("refused", "Transformer Engine is not supported; leave it out to run the same layers in torch, in bf16"),
     ),
     (("optimizer_type",), Answer("refused", "write optimizer: {type: ...}")),
     (("lr",), Answer("refused", "write optimizer: {params: {lr: ...}}")),
     (("clip_grad",), Answer("refused", "write gradient_clipping")),
     (("loss_scale",), Answer("refused", "write fp16: {loss_scale: ...}")),
-    (("use_bnb_optimizer",), Answer("refused", "8-bit optimizer states are not built in; ZeRO shards full ones")),
+    (("use_bnb_optimizer",), Answer("refused", "8-bit optimizer states are not supported; use ZeRO to shard them")),
     (
         (
             "zero_stage",
@@ -404,13 +404,16 @@ REFUSED: tuple[tuple[tuple[str, ...], Answer], ...] = (
     ),
     (
         ("use_checkpoint_lr_scheduler",),
-        Answer("refused", "the schedule comes from the configuration; write the checkpoint's lr keys there"),
+        Answer("refused", "the schedule comes from the configuration; write the checkpoint's learning rate keys there"),
     ),
-    (("wandb_init_all_ranks",), Answer("refused", "rank 0 reports for all; each rank has its own log in log_dir")),
-    (("use_comet",), Answer("refused", "use use_wandb or tensorboard_dir; metrics.jsonl is always written")),
+    (
+        ("wandb_init_all_ranks",),
+        Answer("refused", "only rank 0 reports to Weights & Biases; each rank has its own log in log_dir"),
+    ),
+    (("use_comet",), Answer("refused", "Comet is not supported; set use_wandb or tensorboard_dir")),
     (
         ("log_grad_pct_zeros", "log_param_norm", "log_optimizer_states", "log_gradient_noise_scale"),
-        Answer("refused", "it is not measured; loss, gradient norm, rate and speed are (metrics.jsonl)"),
+        Answer("refused", "it is not measured; see metrics.jsonl for loss, gradient norm, learning rate and speed"),
     ),
     (
         tuple(f"{part}_reward_data_paths" for part in ("train", "valid", "test"))
@@ -420,30 +423,32 @@ REFUSED: tuple[tuple[tuple[str, ...], Answer], ...] = (
     ),
     (("dataset_impl",), Answer("refused", _POST_TRAINING, harmless=("gpt2",))),
     (("train_impl",), Answer("refused", _POST_TRAINING, harmless=("normal",))),
-    (("z_loss",), Answer("refused", "GPT-NeoX reads it for reward models only", harmless=(0, 0.0))),
-    (("s3_path",), Answer("refused", "copy finished folders of save with the store's own tool")),
+    (("z_loss",), Answer("refused", "GPT-NeoX reads it only for reward models", harmless=(0, 0.0))),
+    (("s3_path",), Answer("refused", "copy finished checkpoints from save with the store's own tool")),
     (
         ("checkpoint_validation_with_forward_pass",),
-        Answer("refused", "evaluate.py measures a checkpoint; what is loaded is checked by shape and name"),
+        Answer("refused", "use evaluate.py; names and shapes are always checked when a checkpoint is loaded"),
     ),
     (("train_epochs",), Answer("refused", "write train_iters: epochs x tokens / (train_batch_size x seq_length)")),
-    (("char_level_ppl",), Answer("refused", "evaluate.py always tells perplexity per token, word and byte")),
-    (("use_mup", "coord_check", "save_base_shapes"), Answer("refused", "muP is not built in; set lr and init_method")),
+    (("char_level_ppl",), Answer("refused", "evaluate.py always reports perplexity per token, word and byte")),
+    (("use_mup", "coord_check", "save_base_shapes"), Answer("refused", "muP is not supported; set lr and init_method")),
     (
         ("moe_num_experts",),
-        Answer("refused", "there are no experts yet; ffn_hidden_size makes a dense layer wider", harmless=(1,)),
+        Answer(
+            "refused", "experts are not supported; a larger ffn_hidden_size makes a dense layer wider", harmless=(1,)
+        ),
     ),
-    (("deepspeed",), Answer("refused", "training always goes through DeepSpeed; leave it out", harmless=(True,))),
+    (("deepspeed",), Answer("refused", "DeepSpeed is always used; leave it out", harmless=(True,))),
     (("scheduler",), Answer("refused", "write lr_decay_style, warmup and min_lr")),
     (
         ("communication_data_type",),
-        Answer("refused", "gradients travel in their own format; fp32_allreduce: true makes it fp32"),
+        Answer("refused", "gradients are reduced in their own format, or in fp32 with fp32_allreduce: true"),
     ),
     (
         ("prescale_gradients", "gradient_predivide_factor"),
         Answer("refused", "gradients are averaged after the sum; leave it out", harmless=(1, 1.0)),
     ),
-    (("sparse_gradients",), Answer("refused", "gradients of the embedding are dense; leave it out")),
+    (("sparse_gradients",), Answer("refused", "embedding gradients are dense; leave it out")),
     (("amp",), Answer("refused", "write precision: fp16 or bfloat16")),
     (
         ("curriculum_learning", "curriculum_seqlen", "data_efficiency"),
@@ -453,28 +458,26 @@ REFUSED: tuple[tuple[tuple[str, ...], Answer], ...] = (
     (("activation_checkpointing",), Answer("refused", "write checkpoint_activations and checkpoint_num_layers")),
     (("sparse_attention",), Answer("refused", "write attention_config with local layers")),
     (("tensorboard",), Answer("refused", "write tensorboard_dir")),
-    (("wandb",), Answer("refused", "write use_wandb, wandb_project and their like")),
-    (("csv_monitor",), Answer("refused", "metrics.jsonl in log_dir has every figure")),
-    (("elasticity",), Answer("refused", "stop, and resume from save on any number of ranks")),
-    (("compression_training",), Answer("refused", "models are trained whole")),
+    (("wandb",), Answer("refused", "write use_wandb, wandb_project and the other wandb keys")),
+    (("csv_monitor",), Answer("refused", "metrics.jsonl in log_dir has all metrics")),
+    (("elasticity",), Answer("refused", "stop the run and resume from save on any number of ranks")),
+    (("compression_training",), Answer("refused", "compression is not supported")),
     (("checkpoint",), Answer("refused", "write save, load and checkpoint_factor")),
     (("deepspeed_extra_args",), Answer("refused", "write a group of DeepSpeed's keys, or those keys themselves")),
-    (("account",), Answer("refused", "give it to sbatch or salloc, which make the allocation")),
+    (("account",), Answer("refused", "pass it to sbatch or salloc")),
 )
 
-_INIT = "normal, scaled_normal, small_init and wang_init are known"
+_INIT = "normal, scaled_normal, small_init or wang_init would work"
 
 # Single values of honoured keys, lower case.
 VALUES: dict[tuple[str, object], Answer] = {
-    ("activation", "swish"): Answer(
-        "translated", "two names of one function", change=lambda value, _: {"activation": "silu"}
-    ),
+    ("activation", "swish"): Answer("translated", "the same function", change=lambda value, _: {"activation": "silu"}),
     **{
         ("activation", name): Answer("refused", "gelu, relu, silu, swiglu, geglu or reglu would work")
         for name in ("softsign", "mish", "bilinear", "glu")
     },
-    ("norm", "te_rmsnorm"): Answer("translated", "the same sum in torch", change=lambda value, _: {"norm": "rmsnorm"}),
-    ("norm", "te_layernorm"): Answer("translated", "the same sum in torch", change=lambda v, _: {"norm": "layernorm"}),
+    ("norm", "te_rmsnorm"): Answer("translated", "the same norm in torch", change=lambda value, _: {"norm": "rmsnorm"}),
+    ("norm", "te_layernorm"): Answer("translated", "the same norm in torch", change=lambda v, _: {"norm": "layernorm"}),
     **{
         ("norm", name): Answer("refused", "layernorm or rmsnorm would work")
         for name in ("scalenorm", "non_parametric_layernorm")
@@ -499,10 +502,10 @@ VALUES: dict[tuple[str, object], Answer] = {
         for name in ("onebitadam", "cpu_adam", "cpu_torch_adam", "sm3", "madgrad_wd", "lion")
     },
     ("precision", "bf16"): Answer("refused", "write bfloat16"),
-    ("data_impl", "cached"): Answer("refused", "encode the text again with tools/preprocess_data.py, as mmap"),
-    ("text_gen_type", "precompute"): Answer("refused", "return_logits: true writes logits beside the text"),
-    ("num_nodes", -1): Answer("translated", "all nodes is what unset means", change=lambda value, _: {}),
-    ("launcher", "mvapich"): Answer("refused", "torchrun works under every scheduler"),
+    ("data_impl", "cached"): Answer("refused", "encode the text again with tools/preprocess_data.py (mmap)"),
+    ("text_gen_type", "precompute"): Answer("refused", "return_logits: true also writes logits"),
+    ("num_nodes", -1): Answer("translated", "unset means all nodes", change=lambda value, _: {}),
+    ("launcher", "mvapich"): Answer("refused", "use openmpi, or torchrun under any scheduler"),
 }
 
 
@@ -515,7 +518,7 @@ def _table() -> dict[str, Answer]:
 
 ANSWERS: dict[str, Answer] = _table()
 
-# Keys of DeepSpeed's own settings, which may stand in deepspeed_extra_args; each is a field or has an answer.
+# Keys of DeepSpeed's own settings, which deepspeed_extra_args may contain; each is a field or has an answer.
 DEEPSPEED_KEYS = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
