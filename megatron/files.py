@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import IO, Any, Self
 
 from megatron.errors import UserError
@@ -52,21 +53,28 @@ def refuse_overwriting(outputs: Mapping[str, str | Path], inputs: Mapping[str, s
 
     Both map what a message calls the path, such as a key or a flag, to the path.
     """
-    problems = [
-        f"{output} ({target}) is {source} ({path}) itself and would overwrite it; choose another file"
-        for output, target in outputs.items()
-        for source, path in inputs.items()
-        if _is_same(target, path)
-    ]
+    sources: dict[object, tuple[str, str | Path]] = {}
+    for name, path in inputs.items():
+        sources.setdefault(_identity(path), (name, path))
+    problems = []
+    for output, target in outputs.items():
+        if found := sources.get(_identity(target)):
+            name, path = found
+            problems.append(f"{output} ({target}) is {name} ({path}) itself and would overwrite it; choose another file")
     if problems:
         raise UserError(*problems)
 
 
-def _is_same(one: str | Path, other: str | Path) -> bool:
+def _identity(path: str | Path) -> object:
+    """Equal for two paths of one file only: device and inode, or the absolute path of a file that does not exist."""
     try:
-        return os.path.samefile(one, other)  # noqa: PTH121
-    except (OSError, ValueError):  # one of them is not there
-        return os.path.realpath(one) == os.path.realpath(other)
+        status = os.stat(path)  # noqa: PTH116
+    except OSError:
+        return os.path.realpath(path)
+    except ValueError:  # a zero byte
+        return str(path)
+    is_device = not S_ISREG(status.st_mode) and not S_ISDIR(status.st_mode)  # a terminal, which nothing overwrites
+    return object() if is_device else (status.st_dev, status.st_ino)
 
 
 @contextmanager
@@ -94,19 +102,30 @@ class FileLock:
     processes forked from the holder do not keep it.
     """
 
-    def __init__(self, path: Path, what: str) -> None:
-        """path: of the lock file. what: is locked, at the beginning of messages, such as "save (checkpoints)"."""
-        self._path, self._what = path, what
+    def __init__(self, path: Path, what: str, temporary: bool = False) -> None:
+        """path: of the lock file. what: is locked, at the beginning of messages, such as "save (checkpoints)".
+
+        temporary: `release` deletes the lock file.
+        """
+        self._path, self._what, self._temporary = path, what, temporary
         self._descriptor: int | None = None
 
     def take(self) -> None:
         """Take the lock, unless this object holds it.
 
         Raises UserError, naming the process that holds it. Where files cannot be locked (Lustre mounted without
-        `flock`, for one), warns and goes on.
+        `flock`, for one), warns and continues.
         """
-        if self._descriptor is not None:
-            return
+        while self._descriptor is None:
+            self._descriptor = self._locked_file()
+            if not self._is_at_path(self._descriptor):  # its last holder deleted it in the meantime
+                self.release()
+        me = {"host": socket.gethostname(), "process": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+        with suppress(OSError):  # a full disk: the lock itself is what counts
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps(me).encode(), 0)
+
+    def _locked_file(self) -> int:
         try:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
@@ -121,15 +140,19 @@ class FileLock:
             ) from error
         except OSError as error:
             log.warning("%s cannot be locked (%s): let no other run write there", self._path, error.strerror)
-        self._descriptor = descriptor
-        me = {"host": socket.gethostname(), "process": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
-        with suppress(OSError):  # a full disk: what counts is the lock
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(me).encode(), 0)
+        return descriptor
+
+    def _is_at_path(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), self._path.stat())
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
         """Give the lock back; nothing happens where it is not held."""
         if self._descriptor is not None:
+            if self._temporary and self._is_at_path(self._descriptor):
+                self._path.unlink(missing_ok=True)  # while it is locked: `take` notices
             os.close(self._descriptor)
             self._descriptor = None
 

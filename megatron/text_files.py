@@ -5,6 +5,7 @@ Read as UTF-8 without a look, such files become wrong text without an error.
 """
 
 import codecs
+import re
 from pathlib import Path
 
 from megatron.errors import UserError
@@ -37,6 +38,7 @@ SIGNATURES = (
     (b"\x93NUMPY", "a NumPy array"),
     (b"\x7fELF", "a program"),
 )
+_SEQUENCES = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 SIGNATURE_BYTES = 4096  # how much of the beginning of a file decides what it is
 
 
@@ -72,6 +74,17 @@ def _wide_text(head: bytes) -> str | None:
     return "binary data" if sum(zeros) / 4 > few else None
 
 
+def is_single_byte_text(data: bytes) -> bool:
+    """Whether text is in an encoding such as Latin-1 or Windows-1252, rather than UTF-8 with a few broken bytes.
+
+    It has invalid bytes in plenty (at least 2, and 1 in 1,000 bytes), and hardly any valid sequence of several bytes.
+    """
+    text = data.decode("utf-8", "replace")
+    valid = len(_SEQUENCES.findall(data))
+    invalid = text.count("\ufffd") - data.count("\ufffd".encode())
+    return invalid >= 2 and invalid * 1000 >= len(data) and invalid > 20 * valid
+
+
 def decode_text(data: bytes, source: str) -> str:
     """The text of a whole file: UTF-8, or what its byte order mark names. The mark is no part of the text.
 
@@ -79,14 +92,14 @@ def decode_text(data: bytes, source: str) -> str:
     """
     kind = what_instead_of_text(data[:SIGNATURE_BYTES])
     if kind is not None:
-        raise UserError(f"{source} is {kind}, not UTF-8 text; {_way_out(kind)}")
+        raise UserError(f"{source} is {kind}, not UTF-8 text; {way_out(kind)}")
     encoding, mark = encoding_of(data)
     try:
         return data[mark:].decode(encoding)
     except UnicodeDecodeError as error:
         line = data[mark : mark + error.start].count(b"\n") + 1
         name = encoding.upper()
-        guess = f"; if it is Latin-1 or Windows-1252, {_converted('WINDOWS-1252')}" if encoding == "utf-8" else ""
+        guess = f"; if it is Latin-1 or Windows-1252, {converted('WINDOWS-1252')}" if encoding == "utf-8" else ""
         raise UserError(
             f"{source} is not {name}: byte {mark + error.start} (0x{data[mark + error.start]:02x}, line {line}) "
             f"cannot be decoded{guess}"
@@ -106,13 +119,15 @@ def read_text(path: Path, name: str) -> str:
     return decode_text(data, f"{name} ({path})").replace("\r\n", "\n")
 
 
-def _way_out(kind: str) -> str:
+def way_out(kind: str) -> str:
+    """How to turn a file of a kind that `what_instead_of_text` names into UTF-8 text, for messages."""
     if "text" in kind:
-        return _converted(kind.partition(" ")[0].replace("-LE", "LE").replace("-BE", "BE"))  # iconv's names
+        return converted(kind.partition(" ")[0].replace("-LE", "LE").replace("-BE", "BE"))  # iconv's names
     if kind.endswith("data") and kind != "binary data":
         return "decompress it first"
     return "convert it to UTF-8 text first"
 
 
-def _converted(encoding: str) -> str:
+def converted(encoding: str) -> str:
+    """How to convert a file from `encoding`, for messages."""
     return f"`iconv -f {encoding} -t UTF-8 FILE` converts it"

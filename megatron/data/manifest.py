@@ -1,4 +1,4 @@
-"""What a pair of token files was made of, written beside it. No torch."""
+"""The manifest of preprocessed data: what a pair of token files was made of, written next to it. No torch."""
 
 import hashlib
 import importlib.metadata
@@ -9,33 +9,37 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatron.files import replaced_when_complete
+
+FORMAT = "deepy-data-manifest 1"
+MANIFEST_ENDING = "_manifest.json"
 PACKAGES = ("deepy", "numpy", "tokenizers", "tiktoken", "gigatoken", "sentencepiece", "ftfy")
 
 
 def manifest_path(output_prefix: str) -> Path:
-    """Where the manifest of a run lies."""
-    return Path(f"{output_prefix}_manifest.json")
+    """The path of a run's manifest."""
+    return Path(output_prefix + MANIFEST_ENDING)
 
 
 def write_manifest(output_prefix: str, outputs: Iterable[str], **facts: Any) -> None:
-    """Write the manifest: `facts`, what is in the files `outputs`, the versions, and the time. Whole or not at all."""
-    content = {"format": "deepy-data-manifest 1", **facts}
+    """Write `facts`, the sizes and hashes of `outputs`, the versions of packages, and the time. Atomic."""
+    content = {"format": FORMAT, **facts}
     content["outputs"] = [file_facts(path) for path in outputs]
     content["versions"] = versions()
     content["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
-    path = manifest_path(output_prefix)
-    partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    partial.replace(path)
+    with replaced_when_complete(manifest_path(output_prefix)) as file:
+        file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_manifest(output_prefix: str) -> dict[str, Any] | None:
-    """The manifest of a run that was completed; None if there is none that can be read."""
+    """The manifest of a completed run; None where there is none, or the file is something else."""
     try:
-        content: dict[str, Any] = json.loads(manifest_path(output_prefix).read_text("utf-8"))
-    except (OSError, ValueError):
+        with manifest_path(output_prefix).open(encoding="utf-8") as file:
+            head = file.read(len(FORMAT) + 100)  # other files may be large
+            content = json.loads(head + file.read()) if FORMAT in head else None
+    except (OSError, ValueError, RecursionError):
         return None
-    return content
+    return content if isinstance(content, dict) and content.get("format") == FORMAT else None
 
 
 def file_facts(path: str) -> dict[str, Any]:
@@ -49,7 +53,7 @@ def file_facts(path: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide about the output, where they are installed."""
+    """Versions of Python and of the installed packages that the output depends on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

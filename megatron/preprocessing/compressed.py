@@ -1,4 +1,4 @@
-"""Bytes out of plain, .gz and .zst files, with a file that is damaged or cut short told from a shorter one."""
+"""Decompress .gz and .zst files; a file that is damaged or was cut short is an error, not a shorter file. No torch."""
 
 import gzip
 import io
@@ -12,10 +12,20 @@ import zstandard
 from megatron.errors import RunError
 
 COMPRESSIONS = ("", ".gz", ".zst")
+SIGNATURES = {  # a .zst file may begin with a skippable frame
+    ".gz": (b"\x1f\x8b",),
+    ".zst": (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + kind]) + b"\x2a\x4d\x18" for kind in range(16))),
+    ".parquet": (b"PAR1", b"PARE"),
+}
+
+
+def has_signature(path: str, head: bytes) -> bool:
+    """Whether a file that begins with `head` is of the binary format that its name's ending says, if it says one."""
+    return all(head.startswith(known) for ending, known in SIGNATURES.items() if path.endswith(ending))
 
 
 def unpacked(path: str, raw: BinaryIO) -> BinaryIO:
-    """The content of the file `raw`, which `path` names."""
+    """The decompressed content of the file `raw`, which `path` names."""
     if path.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     if path.endswith(".zst"):
@@ -25,7 +35,7 @@ def unpacked(path: str, raw: BinaryIO) -> BinaryIO:
 
 @contextmanager
 def damage_named(path: str) -> Iterator[None]:
-    """Turn the errors of the libraries into a RunError that names the file."""
+    """Turn the libraries' errors into a RunError that names the file."""
     try:
         yield
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
@@ -33,18 +43,18 @@ def damage_named(path: str) -> Iterator[None]:
 
 
 class Watched(io.RawIOBase):
-    """A file that shows every piece that is read from it to `note`."""
+    """A file that passes all data read from it to `note`, in order."""
 
     def __init__(self, raw: BinaryIO, note: Callable[[bytes], object]) -> None:
         self._raw = raw
         self._note = note
 
     def readable(self) -> bool:
-        """It is."""
+        """Always true."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Read into `buffer`. Returns how many bytes."""
+        """Read into `buffer`. Returns the number of bytes."""
         data = self._raw.read(len(buffer))
         self._note(data)
         buffer[: len(data)] = data
@@ -52,7 +62,7 @@ class Watched(io.RawIOBase):
 
 
 class _ZstandardFrames(io.RawIOBase):
-    """All frames of a .zst file. Unlike zstandard's own reader it notices a file that was cut short."""
+    """All frames of a .zst file. Unlike zstandard's own reader, it detects a file that was cut short."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
@@ -71,7 +81,7 @@ class _ZstandardFrames(io.RawIOBase):
         return count
 
     def _advance(self) -> bool:
-        """Unpack a little more; False at the end of the file."""
+        """Decompress the next data; False at the end of the file."""
         self._packed = self._packed or self._raw.read(1 << 16)
         if not self._packed:
             if self._frame is not None:

@@ -1,10 +1,8 @@
-"""Texts out of raw chunks: parsed, with invalid text replaced and lines that are no documents named.
-
-No torch.
-"""
+"""Parse raw chunks into texts: invalid text is replaced, lines that are not documents are listed. No torch."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,17 +10,19 @@ import orjson
 
 from megatron.errors import RunError
 from megatron.preprocessing.chunks import Chunk, read_chunks
-from megatron.preprocessing.sources import Span
+from megatron.preprocessing.sources import Span, is_file
+from megatron.preprocessing.text_streams import NOT_UTF_8, check_inputs
 from megatron.text import well_formed
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_MARKS = re.compile(rb"^(?:\xef\xbb\xbf)+", re.MULTILINE)
 
 
 @dataclass
 class ParsedChunk:
-    """Texts of a chunk by key, and what was wrong with the rest.
+    """Texts of a chunk by key, and what was wrong with the other lines.
 
-    repaired: documents in which U+FFFD stands for invalid UTF-8 or a lone surrogate.
+    repaired: documents in which U+FFFD replaced invalid UTF-8 or a lone surrogate.
     """
 
     texts: dict[str, list[str]]
@@ -30,7 +30,7 @@ class ParsedChunk:
     bad_lines: list[str] = field(default_factory=list)
 
     def add(self, values: dict[str, Any]) -> None:
-        """A document that Python's own readers made, in which there may be surrogates."""
+        """Add a document that may contain surrogates; they are replaced and counted."""
         clean = {key: well_formed(value) for key, value in values.items()}
         self.repaired += clean != values
         for key, value in clean.items():
@@ -38,36 +38,51 @@ class ParsedChunk:
 
 
 def parse_chunk(chunk: Chunk, keys: Sequence[str]) -> ParsedChunk:
-    """The texts under each of `keys` in a chunk's documents; a text file's one text stands under every key.
+    """The texts under each of `keys` in a chunk's documents; a text file's one text is used for every key.
 
-    A line that is not an object with a string under each key is listed in `bad_lines`; blank lines are passed over.
+    A line that is not an object with a string under each key is listed in `bad_lines`; blank lines are skipped.
     """
     parsed = ParsedChunk({key: [] for key in keys})
     if chunk.columns:
         _parse_rows(chunk, keys, parsed)
     elif chunk.is_text:
-        text, is_valid = _decoded(chunk.data.removeprefix(BYTE_ORDER_MARK))
-        parsed.add(dict.fromkeys(keys, text))
-        parsed.repaired += not is_valid
+        _parse_text(chunk, keys, parsed)
     else:
         _parse_lines(chunk, lines_of(chunk), keys, parsed)
     return parsed
 
 
 def lines_of(chunk: Chunk) -> list[bytes]:
-    """The lines of a chunk, empty ones included."""
-    data = chunk.data if chunk.start.offset else chunk.data.removeprefix(BYTE_ORDER_MARK)
-    return data.split(b"\n")
+    """The lines of a chunk, including empty ones, without byte order marks."""
+    return _without_marks(chunk.data).split(b"\n")
 
 
-def read_texts(paths: Iterable[str], key: str) -> Iterator[str]:
-    """The texts under `key` of all inputs, in order. Raises RunError at the first bad line."""
+def read_texts(paths: Sequence[str], key: str) -> Iterator[str]:
+    """The texts under `key` of all inputs, in order.
+
+    Raises UserError for an input that is not text, RunError at the first bad line.
+    """
+    check_inputs([path for path in paths if is_file(path)])
     for path in paths:
         for chunk in read_chunks(Span(path), [key]):
             parsed = parse_chunk(chunk, [key])
             if parsed.bad_lines:
                 raise RunError(parsed.bad_lines[0])
             yield from parsed.texts[key]
+
+
+def _without_marks(data: bytes) -> bytes:
+    """Text without the byte order marks at the beginning of lines, where files were joined."""
+    return _MARKS.sub(b"", data) if not data.isascii() and BYTE_ORDER_MARK in data else data
+
+
+def _parse_text(chunk: Chunk, keys: Sequence[str], parsed: ParsedChunk) -> None:
+    text, is_valid = _decoded(_without_marks(chunk.data))
+    if not is_valid and chunk.is_single_byte_text:
+        parsed.bad_lines.append(f"{chunk.source}: {NOT_UTF_8}")
+        return
+    parsed.add(dict.fromkeys(keys, text))
+    parsed.repaired += not is_valid
 
 
 def _parse_lines(chunk: Chunk, lines: list[bytes], keys: Sequence[str], parsed: ParsedChunk) -> None:
@@ -79,15 +94,15 @@ def _parse_lines(chunk: Chunk, lines: list[bytes], keys: Sequence[str], parsed: 
         except (orjson.JSONDecodeError, KeyError, TypeError, IndexError):
             values = []
         if values and all(type(value) is str for value in values):
-            for place, value in zip(texts, values, strict=True):
-                place.append(value)
+            for found, value in zip(texts, values, strict=True):
+                found.append(value)
         elif line.strip():
-            _parse_by_hand(f"{chunk.source}, line {number}", line, keys, parsed)
+            _parse_by_hand(f"{chunk.source}, line {number}", line, chunk, keys, parsed)
 
 
-def _parse_by_hand(name: str, line: bytes, keys: Sequence[str], parsed: ParsedChunk) -> None:
-    """A line that orjson is too strict for: invalid UTF-8, lone surrogates, NaN; or one that is bad."""
-    entry, is_valid = json_object(line)
+def _parse_by_hand(name: str, line: bytes, chunk: Chunk, keys: Sequence[str], parsed: ParsedChunk) -> None:
+    """Parse a line that orjson rejects: it holds invalid UTF-8, lone surrogates or NaN, or it is bad."""
+    entry, is_valid = json_object(line, chunk)
     wrong = entry if isinstance(entry, str) else _without_text(entry, keys)
     if wrong or isinstance(entry, str):
         parsed.bad_lines.append(f"{name}: {wrong}")
@@ -107,9 +122,11 @@ def _parse_rows(chunk: Chunk, keys: Sequence[str], parsed: ParsedChunk) -> None:
             parsed.add(dict(zip(keys, row, strict=True)))
 
 
-def json_object(line: bytes) -> tuple[dict[str, Any] | str, bool]:
-    """The object in a line, or what is wrong with it; and whether the line was valid UTF-8, else repaired."""
+def json_object(line: bytes, chunk: Chunk) -> tuple[dict[str, Any] | str, bool]:
+    """The object in a line of `chunk`, or what is wrong with it; and whether the line was valid UTF-8."""
     text, is_valid = _decoded(line)
+    if not is_valid and chunk.is_single_byte_text:
+        return NOT_UTF_8, False
     try:
         entry = json.loads(text)
     except json.JSONDecodeError as error:
@@ -122,7 +139,7 @@ def json_object(line: bytes) -> tuple[dict[str, Any] | str, bool]:
 
 
 def _way_out(line: str) -> str:
-    """For the usual forms of JSON that are not one object a line."""
+    """How to convert the usual forms of JSON that are not one object per line."""
     if line.strip() == "{":
         return "; an object must be on one line, as jq -c . FILE writes it"
     return "; jq -c '.[]' FILE writes the objects of a list one a line" if line.startswith("[") else ""
@@ -134,9 +151,9 @@ def _without_text(entry: dict[str, Any], keys: Sequence[str]) -> str:
     return f'no text under the key "{missing[0]}" (keys: {", ".join(entry)})' if missing else ""
 
 
-def _decoded(piece: bytes) -> tuple[str, bool]:
-    """The text, and whether it was valid UTF-8; what is not becomes U+FFFD."""
+def _decoded(data: bytes) -> tuple[str, bool]:
+    """The text, and whether it was valid UTF-8; invalid bytes become U+FFFD."""
     try:
-        return piece.decode(), True
+        return data.decode(), True
     except UnicodeDecodeError:
-        return piece.decode("utf-8", "replace"), False
+        return data.decode("utf-8", "replace"), False

@@ -9,13 +9,14 @@ from megatron.errors import RunError
 from megatron.preprocessing.chunks import Chunk
 from megatron.preprocessing.deduplication import text_hash
 from megatron.preprocessing.documents import parse_chunk
+from megatron.preprocessing.fast_encoding.checked import CheckedEncoder, EncoderSettings
 from megatron.preprocessing.instructions import encode_records
-from megatron.preprocessing.job import LISTED_BAD_LINES, EncodedChunk, Encoder, Job, MakesEncoder, Texts, Totals
+from megatron.preprocessing.job import LISTED_BAD_LINES, EncodedChunk, Job, Texts, Totals
 from megatron.text import utf8_length
 from megatron.tokenizer.base import UnknownTextError
 
 
-def encode_chunk(chunk: Chunk, job: Job, make_encoder: MakesEncoder) -> EncodedChunk:
+def encode_chunk(chunk: Chunk, job: Job, make_encoder: EncoderSettings) -> EncodedChunk:
     """Parse and tokenize one chunk. Raises RunError for a text that the vocabulary has no tokens for."""
     try:
         return _encode_chunk(chunk, job, encoder_of(make_encoder))
@@ -23,7 +24,7 @@ def encode_chunk(chunk: Chunk, job: Job, make_encoder: MakesEncoder) -> EncodedC
         raise RunError(f"{chunk.source}, from line {chunk.start.line + 1} on: {error}") from error
 
 
-def _encode_chunk(chunk: Chunk, job: Job, encoder: Encoder) -> EncodedChunk:
+def _encode_chunk(chunk: Chunk, job: Job, encoder: CheckedEncoder) -> EncodedChunk:
     if not isinstance(job.form, Texts):
         return encode_records(chunk, job, job.form, encoder)
     parsed = parse_chunk(chunk, job.keys)
@@ -39,11 +40,11 @@ def _encode_chunk(chunk: Chunk, job: Job, encoder: Encoder) -> EncodedChunk:
 _made = local()
 
 
-def encoder_of(make_encoder: MakesEncoder) -> Encoder:
+def encoder_of(make_encoder: EncoderSettings) -> CheckedEncoder:
     """One encoder for all chunks of a thread: it reports each code point only once."""
     if getattr(_made, "by", None) != make_encoder:
         _made.encoder, _made.by = make_encoder(), make_encoder
-    encoder: Encoder = _made.encoder
+    encoder: CheckedEncoder = _made.encoder
     return encoder
 
 
@@ -64,7 +65,7 @@ def _chosen(texts: list[str], form: Texts, totals: Totals) -> list[str]:
     return chosen
 
 
-def _encode_texts(key: str, texts: list[str], form: Texts, encoder: Encoder, result: EncodedChunk) -> Ids:
+def _encode_texts(key: str, texts: list[str], form: Texts, encoder: CheckedEncoder, result: EncodedChunk) -> Ids:
     """The ids of all texts; sizes, counts and hashes go to `result`."""
     encoded, totals = encoder.encode(texts), result.totals
     ids, sizes = encoded.ids, encoded.sizes

@@ -15,12 +15,13 @@ from megatron.data.windows import NOT_A_LABEL
 from megatron.errors import UserError
 from megatron.preprocessing.chunks import Chunk
 from megatron.preprocessing.documents import json_object, lines_of
-from megatron.preprocessing.job import LABEL, LISTED_BAD_LINES, TEXT, EncodedChunk, Encoder, Job, Totals
+from megatron.preprocessing.fast_encoding.checked import CheckedEncoder
+from megatron.preprocessing.job import LABEL, LISTED_BAD_LINES, TEXT, EncodedChunk, Job, Totals
 from megatron.preprocessing.record_formats import BadRecordError, Chat, PromptAndCompletion, Record, Segments
 from megatron.text import utf8_length, well_formed
 
 
-def encode_records(chunk: Chunk, job: Job, form: PromptAndCompletion | Chat, encoder: Encoder) -> EncodedChunk:
+def encode_records(chunk: Chunk, job: Job, form: PromptAndCompletion | Chat, encoder: CheckedEncoder) -> EncodedChunk:
     """Ids and labels of a chunk's records, each ended by the end-of-document token. form: the job's.
 
     Records without anything to learn are skipped and counted, bad ones are listed.

@@ -1,8 +1,7 @@
-"""What there is to make of texts, what makes ids of them, and what is counted on the way. No torch."""
+"""The settings of a preprocessing run, its counts, and the result of one chunk. No torch."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy.typing as npt
 
@@ -20,61 +19,12 @@ COUNTS = (
 )  # fmt: skip
 
 
-class Encoded(Protocol):
-    """What an encoder makes of texts: see `megatron.preprocessing.fast_encoding.checked.Encoded`."""
-
-    ids: Ids
-    sizes: Ids
-    alarm: tuple[tuple[int, int], ...]
-    first_seen: list[int]
-    by_reference: int
-
-
-class Encoder(Protocol):
-    """The part of `CheckedEncoder` that is needed here."""
-
-    vocab_size: int
-    end_of_document: int
-    affixes: tuple[tuple[int, ...], tuple[int, ...]]
-    fingerprint: str
-
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        """Ids of texts without surrogates, with the affixes."""
-
-    def encode_parts(self, documents: Sequence[Sequence[str]]) -> Encoded:
-        """Ids of the parts of documents, without the affixes; sizes: of all parts."""
-
-
-class MakesEncoder(Protocol):
-    """Settings of an encoder (`EncoderSettings`), to be pickled; copies are equal.
-
-    in_threads: the encoder leaves Python's lock to others while it works, so that threads are as good as processes.
-    """
-
-    @property
-    def in_threads(self) -> bool:
-        """See above."""
-
-    def __hash__(self) -> int:
-        """The same for equal settings."""
-
-    def __call__(self) -> Encoder:
-        """The encoder."""
-
-    def widened(self, found: tuple[tuple[int, int], ...]) -> "MakesEncoder":
-        """Settings that leave more code points to the reference."""
-
-    def describe(self) -> str:
-        """One line."""
-
-
 @dataclass(frozen=True)
 class Texts:
-    """Texts that are documents as they stand; those under each key are a pair of files of their own.
+    """Texts that are documents; the texts of each key go to a separate pair of files.
 
-    append_eod: end each document with the end-of-document token. ftfy: mend broken Unicode first.
-    min_chars, max_chars: texts with fewer or more characters are left out. deduplicate: so is all but the first of
-    equal texts.
+    append_eod: end each document with the end-of-document token. ftfy: repair broken Unicode first.
+    min_chars, max_chars: leave out texts with fewer or more characters. deduplicate: keep the first of equal texts.
     """
 
     append_eod: bool = False
@@ -86,13 +36,13 @@ class Texts:
 
 @dataclass(frozen=True)
 class Job:
-    """What to make.
+    """The settings of a preprocessing run.
 
-    keys: of the JSON objects, which the form reads. form: what becomes of them: texts, each key's as a pair
-    `<output_prefix>_<key>_document`, or of a whole record text and labels, two pairs that belong together.
-    skip_bad_lines: leave out a line that is not a JSON object with these keys, which else ends the work.
-    shard: the share of the inputs to do. workers: threads or processes that tokenize; with 1 it happens in between
-    reading and writing, on the threads of the tokenizer's library. checkpoint_seconds: what an interruption may cost.
+    keys: of the JSON objects. form: what they become: texts, one pair `<output_prefix>_<key>_document` for each key; or
+    a pair of texts and a pair of labels for each record. skip_bad_lines: leave out lines that are not JSON objects with
+    these keys; otherwise the first one ends the run. shard: the part of the inputs to process. workers: threads or
+    processes that tokenize; with 1 the main thread does, on the threads of the tokenizer's library.
+    checkpoint_seconds: time between checkpoints.
     """
 
     inputs: tuple[str, ...]
@@ -107,7 +57,7 @@ class Job:
 
     @property
     def pairs(self) -> tuple[str, ...]:
-        """The names of the pairs of files that are written."""
+        """Names of the pairs of files that are written."""
         return self.keys if isinstance(self.form, Texts) else (TEXT, LABEL)
 
     def prefix(self, pair: str) -> str:
@@ -120,23 +70,23 @@ class Job:
         return [self.prefix(pair) + ending for pair in self.pairs for ending in (".bin", ".idx")]
 
     def dtype(self, pair: str, vocab_size: int) -> npt.DTypeLike:
-        """Of the ids in a pair; labels need a sign."""
+        """The dtype of the ids in a pair; labels are signed."""
         return best_dtype(vocab_size) if isinstance(self.form, Texts) or pair == TEXT else "<i4"
 
     def settings(self) -> dict[str, Any]:
-        """What the output depends on besides inputs and tokenizer."""
+        """Everything that the output depends on besides inputs and tokenizer."""
         shard = asdict(self.shard) if self.shard else None
         return {"keys": list(self.keys), "form": asdict(self.form), "shard": shard}
 
 
 @dataclass
 class Totals:
-    """What was done so far, all keys together. `bad_line_list` holds the first few of the `bad_lines`.
+    """Counts so far, all keys together. `bad_line_list` holds the first few of the `bad_lines`.
 
-    filtered: documents left out for their length. repaired: those in which U+FFFD took the place of invalid text.
-    contain_eod: those whose own text spells the end-of-document token. by_reference: those, or pieces of long ones,
-    that the tokenizer's own library encoded. learned: tokens, of instruction data; without_answer: their records that
-    were left out. input_bytes: read of the files on the disk.
+    filtered: documents left out for their length. repaired: documents in which U+FFFD replaced invalid text.
+    contain_eod: documents whose own text contains the end-of-document token. by_reference: documents, or parts of long
+    ones, that the tokenizer's own library encoded. learned: tokens with a label, in instruction data; without_answer:
+    records left out because they have none. input_bytes: read from the files on disk.
     """
 
     documents: int = 0
@@ -156,13 +106,13 @@ class Totals:
     seconds: float = 0.0
 
     def add(self, other: "Totals") -> None:
-        """Count what `other` counted, but for input_bytes and seconds, which are no sums."""
+        """Add the counts of `other`, except input_bytes and seconds, which are not sums."""
         for name in COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.bad_line_list = (self.bad_line_list + other.bad_line_list)[:LISTED_BAD_LINES]
 
     def notes(self) -> list[str]:
-        """Everything that did not go the plain way, with its count."""
+        """Counts of what was repaired or left out, one line each."""
         notes = {
             "empty documents left out": self.empty,
             "documents left out for their length": self.filtered,
@@ -177,9 +127,9 @@ class Totals:
 
 @dataclass
 class EncodedChunk:
-    """A chunk's documents: by pair the ids of all of them, one after another, the size of each, and hashes if wanted.
+    """A chunk's documents: for each pair their concatenated ids, their sizes, and their hashes for deduplication.
 
-    alarm, first_seen: see `Encoded`.
+    alarm, first_seen: see `fast_encoding.checked.Encoded`.
     """
 
     totals: Totals

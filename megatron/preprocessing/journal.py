@@ -1,7 +1,6 @@
-"""What a run has brought to the disk for certain, line by line, so that another can go on from there.
+"""The checkpoints of a preprocessing run, one JSON object per line, from which an interrupted run resumes.
 
-The first line says which work it is; each further one is a checkpoint. A last line that is not complete is none.
-No torch.
+The first line describes the work; each further line is a checkpoint. An incomplete last line is ignored. No torch.
 """
 
 import json
@@ -16,11 +15,11 @@ from megatron.errors import UserError
 
 @dataclass
 class Checkpoint:
-    """How far the work is: input number `span` up to `offset` and `line` of its content.
+    """The position of the work: input number `span` up to `offset` and `line` of its content.
 
-    outputs: by key the bytes and documents written. hashes: by key the texts known to `Duplicates`. totals: as counted.
-    digests: of the inputs that are done. first_seen: code points handed to a fast backend for the first time since the
-    checkpoint before. complete: nothing is left to be read.
+    outputs: by key the bytes and documents written. hashes: by key the number of texts in `Duplicates`. totals: the
+    counts so far. digests: of the completed inputs. first_seen: code points passed to a fast backend for the first time
+    since the previous checkpoint. complete: all inputs are read.
     """
 
     span: int = 0
@@ -35,7 +34,7 @@ class Checkpoint:
 
 
 class Journal:
-    """The checkpoints of one run. work: what decides about the output, as JSON."""
+    """The checkpoints of one run. work: everything that the output depends on, as JSON."""
 
     def __init__(self, path: str, work: dict[str, Any]) -> None:
         self.path = Path(path)
@@ -48,21 +47,28 @@ class Journal:
         return self.checkpoints[-1] if self.checkpoints else None
 
     def load(self) -> None:
-        """Read what an interrupted run left, if it left anything. Raises UserError if that was other work."""
+        """Read the checkpoints of an interrupted run, if any. Raises UserError if they are damaged or of other work."""
         if not self.path.exists():
             return
-        lines = self.path.read_text("utf-8").split("\n")[:-1]
-        found = json.loads(lines[0]) if lines else self._work
-        different = [name for name in self._work if found.get(name) != self._work[name]]
+        try:
+            lines = self.path.read_text("utf-8").split("\n")[:-1]
+            found = json.loads(lines[0]) if lines else self._work
+            checkpoints = [Checkpoint(**json.loads(line)) for line in lines[1:]]
+            different = [name for name in self._work if found.get(name) != self._work[name]]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{self.path} is damaged or of another version of Deepy, so its run cannot be resumed; "
+                "leave out --resume to start anew"
+            ) from error
         if different:
             raise UserError(
-                f"{self.path} is of a run with other {', '.join(different)}, which cannot be continued with these; "
+                f"{self.path} is of a run with other {', '.join(different)}, which cannot be resumed with these; "
                 "leave out --resume to start anew"
             )
-        self.checkpoints = [Checkpoint(**json.loads(line)) for line in lines[1:]]
+        self.checkpoints = checkpoints
 
     def append(self, checkpoint: Checkpoint) -> None:
-        """Note a checkpoint, for certain."""
+        """Write a checkpoint and flush it to disk."""
         entries: list[Any] = [asdict(checkpoint)] if self.checkpoints else [self._work, asdict(checkpoint)]
         with self.path.open("ab" if self.checkpoints else "wb") as file:
             file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
@@ -71,9 +77,9 @@ class Journal:
         self.checkpoints.append(checkpoint)
 
     def roll_back(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Forget all checkpoints from the first before which a code point of `ranges` was seen.
+        """Remove all checkpoints from the first one that saw a code point of `ranges`.
 
-        A range that begins with ASCII, which is not noted, forgets all.
+        A range that begins with ASCII, which `first_seen` does not record, removes all.
         """
         kept: list[Checkpoint] = []
         for checkpoint in self.checkpoints:
@@ -87,6 +93,6 @@ class Journal:
             self.append(checkpoint)
 
     def clear(self) -> None:
-        """Forget all."""
+        """Remove all checkpoints and the file."""
         self.path.unlink(missing_ok=True)
         self.checkpoints = []

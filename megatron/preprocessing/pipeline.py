@@ -1,6 +1,6 @@
-"""Text files to token files: read, tokenize in worker processes, write in order, go on after an interruption.
+"""Text files to token files: read, tokenize in workers, write in order, resume after an interruption.
 
-The encoder arrives as settings that make one, so that each worker can make its own. No torch.
+The encoder is passed as settings, from which each worker makes its own. No torch.
 """
 
 import time
@@ -13,7 +13,8 @@ from megatron.data.indexed import give_names
 from megatron.data.manifest import read_manifest, write_manifest
 from megatron.errors import RunError, UserError
 from megatron.preprocessing.encoding import encoder_of
-from megatron.preprocessing.job import Job, MakesEncoder, Texts, Totals
+from megatron.preprocessing.fast_encoding.checked import EncoderSettings
+from megatron.preprocessing.job import Job, Texts, Totals
 from megatron.preprocessing.journal import Checkpoint, Journal
 from megatron.preprocessing.output import Output
 from megatron.preprocessing.sources import STANDARD_INPUT, Span, input_size, is_file, plan_spans
@@ -21,7 +22,7 @@ from megatron.preprocessing.workers import Reader, encoded_chunks
 
 
 class AlarmError(Exception):
-    """The fast backend gave other ids than the reference; `found` are the code points to blame."""
+    """The fast backend gave other ids than the reference; `found` are the code points that cause it."""
 
     def __init__(self, found: tuple[tuple[int, int], ...]) -> None:
         super().__init__(f"a fast backend's ids differ for {found}")
@@ -30,21 +31,22 @@ class AlarmError(Exception):
 
 def preprocess(
     job: Job,
-    make_encoder: MakesEncoder,
+    make_encoder: EncoderSettings,
     progress: Callable[[Totals], None] = lambda totals: None,
     resume: bool = False,
     announce: Callable[[str], None] = lambda line: None,
 ) -> Totals:
     """Tokenize `job.inputs`, in their order; the files are the same for any workers, backend and interruptions.
 
-    progress: called after each chunk. announce: is told what a user should know. resume: go on where an interrupted run
-    of the same job stopped, or return its totals if it was completed.
-    Raises RunError for a bad line, a damaged file, a full disk or a lost worker. What is done up to the last checkpoint
-    is then kept for `resume`; before the first one nothing is left behind.
-    Raises UserError for what cannot be continued: standard input, or an interrupted run of other work.
+    progress: called after each chunk. announce: called with lines for the user. resume: continue an interrupted run of
+    the same job, or return its totals if it was completed.
+    Raises RunError for a bad line, a damaged file, a full disk or a lost worker. The work up to the last checkpoint is
+    then kept for `resume`; before the first checkpoint nothing is kept.
+    Raises UserError for an input that is not text, and where `resume` is impossible: with standard input, or after an
+    interrupted run of other work.
     """
     if resume and STANDARD_INPUT in job.inputs:
-        raise UserError("--resume reads its inputs again, which standard input cannot be; give it files")
+        raise UserError("--resume reads the inputs again, which is impossible for standard input; give it files")
     spans = plan_spans(job.inputs, job.shard)
     work = _work(job, encoder_of(make_encoder).fingerprint)
     journal = Journal(f"{job.output_prefix}.journal", work)
@@ -70,15 +72,15 @@ def preprocess(
 
 
 def _work(job: Job, fingerprint: str) -> dict[str, Any]:
-    """What decides about the output, in JSON's own types."""
+    """Everything that the output depends on, in JSON's types."""
     inputs = [[path, Path(path).stat().st_mtime_ns if is_file(path) else 0, input_size(path)] for path in job.inputs]
     return {"inputs": inputs, "tokenizer": fingerprint, "settings": job.settings()}
 
 
 def _run(
-    job: Job, spans: Sequence[Span], make_encoder: MakesEncoder, journal: Journal, progress: Callable[[Totals], None]
+    job: Job, spans: Sequence[Span], make_encoder: EncoderSettings, journal: Journal, progress: Callable[[Totals], None]
 ) -> None:
-    """Go on from the last checkpoint to the end of the inputs, and note that as complete."""
+    """Process the inputs from the last checkpoint to the end, and write the final checkpoint."""
     begin = journal.last or Checkpoint()
     totals = Totals(**begin.totals)
     started = saved = time.monotonic()
@@ -96,7 +98,7 @@ def _run(
             output.add(chunk)
             totals.add(chunk.totals)
             first_seen += chunk.first_seen
-            del chunk  # which can be large, before the next one is there
+            del chunk  # before the next one is read: it can be large
             totals.input_bytes, totals.seconds = reader.done_bytes(place), before + time.monotonic() - started
             progress(totals)
             if time.monotonic() - saved >= job.checkpoint_seconds:
@@ -112,8 +114,8 @@ def _run(
         journal.append(output.checkpoint(place, totals, reader.digests, first_seen))
 
 
-def _finish(job: Job, spans: Sequence[Span], make_encoder: MakesEncoder, journal: Journal) -> Totals:
-    """Give the files their names and write the manifest. Can be done again after an interruption."""
+def _finish(job: Job, spans: Sequence[Span], make_encoder: EncoderSettings, journal: Journal) -> Totals:
+    """Give the files their final names and write the manifest. Can be repeated after an interruption."""
     last = journal.last
     assert last is not None
     encoder = encoder_of(make_encoder)

@@ -1,4 +1,4 @@
-"""Chunks read in order, encoded by threads or processes, and handed on in the same order. No torch."""
+"""Read chunks in order, encode them in threads or processes, and yield the results in the same order. No torch."""
 
 import hashlib
 import multiprocessing
@@ -11,17 +11,18 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
 from megatron.errors import RunError
-from megatron.preprocessing.chunks import Chunk, Place, read_chunks
+from megatron.preprocessing.chunks import Chunk, Position, read_chunks
 from megatron.preprocessing.encoding import encode_chunk
-from megatron.preprocessing.job import EncodedChunk, Job, MakesEncoder, Texts
+from megatron.preprocessing.fast_encoding.checked import EncoderSettings
+from megatron.preprocessing.job import EncodedChunk, Job, Texts
 from megatron.preprocessing.journal import Checkpoint
 from megatron.preprocessing.sources import HUGGING_FACE, Span, input_size
 
-LARGE_CHUNKS = 8  # of usual size, which a large document is above
+LARGE_CHUNKS = 8  # a document of more than this many chunks is large
 
 
 class Reader:
-    """The chunks of all inputs from a checkpoint on, each with the place after it, and a hash of each input read."""
+    """The chunks of all inputs after a checkpoint, each with the position of its end; and a hash of each input."""
 
     def __init__(self, job: Job, spans: Sequence[Span], begin: Checkpoint) -> None:
         self._job, self._spans, self._begin = job, spans, begin
@@ -35,23 +36,25 @@ class Reader:
     def __iter__(self) -> Iterator[tuple[Checkpoint, Chunk]]:
         job, begin = self._job, self._begin
         for number, span in enumerate(self._spans[begin.span :], start=begin.span):
-            place = Place(begin.offset, begin.line) if number == begin.span else None
+            position = Position(begin.offset, begin.line) if number == begin.span else None
             digest = None if span.path.startswith(HUGGING_FACE) else hashlib.sha256()
-            for chunk in read_chunks(span, job.keys, place, job.chunk_bytes, digest):
+            for chunk in read_chunks(span, job.keys, position, job.chunk_bytes, digest):
                 self._bytes_read[number, chunk.end.offset] = chunk.bytes_read - span.start
                 yield Checkpoint(number, chunk.end.offset, chunk.end.line), chunk
             self.digests.append(digest.hexdigest() if digest else None)
 
     def done_bytes(self, place: Checkpoint) -> int:
-        """Bytes on the disk up to a place that was yielded."""
+        """Bytes of the files on disk up to a position that was yielded."""
         return self._bytes_before[place.span] + self._bytes_read.pop((place.span, place.offset), 0)
 
 
-Pending = deque[tuple[Checkpoint, int, Future[EncodedChunk]]]  # place, size, result
+Pending = deque[tuple[Checkpoint, int, Future[EncodedChunk]]]  # position, size, result
 
 
-def encoded_chunks(job: Job, reader: Reader, make_encoder: MakesEncoder) -> Generator[tuple[Checkpoint, EncodedChunk]]:
-    """Every chunk of `reader` encoded, with the place after it. Raises RunError when a worker is lost."""
+def encoded_chunks(
+    job: Job, reader: Reader, make_encoder: EncoderSettings
+) -> Generator[tuple[Checkpoint, EncodedChunk]]:
+    """Every chunk of `reader` encoded, with the position of its end. Raises RunError when a worker dies."""
     if job.workers <= 1:
         for place, chunk in reader:
             yield place, encode_chunk(chunk, job, make_encoder)
@@ -63,18 +66,18 @@ def encoded_chunks(job: Job, reader: Reader, make_encoder: MakesEncoder) -> Gene
             with _interrupts_held():
                 pending.append((place, chunk.size, pool.submit(encode_chunk, chunk, job, make_encoder)))
             del chunk
-            while _are_enough(pending, job):
+            while _is_full(pending, job):
                 yield _first(pending)
         while pending:
             yield _first(pending)
     except BrokenProcessPool as error:
-        raise RunError("a worker process died, perhaps for want of memory; try fewer --workers") from error
+        raise RunError("a worker process died, perhaps because memory ran out; try fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _are_enough(pending: Pending, job: Job) -> bool:
-    """The bound on memory: a few chunks, or one large document, and then nothing is read beside it."""
+def _is_full(pending: Pending, job: Job) -> bool:
+    """Whether to wait before reading more, which bounds memory to a few chunks or one large document."""
     sizes = [size for _, size, _ in pending]
     return sum(sizes) > 3 * job.workers * job.chunk_bytes or max(sizes, default=0) > LARGE_CHUNKS * job.chunk_bytes
 
@@ -84,8 +87,8 @@ def _first(pending: Pending) -> tuple[Checkpoint, EncodedChunk]:
     return place, future.result()
 
 
-def _pool(job: Job, make_encoder: MakesEncoder) -> Executor:
-    """Threads for a fast backend: nothing is copied between processes and no memory is used twice."""
+def _pool(job: Job, make_encoder: EncoderSettings) -> Executor:
+    """Threads for a fast backend, which avoids copies between processes; processes for others."""
     if make_encoder.in_threads and not (isinstance(job.form, Texts) and job.form.ftfy):
         return ThreadPoolExecutor(job.workers)
     # Spawned: forking a process that has threads, as the tokenizer's library does, can hang.
@@ -98,7 +101,7 @@ def _start_worker() -> None:
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back for a moment; processes started meanwhile never see it, and leave it to this one."""
+    """Block SIGINT, also in processes started meanwhile, which leave its handling to this one."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -71,3 +71,23 @@ def test_a_lock_is_held_by_one_process_and_given_back_at_its_end(tmp_path):
             and f"it is being written to by another run: process {os.getpid()}" in refused.stderr
         )
     assert subprocess.run(other, cwd=Path(__file__).parents[2]).returncode == 0
+
+
+def test_a_terminal_or_device_may_be_both_input_and_output():
+    refuse_overwriting({"output": "/dev/null"}, {"input": "/dev/null"})
+
+
+def test_a_temporary_lock_leaves_no_file_and_is_taken_anew_after_its_deletion(tmp_path):
+    path = tmp_path / "lock"
+    with FileLock(path, "it", temporary=True) as lock:
+        lock.take()
+        assert path.exists()
+    assert not path.exists()
+    lock = FileLock(path, "it", temporary=True)
+    stale = lock._locked_file()
+    path.unlink()
+    assert not lock._is_at_path(stale)
+    os.close(stale)
+    with lock:
+        lock.take()
+        assert lock._is_at_path(lock._descriptor)

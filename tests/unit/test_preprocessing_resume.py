@@ -14,7 +14,7 @@ from megatron.preprocessing.chunks import read_chunks
 from megatron.preprocessing.fast_encoding.checked import CheckedEncoder, EncoderSettings
 from megatron.preprocessing.fast_encoding.comparison import Comparison
 from megatron.preprocessing.fast_encoding.probes import EVERYTHING, Ranges, union
-from megatron.preprocessing.job import Encoder, Job, Texts, Totals
+from megatron.preprocessing.job import Job, Texts, Totals
 from megatron.preprocessing.journal import Checkpoint, Journal
 from megatron.preprocessing.merge import merge, merge_shuffled, open_parts
 from megatron.preprocessing.pipeline import preprocess
@@ -127,7 +127,7 @@ def test_work_whose_files_are_gone_is_done_again(tmp_path: Path) -> None:
 
 
 def test_standard_input_is_not_continued(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--resume reads its inputs again, which standard input cannot be"):
+    with pytest.raises(UserError, match="--resume reads the inputs again, which is impossible for standard input"):
         preprocess(Job(("-",), str(tmp_path / "out")), BYTES, resume=True)
 
 
@@ -222,7 +222,7 @@ class Lying:
     in_threads: bool
     differing: Ranges = ()
 
-    def __call__(self) -> Encoder:
+    def __call__(self) -> CheckedEncoder:
         reference = self.tokenizer()
 
         def fast(texts: Sequence[str]) -> tuple[Ids, Ids]:

@@ -5,7 +5,7 @@ import gzip
 import pytest
 
 from megatron.errors import UserError
-from megatron.text_files import decode_text, read_text, what_instead_of_text
+from megatron.text_files import decode_text, is_single_byte_text, read_text, what_instead_of_text
 
 TEXT = "grüße, 世界\nsecond line\n"
 
@@ -64,3 +64,19 @@ def test_line_ends_of_windows_are_line_ends(tmp_path):
 def test_a_file_that_cannot_be_read_is_a_line_with_its_key(tmp_path, name):
     with pytest.raises(UserError, match=r"^key"):
         read_text(tmp_path / name, "key")
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("Grüße aus Köln".encode("latin-1"), True),
+        (("Knoten im Büro, " * 40 + "É» ").encode("latin-1") * 5, True),
+        ("Grüße aus Köln".encode(), False),
+        (b"one broken byte \xff in ASCII", False),
+        (b"a" * 4000 + b"\xfc\xe4", False),  # rare: damage
+        ("größer \ufffd ".encode() + b"\xff\xfe", False),  # otherwise UTF-8
+        (b"plain", False),
+    ],
+)
+def test_latin_1_differs_from_utf_8_with_a_few_broken_bytes(data, expected):
+    assert is_single_byte_text(data) is expected
