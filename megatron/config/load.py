@@ -51,7 +51,7 @@ def load_config(
     """Read, merge and check a configuration.
 
     files: with or without extension; a folder stands for its default.yml; none: configs/default.yml.
-    folder: prefix of the files. overrides: "key=value" in YAML syntax. script: the door that will run ("train.py"),
+    folder: prefix of the files. overrides: "key=value" in YAML syntax. script: that will run ("train.py"),
     whose required keys are then checked; planning: except data and checkpoint. tell: gets a line for each GPT-NeoX key
     that was translated or left out.
     Raises ConfigError with all problems.
@@ -62,7 +62,7 @@ def load_config(
     parts = [read_file(path) for path in paths]
     merged = merge(parts)
     if any(part.problems and not part.values for part in parts):
-        raise ConfigError("the files", merged.problems)  # what else is wrong cannot be known
+        raise ConfigError("the files", merged.problems)  # the other problems cannot be known
     for override in overrides:
         _override(merged, override)
     source = " + ".join([str(path) for path in paths] + (["the command line"] if overrides else []))
@@ -138,7 +138,7 @@ def build(entries: Entries, source: str, script: str | None = None, planning: bo
         registry.load_plugins([name for name in plugins if isinstance(name, str)] if isinstance(plugins, tuple) else [])
     except UserError as error:
         entries.problems.append(entries.prefix(("plugins",)) + str(error))
-    known_names = {name for names in registry.TABLE.values() for name in names}  # what a plugin brings is honoured
+    known_names = {name for names in registry.TABLE.values() for name in names}  # names of plugins are honoured
     answer_values(entries, {key: answer for key, answer in VALUES.items() if key[1] not in known_names})
     problems = list(entries.problems)
     known = group_of_key()
@@ -153,7 +153,7 @@ def build(entries: Entries, source: str, script: str | None = None, planning: bo
 
 
 def _build_groups(entries: Entries, problems: list[str]) -> tuple[Config, set[str]]:
-    """The Config, and the keys whose values could not be used (their problems are appended)."""
+    """The Config, and the keys with invalid values, whose problems are appended."""
     known, wrong = group_of_key(), set()
     groups: dict[str, Any] = {}
     for name, kind in group_fields().items():
@@ -181,12 +181,12 @@ def _build_group(
     try:
         return kind.model_validate(usable), wrong
     except ValidationError:
-        # A required key is missing: rules that read it are left out, the others still see the rest.
+        # A required key is missing: rules that read it are skipped, the others are checked.
         return kind.model_construct(**usable), wrong
 
 
 def _unset_none(entries: Entries) -> None:
-    """Take the text "None", which other programs write for null, as unset where a key may be unset."""
+    """Unset optional keys whose value is the text "None", which other programs write for null."""
     for path, value in list(walk(entries.values)):
         field = fields_at(path[:-1]).get(str(path[-1]))
         if not isinstance(value, str) or value.lower() not in NO_VALUE or field is None or field.default is not None:
@@ -199,7 +199,7 @@ def _unset_none(entries: Entries) -> None:
 
 
 def _override(entries: Entries, text: str) -> None:
-    """Put the value of "key=value" in place of what the files say."""
+    """Replace the value in the files by that of "key=value"."""
     match = OVERRIDE.fullmatch(text)
     if match is None:
         entries.problems.append(f"{COMMAND_LINE}: {show(text)} is not of the form key=value")
