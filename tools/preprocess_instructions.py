@@ -12,12 +12,13 @@ are those of tools/preprocess_data.py. See docs/data.md.
 """
 
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
-from megatron.errors import UserError
-from megatron.preprocessing.commands import add_work_flags, do_work, exit_code, new_parser, with_dashes
+from megatron.errors import UserError, exit_code
+from megatron.preprocessing.commands import add_work_flags, do_work, new_parser, path, with_dashes
 from megatron.preprocessing.record_formats import Chat, PromptAndCompletion, chat_template
 
 
@@ -26,27 +27,40 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser = new_parser(__doc__)
     add_work_flags(parser)
     add = parser.add_argument
-    add("--prompt-key", metavar="KEY", help="key of the text that is given")
-    add("--completion-key", metavar="KEY", help="key of the text that is learned")
-    add("--messages-key", metavar="KEY", help="key of a list of messages, in place of the two")
-    add("--chat-template", type=Path, metavar="FILE", help="a template in Jinja (default: the tokenizer's own)")
+    add("--prompt-key", metavar="KEY", help="key of the prompt, which is not learned")
+    add("--completion-key", metavar="KEY", help="key of the completion, which is learned")
+    add("--messages-key", metavar="KEY", help="key of a list of messages, instead of prompt and completion")
+    add("--chat-template", type=path, metavar="FILE", help="a template in Jinja (default: the tokenizer's own)")
+    add("--chat-date", type=iso_date, metavar="YYYY-MM-DD", help="the date for templates that write today's date")
     return parser.parse_args(with_dashes(arguments))
 
 
 def run(arguments: Namespace) -> None:
-    """Tokenize, and say what was made."""
+    """Tokenize, and print a summary."""
     form = form_of(arguments)
     do_work(arguments, keys=form.keys, form=form)
 
 
 def form_of(arguments: Namespace) -> PromptAndCompletion | Chat:
-    """How records are read. Raises UserError unless there are prompts and completions, or messages."""
+    """The format of the records. Raises UserError unless it is prompt and completion, or messages."""
     pair = (arguments.prompt_key, arguments.completion_key)
-    if all(pair) and not arguments.messages_key and not arguments.chat_template:
+    of_chats = (arguments.messages_key, arguments.chat_template, arguments.chat_date)
+    if all(pair) and not any(of_chats):
         return PromptAndCompletion(*pair)
     if arguments.messages_key and not any(pair):
-        return chat_template(arguments.messages_key, arguments.chat_template, arguments.vocab_file)
-    raise UserError("give --prompt-key and --completion-key, or --messages-key (and, with it, --chat-template)")
+        file = arguments.chat_template and Path(arguments.chat_template)
+        return chat_template(arguments.messages_key, file, arguments.vocab_file, arguments.chat_date)
+    raise UserError(
+        "give --prompt-key and --completion-key, or --messages-key (and, with it, --chat-template and --chat-date)"
+    )
+
+
+def iso_date(text: str) -> date:
+    """Parse YYYY-MM-DD. Raises ArgumentTypeError, which the parser reports."""
+    try:
+        return date.fromisoformat(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f'"{text}" is not a date YYYY-MM-DD') from error
 
 
 if __name__ == "__main__":

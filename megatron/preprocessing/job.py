@@ -76,7 +76,8 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """Everything that the output depends on besides inputs and tokenizer."""
         shard = asdict(self.shard) if self.shard else None
-        return {"keys": list(self.keys), "form": asdict(self.form), "shard": shard}
+        form = asdict(self.form) if isinstance(self.form, Texts) else self.form.settings()
+        return {"keys": list(self.keys), "form": form, "shard": shard}
 
 
 @dataclass

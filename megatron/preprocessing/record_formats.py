@@ -1,23 +1,25 @@
-"""How a record of instruction data becomes text of which a part is learned: prompt and completion, or a conversation.
-
-No torch.
-"""
+"""Records of instruction data as text, part of which is learned: prompt and completion, or a chat. No torch."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megatron.errors import UserError
+from megatron.files import is_file
+from megatron.preprocessing import chat_environment
+from megatron.text_files import read_text
 
 Record = Mapping[str, Any]
 Segments = list[tuple[str, bool]]  # text, and whether it is learned
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
 class BadRecordError(Exception):
-    """A record that is not as it should be; the message says why."""
+    """A record that cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class PromptAndCompletion:
         """Keys that a record must have."""
         return self.prompt_key, self.completion_key
 
+    def settings(self) -> dict[str, Any]:
+        """Everything that the output depends on, as JSON."""
+        return asdict(self)
+
     def __call__(self, record: Record) -> Segments:
         """Raises BadRecordError."""
         for key in self.keys:
@@ -42,92 +48,128 @@ class PromptAndCompletion:
 
 @dataclass(frozen=True)
 class Chat:
-    """Records with a list of messages, written out by a template in Jinja as Hugging Face's tokenizers have it.
+    """Records with a list of messages, written out by a chat template in Jinja as transformers does.
 
-    What the template adds for each message of the assistant, from where an answer is asked for, is learned.
-    key: of the messages. names: what templates find there, such as bos_token. Raises UserError for a broken template.
+    The text that the template adds for each message of the assistant, after the generation prompt, is learned; blocks
+    marked `{% generation %}` do not change that. key: of the messages. names: variables of the template, such as
+    bos_token. today: the date that `strftime_now` formats; without it the function is undefined, because data must not
+    depend on the day. Raises UserError for a broken template, or one that calls `strftime_now` and has no fallback.
     """
 
     key: str
     template: str
     names: dict[str, str]
+    today: date | None = None
 
     def __post_init__(self) -> None:
         from jinja2 import TemplateError
 
         try:
             _ = self._compiled
-        except TemplateError as error:
+        except (TemplateError, RecursionError) as error:
             raise UserError(f"the chat template cannot be used: {error}") from error
+        if self.today is None and chat_environment.needs_date(self.template):
+            raise UserError(
+                "the chat template writes the current date (strftime_now), so the data would depend on the day; "
+                "fix the date with --chat-date YYYY-MM-DD"
+            )
 
-    def __reduce__(self) -> tuple[type["Chat"], tuple[str, str, dict[str, str]]]:
-        return Chat, (self.key, self.template, self.names)  # what is compiled cannot be sent to a worker
+    def __reduce__(self) -> tuple[type["Chat"], tuple[str, str, dict[str, str], date | None]]:
+        return Chat, (self.key, self.template, self.names, self.today)  # the compiled template cannot be pickled
 
     @property
     def keys(self) -> tuple[str, ...]:
         """Keys that a record must have."""
         return (self.key,)
 
+    def settings(self) -> dict[str, Any]:
+        """Everything that the output depends on, as JSON."""
+        fixed = {} if self.today is None else {"date": self.today.isoformat()}
+        return {"key": self.key, "template": self.template, "names": self.names, **fixed}
+
     def __call__(self, record: Record) -> Segments:
-        """Raises BadRecordError for messages that the template cannot write, and where it rewrites earlier ones."""
+        """Raises BadRecordError for messages that the template rejects, and where it rewrites earlier messages."""
         messages = record.get(self.key)
         if not isinstance(messages, list) or not all(isinstance(each, dict) and "role" in each for each in messages):
             raise BadRecordError(f'no list of messages with roles under the key "{self.key}"')
         written, segments = "", []
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
-                asked = self._written(messages[:number], ask=True)
-                answered = self._written(messages[: number + 1])
+                asked = self.render(messages[:number], ask=True)
+                answered = self.render(messages[: number + 1])
                 segments += [(_added(written, asked), False), (_added(asked, answered), True)]
                 written = answered
-        return [*segments, (_added(written, self._written(messages)), False)]
+        return [*segments, (_added(written, self.render(messages)), False)]
 
-    def _written(self, messages: Sequence[Any], ask: bool = False) -> str:
+    def render(self, messages: Sequence[Any], ask: bool = False) -> str:
+        """The text of the messages; ask: with the generation prompt. Raises BadRecordError."""
+        from jinja2 import TemplateError, UndefinedError
+
+        variables = {"messages": with_reasoning(messages), "tools": None, "documents": None}
         try:
-            return str(self._compiled.render(messages=messages, add_generation_prompt=ask))
-        except (BadRecordError, MemoryError):
+            return str(self._compiled.render(**variables, add_generation_prompt=ask))
+        except MemoryError:
             raise
         except Exception as error:  # a template is a program: what is in a message can make it fail in any way
+            if isinstance(error, TemplateError) and not isinstance(error, UndefinedError):  # by raise_exception
+                raise BadRecordError(f"the chat template rejects it: {error}") from error
             raise BadRecordError(f"the chat template cannot write it: {type(error).__name__}: {error}") from error
 
     @cached_property
     def _compiled(self) -> Any:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        environment.globals["raise_exception"] = _refuse
-        return environment.from_string(self.template, globals=dict(self.names))
+        found = chat_environment.environment()
+        if self.today is not None:
+            found.globals["strftime_now"] = self.today.strftime
+        return found.from_string(self.template, globals=dict(self.names))
 
 
-def chat_template(key: str, file: Path | None, vocab_file: str | None) -> Chat:
-    """The template in `file`, else the one beside the tokenizer: chat_template.jinja, or in tokenizer_config.json.
+def chat_template(key: str, file: Path | None, vocab_file: str | None, today: date | None = None) -> Chat:
+    """The template in `file`, else the one next to the tokenizer: chat_template.jinja, or in tokenizer_config.json.
 
-    Raises UserError where there is none.
+    today: the date for templates that write one. Raises UserError where there is no template, or it cannot be read.
     """
-    folder = Path(vocab_file).parent if vocab_file else Path("nowhere")
-    settings = folder / "tokenizer_config.json"
-    config: dict[str, Any] = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
-    source = file or folder / "chat_template.jinja"
-    if file is not None and not file.is_file():
-        raise UserError(f"--chat-template ({file}) is not a file")
-    template = source.read_text("utf-8") if source.is_file() else config.get("chat_template")
+    folder = Path(vocab_file).parent if vocab_file else None
+    config = _tokenizer_config(folder / "tokenizer_config.json") if folder else {}
+    template: Any = config.get("chat_template")
+    if file is not None:
+        template = read_text(file, "--chat-template")
+    elif folder and is_file(folder / "chat_template.jinja"):
+        template = read_text(folder / "chat_template.jinja", "the chat template")
     if isinstance(template, list):  # several with names
-        template = next((each["template"] for each in template if each["name"] == "default"), None)
-    if template is None:
-        raise UserError(f"there is no chat template in {folder}; give one with --chat-template FILE")
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        template = named.get("default")
+    if not isinstance(template, str):
+        place = f"in {folder}" if folder else "without --vocab-file"
+        raise UserError(f"there is no chat template {place}; give one with --chat-template FILE")
     tokens = {name: value for name, value in config.items() if name.endswith("_token")}
-    names = {name: value["content"] if isinstance(value, dict) else value for name, value in tokens.items()}
-    return Chat(key, template, {name: value for name, value in names.items() if isinstance(value, str)})
+    names = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
+    return Chat(key, template, {name: value for name, value in names.items() if isinstance(value, str)}, today)
+
+
+def _tokenizer_config(path: Path) -> dict[str, Any]:
+    if not is_file(path):
+        return {}
+    try:
+        config = json.loads(read_text(path, "the tokenizer's settings"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} does not hold an object with settings of the tokenizer")
+    return config
+
+
+def with_reasoning(messages: Sequence[Any]) -> list[Any]:
+    """Messages with their reasoning under each of the names that templates read, as transformers adds them."""
+    found = []
+    for message in messages:
+        reasoning = next((message[name] for name in REASONING_KEYS if message.get(name) is not None), None)
+        if reasoning is not None:
+            message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+        found.append(message)
+    return found
 
 
 def _added(before: str, after: str) -> str:
     if not after.startswith(before):
         raise BadRecordError("the chat template changes what it wrote for earlier messages")
     return after[len(before) :]
-
-
-def _refuse(message: str) -> None:
-    raise BadRecordError(message)

@@ -114,7 +114,7 @@ def test_a_template_that_changes_what_it_wrote_is_refused(tmp_path: Path) -> Non
     talk = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
     with pytest.raises(RunError, match="changes what it wrote for earlier messages"):
         write(tmp_path, [{"m": talk}], Chat("m", forgetful, {}))
-    with pytest.raises(RunError, match="line 1: no system, please"):
+    with pytest.raises(RunError, match="line 1: the chat template rejects it: no system, please"):
         write(tmp_path, [{"m": [{"role": "assistant"}]}], Chat("m", "{{ raise_exception('no system, please') }}", {}))
     with pytest.raises(UserError, match="the chat template cannot be used"):
         Chat("m", "{% if %}", {})
