@@ -4,14 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 # pip builds DeepSpeed from source; without isolation it sees the torch that is here instead of fetching another one
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The tests of a file stay in one worker, and files start in their order: the short unit tests last, to end together.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+SHARD ?= 1/1
 
-.PHONY: help install demo test test-all check format docs bench lock clean
+.PHONY: help install demo test test-fast test-long test-all check format docs bench lock clean
 
 help:
 	@echo "make install   set up .venv (the other targets do it when they need it)"
 	@echo "make demo      set up, then prepare data, train, generate and evaluate on this machine"
-	@echo "make test      set up, then run the tests (under 12 minutes on 2 cores)"
-	@echo "make test-all  the long tests as well"
+	@echo "make test      set up, then run the tests (TIMETEST on 2 cores)"
+	@echo "make test-fast the unit tests only (TIMEFAST)"
+	@echo "make test-all  the long tests as well (TIMEALL); SHARD=2/3 runs the second third of them"
+	@echo "make test-long the long tests alone; with SHARD as well. WORKERS=8 where there are more cores"
 	@echo "make check     lint, formatting, types, import rules      make format  mend the first two"
 	@echo "make docs      write the pages made from the code         make bench   the benchmarks (quiet machine)"
 	@echo "make lock      renew requirements/ from pyproject.toml"
@@ -22,10 +28,16 @@ demo: $(VENV)/.installed
 	@$(BIN)/python tools/demo.py
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not long" tests
+	$(PYTEST) -m "not long" tests
+
+test-fast: $(VENV)/.installed-dev
+	$(PYTEST) -m "not long" tests/unit
+
+test-long: $(VENV)/.installed-dev
+	$(PYTEST) -m long --shard $(SHARD) tests
 
 test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests
+	$(PYTEST) --shard $(SHARD) tests
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

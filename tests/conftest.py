@@ -1,6 +1,23 @@
-"""What all tests share: one thread per process, as several processes share the cores."""
+"""One thread per process for all tests, and the option --shard."""
 
 import os
 
-# before torch is imported; with more threads than free cores, small matrices take ten times as long
+import pytest
+
+from tests.shards import items_of, parse_shard
+
+# Before torch is imported. Several processes share the cores: with more threads small matrices take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", type=parse_shard, metavar="K/N", help="run every N-th selected test, from the K-th on")
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if shard := config.getoption("shard"):
+        chosen = items_of(tuple(shard), items)
+        kept = set(chosen)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = chosen

@@ -27,8 +27,19 @@ import torch.multiprocessing as multiprocessing
 
 from megatron.parallel.grid import ParallelGrid
 
-# torch._dynamo: torch.testing imports it (half a second) at its first use
-PRELOADED = ["pytest", "torch", "torch._dynamo", "torch.testing", "torch.distributed.device_mesh", "deepspeed"]
+# An engine would import muon, and with it torch._inductor, in each rank (a second), and torch.testing torch._dynamo.
+PRELOADED = [
+    "pytest",
+    "torch",
+    "torch._dynamo",
+    "torch.testing",
+    "torch.distributed.device_mesh",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "megatron.checkpoint.store",
+    "megatron.engine.training",
+    "megatron.model.gpt",
+]
 BACKEND = os.environ.get("RANKS_BACKEND", "gloo")
 GRACE_SECONDS = 1.0  # for the other ranks to fail as well, once one has
 
