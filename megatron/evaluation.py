@@ -1,19 +1,20 @@
-"""evaluate.py: how well a trained model does at tasks, or predicts held-out text: perplexity per token, word and byte.
+"""evaluate.py: score tasks, or the perplexity of held-out text per token, word and byte.
 
 Shapes: b windows, s sequence.
 
-The tokens of one part of the data are cut into windows in order, each continuing where the last ended and seeing its
-last token first; the first token of all is predicted from an end-of-document token, the last window may be short.
-So each token is scored exactly once, from at most s tokens before it.
+The tokens of one split of the data are cut into consecutive windows. Each window begins with the last token of the
+window before it, the first one with an end-of-document token; the last window may be short. So each token is scored
+exactly once, from at most s tokens before it.
 """
 
 import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,28 +31,35 @@ from megatron.inference import FoundModel, TrainedModel, find_trained_model, ope
 from megatron.logging import configure
 from megatron.model.gpt import make_loss
 from megatron.resources import open_data
-from megatron.tokenizer.base import Tokenizer
+from megatron.tokenizer.base import Tokenizer, UnknownTextError
 from megatron.units import perplexity
 
 log = logging.getLogger(__name__)
 
 PIECE = 1_000_000  # tokens that are decoded together
+OVERLAP = 16  # tokens before a piece that tell a decoder how the piece begins
+PROBED_CHARACTERS = 10_000
 
 
 @dataclass(frozen=True)
 class TextSize:
-    """What was scored. entropy: of single tokens by their frequency in this very text, in nats per token."""
+    """What was scored.
+
+    words, bytes: of the text; None where the ids do not tell. entropy: of single tokens by their frequency in this
+    text, in nats per token. reason: why words or bytes are None.
+    """
 
     tokens: int
-    words: int
-    bytes: int
+    words: int | None
+    bytes: int | None
     entropy: float
+    reason: str = ""
 
 
 def evaluate(config: Config) -> None:
-    """Measure the model in `load`, print a table and write a JSON file. Every rank calls it.
+    """Evaluate the model in `load`, print a table and write a JSON file. Every rank calls it.
 
-    Raises UserError, before work begins, for whatever is wrong with configuration, data, tasks or checkpoint.
+    Raises UserError, before work begins, for a wrong configuration, data, tasks or checkpoint.
     """
     configure(int(os.environ.get("RANK", "0")))
     found = find_trained_model(config)
@@ -73,8 +81,11 @@ def measure_perplexity(config: Config, found: FoundModel, target: Path) -> None:
         nats = negative_log_likelihood(model, stream, found.plan.batch.sequence_length, batch)
         if dist.get_rank() != 0:
             return
-        results = score(nats, measure_text(stream, found.tokenizer))
+        size = measure_text(stream, found.tokenizer)
+        results = score(nats, size)
     log.info("%s", table(part, results))
+    if size.reason:
+        log.warning("%s", size.reason)
     document = {
         "results": {part: results},
         "checkpoint": str(found.checkpoint),
@@ -105,7 +116,7 @@ def negative_log_likelihood(model: TrainedModel, stream: TokenStream, sequence: 
 
 
 def window_batches(stream: TokenStream, sequence: int, batch: int, first_token: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ids [b, s + 1] and the weight of each label [b, s]: 1, or 0 where a window is filled up behind its end."""
+    """Ids [b, s + 1] and the weight of each label [b, s]: 1, or 0 for padding."""
     starts = range(0, stream.num_tokens, sequence)
     for first in range(0, len(starts), batch):
         rows = [_window(stream, start, sequence, first_token) for start in starts[first : first + batch]]
@@ -115,55 +126,84 @@ def window_batches(stream: TokenStream, sequence: int, batch: int, first_token: 
 
 
 def measure_text(stream: TokenStream, tokenizer: Tokenizer) -> TextSize:
-    """Words (runs without white space) and UTF-8 bytes of the documents, without end-of-document tokens."""
+    """Words (runs without white space) and UTF-8 bytes of the documents' text.
+
+    Tokens that the tokenizer puts around a text and ends of documents are not text.
+    """
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    words = size = 0
-    for document in _documents(stream, tokenizer.end_of_document):
-        text = tokenizer.decode(document)
-        words += len(text.split())
+    markers = sorted({tokenizer.end_of_document, *tokenizer.affixes[0], *tokenizer.affixes[1]})
+    words = size = spaced = 0
+    sample = ""
+    for before, ids in _texts(stream, markers):
+        text = tokenizer.decode_continuation(before, ids)
+        begins_within_word = text[:1].strip() and before and tokenizer.decode(before)[-1:].strip()
+        words += len(text.split()) - bool(begins_within_word)
         size += len(text.encode())
+        spaced += not before and text.startswith(" ")
+        if len(sample) < PROBED_CHARACTERS:
+            sample += text[:PROBED_CHARACTERS] + "\n"
     for start in range(0, stream.num_tokens, PIECE):
         counts += np.bincount(stream.tokens(start, PIECE), minlength=len(counts))
-    return TextSize(stream.num_tokens, words, size, unigram_entropy(counts))
+    unknown = 0 if tokenizer.unknown in (None, *markers) else int(counts[tokenizer.unknown])
+    keeps_words, keeps_bytes = (False, False) if unknown else _kept(tokenizer, sample)
+    if _begins_with_space(tokenizer, sample):
+        size -= spaced
+    return TextSize(
+        stream.num_tokens,
+        words if keeps_words else None,
+        size if keeps_bytes else None,
+        unigram_entropy(counts),
+        _reason(unknown, keeps_words, keeps_bytes),
+    )
 
 
 def unigram_entropy(counts: np.ndarray) -> float:
-    """Entropy in nats of the distribution that `counts` [v] describe: what predicting by frequency alone would cost."""
+    """Entropy in nats of the distribution that `counts` [v] describe: the loss of predicting by frequency alone."""
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 
 
-def score(nats: float, size: TextSize) -> dict[str, float]:
+def score(nats: float, size: TextSize) -> dict[str, float | None]:
     """The figures of the results file. Losses and entropy are in nats per token; perplexity is exp(nats / unit).
 
-    The nats include what end-of-document tokens cost; words and bytes count text only.
+    The nats include those of end-of-document tokens and affixes; words and bytes count text only. None: not known.
     """
     per_token = nats / size.tokens
     return {
         "loss": per_token,
         "token_perplexity": perplexity(per_token),
-        "word_perplexity": perplexity(nats / size.words) if size.words else math.nan,
-        "byte_perplexity": perplexity(nats / size.bytes) if size.bytes else math.nan,
+        "word_perplexity": perplexity(nats / size.words) if size.words else None,
+        "byte_perplexity": perplexity(nats / size.bytes) if size.bytes else None,
         "bits_per_token": per_token / math.log(2),
-        "bits_per_byte": nats / size.bytes / math.log(2) if size.bytes else math.nan,
+        "bits_per_byte": nats / size.bytes / math.log(2) if size.bytes else None,
         "unigram_entropy": size.entropy,
         "unigram_entropy_bits": size.entropy / math.log(2),
-        **{name: value for name, value in asdict(size).items() if name != "entropy"},
+        **{name: value for name, value in asdict(size).items() if name not in ("entropy", "reason")},
     }
 
 
-def table(part: str, results: dict[str, float]) -> str:
-    """The results for a reader."""
-    r = results
+def table(part: str, results: dict[str, float | None]) -> str:
+    """The results as a table."""
+
+    def shown(name: str, form: str) -> str:
+        value = results[name]
+        return "unknown" if value is None else format(value, form)
+
+    gain = (results["unigram_entropy"] or 0.0) - (results["loss"] or 0.0)
     rows = [
         ("", "token", "word", "byte"),
-        ("perplexity", f"{r['token_perplexity']:.3f}", f"{r['word_perplexity']:.5g}", f"{r['byte_perplexity']:.4f}"),
-        ("bits", f"{r['bits_per_token']:.4f}", "", f"{r['bits_per_byte']:.4f}"),
-        ("nats (loss)", f"{r['loss']:.4f}", "", ""),
-        ("unigram entropy", f"{r['unigram_entropy']:.4f}", "", ""),
-        ("loss is below by", f"{r['unigram_entropy'] - r['loss']:.4f}", "", ""),
+        (
+            "perplexity",
+            shown("token_perplexity", ".3f"),
+            shown("word_perplexity", ".5g"),
+            shown("byte_perplexity", ".4f"),
+        ),
+        ("bits", shown("bits_per_token", ".4f"), "", shown("bits_per_byte", ".4f")),
+        ("nats (loss)", shown("loss", ".4f"), "", ""),
+        ("unigram entropy", shown("unigram_entropy", ".4f"), "", ""),
+        ("loss is below by", f"{gain:.4f}", "", ""),
     ]
-    head = f"{part}: {r['tokens']:,.0f} tokens, {r['words']:,.0f} words, {r['bytes']:,.0f} bytes"
+    head = f"{part}: " + ", ".join(f"{shown(name, ',.0f')} {name}" for name in ("tokens", "words", "bytes"))
     lines = [f"  {name:18}{token:>12}{word:>12}{byte:>12}".rstrip() for name, token, word, byte in rows]
     return "\n".join([head, *lines])
 
@@ -187,22 +227,69 @@ def results_file(config: Config, now: datetime) -> Path:
 
 
 def _window(stream: TokenStream, start: int, sequence: int, first_token: int) -> list[int]:
-    """The labels from `start` on, and before them the token that the first of them is predicted from."""
+    """The labels from `start` on, preceded by the token that the first one is predicted from."""
     if start == 0:
         return [first_token, *stream.tokens(0, sequence).tolist()]
     ids: list[int] = stream.tokens(start - 1, sequence + 1).tolist()
     return ids
 
 
-def _documents(stream: TokenStream, end: int) -> Iterator[list[int]]:
-    """The documents, without the tokens that end them; one longer than `PIECE` comes in pieces."""
-    rest = np.zeros(0, dtype=np.int64)
+def _texts(stream: TokenStream, markers: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """The runs of ids between `markers`, each after the last ids of the same run that were given before.
+
+    A run longer than `PIECE` comes in pieces; all but the first one have ids before them.
+    """
+    before, rest = list[int](), np.zeros(0, dtype=np.int64)
     for start in range(0, stream.num_tokens, PIECE):
         rest = np.concatenate([rest, stream.tokens(start, PIECE)])
-        *whole, rest = np.split(rest, np.flatnonzero(rest == end) + 1)
+        *whole, rest = np.split(rest, np.flatnonzero(np.isin(rest, markers)) + 1)
+        for run in whole:
+            if len(run) > 1:
+                yield before, run[:-1].tolist()
+            before = []
         if len(rest) > PIECE:
-            whole, rest = [*whole, rest], rest[:0]
-        for document in whole:
-            yield document[document != end].tolist()
+            yield before, rest.tolist()
+            before, rest = rest[-OVERLAP:].tolist(), rest[:0]
     if len(rest):
-        yield rest[rest != end].tolist()
+        yield before, rest.tolist()
+
+
+def _kept(tokenizer: Tokenizer, sample: str) -> tuple[bool, bool]:
+    """Whether a text has as many words, and as many bytes, after it was encoded and decoded.
+
+    Tried with words of `sample`, joined and spaced in several ways. Texts that the vocabulary cannot express tell
+    nothing.
+    """
+    found = list(dict.fromkeys(sample.split()))
+    made_up = _begins_with_space(tokenizer, sample)
+    keeps_words = keeps_bytes = True
+    for one, other in pairwise(found[:50]):
+        separators = ("", " ", "  ", ", ", ".", "\n")
+        for text in (*(one + space + other for space in separators), f" {one} ", one.upper(), one.lower(), f"{one} é"):
+            try:
+                ids = tokenizer.encode_bare([text])[0]
+            except UnknownTextError:
+                continue
+            if tokenizer.unknown is not None and tokenizer.unknown in ids:
+                continue
+            decoded = tokenizer.decode(ids)
+            if made_up and not text.startswith(" "):
+                decoded = decoded.removeprefix(" ")
+            keeps_words &= len(decoded.split()) == len(text.split())
+            keeps_bytes &= len(decoded.encode()) == len(text.encode())
+    return keeps_words, keeps_bytes
+
+
+def _begins_with_space(tokenizer: Tokenizer, sample: str) -> bool:
+    """Whether the tokenizer puts a space before each text that has none, which stays when the text is decoded."""
+    word = next(iter(sample.split()), "")
+    return tokenizer.decode(tokenizer.encode_bare([word])[0]) == f" {word}"
+
+
+def _reason(unknown: int, keeps_words: bool, keeps_bytes: bool) -> str:
+    if unknown:
+        return f"words and bytes are not known: {unknown:,} tokens stand for text that the vocabulary lacks"
+    lost = [name for name, kept in (("words", keeps_words), ("bytes", keeps_bytes)) if not kept]
+    if not lost:
+        return ""
+    return f"{' and '.join(lost)} are not known: this tokenizer changes text, and ids do not tell how it was written"

@@ -1,8 +1,8 @@
-"""A trained model, opened to be read: what generation and evaluation share.
+"""Load a trained model for generation and evaluation.
 
-Shapes: b texts, s columns, v vocabulary. Below floor 6: no file of the floors under it imports this one.
-Opening has two halves. `find_trained_model` checks everything that a user can get wrong, before ranks meet;
-`open_trained_model` is the work.
+Shapes: b texts, s columns, v vocabulary.
+`find_trained_model` checks the configuration and the checkpoint before the process group starts; `open_trained_model`
+loads the weights.
 """
 
 import logging
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FoundModel:
-    """What to open: checked, but nothing is loaded yet."""
+    """A checked model whose weights are not loaded yet."""
 
     plan: Plan
     tokenizer: Tokenizer
@@ -44,7 +44,7 @@ class FoundModel:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model with its weights, on the ranks of `grid`; each data-parallel replica answers for itself."""
+    """A model with its weights on the ranks of `grid`; each data-parallel replica computes independently."""
 
     engine: InferenceEngine
     grid: ParallelGrid
@@ -53,15 +53,15 @@ class TrainedModel:
 
     @property
     def context(self) -> int:
-        """The most tokens the model sees at once."""
+        """The context length in tokens."""
         return self.plan.model.max_position_embeddings
 
     def local_logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """This rank's share of the logits for int64 tokens [b, s]: [b, s, v/tp]."""
+        """This rank's shard of the logits for int64 tokens [b, s]: [b, s, v/tp]."""
         return self.engine.forward(tokens, cache)
 
     def local_logits_of_documents(self, tokens: Tensor) -> Tensor:
-        """The same for text in which documents follow one another, which are kept apart if the model is trained so."""
+        """`local_logits` of text with several documents, with attention kept within each if the model is trained so."""
         start = None
         if self.plan.model.keeps_documents_apart:
             start = document_starts(tokens, self.tokenizer.end_of_document)
@@ -89,7 +89,7 @@ class TrainedModel:
 def find_trained_model(config: Config) -> FoundModel:
     """Tokenizer, plan and checkpoint of the model that `config` describes. `load` defaults to `save`.
 
-    Raises UserError for whatever does not fit together.
+    Raises UserError where they are missing or do not match.
     """
     keys = config.checkpoint
     folder = keys.load or keys.save
@@ -106,9 +106,9 @@ def find_trained_model(config: Config) -> FoundModel:
 
 
 def open_trained_model(found: FoundModel, backend: str | None, timeout_minutes: float = 30) -> TrainedModel:
-    """Let the ranks meet, build the model and load its weights. Collective.
+    """Start the process group, build the model and load its weights. Collective.
 
-    backend: of torch.distributed, or None. timeout_minutes: that ranks wait for one another.
+    backend: of torch.distributed, or None for the default. timeout_minutes: of collectives.
     """
     grid = start(tensor=found.plan.layout.tensor, backend=backend, timeout_minutes=timeout_minutes)
     layers = gpt_layers(found.plan.model, grid, found.plan.engine.seed)

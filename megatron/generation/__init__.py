@@ -1,1 +1,1 @@
-"""Text out of a trained model: prompts, decoding, sampling, JSON lines."""
+"""Generate text with a trained model: prompts, decoding, sampling, JSON lines."""

@@ -1,4 +1,4 @@
-"""generate.py: prompts in, a trained model, JSON lines out."""
+"""generate.py: continue prompts with a trained model and write JSON lines."""
 
 import logging
 import os
@@ -15,11 +15,12 @@ from megatron.config.schema.config import Config
 from megatron.config.schema.run_keys import GenerationKeys
 from megatron.engine.distributed import stop
 from megatron.errors import UserError, work_begins
+from megatron.files import refuse_overwriting
 from megatron.generation.decoding import DecodingSettings, continue_texts
 from megatron.generation.prompts import encode_prompts, read_prompts, typed_prompts
 from megatron.generation.records import JsonLinesFile, record
 from megatron.generation.sampling import Sampling
-from megatron.inference import TrainedModel, find_trained_model, open_trained_model
+from megatron.inference import FoundModel, TrainedModel, find_trained_model, open_trained_model
 from megatron.logging import configure
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to continue. seed: of its random numbers, a function of the run's seed and the prompt's number alone."""
+    """A text to continue. seed: for sampling, a function of the run's seed and the prompt's number alone."""
 
     text: str
     ids: list[int]
@@ -37,7 +38,7 @@ class Prompt:
 def generate(config: Config) -> None:
     """Continue the prompts that `config` names with the model in `load`. Every rank calls it; rank 0 writes.
 
-    Raises UserError, before work begins, for whatever is wrong with configuration, prompts or checkpoint.
+    Raises UserError, before work begins, for a wrong configuration, prompts or checkpoint.
     """
     rank = int(os.environ.get("RANK", "0"))
     configure(rank)
@@ -51,6 +52,7 @@ def generate(config: Config) -> None:
         converse(open_trained_model(found, config.launcher.distributed_backend), keys, config.training.seed)
         stop()
         return
+    refuse_overwriting({"sample_output_file": keys.sample_output_file}, _inputs(config, found))
     texts = read_prompts(Path(keys.sample_input_file or ""), keys.prompt_end) if source == "input-file" else [""]
     prompts = [
         Prompt(text, ids, f"{config.training.seed}/{number}/{sample}")
@@ -65,6 +67,19 @@ def generate(config: Config) -> None:
     stop()
 
 
+def _inputs(config: Config, found: FoundModel) -> dict[str, Path]:
+    """The files that a run reads, by key."""
+    keys = {
+        "sample_input_file": config.generation.sample_input_file,
+        "vocab_file": config.tokenizer.vocab_file,
+        "merge_file": config.tokenizer.merge_file,
+    }
+    files = {key: Path(value) for key, value in keys.items() if value}
+    return files | {
+        f"{path.relative_to(found.checkpoint)} of the checkpoint": path for path in found.checkpoint.rglob("*")
+    }
+
+
 def prompt_source(keys: GenerationKeys) -> str:
     """input-file, unconditional or interactive."""
     source = keys.text_gen_type or ("input-file" if keys.sample_input_file else "unconditional")
@@ -74,7 +89,7 @@ def prompt_source(keys: GenerationKeys) -> str:
 
 
 def ignored_at_a_prompt(keys: GenerationKeys) -> list[str]:
-    """A line for each setting that has no effect where prompts are typed in and texts are shown."""
+    """A line for each setting that has no effect in interactive generation."""
     fields = GenerationKeys.model_fields
     reasons = {
         "num_samples": "each prompt gets one text",
@@ -90,7 +105,7 @@ def ignored_at_a_prompt(keys: GenerationKeys) -> list[str]:
 
 
 def decoding_settings(keys: GenerationKeys) -> DecodingSettings:
-    """What the keys say about decoding."""
+    """The decoding settings of the keys."""
     return DecodingSettings(
         Sampling(keys.temperature, keys.top_k, keys.top_p),
         maximum_tokens=keys.maximum_tokens,
@@ -120,7 +135,7 @@ def write_all(
 
 
 def continue_batch(model: TrainedModel, prompts: Sequence[Prompt], keys: GenerationKeys) -> list[dict[str, Any]]:
-    """The records of some prompts, which are computed together."""
+    """The records of one batch of prompts."""
     if not prompts:
         return []
     started = time.perf_counter()
@@ -135,7 +150,7 @@ def continue_batch(model: TrainedModel, prompts: Sequence[Prompt], keys: Generat
 
 
 def converse(model: TrainedModel, keys: GenerationKeys, seed: int) -> None:
-    """Continue one typed prompt after another, until the input ends. Collective over all ranks."""
+    """Continue typed prompts until the input ends. Collective over all ranks."""
     for number, text in enumerate(typed_prompts(keys.prompt_end)):
         try:
             [ids] = encode_prompts([text], model.tokenizer, model.context)

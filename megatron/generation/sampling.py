@@ -1,7 +1,7 @@
 """The next token from its logits: greedy, temperature, top-k, top-p.
 
-Shapes: b texts, v vocabulary. Pure functions; random numbers come from outside, one for each text and token, so that
-neither the batch nor the layout has a say in what is sampled.
+Shapes: b texts, v vocabulary. Pure functions; random numbers are arguments, one for each text and token, so that
+samples depend neither on the batch nor on the layout.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. All three 0: the likeliest token.
+    """Sampling settings. All three 0: greedy.
 
-    temperature: divides the logits; 0 beside a top_k or top_p counts as 1, as in GPT-NeoX. top_k: the likeliest k
-    tokens only. top_p: the fewest likeliest tokens that reach this probability (https://arxiv.org/abs/1904.09751),
-    taken after top_k. 0 turns top_k or top_p off.
+    temperature: divides the logits; 0 together with top_k or top_p counts as 1, as in GPT-NeoX. top_k: sample from the
+    likeliest k tokens only. top_p: from the smallest set of likeliest tokens that reaches this probability
+    (https://arxiv.org/abs/1904.09751), applied after top_k. 0 turns top_k or top_p off.
     """
 
     temperature: float = 0.0
@@ -55,5 +55,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:
     """True for the fewest likeliest tokens whose probabilities reach `top_p`: bool [b, v]."""
     ordered, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-    likelier = ordered.cumsum(dim=-1) - ordered  # what stands before a token; 0 for the first, which always stays
+    likelier = (
+        ordered.cumsum(dim=-1) - ordered
+    )  # probability of the likelier tokens; 0 for the first one, so it always stays
     return torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, likelier < top_p)

@@ -42,6 +42,7 @@ class HarnessModel(TemplateLM):
         self._tokenizer, self._context, self._batch, self._seed = tokenizer, context, batch, seed
         self._open_team = open_team
         self.was_needed = False
+        self._task_of: dict[Any, str] = {}  # by context and continuation, for messages
         self._prefix = tokenizer.affixes[0][0] if tokenizer.affixes[0] else tokenizer.end_of_document
         self._prefix_text = tokenizer.decode([self._prefix])
 
@@ -90,6 +91,7 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Likelihood]:
         """The likelihood of each continuation after its context, which is truncated on the left if it is too long."""
+        self._task_of = {request.args: getattr(request, "task_name", "") for request in requests}
         found: list[Likelihood] = super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
         return found
 
@@ -130,9 +132,12 @@ class HarnessModel(TemplateLM):
     def _tokens_to_read(self, request: Tokenized) -> tuple[int, ...]:
         """All but the last token of context and continuation, truncated on the left to the model's context."""
         strings, context, continuation = request
-        if not 0 < len(continuation) <= self._context:
+        task = f"eval_tasks: {self._task_of[strings]}" if strings in self._task_of else "eval_tasks"
+        if not continuation:
+            raise UserError(f"{task}: an answer without tokens cannot be scored: {str(strings)[-80:]}")
+        if len(continuation) > self._context:
             raise UserError(
-                f"eval_tasks: an answer of {len(continuation)} tokens cannot be scored; the model's context is "
+                f"{task}: an answer of {len(continuation)} tokens cannot be scored; the model's context is "
                 f"{self._context} (max_position_embeddings): {str(strings)[-80:]}"
             )
         whole = [*(context or [self._prefix]), *continuation]

@@ -1,4 +1,4 @@
-"""evaluate.py with eval_tasks: the harness on the first rank, a trained model on all of them."""
+"""evaluate.py with eval_tasks: the harness on rank 0, a trained model on all ranks."""
 
 import logging
 import os
@@ -8,7 +8,8 @@ from typing import Any
 
 from megatron.config.schema.config import Config
 from megatron.errors import RunError, UserError
-from megatron.harness.tasks import check_harness, find_tasks
+from megatron.harness.problems import task_problems
+from megatron.harness.tasks import check_harness, find_tasks, open_tasks
 from megatron.harness.team import PATIENCE, Team
 from megatron.inference import FoundModel, open_trained_model
 
@@ -18,12 +19,12 @@ log = logging.getLogger(__name__)
 def evaluate_tasks(config: Config, found: FoundModel, target: Path) -> None:
     """Score `eval_tasks`, print tables and write the harness's results to `target`. Every rank calls it.
 
-    Raises UserError, before ranks meet, for tasks or datasets that are not there; RunError later.
+    Raises UserError for tasks or datasets that cannot be used, before the process group starts; RunError later.
     """
     check_harness(config.evaluation.eval_include_path)
 
     def open_team() -> Team:
-        minutes = PATIENCE.total_seconds() / 60  # the others wait while the first fetches datasets
+        minutes = PATIENCE.total_seconds() / 60  # the other ranks wait while rank 0 downloads datasets
         return Team(open_trained_model(found, config.launcher.distributed_backend, minutes))
 
     if int(os.environ.get("RANK", "0")) != 0:
@@ -38,13 +39,11 @@ def evaluate_tasks(config: Config, found: FoundModel, target: Path) -> None:
 
 
 def _results(config: Config, found: FoundModel, open_team: Callable[[], Team]) -> dict[str, Any]:
-    """What the harness found, and what it found it about. For the first rank."""
-    from lm_eval.tasks import TaskManager
-
+    """The harness's results with the configuration of the run. For rank 0."""
     from megatron.harness.language_model import HarnessModel
 
     keys, context = config.evaluation, found.plan.model.max_position_embeddings
-    manager = TaskManager(include_path=keys.eval_include_path)
+    manager = open_tasks(keys.eval_include_path)
     names = find_tasks(keys.eval_tasks or (), manager)
     batch = config.batch.train_micro_batch_size_per_gpu or config.generation.generation_batch_size
     model = HarnessModel(found.tokenizer, context, batch, config.training.seed, open_team)
@@ -59,9 +58,9 @@ def run_harness(
 ) -> dict[str, Any]:
     """The harness's results for tasks, groups or tags called `names`.
 
-    model: a HarnessModel, on the first rank. limit: documents per task; below 1 a share of them; None: all.
-    Until the model is needed, whatever fails is the tasks' fault and becomes a UserError; once it computes, a
-    UserError comes too late and becomes a RunError.
+    model: a HarnessModel, on rank 0. limit: documents per task; below 1 a share of them; None: all.
+    Before the model is needed, any failure is one of the tasks and becomes a UserError; once the model computes, a
+    UserError becomes a RunError.
     """
     from lm_eval.evaluator import simple_evaluate
 
@@ -76,5 +75,4 @@ def run_harness(
     except Exception as error:
         if model.was_needed:
             raise
-        # A dataset that is not there, a task that runs code, ...: the harness has no kind of error of its own.
-        raise UserError(f"eval_tasks: {type(error).__name__}: {error}") from error
+        raise UserError(*task_problems(names, manager, error, limit)) from error

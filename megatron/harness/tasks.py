@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.errors import UserError
+from megatron.files import is_folder
+from megatron.harness.problems import broken_files
 from megatron.registry import nearest
 
 
@@ -13,8 +15,20 @@ def check_harness(include_path: str | None) -> None:
     """Raise UserError where the harness is not installed or `include_path` is not a folder."""
     if find_spec("lm_eval") is None:
         raise UserError('eval_tasks needs the lm-evaluation-harness: pip install "lm-eval>=0.4.9", or -e ".[eval]"')
-    if include_path is not None and not Path(include_path).is_dir():
+    if include_path is not None and not is_folder(include_path):
         raise UserError(f"eval_include_path ({include_path}) is not a folder")
+
+
+def open_tasks(include_path: str | None, include_defaults: bool = True) -> Any:
+    """The harness's TaskManager, with the tasks in `include_path`. Raises UserError where they cannot be read."""
+    from lm_eval.tasks import TaskManager
+
+    try:
+        return TaskManager(include_path=include_path, include_defaults=include_defaults)
+    except Exception as error:  # of any kind: the harness reads all files of the folder
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        problems = broken_files(Path(include_path)) if include_path else []
+        raise UserError(*problems or [f"the harness cannot read the tasks in eval_include_path ({reason})"]) from error
 
 
 def find_tasks(patterns: Sequence[str], manager: Any) -> list[str]:
@@ -29,7 +43,8 @@ def find_tasks(patterns: Sequence[str], manager: Any) -> list[str]:
     matches = {word: manager.match_tasks([word]) for word in words}
     problems = [_no_such_task(pattern, manager.all_tasks) for pattern, names in matches.items() if not names]
     if problems:
-        raise UserError(*problems)
+        folder = manager.include_path
+        raise UserError(*problems, *(broken_files(Path(folder)) if isinstance(folder, str) else ()))
     return list(dict.fromkeys(name for names in matches.values() for name in names))
 
 

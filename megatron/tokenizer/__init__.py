@@ -1,1 +1,1 @@
-"""Text to token ids and back: one small interface, one factory per tokenizer."""
+"""Tokenizers: one interface for text to ids and back, one factory per kind."""

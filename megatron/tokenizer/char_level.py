@@ -1,8 +1,8 @@
-"""`CharLevelTokenizer`: one id per byte of UTF-8, with no file at all.
+"""`CharLevelTokenizer`: one id per byte of UTF-8, without a vocabulary file.
 
 Ids 0..255 are the bytes, 256 ends a document. GPT-NeoX has 512 ids and ends a document with 0, which is also the byte
-NUL: a text that holds one would be cut there. Its bytes have the same ids, so its files can be read, but its ends of
-documents look like NUL.
+NUL and would split a text that contains one. The bytes have the same ids here, so GPT-NeoX's files can be read, but the
+ends of their documents read as NUL.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class CharLevelTokenizer(Tokenizer):
         return f'CharLevelTokenizer, {self.vocab_size} ids (bytes), end of document "{END_OF_DOCUMENT}" ({BYTES})'
 
     def encode_arrays(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
-        """Ids of texts without surrogates, one after another, and the number for each."""
+        """Ids of texts without surrogates, concatenated, and the number of each."""
         encoded = [text.encode() for text in texts]
         return np.frombuffer(b"".join(encoded), np.uint8), sizes_of(encoded)
 
@@ -52,7 +52,7 @@ def bytes_between(ids: list[int]) -> list[bytes]:
 
 
 def build_char_level_tokenizer(vocab_file: str | None, merge_file: str | None, token: str | None) -> CharLevelTokenizer:
-    """`CharLevelTokenizer`. Raises UserError for an end-of-document token of another name: there is only one."""
+    """`CharLevelTokenizer`. Raises UserError for any other end-of-document token."""
     if token not in (None, END_OF_DOCUMENT):
         raise UserError(f'end_of_document_token ("{token}") cannot be chosen for CharLevelTokenizer; leave it out')
     return CharLevelTokenizer()

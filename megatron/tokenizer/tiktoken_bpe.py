@@ -1,7 +1,7 @@
-"""`TiktokenTokenizer`: an encoding that `tiktoken` knows by name, or a .tiktoken file.
+"""`TiktokenTokenizer`: one of `tiktoken`'s named encodings, or a .tiktoken file.
 
-A name makes tiktoken download the ranks once and keep them in TIKTOKEN_CACHE_DIR. A file needs no network, but holds
-ranks only: the pattern that cuts text into words and the special tokens come from FAMILIES, by the file's name.
+For a name, tiktoken downloads the ranks once into TIKTOKEN_CACHE_DIR. A file needs no network but contains ranks only:
+the pattern that splits text into words and the special tokens come from FAMILIES, by the file's name.
 """
 
 import base64
@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tiktoken
-from tiktoken.load import load_tiktoken_bpe
 
 from megatron.errors import UserError
+from megatron.files import is_file
 from megatron.registry import nearest
+from megatron.text_files import read_text
 from megatron.tokenizer.base import END_OF_DOCUMENT, Tokenizer, digest, missing_token
 
 KIND = "TiktokenTokenizer"
@@ -21,7 +22,7 @@ KIND = "TiktokenTokenizer"
 
 @dataclass(frozen=True)
 class Family:
-    """What a .tiktoken file leaves out; with no special tokens, `<|endoftext|>` follows the last rank."""
+    """What a .tiktoken file does not contain; without special tokens, `<|endoftext|>` follows the last rank."""
 
     pattern: str
     special_tokens: tuple[tuple[str, int], ...] = ()
@@ -71,7 +72,7 @@ class TiktokenTokenizer(Tokenizer):
             raise missing_token(token, KIND, special)
         self._encoding = encoding
         self.added_tokens = tuple(special)
-        self.pattern = encoding._pat_str  # named in tiktoken's README as the way to it
+        self.pattern = encoding._pat_str  # tiktoken's README documents this attribute
         self.vocab_size = encoding.n_vocab
         self.end_of_document = special[token]
         self._ids = frozenset(special.values()) | {
@@ -86,14 +87,14 @@ class TiktokenTokenizer(Tokenizer):
         return self._line
 
     def ranks(self) -> list[bytes]:
-        """The tokens in the order of their ids, without the special ones. Raises ValueError if an id is left out."""
+        """The tokens in the order of their ids, without the special ones. Raises ValueError if the ids have a gap."""
         tokens = {self._encoding.encode_single_token(value): value for value in self._encoding.token_byte_values()}
         if sorted(tokens) != list(range(len(tokens))):
             raise ValueError("the ids of its tokens have a gap")
         return [tokens[rank] for rank in range(len(tokens))]
 
     def with_ranks(self, tokens: Sequence[bytes]) -> tiktoken.Encoding:
-        """An encoding with the same pattern and other tokens."""
+        """An encoding with the same pattern and these tokens."""
         ranks = {token: rank for rank, token in enumerate(tokens)}
         return tiktoken.Encoding("deepy", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={})
 
@@ -104,7 +105,7 @@ class TiktokenTokenizer(Tokenizer):
         return self._encoding.decode(ids, errors="replace")
 
     def _knows(self, token_id: int) -> bool:
-        return token_id in self._ids  # there are holes between the last rank and the special tokens
+        return token_id in self._ids  # ids between the last rank and the special tokens are unused
 
 
 def build_tiktoken_tokenizer(vocab_file: str | None, merge_file: str | None, token: str | None) -> TiktokenTokenizer:
@@ -114,12 +115,12 @@ def build_tiktoken_tokenizer(vocab_file: str | None, merge_file: str | None, tok
     """
     if not vocab_file:
         raise UserError(f"{KIND} needs vocab_file: the name of an encoding, such as cl100k_base, or a .tiktoken file")
-    encoding = _from_file(Path(vocab_file)) if Path(vocab_file).is_file() else _from_name(vocab_file)
+    encoding = _from_file(Path(vocab_file)) if is_file(vocab_file) else _from_name(vocab_file)
     return TiktokenTokenizer(encoding, token or END_OF_DOCUMENT)
 
 
 def write_ranks(path: Path, tokens: Sequence[bytes]) -> None:
-    """Write a .tiktoken file; a token's id is its place."""
+    """Write a .tiktoken file; a token's id is its index."""
     path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
 
 
@@ -141,10 +142,25 @@ def _from_name(name: str) -> tiktoken.Encoding:
 
 
 def _from_file(path: Path) -> tiktoken.Encoding:
+    content = read_text(path, "vocab_file")
     family = next((family for name, family in FAMILIES if path.name.startswith(name)), OTHER_FAMILY)
     try:
-        ranks = load_tiktoken_bpe(str(path))
+        ranks = _ranks(content)
         special = dict(family.special_tokens) or {END_OF_DOCUMENT: max(ranks.values()) + 1}
         return tiktoken.Encoding(path.name, pat_str=family.pattern, mergeable_ranks=ranks, special_tokens=special)
     except ValueError as error:
         raise UserError(f'vocab_file ("{path}") is not a .tiktoken file: {error}') from error
+
+
+def _ranks(content: str) -> dict[bytes, int]:
+    """The rank of each token: lines with the token in Base64 and its rank. Raises ValueError."""
+    ranks = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        words = line.split()
+        if len(words) == 2 and words[1].isdecimal():
+            ranks[base64.b64decode(words[0], validate=True)] = int(words[1])
+        elif words:
+            raise ValueError(f"line {number} is not a token in Base64 and its rank")
+    if not ranks:
+        raise ValueError("it has no tokens")
+    return ranks

@@ -20,9 +20,9 @@ def train_byte_level_bpe(
 ) -> int:
     """Write a tokenizer.json for `HFTokenizer`, whose id 0 is `end_of_document`, and return its vocabulary's size.
 
-    Any text can be encoded and comes back unchanged. The size stays below `vocab_size` when the text is too small.
-    Words are cut as GPT-2 cuts them. The file appears under its name only when it is complete.
-    Raises UserError if vocab_size has no room for the 256 bytes and the token.
+    Any text decodes to itself. The vocabulary is smaller than `vocab_size` if the text is too small. Text is split into
+    words with GPT-2's pattern. The file gets its name when it is complete.
+    Raises UserError if vocab_size is too small for the 256 bytes and the token.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(

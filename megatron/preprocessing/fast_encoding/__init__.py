@@ -1,1 +1,1 @@
-"""Encode with faster libraries where they are known to give the tokenizer's own ids."""
+"""Encode with faster libraries where they are verified to give the tokenizer's own ids."""

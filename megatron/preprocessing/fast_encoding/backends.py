@@ -1,8 +1,7 @@
-"""Faster libraries that can do a tokenizer's work, and what each of them cannot reproduce.
+"""Faster libraries that can replace a tokenizer's own one, and what each of them cannot reproduce.
 
-A backend encodes text in which no added token is spelled out, normalized already, and adds nothing at the ends: see
-`CheckedEncoder`, which takes care of the rest. Whether its ids are the reference's own is not decided here but tried in
-`probes`. No torch.
+A backend encodes normalized text without added tokens, and adds no affixes; `CheckedEncoder` handles the rest. `probes`
+verifies that its ids are those of the reference. No torch.
 """
 
 import importlib.metadata
@@ -19,11 +18,11 @@ from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.huggingface import HuggingFaceTokenizer
 from megatron.tokenizer.tiktoken_bpe import CL100K_PATTERN, O200K_PATTERN, R50K_PATTERN, TiktokenTokenizer, write_ranks
 
-Encode = Callable[[Sequence[str]], tuple[Ids, Ids]]  # texts -> ids one after another, and the number for each text
+Encode = Callable[[Sequence[str]], tuple[Ids, Ids]]  # texts -> concatenated ids, and the number of ids of each text
 
 
 class Unsupported(Exception):
-    """A backend cannot do what this tokenizer asks for; the message says what that is."""
+    """A backend cannot replace this tokenizer; the message says why."""
 
 
 class Backend(Protocol):
@@ -32,13 +31,13 @@ class Backend(Protocol):
     def build(self, reference: Tokenizer, tokens: Sequence[bytes] | None = None) -> Encode:
         """A function that encodes as `reference` does, or as it would with `tokens` for its vocabulary.
 
-        tokens: all bytes, then pairs of bytes in the order in which they merge; an id is a place in the list.
+        tokens: all bytes, then pairs of bytes in the order in which they merge; a token's id is its index.
         Raises Unsupported.
         """
 
 
 class Gigatoken:
-    """`gigatoken`: byte-level BPE with the patterns it knows, about 100 times as fast as `tokenizers`."""
+    """`gigatoken`: byte-level BPE with a fixed set of patterns, about 100 times as fast as `tokenizers`."""
 
     def build(self, reference: Tokenizer, tokens: Sequence[bytes] | None = None) -> Encode:
         """See `Backend`."""
@@ -57,18 +56,18 @@ class Gigatoken:
                     return _arrays_of(gigatoken.Tokenizer.from_tiktoken(path, _scheme(reference), {}))
         except (RuntimeError, ValueError) as error:
             raise Unsupported(f"gigatoken: {str(error).splitlines()[0]}") from error
-        raise Unsupported("gigatoken does byte-level BPE only")
+        raise Unsupported("gigatoken supports byte-level BPE only")
 
 
 class Tiktoken:
-    """`tiktoken`: byte-level BPE with any one pattern, about 4 times as fast as `tokenizers`."""
+    """`tiktoken`: byte-level BPE with a single pattern, about 4 times as fast as `tokenizers`."""
 
     def build(self, reference: Tokenizer, tokens: Sequence[bytes] | None = None) -> Encode:
         """See `Backend`."""
         import tiktoken
 
         if not isinstance(reference, HuggingFaceTokenizer):
-            raise Unsupported("tiktoken stands in for tokenizers of Hugging Face's library only")
+            raise Unsupported("tiktoken replaces tokenizers of Hugging Face's library only")
         definition = byte_level_definition(reference, tokens)
         ranks = merge_order(definition["model"])
         if tokens is None:
@@ -95,13 +94,13 @@ BACKENDS: dict[str, Backend] = {"gigatoken": Gigatoken(), "tiktoken": Tiktoken()
 
 
 def backend_versions(name: str) -> str:
-    """The versions on which an outcome of `probes` depends."""
+    """The library versions on which an outcome of `probes` depends."""
     packages = ("tokenizers", "tiktoken", *([name] if name == "gigatoken" else []))
     return ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
 
 
 def probe_reference(reference: Tokenizer, tokens: Sequence[bytes]) -> Encode:
-    """The reference's own library with the reference's pattern and `tokens` for a vocabulary."""
+    """The reference's own library with the reference's pattern and `tokens` as the vocabulary."""
     if isinstance(reference, HuggingFaceTokenizer):
         import tokenizers
 
@@ -122,7 +121,7 @@ def token_bytes(reference: Tokenizer) -> Ids:
     else:
         raise Unsupported("not a byte-level BPE")
     lengths = np.zeros(reference.vocab_size, np.int64)
-    lengths[list(tokens.values())] = [len(token) for token in tokens]  # a letter of a name stands for a byte
+    lengths[list(tokens.values())] = [len(token) for token in tokens]  # each letter of a token's name is one byte
     return lengths
 
 
@@ -150,7 +149,7 @@ def byte_level_definition(reference: HuggingFaceTokenizer, tokens: Sequence[byte
 
 
 def merge_order(model: dict[str, Any]) -> list[bytes]:
-    """The tokens of a BPE model in the order in which tiktoken ranks them: bytes, then as they are merged."""
+    """The tokens of a BPE model in tiktoken's order of ranks: bytes, then merged tokens in the order of the merges."""
     ranks = dict.fromkeys(bytes([value]) for value in range(256))
     if not all(text_of(token) in model["vocab"] for token in ranks):
         raise Unsupported("tiktoken needs a vocabulary with every byte")
@@ -163,9 +162,10 @@ def merge_order(model: dict[str, Any]) -> list[bytes]:
 def require_ranked_merges(model: dict[str, Any], ranks: Sequence[bytes]) -> None:
     """Raise Unsupported unless merging any two neighbours whose union is a token is the same as following the merges.
 
-    It is if each token's own text is encoded as that token: two neighbours whose union is a token, but which the merges
-    do not join, would otherwise have stood side by side in that text too, because what happens within a stretch of text
-    does not depend on what is around it as long as nothing joins across its ends.
+    It is the same if the text of each token is encoded as that token. Otherwise some text would contain two neighbours
+    whose union is a token but which the merges do not join; the same two would stand side by side when the text of that
+    token is encoded alone, because merges within a stretch do not depend on its surroundings as long as no merge
+    crosses its ends.
     """
     import tokenizers
 
@@ -187,12 +187,12 @@ def require_ranked_merges(model: dict[str, Any], ranks: Sequence[bytes]) -> None
 
 
 def text_of(token: bytes) -> str:
-    """A token's bytes in the alphabet of GPT-2's vocabulary files, in which each byte is a letter that can be seen."""
+    """A token's bytes in the alphabet of GPT-2's vocabulary files, in which each byte is a printable letter."""
     return "".join(map(_letter, token))
 
 
 def bytes_of(name: str) -> bytes:
-    """The bytes that `text_of` made `name` of."""
+    """The inverse of `text_of`."""
     return bytes(_BYTE_OF[letter] for letter in name)
 
 
@@ -217,7 +217,7 @@ def _arrays_of(tokenizer: Any) -> Encode:
 def _scheme(reference: TiktokenTokenizer) -> str:
     schemes = {R50K_PATTERN: "gpt2", CL100K_PATTERN: "gpt4", O200K_PATTERN: "o200k"}
     if reference.pattern not in schemes:
-        raise Unsupported("gigatoken knows no such pattern")
+        raise Unsupported("gigatoken does not support its pattern")
     return schemes[reference.pattern]
 
 
@@ -228,7 +228,7 @@ def _steps(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _pattern(pre_tokenizer: dict[str, Any]) -> str:
-    """The one pattern that cuts text into words, for tiktoken."""
+    """The single pattern that splits text into words, for tiktoken."""
     *splits, byte_level = _steps(pre_tokenizer)
     if not splits and byte_level.get("use_regex", True):
         return R50K_PATTERN
@@ -236,4 +236,4 @@ def _pattern(pre_tokenizer: dict[str, Any]) -> str:
         split = splits[0]
         if "Regex" in split["pattern"] and split["behavior"] == "Isolated" and not split["invert"]:
             return str(split["pattern"]["Regex"])
-    raise Unsupported("tiktoken cuts by one pattern, and this tokenizer in several steps")
+    raise Unsupported("tiktoken splits by one pattern, this tokenizer in several steps")

@@ -1,15 +1,15 @@
-"""Cut a long text where no token of the vocabulary reaches across: for SentencePiece and tokenizers of its kind.
+"""Split a long text where no token of the vocabulary can cross: for SentencePiece and tokenizers of its kind.
 
-Their tokens are stretches of text, with "▁" for a space, and each text is encoded with a space put before it. What
-stands on one side of a place that no token crosses has no say on the other side: merges never join the two, and the
-best sum of a unigram model is that of both sides. There are two kinds of such places, both between characters that
-normalizers leave alone:
+Their tokens are substrings of the text, with "▁" for a space, and a space is prepended to each text. The ids on one
+side of a position that no token can cross do not depend on the other side: merges never join the two, and the best
+score of a unigram model is the sum of the best scores of both sides. There are two kinds of such positions, both
+between characters that normalizers do not change:
 
-- a single space, if in no token a space follows anything else. It is taken out, since the piece after it gets one;
-- two characters that stand side by side in no token, if a space and the second one do not either. The piece then begins
-  with the token of the space that was put there, which is left out of its ids.
+- a single space, if in every token spaces come first. It is removed, since one is prepended to the piece after it;
+- two characters that are adjacent in no token, if a space and the second one are not either. The piece then begins with
+  the token of the prepended space, which is dropped from its ids.
 
-`borders_are_safe` tries this on each tokenizer before it is used. No torch.
+`borders_are_safe` verifies this for each tokenizer before it is used. No torch.
 """
 
 import random
@@ -31,7 +31,7 @@ _PAIR = re.compile(rf"(?<={_INERT})(?={_INERT})")
 
 
 class Borders:
-    """Where a tokenizer's texts can be cut, as its vocabulary tells."""
+    """Positions at which a tokenizer's texts can be split, according to its vocabulary."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -43,14 +43,14 @@ class Borders:
         self._reach = max(map(len, self._whole), default=0)
 
     def encode(self, text: str, size: int = PIECE_CHARACTERS) -> Ids:
-        """Ids of `text`, without affixes, in the memory of its pieces and of the ids."""
-        found = bytearray()  # which grows without being copied
+        """Ids of `text`, without affixes. Memory: one piece and the ids."""
+        found = bytearray()  # grows without being copied
         for piece, begins_with_space in self.pieces(text, size):
             found += np.array(self._tokenizer.encode_bare([piece])[0][begins_with_space:], np.uint32).data
         return np.frombuffer(found, np.uint32)
 
     def pieces(self, text: str, size: int) -> Iterator[tuple[str, bool]]:
-        """Pieces of `text` of `size` characters or a few more, and whether the first id of each is to be left out."""
+        """Pieces of `text` of `size` characters or a few more, and whether to drop the first id of each."""
         start, begins_with_space = 0, False
         while (place := self._next(text, start + size)) is not None:
             yield text[start:place], begins_with_space
@@ -59,7 +59,7 @@ class Borders:
         yield text[start:] if start else text, begins_with_space
 
     def _next(self, text: str, start: int) -> int | None:
-        """The first place from `start` on, of the first kind if there is one within a piece's length."""
+        """The first position from `start` on, of the first kind if there is one within a piece's length."""
         while start < len(text):
             stop = min(len(text), start + PIECE_CHARACTERS)
             for match in _SPACE.finditer(text, start, stop) if self._at_spaces else ():
@@ -73,7 +73,7 @@ class Borders:
         return None
 
     def _parts(self, before: str, after: str) -> bool:
-        # Characters that are no tokens are unknown, and several of these may become one.
+        # Characters that are not tokens are unknown, and several of them can become one token.
         known = before in self._single and after in self._single
         return known and before + after not in self._pairs and after not in self._after_space
 
@@ -83,7 +83,7 @@ class Borders:
 
 
 def borders_are_safe(tokenizer: Tokenizer, count: int = 2_000) -> bool:
-    """Whether texts have the ids of their pieces, cut at every place."""
+    """Whether texts have the ids of their pieces when they are split at every position."""
     borders, chance = Borders(tokenizer), random.Random(3)
     tokens = [token.replace(SPACE, " ") for token in tokenizer.token_texts()]
     if not tokens:

@@ -1,9 +1,9 @@
-"""Encode with a fast backend wherever it is known to give the reference's ids, and watch over that knowledge.
+"""Encode with a fast backend wherever it is verified to give the reference's ids, and keep verifying on samples.
 
-A text goes to the reference if it holds a code point on which the two differ, or spells an added token; all others,
-pure ASCII always, go to the backend. A sample of these is encoded twice: a difference is an alarm, which names the
-code points to blame. The caller then starts a wider encoder and does again what held one of them; `first_seen` says
-where that was. No torch.
+A text goes to the reference if it contains a code point on which the two differ, or spells an added token; all others,
+pure ASCII always, go to the backend. A sample of these is encoded by both: a difference raises an alarm with the code
+points to blame. The caller then makes an encoder that leaves these to the reference and encodes again every chunk with
+one of them, which `first_seen` identifies. No torch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,18 +32,19 @@ from megatron.preprocessing.fast_encoding.text_pieces import pieces
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import TokenizerSettings
 
-SAMPLE_EVERY = 1024  # pieces of text between two that are encoded twice
-SAMPLED_CHARACTERS = 16_384  # at most, of each
-GROUP_BYTES = 2 << 20  # handed to a library at a time, which bounds its memory
-SCANNED_CHARACTERS = 1 << 18  # at a time, which bounds the memory for the scan
+SAMPLE_EVERY = 1024  # one piece of text in so many is encoded by both
+SAMPLED_CHARACTERS = 16_384  # of each sampled piece, at most
+GROUP_BYTES = 2 << 20  # passed to a library at once, which bounds its memory
+SCANNED_CHARACTERS = 1 << 18  # scanned at once, which bounds the memory for the scan
 
 
 @dataclass
 class Encoded:
-    """Ids of several texts one after another, the number for each, and what was learned on the way.
+    """Concatenated ids of several texts, the number of ids of each, and observations.
 
-    alarm: code points to blame for a difference; the ids are then worthless. first_seen: code points beyond ASCII that
-    this encoder handed to the backend for the first time. by_reference: texts, or pieces of them, that were not.
+    alarm: code points to blame for a difference; the ids are then invalid. first_seen: code points beyond ASCII that
+    this encoder passed to the backend for the first time. by_reference: texts, or pieces of them, that the reference
+    encoded.
     """
 
     ids: Ids
@@ -54,7 +55,7 @@ class Encoded:
 
 
 class CheckedEncoder:
-    """A tokenizer with a fast backend (None: without one)."""
+    """A tokenizer with a fast backend, or without one (None)."""
 
     def __init__(
         self, reference: Tokenizer, fast: Encode | None, comparison: Comparison, sample_every: int = SAMPLE_EVERY
@@ -77,7 +78,7 @@ class CheckedEncoder:
         if not self._cuts:
             return self._encode_whole(texts, bare)
         result, sizes = Encoded(np.empty(0), np.empty(0)), np.zeros(len(texts), np.int64)
-        found = bytearray()  # which grows without being copied
+        found = bytearray()  # grows without being copied
         for owners, group in self._groups(texts):
             ids, piece_sizes = self._encode_pieces(group, result)
             found += ids.astype(self._dtype, copy=False).data
@@ -93,7 +94,7 @@ class CheckedEncoder:
         return Encoded(*flat(found), by_reference=len(documents))
 
     def _groups(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
-        """The pieces of all texts, with the number of the text of each, a few megabytes at a time."""
+        """Batches of a few megabytes of the pieces of all texts, with the index of the text of each."""
         owners, group, size = list[int](), list[str](), 0
         for number, text in enumerate(texts):
             for piece in pieces(text, self._reference.added_tokens):
@@ -107,7 +108,7 @@ class CheckedEncoder:
             yield owners, group
 
     def _encode_whole(self, texts: Sequence[str], bare: bool) -> Encoded:
-        """By the reference alone; long texts in pieces, where its vocabulary has borders."""
+        """Encode with the reference alone; long texts in pieces, if its vocabulary has borders."""
         if self._borders is None or all(len(text) <= LONG_CHARACTERS for text in texts):
             encode = bare_encoder(self._reference) if bare else self._reference.encode_arrays
             return Encoded(*encode(list(texts)), by_reference=len(texts))
@@ -117,11 +118,11 @@ class CheckedEncoder:
         return result if bare else self._with_affixes(result)
 
     def _encode_pieces(self, texts: list[str], result: Encoded) -> tuple[Ids, Ids]:
-        """Ids without affixes, each text by the side it belongs to, in the order of the texts; the rest to `result`."""
+        """Ids without affixes in the order of the texts, each encoded by its side; observations go to `result`."""
         prepared = [text if text.isascii() else self._reference.normalized(text) for text in texts]
         goes_fast = [self._may_go_fast(text, result.first_seen) for text in prepared]
         fast = [text for text, ok in zip(prepared, goes_fast, strict=True) if ok]
-        # Not the prepared text: an added token is looked for in the text as it was.
+        # The original text: added tokens are matched before normalization.
         slow = [text for text, ok in zip(texts, goes_fast, strict=True) if not ok]
         result.by_reference += len(slow)
         result.alarm = result.alarm or self._compare_sample(fast)
@@ -134,7 +135,7 @@ class CheckedEncoder:
         return flat([next(fast_parts if ok else slow_parts) for ok in goes_fast])
 
     def _bounded(self, texts: Sequence[str], encode: Encode) -> tuple[Ids, Ids]:
-        """What `encode` gives, in little memory for a piece that has no place to cut."""
+        """The result of `encode`, with bounded memory for a piece that cannot be split."""
         if not self._runs or all(len(text) <= LONG_CHARACTERS for text in texts):
             return encode(texts)
         return self._long_words.encode(texts, encode)
@@ -160,7 +161,7 @@ class CheckedEncoder:
         return True
 
     def _compare_sample(self, texts: list[str]) -> Ranges:
-        """Encode every so manieth text, or a part of it, on both sides. Returns what to blame for a difference."""
+        """Encode a sample of the texts with both. Returns the code points to blame for a difference."""
         first = -self._count % self._sample_every
         self._count += len(texts)
         sampled = []
@@ -184,9 +185,9 @@ class CheckedEncoder:
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """What a process needs to make its encoder, which it does by calling them; they can be pickled and compared.
+    """Settings from which a process makes its encoder, by calling them; picklable and comparable.
 
-    comparison: None leaves all texts to the tokenizer's own library, uncut.
+    comparison: by default all texts go to the tokenizer's own library, unsplit.
     """
 
     tokenizer: TokenizerSettings
@@ -195,7 +196,7 @@ class EncoderSettings:
 
     @property
     def in_threads(self) -> bool:
-        """Fast backends leave Python's lock to others while they work; the tokenizer's own library makes lists."""
+        """Fast backends release the GIL while they work; the tokenizer's own library builds Python lists."""
         return self.comparison.backend in BACKENDS
 
     def __call__(self) -> CheckedEncoder:
@@ -205,24 +206,24 @@ class EncoderSettings:
         return CheckedEncoder(tokenizer, fast, self.comparison, self.sample_every)
 
     def widened(self, found: Ranges) -> "EncoderSettings":
-        """The settings of an encoder that also leaves these code points to the reference; later runs will, too."""
+        """Settings that also leave these code points to the reference, in later runs as well."""
         return replace(self, comparison=widen(self.tokenizer(), self.comparison, found))
 
     def describe(self) -> str:
-        """One line: the backend, and what it does not do."""
+        """One line: the backend, and the number of code points that it does not handle."""
         name = self.comparison.backend
         if name not in BACKENDS:
             return "backend: the tokenizer's own library"
         count = sum(stop - start for start, stop in union(self.comparison.differing, UNTRIED))
         count -= sum(stop - start for start, stop in UNTRIED)
         return (
-            f"backend: {backend_versions(name).split(', ')[-1]}; texts with one of {count:,} code points that it knows "
-            f"otherwise go to the tokenizer's own library"
+            f"backend: {backend_versions(name).split(', ')[-1]}; texts with one of {count:,} code points on which "
+            f"it differs go to the tokenizer's own library"
         )
 
 
 def _common_beginnings(tokens: Sequence[str]) -> list[str]:
-    """The fewest strings one of which is in any text that holds one of `tokens`: few searches instead of hundreds."""
+    """A small set of strings, one of which is in any text that contains one of `tokens`: fewer searches."""
     groups: dict[str, list[str]] = {}
     for token in tokens:
         groups.setdefault(token[:2], []).append(token)

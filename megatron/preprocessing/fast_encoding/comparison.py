@@ -1,7 +1,7 @@
-"""Which backend may encode for a tokenizer, and which texts it must leave to the reference: found out once, and kept.
+"""Find out which backend can replace a tokenizer, and for which texts; the outcome is cached.
 
-Outcomes lie in the user's cache folder (DEEPY_CACHE, else XDG_CACHE_HOME/deepy, else ~/.cache/deepy), under the
-fingerprint of the tokenizer and the versions of the libraries. Losing the folder costs time only. No torch.
+Outcomes are in the user's cache folder (DEEPY_CACHE, else XDG_CACHE_HOME/deepy, else ~/.cache/deepy), under the
+fingerprint of the tokenizer and the versions of the libraries. The folder can be deleted at any time. No torch.
 """
 
 import json
@@ -41,16 +41,16 @@ from megatron.tokenizer.build import TokenizerSettings
 from megatron.tokenizer.huggingface import HuggingFaceTokenizer
 
 CHOICES = ("auto", *BACKENDS, "hf")
-SCHEME = "3"  # of the probes: a change makes old outcomes worthless
+SCHEME = "3"  # version of the probes: a change invalidates cached outcomes
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is known of a backend against a tokenizer.
+    """The outcome of comparing a backend with a tokenizer.
 
     refused: why it cannot be used; None if it can. differing: the code points whose texts go to the reference.
-    cuts: long texts may be cut into pieces (`pieces`). runs: where windows on a long word may meet (`long_words`).
-    borders: they may be cut where no token reaches across (`borders`), by a tokenizer of another kind.
+    cuts: long texts can be split into pieces (`text_pieces`). runs: where windows on a long word can meet
+    (`long_words`). borders: long texts can be split where no token crosses (`borders`), for other kinds of tokenizers.
     """
 
     backend: str
@@ -76,7 +76,7 @@ def compare(tokenizer: Tokenizer, backend: str, announce: Callable[[str], None] 
 
 
 def widen(tokenizer: Tokenizer, comparison: Comparison, found: Ranges) -> Comparison:
-    """`comparison` with more code points for the reference; later runs will know them too."""
+    """`comparison` with more code points for the reference; cached for later runs."""
     wider = replace(comparison, differing=union(comparison.differing, found))
     name = digest(tokenizer.fingerprint, comparison.backend, backend_versions(comparison.backend), SCHEME)
     _store(name, asdict(wider))
@@ -86,9 +86,9 @@ def widen(tokenizer: Tokenizer, comparison: Comparison, found: Ranges) -> Compar
 def choose(
     settings: TokenizerSettings, backend: str = "auto", announce: Callable[[str], None] = lambda line: None
 ) -> Comparison:
-    """The comparison for the backend asked for; for "auto" the fastest one that reproduces the tokenizer.
+    """The comparison for the given backend; for "auto" of the fastest one that reproduces the tokenizer.
 
-    Raises UserError when the backend asked for does not.
+    Raises UserError when the given backend does not.
     """
     tokenizer = settings()
     outcomes = []
@@ -113,7 +113,7 @@ def _compare(tokenizer: Tokenizer, backend: str, announce: Callable[[str], None]
     cuts = _affixes_are_at_the_ends(tokenizer) and _leaves_ascii_alone(tokenizer)
     cuts = cuts and cuts_are_safe(reference) and cuts_are_safe(bare_encoder(tokenizer))
     if not cuts and backend != "hf":
-        return Comparison(backend, refused="its own library does not cut text into words that stand alone")
+        return Comparison(backend, refused="its own library does not split text into independent words")
     runs = safe_runs(token_bytes(tokenizer), bare_encoder(tokenizer), tokenizer.added_tokens) if cuts else ()
     if backend == "hf":
         return Comparison(backend, cuts=cuts, runs=runs)
@@ -123,13 +123,13 @@ def _compare(tokenizer: Tokenizer, backend: str, announce: Callable[[str], None]
         return Comparison(backend, refused=str(reason))
     announce(f"comparing {backend} with the tokenizer's own library on all of Unicode; kept in {folder()}")
     if any(different_texts(reference, probe, ascii_texts())):
-        return Comparison(backend, refused=f"{backend} cuts ASCII text into other words")
+        return Comparison(backend, refused=f"{backend} splits ASCII text into other words")
     outcome = Comparison(backend, None, _classes(tokenizer, backend, reference, probe), cuts, runs)
     return _with_vocabulary(tokenizer, fast, outcome)
 
 
 def _classes(tokenizer: Tokenizer, backend: str, reference: Encode, probe: Encode) -> Ranges:
-    """The code points of other classes: the slow part. It depends on how the tokenizer cuts text into words only."""
+    """The code points whose classes differ. Slow; depends only on how the tokenizer splits text into words."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         cutting = json.dumps(tokenizer.definition()["pre_tokenizer"])
     else:
@@ -143,7 +143,7 @@ def _classes(tokenizer: Tokenizer, backend: str, reference: Encode, probe: Encod
 
 
 def _with_vocabulary(tokenizer: Tokenizer, fast: Encode, outcome: Comparison) -> Comparison:
-    """Try the tokenizer's own merges: on the text of every token, and on texts of several scripts."""
+    """Compare with the tokenizer's own vocabulary: the text of every token, and texts of several scripts."""
     words = {well_formed(tokenizer.decode([number])) for number in range(tokenizer.vocab_size)}
     texts = [text for text in words if text and not any(token in text for token in tokenizer.added_tokens)]
     found = [tokenizer.normalized(text) for text in [*texts, *mixed_texts()]]
@@ -156,7 +156,7 @@ def _with_vocabulary(tokenizer: Tokenizer, fast: Encode, outcome: Comparison) ->
 
 
 def bare_encoder(tokenizer: Tokenizer) -> Encode:
-    """A tokenizer's `encode_bare`, with arrays for lists."""
+    """A tokenizer's `encode_bare`, returning arrays."""
     return lambda texts: flat(tokenizer.encode_bare(texts))
 
 
@@ -171,13 +171,13 @@ def _affixes_are_at_the_ends(tokenizer: Tokenizer) -> bool:
 
 
 def _leaves_ascii_alone(tokenizer: Tokenizer) -> bool:
-    """Whether a tokenizer has no normalizer, or NFC, which changes nothing across a cut either."""
+    """Whether a tokenizer has no normalizer, or NFC, which does not change ASCII or join across a split."""
     normalizer = tokenizer.definition()["normalizer"] if isinstance(tokenizer, HuggingFaceTokenizer) else None
     return normalizer in (None, {"type": "NFC"})
 
 
 def folder() -> Path:
-    """Where outcomes are kept."""
+    """The cache folder."""
     if named := os.environ.get("DEEPY_CACHE"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepy"
@@ -193,7 +193,7 @@ def _load(name: str) -> dict[str, Any] | None:
 
 def _store(name: str, content: dict[str, Any]) -> None:
     path = folder() / "tokenizers" / f"{name}.json"
-    with suppress(OSError):  # a folder that cannot be written costs time, not the run
+    with suppress(OSError):  # without the cache the next run only takes longer
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(content))

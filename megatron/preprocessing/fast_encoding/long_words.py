@@ -21,7 +21,7 @@ from megatron.arrays import Ids, sizes_of
 from megatron.preprocessing.fast_encoding.text_pieces import LOWER, PIECE_CHARACTERS, UNCASED, UPPER
 
 WINDOW_CHARACTERS = PIECE_CHARACTERS
-LONG_CHARACTERS = 2 * WINDOW_CHARACTERS  # a text up to here is encoded whole
+LONG_CHARACTERS = 2 * WINDOW_CHARACTERS  # texts up to this length are encoded whole
 OVERLAP_CHARACTERS = 1 << 12
 RUNS = {
     "one character": r"([\W_])\1*",
@@ -46,10 +46,10 @@ Encode = Callable[[Sequence[str]], tuple[Ids, Ids]]
 
 
 class LongWords:
-    """Encodes texts, the long ones in windows.
+    """Encodes texts, long ones in windows.
 
-    token_bytes: the length of each token, by id. runs: names of RUNS in which windows may meet. whole: added tokens;
-    windows do not meet in one, nor among spaces, which one may swallow. dtype: of the ids.
+    token_bytes: the length of each token, by id. runs: names of RUNS in which windows can meet. whole: added tokens;
+    windows meet neither in one nor among spaces, which one may absorb. dtype: of the ids.
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class LongWords:
         self._window, self._overlap = window, overlap
 
     def encode(self, texts: Sequence[str], encode: Encode) -> tuple[Ids, Ids]:
-        """What `encode` gives."""
+        """The result of `encode`, with bounded memory."""
         arrays = [self._in_windows(text, encode) for text in texts]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays), sizes_of(arrays)
 
     def _in_windows(self, text: str, encode: Encode) -> Ids:
         with_added = any(token in text for token in self._whole)
-        found = bytearray()  # which grows without being copied
+        found = bytearray()  # grows without being copied
         stop = self._meeting_place(text, 0, with_added)
         ids = encode([text[:stop]])[0]
         while stop < len(text):
@@ -91,7 +91,7 @@ class LongWords:
         return np.frombuffer(found, self._dtype)
 
     def _meeting_place(self, text: str, start: int, with_added: bool) -> int:
-        """Where a window that begins at `start` may end."""
+        """Where a window that begins at `start` can end."""
         for stop in range(start + self._window, len(text), self._overlap):
             around = text[stop - self._overlap : stop]
             if with_added and (around.isspace() or any(token in around for token in self._whole)):
@@ -102,7 +102,7 @@ class LongWords:
 
 
 def safe_runs(token_bytes: Ids, encode: Encode, whole: Sequence[str], count: int = 40) -> tuple[str, ...]:
-    """The names of RUNS in which windows of a tokenizer may meet: those for which all of `count` examples say so."""
+    """The names of RUNS in which windows of a tokenizer can meet: those that `count` random examples confirm."""
     chance, safe = random.Random(2), []
     for name, letters in EXAMPLES.items():
         texts = []
@@ -116,7 +116,7 @@ def safe_runs(token_bytes: Ids, encode: Encode, whole: Sequence[str], count: int
 
 
 class _Tail:
-    """The last tokens of a window, with the place of each in the last `length` bytes of its text."""
+    """The last tokens of a window, with the offset of each in the last `length` bytes of its text."""
 
     def __init__(self, ids: Ids, token_bytes: Ids, length: int) -> None:
         places = length - np.cumsum(token_bytes[ids[: -length - 1 : -1]])[::-1]
@@ -125,11 +125,11 @@ class _Tail:
         self._before = len(ids) - len(self._ids)
 
     def first_place(self, text: bytes) -> int:
-        """The first place in `text`, these last bytes, where a token and a character begin; 0 if there is none."""
+        """The first offset in `text`, these last bytes, where a token and a character begin; 0 if there is none."""
         return next((int(place) for place in self._places if text[place] & 0xC0 != 0x80), 0)
 
     def in_common(self, ids: Ids, begin: int) -> tuple[int, int] | None:
-        """Which token of the window is also one of `ids`, tokens of a text that begins at the place `begin`."""
+        """Indices of a token of the window that is also in `ids`, tokens of a text that begins at offset `begin`."""
         sizes = self._token_bytes[ids]
         places = begin + np.cumsum(sizes) - sizes
         _, mine, theirs = np.intersect1d(self._places, places, assume_unique=True, return_indices=True)

@@ -1,10 +1,10 @@
-r"""Where two implementations of one tokenizer differ, found by trying all that can matter.
+r"""Find where two implementations of one tokenizer differ, by comparing them on every code point.
 
-Libraries differ in the Unicode tables behind `\p{L}`, `\p{N}` and `\s`. Each code point is put into surroundings
-that tell the classes of all known patterns apart, and both sides encode it with a vocabulary of pairs of bytes, whose
-ids show every boundary between words. A code point with other ids is one on which the two differ; where no code point
-of a text is, its characters have the same classes on both sides, and it is cut into the same words. Words are turned
-into ids by the tokenizer's own merges, which are tried on the whole vocabulary. No torch.
+Libraries differ in the Unicode tables behind `\p{L}`, `\p{N}` and `\s`. Each code point is put into surroundings that
+distinguish the classes of all known patterns, and both sides encode it with a vocabulary of pairs of bytes, whose ids
+show every boundary between words. The two differ on a code point if the ids do. In a text without such code points all
+characters have the same classes on both sides, so that it is split into the same words. Words become ids by the
+tokenizer's own merges, which are compared on the whole vocabulary. No torch.
 """
 
 import random
@@ -17,11 +17,11 @@ from megatron.arrays import Ids, split
 from megatron.preprocessing.fast_encoding.backends import Encode
 from megatron.preprocessing.fast_encoding.text_pieces import cut_places
 
-Ranges = tuple[tuple[int, int], ...]  # code points from .. to, the last one not included
+Ranges = tuple[tuple[int, int], ...]  # half-open ranges of code points
 
 CODE_POINTS = 0x110000
 EVERYTHING: Ranges = ((0, CODE_POINTS),)
-# Private use and what Unicode has never touched: not tried, but given to the reference.
+# Private use and unassigned planes: not compared, but left to the reference.
 UNTRIED: Ranges = ((0xD800, 0xF900), (0x18E00, 0x1AFF0), (0x33500, 0xE0000), (0xE0200, CODE_POINTS))
 SURROUNDINGS = "a{c}a A{c}A 12{c}4 !!{c}a a'{c}a \n{c} {c}\r\n{c}{c}"
 SNIPPETS = ["a", "B", "the", " ", "  ", "\n", "\r\n", "\t", "'s", "'", "'LL", "1", "234", *".!(=_/-\x00"]
@@ -30,7 +30,7 @@ BATCH = 4096
 
 
 def probe_tokens() -> list[bytes]:
-    """A vocabulary that shows boundaries: all bytes, then all pairs of which the bytes belong to two characters."""
+    """A vocabulary that shows boundaries: all bytes, then all pairs whose bytes belong to two characters."""
     ascii_bytes, leading, trailing = range(128), range(0xC2, 0xF5), range(0x80, 0xC0)
     pairs = [*product(ascii_bytes, leading), *product(trailing, ascii_bytes), *product(trailing, leading)]
     pairs += product(ascii_bytes, ascii_bytes)
@@ -38,7 +38,7 @@ def probe_tokens() -> list[bytes]:
 
 
 def differing_code_points(one: Encode, other: Encode, code_points: Iterable[int] | None = None) -> Ranges:
-    """The code points beyond ASCII on which two encoders with `probe_tokens` differ, and those that are not tried."""
+    """The code points beyond ASCII on which two encoders with `probe_tokens` differ, and those not compared."""
     tried = np.ones(CODE_POINTS, bool)
     tried[:128] = False
     tried[table_of(UNTRIED)] = False
@@ -49,7 +49,7 @@ def differing_code_points(one: Encode, other: Encode, code_points: Iterable[int]
 
 
 def different_texts(one: Encode, other: Encode, texts: Iterable[str]) -> Iterator[str]:
-    """Those of `texts` that get other ids."""
+    """Those of `texts` that the two encode differently."""
     for batch in batches(texts):
         (ids, sizes), (other_ids, other_sizes) = one(batch), other(batch)
         if np.array_equal(ids, other_ids) and np.array_equal(sizes, other_sizes):
@@ -76,7 +76,7 @@ def mixed_texts(count: int = 20_000) -> Iterator[str]:
 
 
 def cuts_are_safe(encode: Encode, count: int = 5_000) -> bool:
-    """Whether texts have the ids of their pieces, cut at every one of `cut_places`."""
+    """Whether texts have the ids of their pieces when split at all `cut_places`."""
     texts = list(mixed_texts(count))
     cut = [_cut_everywhere(text) for text in texts]
     whole, _ = encode(texts)
@@ -85,9 +85,9 @@ def cuts_are_safe(encode: Encode, count: int = 5_000) -> bool:
 
 
 def blame(text: str, differs: Callable[[str], bool]) -> Ranges:
-    """The code points to blame for a text on which two encoders differ: those beyond ASCII of its smallest such part.
+    """The code points to blame for a text on which two encoders differ: those beyond ASCII in its smallest such part.
 
-    EVERYTHING if that part is ASCII: then no set of code points explains the difference.
+    EVERYTHING if that part is ASCII: no set of code points explains the difference then.
     """
     end = _smallest(1, len(text), lambda length: differs(text[:length]))
     start = end - _smallest(1, end, lambda length: differs(text[end - length : end]))
@@ -96,7 +96,7 @@ def blame(text: str, differs: Callable[[str], bool]) -> Ranges:
 
 
 def table_of(ranges: Ranges) -> Ids:
-    """A table that tells of each code point whether it is in `ranges`."""
+    """A boolean table of all code points: whether each is in `ranges`."""
     table = np.zeros(CODE_POINTS, bool)
     for start, stop in ranges:
         table[start:stop] = True
@@ -112,7 +112,7 @@ def ranges_of(code_points: Iterable[int]) -> Ranges:
 
 
 def union(*several: Ranges) -> Ranges:
-    """The code points of all."""
+    """The union of several ranges."""
     table = np.any([table_of(ranges) for ranges in several], axis=0)
     return ranges_of(np.flatnonzero(table).tolist())
 
@@ -135,7 +135,7 @@ def _cut_everywhere(text: str) -> list[str]:
 
 
 def _smallest(low: int, high: int, holds: Callable[[int], bool]) -> int:
-    """A number in low..high at which `holds` is true and below which it is not; it is true at `high`."""
+    """The smallest number in low..high for which `holds` is true, by bisection; it is true for `high`."""
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle + 1, high)

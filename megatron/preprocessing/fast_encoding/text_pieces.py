@@ -1,10 +1,10 @@
-"""Cut a long text where every tokenizer of this family ends a word anyway, so that its pieces can be encoded alone.
+"""Split a long text where every tokenizer of this family ends a word, so that its pieces can be encoded separately.
 
-The patterns of GPT-2, its successors and their relatives end a match where a letter or digit is followed by ASCII that
-is neither, by full-width punctuation or an emoji, and where anything but space is followed by a space; with no
-look-behind the next match starts afresh. An apostrophe is left out: it may begin a suffix. Letters are those that have
-been letters in every version of Unicode in use. `probes.cuts_are_safe` tries this on each tokenizer before it is used.
-No torch.
+The patterns of GPT-2 and its successors end a match where a letter or digit is followed by ASCII that is neither, by
+full-width punctuation or an emoji, and where anything but white space is followed by a space; without look-behind the
+next match does not depend on the text before it. The apostrophe is excluded: it can begin a suffix. Letters are those
+that are letters in every version of Unicode in use. `probes.cuts_are_safe` verifies this for each tokenizer before it
+is used. No torch.
 """
 
 import re
@@ -24,9 +24,9 @@ _CUT = re.compile(rf"(?<=[{UPPER}{LOWER}{UNCASED}])(?=[0-9{_NO_WORD}])|(?<=[0-9]
 
 
 def pieces(text: str, whole: Sequence[str] = (), size: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """`text` in pieces of `size` characters or a few more; one piece where there is no place to cut.
+    """`text` in pieces of `size` characters or a few more; a single piece if it cannot be split.
 
-    whole: strings that are never cut (added tokens).
+    whole: strings that are never split (added tokens).
     """
     start = 0
     while (cut := _next_cut(text, start + size, whole)) is not None:
@@ -36,7 +36,7 @@ def pieces(text: str, whole: Sequence[str] = (), size: int = PIECE_CHARACTERS) -
 
 
 def cut_places(text: str) -> list[int]:
-    """Every place at which `text` may be cut."""
+    """Every position at which `text` can be split."""
     return [match.end() for match in _CUT.finditer(text)]
 
 
