@@ -1,10 +1,13 @@
-"""The two kinds of failure that a user can do something about.
+"""The two kinds of failure that a user can act on, and the exit code of each.
 
-The doors turn them into exit codes; everything else is a defect and keeps its traceback.
+Everything else is a defect and keeps its traceback (and Python's exit code 1).
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
 
 class UserError(Exception):
@@ -19,13 +22,42 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """A run could not go on although it was started rightly: exit code 1."""
+    """A run that was started correctly cannot continue: exit code 1."""
 
 
 @contextmanager
 def work_begins() -> Iterator[None]:
-    """From here on a UserError, such as one about ids deep in the data, comes too late for exit code 2."""
+    """Turn a UserError raised inside, such as one about ids deep in the data, into a RunError.
+
+    Exit code 2 promises that no work was done, so it must not be returned once work has begun.
+    """
     try:
         yield
     except UserError as error:
         raise RunError(str(error)) from error
+
+
+def exit_code(main: Callable[[], int | None], failures: tuple[type[Exception], ...] = (RunError, OSError)) -> int:
+    """Run `main` and return the exit code of the process; what went wrong is printed on stderr.
+
+    0: done (or the code that `main` returned); 1: the work failed; 2: UserError; 130: interrupted by Ctrl-C.
+    failures: exceptions that are reported in one line with code 1; all others propagate.
+    """
+    try:
+        return main() or DONE
+    except UserError as error:
+        print(error, file=sys.stderr, flush=True)
+        return WRONG
+    except failures as error:
+        print(f"error: {_in_words(error)}", file=sys.stderr, flush=True)
+        return FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
+
+
+def _in_words(error: Exception) -> str:
+    """An OSError with its file first and without its number; anything else as it is."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Look into checkpoints: list, verify, compare, and show what they hold. Needs neither GPU nor the run's layout.
+"""List, verify, compare and show checkpoints. Needs neither a GPU nor the layout of the run.
 
     python tools/inspect_checkpoint.py checkpoints/my                       list them, newest last
     python tools/inspect_checkpoint.py checkpoints/my/global_step100        its tensors: shape, mean, spread, extremes
@@ -9,48 +9,50 @@ Exit code: 0, or 1 when something is damaged or two checkpoints differ, or 2 whe
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
 
-from megatron.checkpoint.folder import checkpoint_path, damage, steps_in
+from megatron.checkpoint.folder import checkpoint_path, damage, read_document, steps_in
+from megatron.checkpoint.foreign import foreign_checkpoint
 from megatron.checkpoint.reading import SafeReader, read_tensors, tensor_shapes
-from megatron.errors import UserError
+from megatron.errors import UserError, exit_code
+from megatron.files import is_folder
 
 
 def main() -> int:
     """Parse the command, do what it asks for, return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", type=Path, help="a folder of checkpoints, or one checkpoint")
+    parser.add_argument("path", type=Path, help="folder of checkpoints, or one checkpoint")
     parser.add_argument("--verify", action="store_true", help="compare every file with the hash in its manifest")
     parser.add_argument("--compare", type=Path, metavar="OTHER", help="another checkpoint, compared bit by bit")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only tensors whose name contains TEXT")
     arguments = parser.parse_args()
-    try:
-        if arguments.compare is not None:
-            return compare(arguments.path, arguments.compare, arguments.filter)
-        checkpoints = checkpoints_of(arguments.path)
-        if arguments.verify:
-            return verify(checkpoints)
-        if checkpoints == [arguments.path]:
-            return show(arguments.path, arguments.filter)
-        for checkpoint in checkpoints:
-            print(summary(checkpoint))
-        return int(any(map(damage, checkpoints)))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    if arguments.compare is not None:
+        return compare(arguments.path, arguments.compare, arguments.filter)
+    checkpoints = checkpoints_of(arguments.path)
+    if arguments.verify:
+        return verify(checkpoints)
+    if checkpoints == [arguments.path]:
+        return show(arguments.path, arguments.filter)
+    for checkpoint in checkpoints:
+        print(summary(checkpoint))
+    return int(any(map(damage, checkpoints)))
 
 
 def checkpoints_of(path: Path) -> list[Path]:
-    """The checkpoints that `path` stands for. Raises UserError when there is none."""
-    if (path / "state").is_dir():
+    """The checkpoint `path`, or those in that folder. Raises UserError if there is none."""
+    if is_folder(path / "state"):
         return [path]
     if not (steps := steps_in(path)):
-        raise UserError(f"{path} is no checkpoint and holds none")
+        raise _not_a_checkpoint(path)
     return [checkpoint_path(path, step) for step in steps]
+
+
+def _not_a_checkpoint(path: Path) -> UserError:
+    foreign = foreign_checkpoint(path)
+    return UserError(str(foreign) if foreign else f"{path} is not a checkpoint of Deepy and holds none")
 
 
 def summary(checkpoint: Path) -> str:
@@ -58,9 +60,9 @@ def summary(checkpoint: Path) -> str:
     if problems := damage(checkpoint):
         return f"{checkpoint.name}: DAMAGED: {'; '.join(problems)}"
     size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
-    progress = json.loads((checkpoint / "progress.json").read_text())
-    samples, tokens = progress["consumed_samples"], progress["consumed_tokens"]
-    return f"{checkpoint.name}: {size / 2**20:,.1f} MiB, {samples:,} samples, {tokens:,} tokens"
+    progress = read_document(checkpoint / "progress.json")
+    counts = ", ".join(f"{progress.get(f'consumed_{name}', 0):,} {name}" for name in ("samples", "tokens"))
+    return f"{checkpoint.name}: {size / 2**20:,.1f} MiB, {counts}"
 
 
 def verify(checkpoints: list[Path]) -> int:
@@ -73,12 +75,12 @@ def verify(checkpoints: list[Path]) -> int:
     return min(bad, 1)
 
 
-def show(checkpoint: Path, wanted: str) -> int:
+def show(checkpoint: Path, text: str) -> int:
     """Print each tensor with statistics, one at a time in memory; 1 if something is damaged."""
     print(summary(checkpoint))
     reader = SafeReader(checkpoint / "state")
     for name, shape in sorted(tensor_shapes(reader).items()):
-        if wanted in name:
+        if text in name:
             tensor = read_tensors(reader, [name])[name]
             spread = float(tensor.std()) if tensor.numel() > 1 else 0.0
             print(
@@ -89,15 +91,15 @@ def show(checkpoint: Path, wanted: str) -> int:
     return int(bool(damage(checkpoint)))
 
 
-def compare(one: Path, other: Path, wanted: str) -> int:
+def compare(one: Path, other: Path, text: str) -> int:
     """Print every difference between two checkpoints; 1 if there is one."""
-    if missing := [path for path in (one, other) if not (path / "state").is_dir()]:
-        raise UserError(f"{missing[0]} is no checkpoint")
+    if missing := [path for path in (one, other) if not is_folder(path / "state")]:
+        raise _not_a_checkpoint(missing[0])
     readers = [SafeReader(path / "state") for path in (one, other)]
     first, second = map(tensor_shapes, readers)
-    alone = sorted(name for name in first.keys() ^ second.keys() if wanted in name)
+    alone = sorted(name for name in first.keys() ^ second.keys() if text in name)
     differences = [f"{name}: only in {one if name in first else other}" for name in alone]
-    common = sorted(name for name in first.keys() & second.keys() if wanted in name)
+    common = sorted(name for name in first.keys() & second.keys() if text in name)
     for name in common:
         if first[name] != second[name]:
             differences.append(f"{name}: {list(first[name])} and {list(second[name])}")
@@ -113,4 +115,4 @@ def compare(one: Path, other: Path, wanted: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

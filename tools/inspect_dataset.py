@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from megatron.data.indexed import IndexedDataset
 from megatron.data.inspection import describe, problems, show
-from megatron.errors import RunError, UserError
-from megatron.preprocessing.commands import describe_pair, exit_code, new_parser, with_dashes
+from megatron.errors import RunError, UserError, exit_code
+from megatron.preprocessing.commands import describe_pair, new_parser, with_dashes
 from megatron.registry import names
 from megatron.tokenizer.build import build_tokenizer
 

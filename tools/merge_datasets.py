@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from megatron.data.indexed import DEFAULT_KEY_SUFFIX
 from megatron.data.manifest import read_manifest, write_manifest
-from megatron.preprocessing.commands import describe_pair, exit_code, new_parser, with_dashes
+from megatron.errors import exit_code
+from megatron.preprocessing.commands import describe_pair, new_parser, with_dashes
 from megatron.preprocessing.merge import merge, merge_shuffled, open_parts
 
 

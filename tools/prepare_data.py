@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from megatron.preprocessing.commands import describe_pair, exit_code, new_parser, progress, with_dashes
+from megatron.errors import exit_code
+from megatron.preprocessing.commands import describe_pair, new_parser, progress, with_dashes
 from megatron.preprocessing.corpora import Corpus, from_hugging_face
 from megatron.preprocessing.documents import read_texts
 from megatron.preprocessing.fast_encoding.checked import EncoderSettings

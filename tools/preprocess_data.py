@@ -13,8 +13,8 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from megatron.errors import UserError
-from megatron.preprocessing.commands import add_work_flags, do_work, exit_code, new_parser, with_dashes
+from megatron.errors import UserError, exit_code
+from megatron.preprocessing.commands import add_work_flags, do_work, new_parser, with_dashes
 from megatron.preprocessing.job import Texts
 
 

@@ -24,7 +24,7 @@ from megatron.data.blend import Blend
 from megatron.data.datasets import Sources
 from megatron.data.packing import DocumentSamples
 from megatron.data.windows import NOT_A_LABEL, SampleSource, Tokens, Windows
-from megatron.errors import UserError
+from megatron.errors import exit_code
 from megatron.resources import open_data, open_tokenizer
 from megatron.tokenizer.base import Tokenizer
 
@@ -113,8 +113,4 @@ def shown(ids: Tokens, tokenizer: Tokenizer, length: int) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse(sys.argv[1:]))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(lambda: main(parse(sys.argv[1:]))))

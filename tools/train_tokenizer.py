@@ -9,7 +9,8 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from megatron.preprocessing.commands import exit_code, new_parser, with_dashes
+from megatron.errors import exit_code
+from megatron.preprocessing.commands import new_parser, with_dashes
 from megatron.preprocessing.documents import read_texts
 from megatron.preprocessing.sources import find_inputs
 from megatron.tokenizer.base import END_OF_DOCUMENT

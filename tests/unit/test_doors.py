@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron.errors import RunError, UserError, exit_code
+
 ROOT = Path(__file__).resolve().parents[2]
 DOORS = ("train.py", "generate.py", "evaluate.py")
 
@@ -54,6 +56,17 @@ def test_a_door_goes_on_with_the_environment_beside_it_and_says_so(clone, bare_p
     assert result.stderr.count("\n") == 1
     assert ".venv/bin/python" in result.stderr
     assert "usage: train.py" in result.stdout
+
+
+def test_an_environment_of_another_machine_is_not_used(clone, bare_python):
+    python = clone / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_bytes(b"\x7fELF of another machine")
+    python.chmod(0o755)
+    result = run(bare_python, clone / "train.py")
+    assert result.returncode == 2
+    assert "make demo" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_an_environment_that_lacks_the_packages_does_not_start_itself_for_ever(clone):
@@ -104,6 +117,35 @@ def test_what_the_user_can_mend_is_exit_code_2_until_work_begins(seed, code, sai
     (tmp_path / "configs" / "default.yml").write_text("{}")
     done = subprocess.run([sys.executable, "program.py", str(seed)], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (code, said)
+
+
+def _raise(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("main", "code", "said"),
+    [
+        (lambda: None, 0, ""),
+        (lambda: 0, 0, ""),
+        (lambda: 7, 7, ""),
+        (lambda: _raise(UserError("one", "two")), 2, "one\ntwo\n"),
+        (lambda: _raise(RunError("it diverged")), 1, "error: it diverged\n"),
+        (lambda: Path("/nowhere/x").read_text(), 1, "error: /nowhere/x: No such file or directory\n"),
+        (lambda: _raise(OSError("no more of it")), 1, "error: no more of it\n"),
+        (lambda: _raise(KeyboardInterrupt()), 130, "interrupted\n"),
+    ],
+)
+def test_every_command_translates_its_end_into_the_same_exit_codes(main, code, said, capsys):
+    assert exit_code(main) == code
+    assert capsys.readouterr() == ("", said)
+
+
+def test_a_defect_keeps_its_traceback():
+    with pytest.raises(ValueError, match="a defect"):
+        exit_code(lambda: _raise(ValueError("a defect")))
+    with pytest.raises(OSError, match="perhaps a defect"):
+        exit_code(lambda: _raise(OSError("perhaps a defect")), failures=(RunError,))
 
 
 CHECK = """
