@@ -27,7 +27,7 @@ from torch.optim import Optimizer  # noqa: E402
 from megatron.config.load import config_from_flat  # noqa: E402
 from megatron.config.plan import ModelPlan, Plan  # noqa: E402
 from megatron.config.resolve import resolve  # noqa: E402
-from megatron.launch.protocol.environment import for_ranks  # noqa: E402
+from megatron.launch.protocol.environment import rank_environment  # noqa: E402
 
 VOCABULARY = 50304
 NEOX = {"gpt_j_residual": True, "pos_emb": "rotary", "rotary_pct": 0.25, "no_weight_tying": True}
@@ -250,7 +250,7 @@ class Contender:
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
         environment = dict(os.environ)
         if name != "transformers":
-            environment = for_ranks(environment, accelerator, os.cpu_count() or 1)
+            environment = rank_environment(environment, accelerator, os.cpu_count() or 1)
         command = [sys.executable, __file__, name, json.dumps(keys)]
         self.name, self._said = name, tempfile.TemporaryFile("w+")  # noqa: SIM115  # a pipe that nobody reads would fill up
         self.process = subprocess.Popen(

@@ -1,1 +1,1 @@
-"""Starting the ranks of a run, watching them, and ending them."""
+"""Start the ranks of a run, watch them, and end them."""

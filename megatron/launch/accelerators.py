@@ -1,7 +1,4 @@
-"""What one machine can compute with, found out without torch: importing it takes seconds.
-
-Standard library only.
-"""
+"""The GPUs and cores of this machine, determined without importing torch, which takes seconds."""
 
 import os
 import re
@@ -11,12 +8,12 @@ from pathlib import Path
 
 from megatron.errors import UserError
 
-# -1 is no GPU: a rank that is meant for the CPU must not see those that are there.
+# The value of CUDA_VISIBLE_DEVICES that hides all GPUs from a rank on the CPU.
 NO_GPU = "-1"
 
 
 def visible_gpus(environment: Mapping[str, str], backend: str | None = None) -> list[str]:
-    """Indices (or UUIDs) of the GPUs that ranks may use; none where torch has no CUDA or gloo is asked for."""
+    """Indices (or UUIDs) of the GPUs that ranks may use; none where torch was built without CUDA or with gloo."""
     if environment.get("DS_ACCELERATOR") == "cpu" or backend == "gloo":
         return []
     if not _torch_has_cuda():
@@ -29,7 +26,7 @@ def visible_gpus(environment: Mapping[str, str], backend: str | None = None) -> 
 
 
 def devices_of_slots(slots: Sequence[int], gpus: Sequence[str]) -> tuple[str, ...]:
-    """The device of each slot of this machine; on one without GPUs a slot is a process. Raises UserError."""
+    """The device of each slot of this machine; without GPUs a slot is a process. Raises UserError."""
     if not gpus:
         return (NO_GPU,) * len(slots)
     if len(slots) > len(gpus):

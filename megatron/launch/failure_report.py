@@ -1,35 +1,34 @@
-"""Why a run ended: rank, host and cause in words, the last traceback last. Standard library only."""
+"""The report on how a run ended: rank, host and likely cause, the first traceback last. Standard library only."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron.errors import DONE, FAILED, WRONG
 from megatron.launch.failure_causes import cause_in_words, death_in_words
 from megatron.launch.protocol.records import NodeRecord, RankRecord, first_failure
-
-WRONG = 2
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is known when all is over. lost: host, what its connection said, whether it had reported before."""
+    """What is known after the run. lost: host, the message of its connection, whether it had reported before."""
 
     world_size: int
     nodes: tuple[NodeRecord, ...]
     lost: tuple[tuple[str, str, bool], ...]
     code: int | None  # of the program that started the agents
     stopped_by: str | None  # the first signal
-    at_once: bool  # rather than at a step boundary
+    at_once: bool  # stopped without waiting for a step boundary
     hung: bool
     several_hosts: bool
 
 
 def report(outcome: Outcome) -> int:
-    """Say why the run failed on stderr, and return the exit code."""
+    """Print on stderr why the run failed, and return the exit code."""
     if outcome.at_once:
         return say(f"stopped by {outcome.stopped_by}")
     if outcome.hung:
-        return say("the run hung and was ended (watchdog_action: wait leaves it alone)")
+        return say("the run hung and was terminated (watchdog_action: wait keeps it)")
     if outcome.lost:
         return _report_lost(outcome.lost)
     problems = dict.fromkeys(node.problem for node in outcome.nodes if node.problem)
@@ -38,18 +37,18 @@ def report(outcome: Outcome) -> int:
         return say("\n".join(f"{where[text]}: {text}" for text in problems), WRONG)
     ranks = [rank for node in outcome.nodes for rank in node.ranks]
     gone = [node for node in outcome.nodes if node.gone]
-    # Those who are gone without a word went first: the others then failed for want of them.
+    # Ranks that ended without a record usually ended first, and the others failed because of it.
     return _report_gone(outcome, gone) if gone and not _failed_before(ranks, gone) else _report_failure(outcome, ranks)
 
 
-def say(text: str, code: int = 1) -> int:
+def say(text: str, code: int = FAILED) -> int:
     """Print on stderr; returns `code`."""
     print(text.rstrip(), file=sys.stderr, flush=True)
     return code
 
 
 def _failed_before(ranks: Sequence[RankRecord], gone: Sequence[NodeRecord]) -> bool:
-    """Whether a rank said why it failed, for another reason than that one had gone."""
+    """Whether a rank recorded a failure whose cause is not that another rank had ended."""
     failure = first_failure(ranks)
     if failure is None:
         return False
@@ -60,7 +59,7 @@ def _report_lost(lost: Sequence[tuple[str, str, bool]]) -> int:
     for host, said, had_started in lost:
         why = f" ({said})" if said else ""
         if had_started:
-            say(f"lost the node {host}: its processes ended or it no longer answers{why}")
+            say(f"lost the node {host}: its processes ended or it does not answer{why}")
         else:
             say(f"cannot start on {host}: its agent did not report{why}; try `ssh {host} true`")
     return 1
@@ -96,6 +95,6 @@ def _report_failure(outcome: Outcome, ranks: Sequence[RankRecord]) -> int:
 
 def _without_failure(outcome: Outcome, ranks: Sequence[RankRecord]) -> int:
     if len(ranks) == outcome.world_size and all(rank.code == 0 for rank in ranks):
-        return 0
+        return DONE
     code = next((node.code for node in outcome.nodes if node.code), outcome.code)
     return say(f"the run ended with code {code} before its ranks could start")

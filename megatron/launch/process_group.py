@@ -1,6 +1,6 @@
-"""A group of processes that ends together: started in a session of its own, stopped as a whole.
+"""A group of processes that ends together: started in its own session, terminated as a whole.
 
-The group's members get no signal from the terminal, so that it is deepy.py alone who decides about a stop.
+In its own session the group gets no signals from the terminal: deepy.py alone decides about a stop.
 """
 
 import ctypes
@@ -11,8 +11,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from types import FrameType
+
+import psutil
 
 PR_SET_PDEATHSIG = 1
 
@@ -27,12 +28,12 @@ def start_group(
 ) -> "subprocess.Popen[bytes]":
     """Start `command` as the leader of a new session; it gets a signal if this process dies, whatever kills it.
 
-    stdin, stderr: as for Popen.
+    stdin, stderr: as for Popen. Raises OSError where the program cannot be started.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
 
     def prepare() -> None:
-        # A scheduler may send the signals meant for the ranks to everything; what does not know them must not die.
+        # A scheduler may send signals that are meant for the ranks to all processes; by default they would die of them.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         if library is not None:
@@ -44,43 +45,24 @@ def start_group(
 
 
 def stop_group(leader: "subprocess.Popen[bytes]", grace: float) -> None:
-    """End every process of the group: SIGTERM, after `grace` seconds SIGKILL, also for what left the group."""
-    strays = {process: _born(process) for process in descendants(leader.pid)}
+    """Terminate the group: SIGTERM, and SIGKILL after `grace` seconds, also to descendants outside the group."""
+    try:
+        descendants = psutil.Process(leader.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        descendants = []
     if _signal_group(leader.pid, signal.SIGTERM):
         deadline = time.monotonic() + grace
         while time.monotonic() < deadline and (leader.poll() is None or _signal_group(leader.pid, 0)):
             time.sleep(0.02)
         _signal_group(leader.pid, signal.SIGKILL)
     leader.wait()
-    for process, born in strays.items():  # such as the ssh of pdsh, each in a session of its own
-        if born is not None and _born(process) == born:  # and not another process that got its number
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-
-
-def descendants(process: int) -> list[int]:
-    """All processes below `process`; none where there is no /proc."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError, IndexError):
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    found, front = [], [process]
-    while front:
-        front = [child for child, parent in parents.items() if parent in front]
-        found += front
-    return found
-
-
-def _born(process: int) -> str | None:
-    """When a process began, in the kernel's ticks; None if it is not there."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
+    for process in descendants:  # such as the ssh of pdsh, each in its own session
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # kill() checks that it is still the same process
+            process.kill()
 
 
 def _signal_group(group: int, number: int) -> bool:
-    """Send a signal to a group; False if nobody is left in it."""
+    """Send a signal to a group; False if no process is left in it."""
     try:
         os.killpg(group, number)
     except (ProcessLookupError, PermissionError):
@@ -89,9 +71,9 @@ def _signal_group(group: int, number: int) -> bool:
 
 
 class StopSignals:
-    """While it is entered, the signals that ask for a stop are noted in `received` instead of ending this process.
+    """A context in which signals that request a stop are noted in `received` instead of ending this process.
 
-    SIGHUP stays ignored where it is, which is how nohup keeps a run alive.
+    SIGHUP stays ignored if it is already, because nohup keeps a run alive that way.
     """
 
     def __init__(self) -> None:
@@ -99,9 +81,9 @@ class StopSignals:
 
     @property
     def urgent(self) -> bool:
-        """Whether the run shall end at once: a hang-up, a second Ctrl-C, or SIGTERM twice.
+        """Whether the run must end at once: after a hang-up, a second Ctrl-C, or a second SIGTERM.
 
-        SIGUSR1 and then SIGTERM is what a scheduler sends as time runs out: the second adds nothing to the first.
+        SIGTERM after SIGUSR1 is not urgent: schedulers send both when the time limit approaches.
         """
         again = signal.SIGINT in self.received[1:] or self.received.count(signal.SIGTERM) > 1
         return again or signal.SIGHUP in self.received

@@ -1,4 +1,4 @@
-"""The roll-call of a hang: what each rank was doing, read from the stacks that Python wrote for it.
+"""The roll call of a hang: what each rank was doing, derived from its Python stacks.
 
     ranks 0, 2, 3 wait in all_reduce (optimizer step, step 1201); rank 1 is in data loading (windows.py:88)
 
@@ -15,13 +15,13 @@ from megatron.launch.protocol.heartbeat import RankStatus
 from megatron.launch.protocol.records import RankStacks
 
 FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.+)$')
-# Where the main thread of a rank begins.
+# The file at the bottom of the stack of a rank's main thread.
 ENTRY = "megatron/launch/node/rank.py"
 STOPPED = ("T", "t")
 COLLECTIVE_FILES = ("distributed_c10d.py", "_functional_collectives.py", "deepspeed/comm/")
 LIBRARIES = ("site-packages/", "/lib/python", "<frozen", "megatron/launch/")
 WAITING_FOR_GPU = {"synchronize": "the GPU", "item": "the GPU", "tolist": "the GPU"}
-# Functions in whose callees a rank is at work on one part of a step; the innermost counts.
+# Functions that stand for a part of a step, with everything they call; the innermost one is used.
 PARTS = (
     (re.compile(r"_exec_optimizer_step|_take_model_step|_optimizer_step|^step$|clip|norm"), "optimizer step"),
     (re.compile(r"backward|_exec_reduce"), "backward"),
@@ -42,17 +42,17 @@ class Frame:
 
 
 def roll_call(statuses: Mapping[int, RankStatus], stacks: Sequence[RankStacks], hosts: Mapping[int, str]) -> str:
-    """One sentence that puts ranks which do the same together. hosts: of each rank, named where there are several."""
+    """One sentence, with ranks in the same state grouped. hosts: of each rank, shown if there are several."""
     answers = {answer.rank: answer for answer in stacks}
     groups: defaultdict[str, list[int]] = defaultdict(list)
     for rank, status in sorted(statuses.items()):
         groups[_doing(status, answers.get(rank))].append(rank)
     several = len(set(hosts.values())) > 1
-    return "; ".join(_who(ranks, hosts if several else {}, *doing.split(" ", 1)) for doing, ranks in groups.items())
+    return "; ".join(_clause(ranks, hosts if several else {}, *doing.split(" ", 1)) for doing, ranks in groups.items())
 
 
 def main_stack(text: str) -> list[Frame]:
-    """The frames of the main thread, innermost first, from what faulthandler wrote."""
+    """The frames of the main thread, innermost first, from the text of faulthandler."""
     threads = re.split(r"^(?=Thread |Current thread )", text, flags=re.MULTILINE)
     stacks = [_frames(thread) for thread in threads]
     return next((stack for stack in stacks if stack and stack[-1].file.endswith(ENTRY)), stacks[-1])
@@ -64,7 +64,7 @@ def _frames(text: str) -> list[Frame]:
 
 
 def _doing(status: RankStatus, answer: RankStacks | None) -> str:
-    """What a rank does, verb first, in the plural: "wait in ..." or "are in ..."."""
+    """What a rank does, as a phrase in the plural with the verb first: "wait in ..." or "are in ..."."""
     if answer is not None and answer.state in STOPPED:
         return f"are stopped by a signal or a debugger ({status.phase}, step {status.step})"
     stack = main_stack(answer.text) if answer is not None else []
@@ -81,7 +81,7 @@ def _doing(status: RankStatus, answer: RankStacks | None) -> str:
     return f"are in {part} ({Path(own.file).name}:{own.line}, step {status.step})"
 
 
-def _who(ranks: Sequence[int], hosts: Mapping[int, str], verb: str, doing: str) -> str:
+def _clause(ranks: Sequence[int], hosts: Mapping[int, str], verb: str, doing: str) -> str:
     names = ", ".join(map(str, ranks))
     where = f" on {', '.join(dict.fromkeys(hosts[rank] for rank in ranks))}" if hosts else ""
     if len(ranks) > 1:

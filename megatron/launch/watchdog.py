@@ -1,4 +1,4 @@
-"""When ranks have been silent for too long, from their heartbeats. Standard library only."""
+"""Detection of hung ranks from their heartbeats. Standard library only."""
 
 from collections.abc import Iterable
 
@@ -6,16 +6,16 @@ from megatron.launch.protocol.heartbeat import RankStatus
 
 MEDIANS = 10
 LEAST_SECONDS = 300.0
-# Set-up, the first step (which may compile) and a checkpoint take long without a sign of life.
+# Start-up, the first step (which may compile) and a checkpoint take long without a beat.
 PATIENT_SECONDS = 900.0
 PATIENT_PHASES = ("starting", "saving")
 
 
 class Watchdog:
-    """Judges the age of heartbeats.
+    """Decides which ranks hang, by the age of their heartbeats.
 
-    A step may take `timeout` seconds; unset, ten times the running median of the steps before it and at least five
-    minutes. What is known to be slow may take at least a quarter of an hour. 0 turns it off.
+    A step may take `timeout` seconds; if unset, ten times the running median of earlier steps, at least five minutes.
+    Start-up, the first step and saving get at least 15 minutes. 0 turns the watchdog off.
     """
 
     def __init__(self, timeout: float | None) -> None:
@@ -23,7 +23,7 @@ class Watchdog:
         self._reported: set[tuple[int, str]] = set()
 
     def limit(self, status: RankStatus) -> float:
-        """Seconds without a beat after which this rank hangs."""
+        """Seconds without a beat after which this rank counts as hung."""
         if self._timeout == 0:
             return float("inf")
         limit = self._timeout or max(LEAST_SECONDS, MEDIANS * (status.median or 0.0))
@@ -31,7 +31,7 @@ class Watchdog:
         return max(limit, PATIENT_SECONDS) if patient else limit
 
     def find_hung_rank(self, statuses: Iterable[RankStatus]) -> RankStatus | None:
-        """A rank that hangs, the one silent for longest; each step and phase is reported once."""
+        """The rank that has hung for longest, or None; each step and phase is reported once."""
         hanging = [status for status in statuses if status.age > self.limit(status)]
         fresh = [status for status in hanging if (status.step, status.phase) not in self._reported]
         self._reported |= {(status.step, status.phase) for status in hanging}

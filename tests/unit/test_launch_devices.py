@@ -4,10 +4,11 @@ import pytest
 
 from megatron.config.load import config_from_flat
 from megatron.errors import UserError
-from megatron.launch import accelerators, devices, hostfile
+from megatron.launch import accelerators, devices, hosts
 from megatron.launch.accelerators import devices_of_slots, visible_gpus
-from megatron.launch.devices import local_slots, planned_ranks
-from megatron.launch.hostfile import read_hostfile, read_hosts
+from megatron.launch.devices import local_slots
+from megatron.launch.hosts import parse_filter, problem_with_host, read_hostfile, read_hosts
+from megatron.launch.planning import planned_ranks
 
 SHAPE = {"num_layers": 4, "hidden_size": 48, "num_attention_heads": 12, "seq_length": 8}
 
@@ -17,7 +18,7 @@ def machine(monkeypatch, tmp_path):
     """A machine of two cores without a GPU and without a hostfile, whatever this one has."""
     monkeypatch.setattr(devices, "cores", lambda: 2)
     monkeypatch.setattr(accelerators, "_torch_has_cuda", lambda: True)
-    monkeypatch.setattr(hostfile, "USUAL_HOSTFILE", tmp_path / "no_hostfile")
+    monkeypatch.setattr(hosts, "USUAL_HOSTFILE", tmp_path / "no_hostfile")
 
 
 CPU = {"CUDA_VISIBLE_DEVICES": ""}
@@ -90,7 +91,7 @@ def test_what_the_installed_torch_was_built_for_is_read_from_its_files(monkeypat
         ({"exclude": "localhost"}, "leaves no device"),
         ({"exclude": "0,1,2,3"}, "leaves no device"),
         ({"num_nodes": 2}, r"num_nodes \(2\): launcher local starts ranks on this machine only"),
-        ({"hostfile": "no_such_file"}, "the hostfile no_such_file cannot be read"),
+        ({"hostfile": "no_such_file"}, "hostfile .no_such_file. cannot be read: No such file"),
     ],
 )
 def test_devices_that_are_not_there_are_refused(keys, message):
@@ -152,10 +153,160 @@ def test_a_line_of_a_hostfile_that_says_nothing_is_named(tmp_path, text):
         read_hostfile(tmp_path / "hosts")
 
 
-def test_a_plan_may_be_for_other_machines_than_this_one():
-    def ranks(**keys):
-        return planned_ranks(config_from_flat(SHAPE | keys), "train.py", GPUS)
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_is_no_part_of_the_first_host(tmp_path, encoding):
+    (tmp_path / "hosts").write_bytes("node1 slots=2\r\nnode2\tslots=3\r\n".encode(encoding))
+    assert read_hostfile(tmp_path / "hosts") == {"node1": 2, "node2": 3}
 
-    assert ranks(num_gpus=8, num_nodes=12, hostfile="no_such_file") == 96
-    assert ranks() == 4
-    assert ranks(num_nodes=2) == 8
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("node1 slots=2 # Büro\n".encode("latin-1"), r"not UTF-8: byte 17 \(0xfc, line 1\).*iconv"),
+        (b"\x1f\x8b\x08\x00rest", "is gzip data, not UTF-8 text"),
+        (b"# nothing\n\n", 'names no host; write a line such as "node1 slots=8"'),
+    ],
+)
+def test_a_hostfile_that_is_not_readable_text_is_refused_by_what_it_is(tmp_path, data, message):
+    (tmp_path / "hosts").write_bytes(data)
+    with pytest.raises(UserError, match=rf"hostfile \({tmp_path}/hosts\).*{message}"):
+        read_hostfile(tmp_path / "hosts")
+
+
+@pytest.mark.parametrize(
+    "name", ["node1", "my_node-2", "a.b.example.org", "a.b.", "10.0.0.1", "fe80::1", "N1", "_x", "1"]
+)
+def test_names_and_addresses_that_machines_have_are_hosts(name):
+    assert problem_with_host(name) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("-oProxyCommand=true", 'not begin with "-"'),
+        ("--version", 'not begin with "-"'),
+        ("a;reboot", "it may have letters"),
+        ("$(id)", "it may have letters"),
+        ("a`id`", "it may have letters"),
+        ("a,b", "it may have letters"),
+        ("a..b", "it may have letters"),
+        ("a" * 64, "it may have letters"),
+        ("fe80::1%;id", "it may have letters"),
+        ("b\u00fcro", "it may have letters"),
+        ("me@node1", "put the user into ~/.ssh/config"),
+        ("node[1-4]", "one line for each host"),
+        ("node1:2222", "put the port of ssh into ~/.ssh/config"),
+    ],
+)
+def test_words_that_ssh_would_take_for_something_else_are_refused_as_hosts(tmp_path, name, hint):
+    (tmp_path / "hosts").write_text(f"node0 slots=1\n{name} slots=8\n")
+    with pytest.raises(UserError, match=r"hosts:2: .* is not a host name or address; ") as refused:
+        read_hostfile(tmp_path / "hosts")
+    assert hint in str(refused.value)
+
+
+@pytest.mark.parametrize("slots", ["0", "00", "4097", "1000000000", "1" + "0" * 5000])
+def test_numbers_of_slots_that_no_machine_has_are_refused(tmp_path, slots):
+    (tmp_path / "hosts").write_text(f"node1 slots={slots}\n")
+    with pytest.raises(UserError, match=rf"hosts:1: slots \({slots}\) must be from 1 to 4,096"):
+        read_hostfile(tmp_path / "hosts")
+
+
+def test_a_host_that_comes_again_is_named_with_both_lines_in_any_case_of_letters(tmp_path):
+    (tmp_path / "hosts").write_text("node1 slots=1\n\nNode1 slots=2\n")
+    with pytest.raises(UserError, match="hosts:3: Node1 is in line 1 already"):
+        read_hostfile(tmp_path / "hosts")
+
+
+def test_of_a_file_that_is_no_hostfile_a_few_lines_are_shown(tmp_path):
+    (tmp_path / "hosts").write_text("all happy families\n" * 1000)
+    with pytest.raises(UserError) as refused:
+        read_hostfile(tmp_path / "hosts")
+    assert len(refused.value.problems) == 11
+    assert refused.value.problems[-1].endswith("990 more lines are wrong")
+
+
+@pytest.mark.parametrize("loopback", ["localhost", "LocalHost", "127.0.0.1", "::1"])
+def test_a_loopback_address_names_another_machine_for_other_hosts(tmp_path, loopback):
+    (tmp_path / "hosts").write_text(f"{loopback} slots=1\nnode2 slots=1\n")
+    config = SHAPE | {"hostfile": str(tmp_path / "hosts")}
+    with pytest.raises(UserError, match="alongside other hosts"):
+        read_hosts(config_from_flat(config), {})
+    assert read_hosts(config_from_flat(config | {"num_nodes": 1}), {}) == {loopback: (0,)}
+
+
+def test_a_filter_understands_addresses_and_slots_of_this_machine():
+    assert parse_filter("include", "fe80::1@10.0.0.1:0,2") == {"fe80::1": None, "10.0.0.1": (0, 2)}
+    assert parse_filter("include", "[fe80::1]:1@:3") == {"fe80::1": (1,), "localhost": (3,)}
+    for wrong in ("", "a@a", "a:0,", "a:-1", "a:b:0"):
+        with pytest.raises(UserError, match="must be hosts with or without slots"):
+            parse_filter("include", wrong)
+
+
+@pytest.mark.parametrize("index", ["9" * 10, "9" * 5000])
+def test_an_absurd_index_of_a_device_is_refused(index):
+    with pytest.raises(UserError, match=f"names device {index}, more than any machine has"):
+        parse_filter("exclude", f"node1:{index}")
+
+
+def test_a_layout_for_more_ranks_than_a_machine_can_run_is_refused():
+    with pytest.raises(UserError, match="needs 1000000000 ranks, which is more than the 4,096 ranks"):
+        devices_of(CPU, "generate.py", num_attention_heads=10**9, hidden_size=10**9, model_parallel_size=10**9)
+
+
+def planned(environment=GPUS, **keys):
+    return planned_ranks(config_from_flat(SHAPE | keys), "train.py", environment)
+
+
+def test_a_plan_may_be_for_other_machines_than_this_one():
+    assert planned(num_gpus=8, num_nodes=12).ranks == 96
+    assert planned().ranks == 4
+    assert planned(num_nodes=2).ranks == 8
+
+
+@pytest.mark.parametrize(
+    ("keys", "ranks"),
+    [
+        ({}, 10),
+        ({"num_nodes": 2}, 8),
+        ({"num_nodes": 1}, 4),
+        ({"num_gpus": 2}, 6),
+        ({"include": "node3@node1:0,2"}, 4),
+        ({"exclude": "node1@node2:1"}, 5),
+        ({"launcher": "pdsh"}, 10),
+        ({"launcher": "openmpi", "num_gpus": 1}, 3),
+    ],
+)
+def test_a_plan_with_a_hostfile_has_its_ranks(tmp_path, keys, ranks):
+    (tmp_path / "hosts").write_text(THREE_HOSTS)
+    assert planned(hostfile=str(tmp_path / "hosts"), **keys).ranks == ranks
+    assert planned(GPUS | {"DLTS_HOSTFILE": str(tmp_path / "hosts")}, **keys).ranks == ranks
+
+
+def test_a_plan_is_refused_for_hosts_that_the_run_would_not_get(tmp_path):
+    (tmp_path / "hosts").write_text(THREE_HOSTS)
+    with pytest.raises(UserError, match=r"num_nodes \(4\) is more than the 3 hosts"):
+        planned(hostfile=str(tmp_path / "hosts"), num_nodes=4)
+
+
+@pytest.mark.parametrize("keys", [{}, {"num_nodes": 2}, {"num_gpus": 8}])
+def test_a_plan_with_a_hostfile_that_is_not_here_says_how_to_plan_without_it(keys):
+    with pytest.raises(UserError, match=r"hostfile \(gone\) cannot be read: .*; .*give both num_nodes and num_gpus"):
+        planned(hostfile="gone", **keys)
+    with pytest.raises(UserError, match=r"DLTS_HOSTFILE \(gone\) cannot be read: .*or unset DLTS_HOSTFILE"):
+        planned(GPUS | {"DLTS_HOSTFILE": "gone"}, **keys)
+
+
+def test_num_nodes_and_num_gpus_stand_in_for_a_hostfile_that_is_not_here():
+    plan = planned(hostfile="gone", num_nodes=12, num_gpus=8)
+    assert plan.ranks == 96
+    assert "hostfile (gone) is not here" in plan.notes[0]
+
+
+def test_a_plan_in_a_slurm_allocation_has_the_ranks_of_its_nodes():
+    allocation = GPUS | {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3", "SLURM_GPUS_ON_NODE": "8"}
+    assert planned(allocation).ranks == 24
+    assert planned(allocation, num_gpus=2, num_nodes=2).ranks == 4
+    assert planned(allocation, num_nodes=1).ranks == 4
+    assert planned(allocation, num_nodes=1, launcher="slurm").ranks == 8
+    assert planned(allocation | {"SLURM_STEP_ID": "0"}).ranks == 4

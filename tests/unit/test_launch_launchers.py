@@ -12,7 +12,7 @@ import pytest
 from megatron import registry
 from megatron.config.load import config_from_flat
 from megatron.errors import UserError
-from megatron.launch import hostfile as hostfile_module
+from megatron.launch import hosts as hosts_module
 from megatron.launch.launchers.launcher import AGENT, usual_launcher
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +45,7 @@ sys.exit(max(task.wait() for task in started))
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch, tmp_path):
-    monkeypatch.setattr(hostfile_module, "USUAL_HOSTFILE", tmp_path / "no_hostfile")
+    monkeypatch.setattr(hosts_module, "USUAL_HOSTFILE", tmp_path / "no_hostfile")
 
 
 @pytest.fixture
@@ -114,6 +114,23 @@ def test_srun_gets_one_task_per_node_of_the_allocation_with_all_of_its_cores(pro
     assert (started.hosts, started.master) == (("", ""), None)
 
 
+@pytest.mark.parametrize("comment", ["two words", "-x --bad", "it's $HOME; `id`"])
+def test_the_comment_of_a_job_is_one_argument_of_srun(programs, comment):
+    words = launch("slurm", CPU | ALLOCATION, comment=comment, num_gpus=1).command(Path("/run"))
+    assert f"--comment={comment}" in words
+    assert words.index(f"--comment={comment}") < words.index(sys.executable)
+
+
+@pytest.mark.parametrize("name", ["pdsh", "openmpi", "slurm"])
+def test_a_quote_that_is_not_closed_in_launcher_args_is_named(programs, name):
+    with pytest.raises(UserError, match=r"launcher_args \(--x 'y\) cannot be split into words: No closing quotation"):
+        launch(name, CPU | ALLOCATION, num_gpus=1, launcher_args="--x 'y").command(Path("/run"))
+
+
+def test_a_number_of_nodes_that_slurm_did_not_write_counts_as_one_node(programs):
+    assert len(launch("slurm", CPU | ALLOCATION | {"SLURM_JOB_NUM_NODES": "two"}, num_gpus=1).slots) == 1
+
+
 @pytest.mark.parametrize(
     ("variables", "keys", "slots"),
     [
@@ -134,7 +151,8 @@ def test_slurm_says_how_many_ranks_a_node_gets_unless_num_gpus_does(programs, va
         ("slurm", CPU | ALLOCATION, {"num_nodes": 3}, r"num_nodes \(3\) is more than the 2 of this allocation"),
         ("slurm", CPU | ALLOCATION, {"include": "node1"}, "sbatch --nodelist"),
         ("pdsh", CPU, {"num_nodes": 2}, "launcher pdsh needs the names of the nodes"),
-        ("pdsh", CPU, {"hostfile": "node1 slots=1\nlocalhost slots=1"}, 'names "localhost" beside others'),
+        ("pdsh", CPU, {"hostfile": "node1 slots=1\nlocalhost slots=1"}, 'names "localhost" alongside other hosts'),
+        ("openmpi", CPU, {"hostfile": "fe80::1 slots=1\nnode2 slots=1"}, "reads .fe80::1. as a host with slots"),
         ("local", CPU, {"hostfile": "node1 slots=1\nnode2 slots=1"}, "launcher pdsh starts them on all"),
     ],
 )

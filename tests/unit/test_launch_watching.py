@@ -115,10 +115,10 @@ def test_the_cause_of_a_failure_is_said_in_words(text, words):
 
 
 def test_the_death_of_a_rank_is_said_in_words():
-    assert "memory was used up" in death_in_words(-9, out_of_memory=True)
+    assert "ran out of memory" in death_in_words(-9, out_of_memory=True)
     assert "scheduler or a person" in death_in_words(-9)
     assert "/dev/shm" in death_in_words(-signal.SIGBUS)
-    assert death_in_words(3) == "ended with code 3 without a word"
+    assert death_in_words(3) == "ended with code 3 without a message"
 
 
 def test_a_second_request_is_urgent_but_not_what_a_scheduler_sends_when_time_runs_out():
@@ -155,6 +155,35 @@ def test_what_matters_travels_and_the_machines_own_stays(tmp_path):
     (tmp_path / ".deepspeed_env").write_text("NCCL_DEBUG\n")
     with pytest.raises(UserError, match=r"deepspeed_env:1: \"NCCL_DEBUG\" must be NAME=value"):
         forwarded_environment(here, [], [tmp_path])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_an_environment_file_of_any_editor_has_the_variables_that_it_shows(tmp_path, encoding):
+    text = "A=1\r\n\texport  B='two words'\r\nC=\"it's\"\r\nD=it's\r\nE='\r\nF=gr\u00fc\u00dfe\tx=y\r\nG=\r\n"
+    (tmp_path / ".deepspeed_env").write_bytes(text.encode(encoding))
+    seen = {"A": "1", "B": "two words", "C": "it's", "D": "it's", "E": "'", "F": "gr\u00fc\u00dfe\tx=y", "G": ""}
+    assert forwarded_environment({}, [], [tmp_path]) == seen
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("A=Büro\n".encode("latin-1"), r"the environment file \(.*\) is not UTF-8: byte 3"),
+        (b"\x7fELF\x00\x00", "is a program, not UTF-8 text"),
+        (b"A=1\0" + b"2" * 90 + b"\n", r"env:1: A has the control character '\\x00'"),
+        ("\u00c4=1\n".encode(), "env:1: .* must be NAME=value"),
+        (b"A\nB\n", "env:1: .*\n.*env:2: "),
+    ],
+)
+def test_an_environment_file_that_cannot_be_used_is_refused_with_the_line(tmp_path, data, message):
+    (tmp_path / ".deepspeed_env").write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        forwarded_environment({}, [], [tmp_path])
+
+
+def test_names_that_no_resolver_takes_have_no_interface():
+    assert interface_towards("a..b") is None
+    assert interface_towards("a" * 70) is None
 
 
 def test_the_interface_towards_this_machine_is_its_loopback():

@@ -225,10 +225,10 @@ class LauncherKeys(Group):
     comment: str | None = None
     """Comment of the job, which launcher slurm gives to srun (--comment)."""
 
-    num_gpus: PositiveInt | None = None
+    num_gpus: Annotated[PositiveInt, Field(le=4096)] | None = None
     """Processes per node, on CPU nodes too. Unset: one per visible GPU, or two on a CPU."""
 
-    num_nodes: PositiveInt | None = None
+    num_nodes: Annotated[PositiveInt, Field(le=100_000)] | None = None
     """Number of nodes."""
 
     master_addr: str | None = None

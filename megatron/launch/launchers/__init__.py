@@ -1,1 +1,1 @@
-"""One file per launcher: which nodes a run has, and the command that starts an agent on each."""
+"""One file per launcher: the nodes of a run, and the command that starts an agent on each."""

@@ -1,11 +1,14 @@
-"""What a launcher is: a function (config, script, environment) -> Launch, one line in the registry's table.
+"""What a launcher is: a function (config, script, environment) -> LaunchSpec, one line in the registry's table.
 
-It says which nodes a run has and with which command an agent gets to run on each; everything after that is the same
-for all launchers.
+It chooses the nodes of a run and the command that starts an agent on each; everything after that is the same for all
+launchers.
 """
 
 import os
+import re
+import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +16,20 @@ from pathlib import Path
 from megatron.config.command_line import MERGED_FLAG, merged_to_argument
 from megatron.config.schema.config import Config
 from megatron.errors import UserError
-from megatron.launch.hostfile import read_hosts
+from megatron.launch.hosts import read_hosts
 from megatron.launch.node import agent
 from megatron.launch.protocol.environment import forwarded_environment
-from megatron.launch.protocol.job import Job
+from megatron.launch.protocol.job import JobSpec
 
 AGENT = str(Path(agent.__file__).resolve())
 
 
 @dataclass(frozen=True)
-class Launch:
-    """A run about to be started.
+class LaunchSpec:
+    """What a launcher decides about a run: its nodes, their slots, and how the agents are started.
 
     hosts: a name per node, empty where only the node itself knows it. slots: of each node, in the order of ranks.
-    command: starts all agents, given the run folder. master: where ranks meet; None: the first node's own name.
+    command: starts all agents, given the run folder. master: the address of rank 0; None: the first node's own name.
     remote: the nodes are, or may be, other machines. settings: added to the environment of `command`.
     """
 
@@ -39,29 +42,38 @@ class Launch:
 
     @property
     def ranks(self) -> int:
-        """Ranks of the run."""
+        """World size."""
         return sum(map(len, self.slots))
 
 
-Launcher = Callable[[Config, str, Mapping[str, str]], Launch]
+Launcher = Callable[[Config, str, Mapping[str, str]], LaunchSpec]
 
 
 def agent_command(folder: Path, *who: str) -> list[str]:
-    """The command line of a node's agent; `who` says which node it is on."""
+    """The command line of a node's agent; `who` holds the option that tells it which node it is on."""
     return [sys.executable, "-P", AGENT, str(folder), *who]
 
 
-def make_job(launch: Launch, config: Config, script: Path, log_folder: Path | None) -> Job:
-    """What the agents get to know. Raises UserError for environment variables that are asked for and not set."""
+def split_arguments(config: Config) -> list[str]:
+    """The words of launcher_args. Raises UserError where a quote is not closed."""
+    written = config.launcher.launcher_args or ""
+    try:
+        return shlex.split(written)
+    except ValueError as error:
+        raise UserError(f"launcher_args ({written}) cannot be split into words: {error}") from error
+
+
+def make_job(launch: LaunchSpec, config: Config, script: Path, log_folder: Path | None) -> JobSpec:
+    """What the agents have to know. Raises UserError for forwarded environment variables that are not set."""
     keys, here = config.launcher, Path.cwd()
-    return Job(
+    return JobSpec(
         hosts=launch.hosts,
         slots=launch.slots,
         script=str(script),
         arguments=(MERGED_FLAG, merged_to_argument(config)),
         working_folder=str(here),
         log_folder=str(log_folder.resolve()) if log_folder is not None else None,
-        environment=forwarded_environment(os.environ, keys.forward_environment, (here, Path.home()))
+        environment=forwarded_environment(os.environ, keys.forward_environment, (here, *_home()))
         if launch.remote
         else {},
         backend=keys.distributed_backend,
@@ -71,22 +83,39 @@ def make_job(launch: Launch, config: Config, script: Path, log_folder: Path | No
     )
 
 
+def _home() -> list[Path]:
+    """The user's home folder; none in a container whose user has no entry in /etc/passwd and no HOME."""
+    try:
+        return [Path.home()]
+    except RuntimeError:
+        return []
+
+
 def make_log_folder(config: Config, script: Path) -> Path | None:
-    """The folder of the ranks' logs. Reading a checkpoint writes nothing beside it unless log_dir says so."""
+    """Make the folder of the ranks' logs, or return None where there is none.
+
+    generate.py and evaluate.py write no logs into the checkpoint folder; they do so in log_dir only.
+    Raises UserError where the folder cannot be made or written to.
+    """
     name = config.log_folder if script.name == "train.py" else config.logging.log_dir
     if name is None:
         return None
     try:
         Path(name).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"log_dir ({name}) cannot be made: {reason}") from error
+    try:
+        tempfile.TemporaryFile(dir=name).close()
     except OSError as error:
-        raise UserError(f"log_dir ({name}) cannot be made: {error.strerror}") from error
+        raise UserError(f"log_dir ({name}) cannot be written to: {error.strerror}") from error
     return Path(name)
 
 
 def usual_launcher(config: Config, environment: Mapping[str, str]) -> str:
-    """The launcher where the configuration names none.
+    """The launcher if the configuration names none.
 
-    pdsh for a hostfile with several hosts, slurm from a batch script of several nodes, this machine otherwise.
+    pdsh for a hostfile with several hosts, slurm in the batch script of several nodes, otherwise local.
     Raises UserError for a hostfile that is wrong.
     """
     if config.launcher.num_nodes == 1:
@@ -98,9 +127,14 @@ def usual_launcher(config: Config, environment: Mapping[str, str]) -> str:
 
 
 def in_batch_script(environment: Mapping[str, str]) -> bool:
-    """Whether this process is the one that holds a Slurm allocation of several nodes, and not a task inside of it."""
-    nodes = environment.get("SLURM_JOB_NUM_NODES") or environment.get("SLURM_NNODES") or "1"
+    """Whether this process is the batch script (or the shell of salloc) of several nodes, and not a task of a step."""
     step = environment.get("SLURM_STEP_ID", "")
-    # Slurm numbers the steps of batch scripts and shells from the top.
-    inside = step.isdigit() and int(step) < 4_000_000_000
-    return nodes.isdigit() and int(nodes) > 1 and not inside
+    # Slurm gives batch scripts and interactive shells the highest step numbers.
+    inside = re.fullmatch(r"[0-9]+", step) is not None and int(step) < 4_000_000_000
+    return nodes_of_allocation(environment) > 1 and not inside
+
+
+def nodes_of_allocation(environment: Mapping[str, str]) -> int:
+    """The number of nodes of this Slurm allocation, 1 outside of one."""
+    nodes = environment.get("SLURM_JOB_NUM_NODES") or environment.get("SLURM_NNODES") or "1"
+    return int(nodes) if re.fullmatch(r"[0-9]{1,6}", nodes) else 1

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 
 from megatron.config.schema.config import Config
 from megatron.launch.devices import local_slots
-from megatron.launch.launchers.launcher import Launch, agent_command
+from megatron.launch.launchers.launcher import LaunchSpec, agent_command
 
 
-def local(config: Config, script: str, environment: Mapping[str, str]) -> Launch:
-    """Registry entry: one agent, a child of deepy.py. Raises UserError for devices that are not there."""
-    return Launch(
+def local(config: Config, script: str, environment: Mapping[str, str]) -> LaunchSpec:
+    """Registry entry: one agent, a child of deepy.py. Raises UserError for devices that do not exist."""
+    return LaunchSpec(
         hosts=(os.uname().nodename,),
         slots=(local_slots(config, script, environment),),
         command=lambda folder: agent_command(folder, "--node", "0"),

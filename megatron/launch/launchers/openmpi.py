@@ -1,7 +1,6 @@
-"""Launcher "openmpi": `mpirun` brings one agent to each host."""
+"""Launcher "openmpi": `mpirun` starts one agent on each host."""
 
 import os
-import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,21 +8,23 @@ from pathlib import Path
 from megatron.config.schema.config import Config
 from megatron.errors import UserError
 from megatron.launch.devices import local_slots
-from megatron.launch.hostfile import LOCALHOST, read_hosts
-from megatron.launch.launchers.launcher import Launch, agent_command
+from megatron.launch.hosts import LOCALHOST, read_hosts
+from megatron.launch.launchers.launcher import LaunchSpec, agent_command, split_arguments
 
 NODE_VARIABLE = "OMPI_COMM_WORLD_RANK"
 
 
-def openmpi(config: Config, script: str, environment: Mapping[str, str]) -> Launch:
-    """Registry entry: the hosts of the hostfile, without one this machine. Raises UserError."""
+def openmpi(config: Config, script: str, environment: Mapping[str, str]) -> LaunchSpec:
+    """Registry entry: the hosts of the hostfile, or this machine without one. Raises UserError."""
     hosts = read_hosts(config, environment) or {LOCALHOST: local_slots(config, script, environment)}
+    if (address := next((host for host in hosts if ":" in host), None)) is not None:
+        raise UserError(f'launcher openmpi: mpirun reads "{address}" as a host with slots; use the host\'s name')
     if shutil.which("mpirun") is None:
         raise UserError("launcher openmpi: there is no program mpirun here; install it (apt install openmpi-bin)")
-    # By default mpirun binds each process, here the agent and with it all ranks of a node, to one core.
+    # By default mpirun would bind the agent, and with it all ranks of its node, to one core.
     options = ["--map-by", "ppr:1:node", "--bind-to", "none"]
     options += ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    options += shlex.split(config.launcher.launcher_args or "")
+    options += split_arguments(config)
 
     def command(folder: Path) -> list[str]:
         agent = agent_command(folder, "--variable", NODE_VARIABLE)
@@ -31,4 +32,4 @@ def openmpi(config: Config, script: str, environment: Mapping[str, str]) -> Laun
 
     alone = len(hosts) == 1
     master = config.launcher.master_addr or ("127.0.0.1" if alone else next(iter(hosts)))
-    return Launch(tuple(hosts), tuple(hosts.values()), command, master, remote=not alone, settings={})
+    return LaunchSpec(tuple(hosts), tuple(hosts.values()), command, master, remote=not alone, settings={})

@@ -1,7 +1,6 @@
 """Launcher "slurm": `srun` inside an allocation; no ssh between nodes, no hostfile."""
 
 import re
-import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,28 +8,23 @@ from pathlib import Path
 from megatron.config.schema.config import Config
 from megatron.errors import UserError
 from megatron.launch.devices import local_slots
-from megatron.launch.launchers.launcher import Launch, agent_command
+from megatron.launch.launchers.launcher import LaunchSpec, agent_command, nodes_of_allocation, split_arguments
 
 NODE_VARIABLE = "SLURM_PROCID"
 
 
-def slurm(config: Config, script: str, environment: Mapping[str, str]) -> Launch:
+def slurm(config: Config, script: str, environment: Mapping[str, str]) -> LaunchSpec:
     """Registry entry: one task, the agent, on each node of the allocation. Raises UserError outside of one."""
     keys = config.launcher
-    if "SLURM_JOB_ID" not in environment:
+    if not in_allocation(environment):
         raise UserError("launcher slurm works inside an allocation: start deepy.py from a script for sbatch, or salloc")
     if shutil.which("srun") is None:
         raise UserError("launcher slurm: there is no program srun here")
-    if keys.include is not None or keys.exclude is not None:
-        raise UserError("include and exclude choose hosts of a hostfile; with launcher slurm use sbatch --nodelist")
-    held = int(environment.get("SLURM_JOB_NUM_NODES") or environment.get("SLURM_NNODES") or 1)
-    nodes = keys.num_nodes or held
-    if nodes > held:
-        raise UserError(f"num_nodes ({nodes}) is more than the {held} of this allocation")
-    slots = tuple(range(_slots_per_node(config, script, environment)))
+    slots = allocated_slots(config, script, environment)
+    nodes = len(slots)
 
     def command(folder: Path) -> list[str]:
-        # One task holds all ranks of its node, so it gets all cores and GPUs that the job has there.
+        # One task runs all ranks of its node, so it gets all cores and GPUs of the job there.
         tasks = [
             f"--nodes={nodes}",
             f"--ntasks={nodes}",
@@ -38,14 +32,32 @@ def slurm(config: Config, script: str, environment: Mapping[str, str]) -> Launch
             "--cpu-bind=none",
             "--kill-on-bad-exit=0",
         ]
-        extra = shlex.split(keys.launcher_args or "")
-        return ["srun", *tasks, *_cores(environment), *extra, *agent_command(folder, "--variable", NODE_VARIABLE)]
+        comment = [f"--comment={keys.comment}"] if keys.comment else []
+        extra = [*_cores(environment), *comment, *split_arguments(config)]
+        return ["srun", *tasks, *extra, *agent_command(folder, "--variable", NODE_VARIABLE)]
 
-    return Launch(("",) * nodes, (slots,) * nodes, command, keys.master_addr, remote=True, settings={})
+    return LaunchSpec(("",) * nodes, slots, command, keys.master_addr, remote=True, settings={})
+
+
+def in_allocation(environment: Mapping[str, str]) -> bool:
+    """Whether this process runs inside a Slurm allocation."""
+    return "SLURM_JOB_ID" in environment
+
+
+def allocated_slots(config: Config, script: str, environment: Mapping[str, str]) -> tuple[tuple[int, ...], ...]:
+    """The slots of each node of this allocation. Raises UserError for keys that ask for more than it has."""
+    keys = config.launcher
+    if keys.include is not None or keys.exclude is not None:
+        raise UserError("include and exclude choose hosts of a hostfile; with launcher slurm use sbatch --nodelist")
+    held = nodes_of_allocation(environment)
+    nodes = keys.num_nodes or held
+    if nodes > held:
+        raise UserError(f"num_nodes ({nodes}) is more than the {held} of this allocation")
+    return (tuple(range(_slots_per_node(config, script, environment))),) * nodes
 
 
 def _slots_per_node(config: Config, script: str, environment: Mapping[str, str]) -> int:
-    """num_gpus, else what Slurm gave per node, else what this node shows."""
+    """num_gpus; unset, what Slurm allocated per node; without that, the devices of this node."""
     if config.launcher.num_gpus is not None:
         return config.launcher.num_gpus
     for name in ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE", "SLURM_NTASKS_PER_NODE"):
@@ -58,6 +70,6 @@ def _slots_per_node(config: Config, script: str, environment: Mapping[str, str])
 
 
 def _cores(environment: Mapping[str, str]) -> list[str]:
-    """All cores of the node: a step does not inherit what sbatch was given per task (since Slurm 22.05)."""
+    """All cores of the node, explicitly: since Slurm 22.05 srun does not inherit --cpus-per-task of sbatch."""
     cores = environment.get("SLURM_CPUS_ON_NODE")
     return [f"--cpus-per-task={cores}"] if cores else []

@@ -1,1 +1,1 @@
-"""What runs on each node: the agent, and the ranks that it starts."""
+"""The processes on each node: the agent, the wrapper around each rank, and the network between nodes."""

@@ -1,10 +1,9 @@
-"""The agent of one node: starts its ranks through DeepSpeed's launcher, reports on them, carries out orders.
+"""The agent of one node: starts its ranks through DeepSpeed's launcher, reports their state, carries out orders.
 
-    python node.py RUN_FOLDER (--node N | --host NAME | --variable NAME)
+    python agent.py RUN_FOLDER (--node N | --host NAME | --variable NAME)
 
-Every launcher comes down to one agent per machine; they differ in how they start it. The agent needs no socket: it
-reads and writes small files in the run folder. It ends with its ranks, and ends them when the launcher is gone.
-Standard library only.
+Launchers differ only in how they start one agent per machine. The agent needs no socket: it reads and writes small
+files in the run folder. It exits with its ranks, and terminates them when deepy.py is gone. Standard library only.
 """
 
 import argparse
@@ -23,19 +22,19 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-# This file is run by its path. Its folder must not hide other modules, and the package must be found.
+# This file is run by its path: its folder must not shadow other modules, and the package must be importable.
 ROOT = str(Path(__file__).resolve().parents[3])
 if __name__ == "__main__":
     sys.path[0] = ROOT
 
-from megatron.errors import UserError  # noqa: E402
+from megatron.errors import RunError, UserError, exit_code  # noqa: E402
 from megatron.launch.accelerators import cores, devices_of_slots, visible_gpus  # noqa: E402
 from megatron.launch.node import rank  # noqa: E402
 from megatron.launch.node.network import free_port, interface_towards  # noqa: E402
 from megatron.launch.process_group import StopSignals, start_group, stop_group  # noqa: E402
-from megatron.launch.protocol.environment import for_ranks  # noqa: E402
+from megatron.launch.protocol.environment import rank_environment  # noqa: E402
 from megatron.launch.protocol.heartbeat import RUN_FOLDER, STACKS, read_rank_status  # noqa: E402
-from megatron.launch.protocol.job import Job, read_job, read_orders  # noqa: E402
+from megatron.launch.protocol.job import JOB, JobSpec, read_job, read_orders  # noqa: E402
 from megatron.launch.protocol.records import (  # noqa: E402
     NodeRecord,
     RankRecord,
@@ -49,21 +48,22 @@ from megatron.launch.protocol.records import (  # noqa: E402
 
 POLL_SECONDS = 0.02
 BEAT_SECONDS = 1.0
-MEETING_SECONDS = 60.0
-# Python writes its stacks from a signal handler; a process on a busy machine needs a moment for it.
+RENDEZVOUS_SECONDS = 60.0
+# A rank writes its stacks from a signal handler, which takes a moment on a busy machine.
 STACKS_SECONDS = 1.0
 GRACE_SECONDS = 5.0
-# DeepSpeed's launcher looks at its ranks once a second and then leaves by itself.
-LEAVING_SECONDS = 3.0
+# DeepSpeed's launcher polls its ranks once a second and then exits by itself.
+EXIT_SECONDS = 3.0
 
 
 class Agent:
-    """One node of a job."""
+    """Runs the ranks of one node."""
 
-    def __init__(self, folder: Path, job: Job, node: int, local: Path, connected: bool) -> None:
-        """folder: shared with the launcher. local: of this machine, for the ranks' records.
+    def __init__(self, folder: Path, job: JobSpec, node: int, local: Path, connected: bool) -> None:
+        """Prepare node number `node` of `job`; starts nothing.
 
-        connected: stdin is the connection to the launcher, open for as long as that lives.
+        folder: shared with deepy.py. local: on this machine, for the ranks' records and heartbeats.
+        connected: stdin is the connection to deepy.py, which closes when that ends.
         """
         self._folder, self._job, self._local = folder, job, local
         host = job.hosts[node] if job.hosts[node] else os.uname().nodename
@@ -74,7 +74,7 @@ class Agent:
         self._out_of_memory_kills = out_of_memory_kills()
 
     def run(self, signals: StopSignals) -> None:
-        """Start the ranks and stay until they have ended."""
+        """Start the ranks and return after they have ended."""
         try:
             command, environment = self._prepare()
         except UserError as error:
@@ -85,7 +85,7 @@ class Agent:
         grace = GRACE_SECONDS
         try:
             while group.poll() is None:
-                self._look()
+                self._update_record()
                 orders = read_orders(self._folder)
                 if orders.end is not None or signals.urgent or self._launcher_is_gone():
                     grace = GRACE_SECONDS if orders.end is None else orders.end
@@ -98,16 +98,15 @@ class Agent:
                     self._gather_stacks(orders.stacks)
                 time.sleep(POLL_SECONDS)
         finally:
-            if (
-                self._record.ranks and not self._running()
-            ):  # DeepSpeed's launcher is about to see that, and a signal would cross its exit
+            if self._record.ranks and not self._running():
+                # DeepSpeed's launcher is about to exit by itself; a signal now would change its exit code.
                 with suppress(subprocess.TimeoutExpired):
-                    group.wait(LEAVING_SECONDS)
+                    group.wait(EXIT_SECONDS)
             if group.poll() != 0:
                 stop_group(group, grace)
-        self._look()
+        self._update_record()
         self._write(code=group.returncode)
-        if self._launcher_is_gone():  # and has not taken its folder away, which may hold secrets
+        if self._launcher_is_gone():  # without having removed its folder, which may hold secrets
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _launcher_is_gone(self) -> bool:
@@ -116,14 +115,14 @@ class Agent:
         return os.getppid() != self._parent
 
     def _prepare(self) -> tuple[list[str], dict[str, str]]:
-        """DeepSpeed's launcher for this node, told to run `rank.py SCRIPT` on each device, and its environment."""
+        """The command of DeepSpeed's launcher, which runs `rank.py SCRIPT` on each device, and its environment."""
         job, node = self._job, self._record.node
         gpus = visible_gpus(os.environ, job.backend)
         devices = devices_of_slots(job.slots[node], gpus)
-        address, port = self._meeting_point()
-        # Other nodes' devices do not matter here, only their number.
+        address, port = self._rendezvous()
+        # Of other nodes only the number of devices matters here.
         world = {f"node{other}": list(slots) for other, slots in enumerate(job.slots)} | {f"node{node}": devices}
-        environment = for_ranks(os.environ, "cuda" if gpus else "cpu", cores() // len(devices))
+        environment = rank_environment(os.environ, "cuda" if gpus else "cpu", cores() // len(devices))
         environment |= {RUN_FOLDER: str(self._local)}
         environment.pop(rank.LOG_FOLDER, None)
         if job.log_folder is not None:
@@ -138,23 +137,23 @@ class Agent:
         ]
         return command, environment
 
-    def _meeting_point(self) -> tuple[str, int]:
-        """Address and port where the ranks meet: node 0 chooses the port, as only it knows which are free there."""
+    def _rendezvous(self) -> tuple[str, int]:
+        """Address and port of rank 0; node 0 chooses the port, which is free there. Raises UserError after a minute."""
         job = self._job
         if self._record.node == 0:
             self._write(port=job.master_port or free_port())
         else:
             self._write()
-        deadline = time.monotonic() + MEETING_SECONDS
+        deadline = time.monotonic() + RENDEZVOUS_SECONDS
         while (first := read_node(self._folder, 0)) is None or not first.port:
             if time.monotonic() > deadline or read_orders(self._folder).end is not None:
-                raise UserError(f"node 0 ({job.hosts[0]}) did not start within {MEETING_SECONDS:.0f} seconds")
+                raise UserError(f"node 0 ({job.hosts[0]}) did not start within {RENDEZVOUS_SECONDS:.0f} seconds")
             time.sleep(0.1)
             self._beat()
         return job.master_address or first.host, first.port
 
-    def _look(self) -> None:
-        """Put what is new about the ranks on record, and a sign of life every second."""
+    def _update_record(self) -> None:
+        """Write changes of the ranks into the node's record, and a beat every second."""
         ranks = read_ranks(self._local)
         gone = self._record.gone or tuple(vanished(ranks))
         if tuple(ranks) == self._record.ranks and gone == self._record.gone:
@@ -176,7 +175,7 @@ class Agent:
         statuses = [read_rank_status(self._local, record.rank) for record in self._running()]
         beat = self._record.beat + 1
         self._record = replace(self._record, **changes, beat=beat, statuses=tuple(filter(None, statuses)))  # type: ignore[arg-type]
-        # A disk that is full or gone for a while must not end the ranks.
+        # A file system that is full or unavailable for a while must not end the ranks.
         with suppress(OSError):
             write_node(self._folder, self._record)
         self._written_at = time.monotonic()
@@ -186,7 +185,7 @@ class Agent:
         return [record for record in self._record.ranks if record.code is None and record.rank not in gone]
 
     def _stop_at_step_boundary(self, number: signal.Signals) -> None:
-        """Pass a signal on to the ranks, once; those that have no heartbeat yet do not understand it yet."""
+        """Forward a stop signal to the ranks, once; ranks without a heartbeat do not handle it yet."""
         ready = [record for record in self._running() if read_rank_status(self._local, record.rank) is not None]
         if ready and not self._asked_to_stop:
             self._asked_to_stop = True
@@ -210,18 +209,18 @@ class Agent:
 
 
 def stacks_file(folder: Path, rank: int) -> Path:
-    """Where a rank's stacks go, one request after the other."""
+    """The file to which a rank appends its stacks at each request."""
     return folder / f"stacks_{rank}.txt"
 
 
 def last_lines(log: Path, count: int = 20) -> str:
-    """The end of a log, empty where there is none."""
+    """The last lines of a log, empty if there is none."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     return "\n".join(lines[-count:])
 
 
 def out_of_memory_kills() -> int:
-    """How many processes of this machine or container the kernel has killed because memory was used up."""
+    """How many processes of this machine or container the kernel has killed because memory was exhausted."""
     total = 0
     for path in (Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory.events")):
         with suppress(OSError, ValueError):
@@ -231,28 +230,54 @@ def out_of_memory_kills() -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Be the agent of one node. Returns 0 when it could report how the ranks ended."""
+    """Be the agent of one node. Returns 0 if it could report how the ranks ended."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    who = parser.add_mutually_exclusive_group(required=True)
-    who.add_argument("--node", type=int)
-    who.add_argument("--host")
-    who.add_argument("--variable", help="that holds the number of the node")
+    node = parser.add_mutually_exclusive_group(required=True)
+    node.add_argument("--node", type=int)
+    node.add_argument("--host")
+    node.add_argument("--variable", help="environment variable with the number of the node")
     options = parser.parse_args(arguments)
+    return exit_code(lambda: _run_node(options))
+
+
+def _run_node(options: argparse.Namespace) -> None:
     host = os.uname().nodename
-    if not (options.folder / "job.json").is_file():
-        print(f"{host}: {options.folder} is not there; all nodes must share it (log_dir says where)", file=sys.stderr)
-        return 1
-    job = read_job(options.folder)
-    if options.host is not None:
-        node = job.hosts.index(options.host)
-    else:
-        node = options.node if options.node is not None else int(os.environ[options.variable])
-    os.chdir(job.working_folder)
+    try:
+        job = read_job(options.folder)
+    except OSError as error:
+        raise RunError(
+            f"{host}: {options.folder / JOB} cannot be read ({error.strerror}); all nodes must share this folder "
+            "(log_dir says where it is)"
+        ) from error
+    node = _node_number(options, job)
+    try:
+        os.chdir(job.working_folder)
+    except OSError as error:
+        raise RunError(
+            f"{host}: the working folder {job.working_folder} cannot be entered ({error.strerror}); all nodes must "
+            "have it"
+        ) from error
     os.environ.update(job.environment)
     with tempfile.TemporaryDirectory(prefix="deepy-") as local, StopSignals() as signals:
         Agent(options.folder, job, node, Path(local), connected=options.host is not None).run(signals)
-    return 0
+
+
+def _node_number(options: argparse.Namespace, job: JobSpec) -> int:
+    """The number of this node in the job. Raises RunError where the launcher did not pass a valid one."""
+    if options.node is not None:
+        return int(options.node)
+    if options.host is not None:
+        if options.host not in job.hosts:
+            raise RunError(f"the launcher started an agent on {options.host}, which is not a host of this run")
+        return job.hosts.index(options.host)
+    number = os.environ.get(options.variable, "")
+    if not number.isdecimal() or int(number) >= len(job.slots):
+        raise RunError(
+            f"{os.uname().nodename}: {options.variable} is {number or 'not set'}, but must be the number of this node, "
+            f"below {len(job.slots)}; another program than the launcher's own started the agent"
+        )
+    return int(number)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Which network interface leads to the other nodes.
+"""Network interfaces and ports of a node.
 
-gloo takes the one that the machine's own name stands for, which is often the loopback: ranks of other nodes then wait
-for ever. Standard library only.
+By default gloo binds to the interface of the machine's own host name, which is often the loopback: ranks on other nodes
+then wait forever. Standard library only.
 """
 
 import fcntl
@@ -13,20 +13,21 @@ SIOCGIFADDR = 0x8915
 
 
 def interface_towards(address: str) -> str | None:
-    """The interface that has the address by which this machine reaches `address`; None where it cannot be told.
+    """The interface through which this machine reaches `address`; None if that cannot be determined.
 
-    address: name or number of the node where the ranks meet, which may be this one.
+    address: host name or IPv4 address of rank 0, which may be on this node.
     """
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    # UnicodeError: a name that cannot be one, such as with two dots in a row.
+    with suppress(OSError, UnicodeError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         target = socket.gethostbyname(address)
-        probe.connect((target, 9))  # sends nothing: it only asks for the route
+        probe.connect((target, 9))  # sends nothing, but chooses the route
         own = probe.getsockname()[0]
         return next((name for _, name in socket.if_nameindex() if _address(name) == own), None)
     return None
 
 
 def free_port() -> int:
-    """A port that no process of this machine uses just now."""
+    """A port that no process of this machine uses at the moment."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])

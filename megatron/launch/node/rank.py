@@ -1,8 +1,7 @@
-"""Runs a door as one rank of a run that deepy.py started: `python rank.py SCRIPT [ARGUMENTS]`.
+"""Run a door as one rank of a run that deepy.py started: `python rank.py SCRIPT [ARGUMENTS]`.
 
-It gives the rank its output (rank 0 the terminal, the others a log), and tells the launcher how the rank ended: an
-exception that nobody catches is printed there, last of all. Imports nothing beyond the standard library before the
-script does.
+Redirects the rank's output (rank 0 to the terminal and its log, the others to their logs) and records how it ended, so
+that deepy.py can print the first uncaught exception last. Standard library only, until the script imports more.
 """
 
 import ctypes
@@ -18,11 +17,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-# This file is run by its path. Its folder must not hide other modules, and the package must be found.
+# This file is run by its path: its folder must not shadow other modules, and the package must be importable.
 ROOT = str(Path(__file__).resolve().parents[3])
 if __name__ == "__main__":
     sys.path[0] = ROOT
 
+from megatron.errors import WRONG  # noqa: E402
 from megatron.launch.process_group import PR_SET_PDEATHSIG  # noqa: E402
 from megatron.launch.protocol.heartbeat import RUN_FOLDER, STACKS  # noqa: E402
 from megatron.launch.protocol.records import RankRecord, write_rank  # noqa: E402
@@ -31,7 +31,7 @@ LOG_FOLDER = "DEEPY_LOG_FOLDER"
 
 
 class Recorder:
-    """Keeps the last lines of what was written to it."""
+    """A stream that keeps the last lines written to it."""
 
     def __init__(self, lines: int = 60) -> None:
         self._pieces: deque[str] = deque(maxlen=lines)
@@ -50,14 +50,14 @@ class Recorder:
 
 
 class Tee:
-    """A stream that also writes to others, which get no progress bars. In all else it is the stream."""
+    """A stream that copies everything but progress bars to other streams. In all else it behaves like `stream`."""
 
     def __init__(self, stream: TextIO, *others: TextIO | Recorder) -> None:
         self._stream = stream
         self._others = others
 
     def write(self, text: str) -> int:
-        """Write everywhere."""
+        """Write to all streams."""
         if "\r" not in text:
             # A full disk under the log must not end the run.
             with suppress(OSError):
@@ -74,12 +74,20 @@ def main(arguments: Sequence[str]) -> int:
     """Run the script `arguments[0]` as `__main__` and return its exit code."""
     folder, rank = Path(os.environ[RUN_FOLDER]), int(os.environ["RANK"])
     _die_with_parent()
-    # Unbuffered, and written by a handler in C: it works while Python waits in a collective.
+    # Unbuffered, and written by a signal handler in C, so that it works while Python waits in a collective.
     stacks = (folder / f"stacks_{rank}.txt").open("ab", buffering=0)
     faulthandler.register(STACKS, stacks, all_threads=True)
     record = RankRecord(rank, os.getpid())
     write_rank(folder, record)
-    log = open_log(rank, Path(os.environ[LOG_FOLDER]) if LOG_FOLDER in os.environ else None, folder)
+    path = Path(os.environ.get(LOG_FOLDER) or folder) / f"rank_{rank}.log"
+    try:
+        log = path.open("a", encoding="utf-8", buffering=1)  # later runs append
+    except OSError as error:
+        text = f"the log {path} cannot be written: {error.strerror}"
+        if rank == 0:
+            print(text, file=sys.stderr, flush=True)
+        write_rank(folder, record.ended(WRONG, "exit", text))
+        return WRONG
     errors = Recorder()
     _redirect(rank, log, errors)
     script = arguments[0]
@@ -100,13 +108,8 @@ def main(arguments: Sequence[str]) -> int:
     return code
 
 
-def open_log(rank: int, log_folder: Path | None, run_folder: Path) -> TextIO:
-    """The rank's log, which later runs continue; in the run's own folder if there is no log folder."""
-    return ((log_folder or run_folder) / f"rank_{rank}.log").open("a", encoding="utf-8", buffering=1)
-
-
 def _die_with_parent() -> None:
-    """No rank outlives the launcher of its node, whatever kills that."""
+    """Have the kernel kill this rank when DeepSpeed's launcher dies, whatever kills that."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -116,7 +119,7 @@ def _redirect(rank: int, log: TextIO, errors: Recorder) -> None:
         sys.stdout = Tee(sys.stdout, log)
         sys.stderr = Tee(sys.stderr, log, errors)
         return
-    # By descriptor, so that libraries in C write there too; only rank 0 reads the terminal.
+    # By descriptor, so that C libraries write there too; only rank 0 reads the terminal.
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -131,7 +134,7 @@ def _exit_code(leaving: SystemExit) -> int:
 
 
 def _traceback(error: BaseException, script: str) -> str:
-    """The traceback from the script on, without the frames of this file."""
+    """The traceback from the script's frame on, without the frames of this file."""
     frame = error.__traceback__
     while frame is not None and frame.tb_frame.f_code.co_filename != script:
         frame = frame.tb_next

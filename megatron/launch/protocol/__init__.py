@@ -1,1 +1,1 @@
-"""What the processes of a run tell each other: the job, records, heartbeats, environment variables."""
+"""What the processes of a run exchange: the job, orders, records, heartbeats, environment variables."""

@@ -1,6 +1,6 @@
 """Which environment variables reach the ranks, and what deepy.py adds to them.
 
-Values travel in a file that only its owner may read, never on a command line, where `ps` shows them.
+Values are passed in a file that only its owner may read, never on a command line, where `ps` shows them.
 """
 
 import re
@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron.errors import UserError
+from megatron.files import is_file
+from megatron.text_files import read_text
 
-# What decides how ranks compute, meet and report; the machines' own (HOME, CUDA_VISIBLE_DEVICES, ...) stay as they are.
+# Variables that decide how ranks compute, connect and report. HOME, CUDA_VISIBLE_DEVICES and the like stay those of
+# each machine.
 PREFIXES = (
     *("NCCL_", "GLOO_", "UCX_", "FI_", "OMP_", "MKL_", "KMP_", "DS_", "TORCH_", "TORCHINDUCTOR_", "TRITON_"),
     *("PYTORCH_", "CUDA_LAUNCH_BLOCKING", "CUDA_DEVICE_MAX_CONNECTIONS", "CUBLAS_", "WANDB_", "HF_", "TOKENIZERS_"),
@@ -17,8 +20,8 @@ PREFIXES = (
 )
 NAMES = ("PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "GLIBC_TUNABLES", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 DEEPSPEED_FILE = ".deepspeed_env"
-# Freshly mapped pages are dear: keep freed memory, and use huge pages. In one arena, since the others of glibc, which
-# every further thread would get, map what is large anew each time.
+# Mapping fresh pages is slow: keep freed memory, and use huge pages. One arena only, because glibc's further arenas
+# (one per thread) map large blocks anew each time.
 ALLOCATOR = ":".join(
     f"glibc.malloc.{setting}"
     for setting in ("arena_max=1", "hugetlb=1", "mmap_threshold=17179869184", "trim_threshold=17179869184")
@@ -30,8 +33,9 @@ def forwarded_environment(
 ) -> dict[str, str]:
     """The variables that every node gets.
 
-    listed: names that the configuration adds. folders: where a file .deepspeed_env with lines NAME=value may be; the
-    first that has one counts, and outranks the environment. Raises UserError for a listed name that is not set.
+    listed: further names, from the configuration. folders: searched for a file .deepspeed_env with lines NAME=value;
+    the first one found is used, and overrides the environment. Raises UserError for a listed name that is not set, and
+    for a file with wrong lines.
     """
     missing = [name for name in listed if name not in environment]
     if missing:
@@ -45,8 +49,8 @@ def forwarded_environment(
     return chosen | _deepspeed_file(folders)
 
 
-def for_ranks(base: Mapping[str, str], accelerator: str, threads: int) -> dict[str, str]:
-    """The environment of DeepSpeed's launcher and of every rank of a node. What the user has set stays.
+def rank_environment(base: Mapping[str, str], accelerator: str, threads: int) -> dict[str, str]:
+    """The environment of DeepSpeed's launcher and of every rank of a node. Variables in `base` are kept.
 
     accelerator: "cuda" or "cpu". threads: of each rank.
     """
@@ -55,16 +59,21 @@ def for_ranks(base: Mapping[str, str], accelerator: str, threads: int) -> dict[s
 
 
 def _deepspeed_file(folders: Sequence[Path]) -> dict[str, str]:
-    path = next((folder / DEEPSPEED_FILE for folder in folders if (folder / DEEPSPEED_FILE).is_file()), None)
+    path = next((folder / DEEPSPEED_FILE for folder in folders if is_file(folder / DEEPSPEED_FILE)), None)
     if path is None:
         return {}
-    found = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    found, problems = {}, []
+    for number, line in enumerate(read_text(path, "the environment file").split("\n"), 1):
         text = line.strip()
         if not text or text.startswith("#"):
             continue
-        match = re.fullmatch(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)", text)
+        match = re.fullmatch(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)", text, re.DOTALL)
         if match is None:
-            raise UserError(f'{path}:{number}: "{text}" must be NAME=value')
-        found[match[1]] = match[2].strip("\"'")
+            problems.append(f'{path}:{number}: "{text}" must be NAME=value')
+        elif (control := re.search(r"[\x00-\x08\x0a-\x1f\x7f]", match[2])) is not None:
+            problems.append(f"{path}:{number}: {match[1]} has the control character {control[0]!r}; remove it")
+        else:
+            found[match[1]] = re.sub(r"""^(["'])(.*)\1$""", r"\2", match[2])
+    if problems:
+        raise UserError(*problems)
     return found

@@ -1,7 +1,4 @@
-"""What the launcher tells the agents of the nodes: the job once, orders as it goes on.
-
-Standard library only.
-"""
+"""What deepy.py sends to the agents: the job once at the start, orders while it runs. Standard library only."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -14,18 +11,18 @@ JOB, ORDERS = "job.json", "orders.json"
 
 
 @dataclass(frozen=True)
-class Job:
-    """All that a node needs to start its ranks. The file is readable by its owner only: it may hold secrets."""
+class JobSpec:
+    """Everything a node needs to start its ranks. The file is readable by its owner only: it may hold secrets."""
 
-    hosts: tuple[str, ...]  # one name per node; where nobody knows them yet, any
+    hosts: tuple[str, ...]  # one name per node; empty where only the node itself knows it
     slots: tuple[tuple[int, ...], ...]  # of each node
     script: str
     arguments: tuple[str, ...]
     working_folder: str
     log_folder: str | None
-    environment: dict[str, str]  # what other machines get of the launcher's
+    environment: dict[str, str]  # forwarded from the launcher to other machines
     backend: str | None
-    master_address: str | None  # None: the host name that node 0 finds itself to have
+    master_address: str | None  # None: the host name that node 0 reports
     master_port: int | None
     remote: bool  # nodes may be other machines than the launcher's
 
@@ -41,15 +38,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Orders:
-    """What agents shall do, from the launcher. Each may be added once and is never taken back, but for `stacks`."""
+    """What agents have to do. `stop` and `end` are given once and not withdrawn; `stacks` counts up."""
 
-    stop: str | None = None  # end at the next step boundary; the name of the signal that asked for it
-    stacks: int = 0  # counts requests for the stacks of all ranks
+    stop: str | None = None  # end at the next step boundary: the name of the signal that requested it
+    stacks: int = 0  # number of requests for the stacks of all ranks
     end: float | None = None  # end all processes now: seconds between SIGTERM and SIGKILL
 
 
 class OrderBook:
-    """The launcher's side: the orders given so far, written for the agents to read."""
+    """The writing side: the orders given so far."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -57,25 +54,25 @@ class OrderBook:
         self.give()
 
     def give(self, **orders: Any) -> None:
-        """Add orders."""
+        """Add orders. Raises OSError where the folder cannot be written to; they are then noted, but not sent."""
         self.given = replace(self.given, **orders)
         write_json(self._folder / ORDERS, asdict(self.given))
 
 
-def write_job(folder: Path, job: Job) -> None:
-    """Leave the job for the agents."""
+def write_job(folder: Path, job: JobSpec) -> None:
+    """Write the job for the agents."""
     write_json(folder / JOB, asdict(job))
 
 
-def read_job(folder: Path) -> Job:
-    """The job that the launcher left."""
-    told = json.loads((folder / JOB).read_text(encoding="utf-8"))
-    told["slots"] = tuple(map(tuple, told["slots"]))
-    return Job(**told | {name: tuple(told[name]) for name in ("hosts", "arguments")})
+def read_job(folder: Path) -> JobSpec:
+    """Read the job that `write_job` wrote."""
+    fields = json.loads((folder / JOB).read_text(encoding="utf-8"))
+    fields["slots"] = tuple(map(tuple, fields["slots"]))
+    return JobSpec(**fields | {name: tuple(fields[name]) for name in ("hosts", "arguments")})
 
 
 def read_orders(folder: Path) -> Orders:
-    """The orders so far; none where the folder cannot be read just now."""
+    """The orders so far; none while the file cannot be read."""
     try:
         return Orders(**json.loads((folder / ORDERS).read_text(encoding="utf-8")))
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""What a run's processes tell each other through files: ranks their node's agent, agents the launcher.
+"""Status files of a run: ranks write them for the agent of their node, agents for deepy.py.
 
-Standard library only. Each file has one writer and is replaced as a whole, so that a reader never sees half
-of it. Ranks write into a folder of their machine; agents and the launcher into one that all machines share.
+Each file has one writer and is replaced atomically, so a reader never sees half of it. Ranks write into a folder of
+their machine, agents into one that all machines share. Standard library only.
 """
 
 import json
@@ -14,20 +14,20 @@ from typing import Any, Literal
 
 from megatron.launch.protocol.heartbeat import RankStatus
 
-# How a rank ended: by an exception that nobody caught, or by an exit code after it had said why on stderr.
+# How a rank ended: by an uncaught exception, or with an exit code after a message on stderr.
 End = Literal["exception", "exit"]
 
 
 @dataclass(frozen=True)
 class RankRecord:
-    """One rank as it tells about itself; `code` is None while it runs."""
+    """The state of one rank, written by itself; `code` is None while it runs."""
 
     rank: int
     process: int
     code: int | None = None
-    ended_at: float = 0.0  # seconds since 1970: clocks of machines agree well enough to order failures
+    ended_at: float = 0.0  # seconds since 1970; clocks of machines agree well enough to order failures
     end: End = "exit"
-    text: str = ""  # the traceback, or the end of what the rank wrote to stderr
+    text: str = ""  # the traceback, or the last lines of the rank's stderr
 
     @property
     def failed(self) -> bool:
@@ -41,7 +41,7 @@ class RankRecord:
 
 @dataclass(frozen=True)
 class RankStacks:
-    """What a rank was doing when it was asked. text: faulthandler's; state: the letter in /proc, "T" for stopped."""
+    """The stacks of a rank. text: as faulthandler writes them; state: the letter in /proc, "T" for stopped."""
 
     rank: int
     state: str
@@ -50,54 +50,54 @@ class RankStacks:
 
 @dataclass(frozen=True)
 class NodeRecord:
-    """One machine of the run as its agent sees it."""
+    """The state of one node, written by its agent."""
 
     node: int
     host: str
-    beat: int = 0  # counts up at least once a second while the agent lives
-    port: int = 0  # chosen for the ranks' meeting, by node 0
+    beat: int = 0  # increases at least once a second while the agent lives
+    port: int = 0  # of rank 0, chosen by node 0
     ranks: tuple[RankRecord, ...] = ()
-    gone: tuple[RankRecord, ...] = ()  # ended without a word; `code` as far as the system knows it
-    killed_for_memory: bool = False  # the system ended processes here because its memory was used up
-    last_lines: dict[str, str] = field(default_factory=dict)  # of the logs of those who are gone, by rank
+    gone: tuple[RankRecord, ...] = ()  # ended without a record of it; `code` as far as the kernel knows it
+    killed_for_memory: bool = False  # the kernel killed processes here because memory was exhausted
+    last_lines: dict[str, str] = field(default_factory=dict)  # of the logs of the ranks in `gone`, by rank
     statuses: tuple[RankStatus, ...] = ()
-    stacks_round: int = 0  # of the launcher's requests for stacks, the one that `stacks` answers
+    stacks_round: int = 0  # the request (Orders.stacks) that `stacks` answers
     stacks: tuple[RankStacks, ...] = ()
     problem: str = ""  # why the agent could not start its ranks
-    code: int | None = None  # of DeepSpeed's launcher, when it has ended
+    code: int | None = None  # of DeepSpeed's launcher, after it has ended
 
 
 def write_rank(folder: Path, record: RankRecord) -> None:
-    """Put a rank's record in place of its older one."""
+    """Write a rank's record, replacing its earlier one."""
     write_json(folder / f"rank_{record.rank}.json", asdict(record))
 
 
 def read_ranks(folder: Path) -> list[RankRecord]:
-    """The records of all ranks that have started here, in the order of ranks."""
+    """The records of all ranks that have started on this node, in the order of ranks."""
     records = [RankRecord(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("rank_*.json")]
     return sorted(records, key=lambda record: record.rank)
 
 
 def write_node(folder: Path, record: NodeRecord) -> None:
-    """Put a node's record in place of its older one."""
+    """Write a node's record, replacing its earlier one."""
     write_json(folder / f"node_{record.node}.json", asdict(record))
 
 
 def read_node(folder: Path, node: int) -> NodeRecord | None:
     """A node's record, or None before it has written one."""
     try:
-        told = json.loads((folder / f"node_{node}.json").read_text(encoding="utf-8"))
+        fields = json.loads((folder / f"node_{node}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not there yet, or just being replaced on a slow file system
         return None
-    told["ranks"] = tuple(RankRecord(**rank) for rank in told["ranks"])
-    told["gone"] = tuple(RankRecord(**rank) for rank in told["gone"])
-    told["statuses"] = tuple(RankStatus(**status) for status in told["statuses"])
-    told["stacks"] = tuple(RankStacks(**stacks) for stacks in told["stacks"])
-    return NodeRecord(**told)
+    fields["ranks"] = tuple(RankRecord(**rank) for rank in fields["ranks"])
+    fields["gone"] = tuple(RankRecord(**rank) for rank in fields["gone"])
+    fields["statuses"] = tuple(RankStatus(**status) for status in fields["statuses"])
+    fields["stacks"] = tuple(RankStacks(**stacks) for stacks in fields["stacks"])
+    return NodeRecord(**fields)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file that only its owner may read, and put it in place at once."""
+    """Write a file that only its owner may read, and put it in place atomically."""
     partial = path.with_suffix(".partial")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -111,16 +111,16 @@ def first_failure(records: Sequence[RankRecord]) -> RankRecord | None:
 
 
 def vanished(records: Sequence[RankRecord]) -> list[RankRecord]:
-    """Ranks of this machine that are gone without having said so: ended by a signal, or without Python's knowledge.
+    """Ranks of this machine whose process has ended without a record: by a signal, or past Python (`os._exit`).
 
-    `code` is then what the system knows: a signal's number, negative, or an exit code; None if it has forgotten it.
+    `code` is then the kernel's: minus the number of a signal, or an exit code; None if it is no longer known.
     """
     silent = [(record, _fate(record.process)) for record in records if record.code is None]
     return [replace(record, code=fate.code) for record, fate in silent if fate is not None]
 
 
 def process_state(process: int) -> str:
-    """The letter that /proc has for a process ("T": stopped), "?" where there is none."""
+    """The state letter in /proc of a process ("T": stopped), "?" if it has none."""
     try:
         return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     except (OSError, IndexError):
@@ -133,7 +133,7 @@ class _Fate:
 
 
 def _fate(process: int) -> _Fate | None:
-    """How a process ended; None while it runs. The system keeps the code until the parent has asked for it."""
+    """How a process ended; None while it runs. The kernel keeps the code until the parent has waited for it."""
     try:
         os.kill(process, 0)
         fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
