@@ -139,7 +139,7 @@ def measure_text(stream: TokenStream, tokenizer: Tokenizer) -> TextSize:
         begins_within_word = text[:1].strip() and before and tokenizer.decode(before)[-1:].strip()
         words += len(text.split()) - bool(begins_within_word)
         size += len(text.encode())
-        spaced += not before and text.startswith(" ")
+        spaced += not before and text.startswith(" ") and not text[1:2].isspace()
         if len(sample) < PROBED_CHARACTERS:
             sample += text[:PROBED_CHARACTERS] + "\n"
     for start in range(0, stream.num_tokens, PIECE):

@@ -1,5 +1,6 @@
 """Perplexity: each token once, the right sums, the right units."""
 
+import json
 import math
 from dataclasses import dataclass
 from datetime import datetime
@@ -7,6 +8,8 @@ from datetime import datetime
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers, processors
 
 from megatron.config.load import config_from_flat
 from megatron.errors import UserError
@@ -22,6 +25,7 @@ from megatron.evaluation import (
     window_batches,
 )
 from megatron.tokenizer.build import build_tokenizer
+from tests.tokenizer_files import bpe_file, sentencepiece_file
 from tests.trained import one_rank_model
 
 MODEL = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "seq_length": 8}
@@ -114,3 +118,79 @@ def test_the_results_file_has_prefix_and_time_in_its_name_and_lies_with_the_run(
 def test_an_evaluation_without_a_checkpoint_names_the_folder(tmp_path):
     with pytest.raises(UserError, match=f"no checkpoint in {tmp_path}"):
         evaluate(config_from_flat(MODEL | {"save": str(tmp_path)}))
+
+
+def streamed(tokenizer, texts, ended=True):
+    end = [tokenizer.end_of_document] * ended
+    return Stream(tuple(token for text in texts for token in [*tokenizer.encode(text), *end]))
+
+
+CODE = ["x = 1", "return self.x", "import os, sys", "  indented\n\ttwice ", "Füße 東京"]
+SIZE = (sum(len(text.split()) for text in CODE), sum(len(text.encode()) for text in CODE))
+
+
+@pytest.mark.parametrize("template", [None, "<s> $A", "<s> $A <|endoftext|>"])
+@pytest.mark.parametrize("decoder", [True, False])
+@pytest.mark.parametrize("prefix_space", [True, False])
+def test_neither_the_tokens_around_a_text_nor_a_missing_decoder_change_its_words_and_bytes(
+    tmp_path, template, decoder, prefix_space
+):
+    backend = Backend.from_file(bpe_file(tmp_path))
+    backend.add_special_tokens(["<s>"])
+    if template:
+        special = [(token, backend.token_to_id(token)) for token in ("<s>", "<|endoftext|>")]
+        backend.post_processor = processors.TemplateProcessing(template, special_tokens=special)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps(json.loads(backend.to_str()) | ({} if decoder else {"decoder": None})))
+    tokenizer = build_tokenizer("HFTokenizer", str(path))
+    for ended in (True, False) if template else (True,):
+        size = measure_text(streamed(tokenizer, CODE, ended), tokenizer)
+        assert (size.words, size.bytes, size.reason) == (*SIZE, "")
+
+
+def test_words_and_bytes_of_a_sentencepiece_model_that_changes_nothing_are_those_of_the_text(tmp_path):
+    keys = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    tokenizer = build_tokenizer("SPMTokenizer", sentencepiece_file(tmp_path, **keys))
+    size = measure_text(streamed(tokenizer, CODE), tokenizer)
+    assert (size.words, size.bytes, size.reason) == (*SIZE, "")
+
+
+def test_bytes_are_not_known_where_the_tokenizer_collapses_spaces_and_the_report_says_so(tmp_path):
+    tokenizer = build_tokenizer("SPMTokenizer", sentencepiece_file(tmp_path))
+    size = measure_text(streamed(tokenizer, CODE), tokenizer)
+    assert (size.words, size.bytes) == (SIZE[0], None) and size.reason.startswith("bytes are not known")
+    results = score(10.0, size)
+    assert results["byte_perplexity"] is None and results["bits_per_byte"] is None and results["word_perplexity"] > 1
+    assert json.loads(json.dumps(results, allow_nan=False))["bytes"] is None
+    assert table("valid", results).splitlines()[0].endswith("unknown bytes")
+
+
+def words_only(folder, vocabulary, unknown=None):
+    backend = Backend(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=unknown or "no"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["<|endoftext|>"])
+    backend.save(str(folder / "words.json"))
+    return build_tokenizer("HFTokenizer", str(folder / "words.json"))
+
+
+def test_words_and_bytes_are_not_known_where_spaces_are_lost_or_words_are_unknown(tmp_path):
+    lost = words_only(tmp_path, ["<|endoftext|>", "a", "b", ",", ".", "ab"])
+    size = measure_text(streamed(lost, ["a, b", "ab.a"]), lost)
+    assert (size.words, size.bytes) == (None, None) and "this tokenizer changes text" in size.reason
+    unknown = words_only(tmp_path, ["<|endoftext|>", "<unk>", "a"], "<unk>")
+    size = measure_text(streamed(unknown, ["a a", "b a c"]), unknown)
+    assert (size.words, size.bytes) == (
+        None,
+        None,
+    ) and "2 tokens stand for text that the vocabulary lacks" in size.reason
+
+
+def test_a_word_that_two_pieces_share_is_counted_once_and_keeps_its_space(tmp_path, monkeypatch):
+    keys = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    tokenizer = build_tokenizer("SPMTokenizer", sentencepiece_file(tmp_path, **keys))
+    text = "the lazy dog again and again, the quick fox"
+    for piece in (3, 4, 5, 7):
+        monkeypatch.setattr("megatron.evaluation.PIECE", piece)
+        size = measure_text(streamed(tokenizer, [text, text]), tokenizer)
+        assert (size.words, size.bytes) == (18, 2 * len(text))

@@ -1,16 +1,19 @@
 """Prompts in and JSON lines out."""
 
+import gzip
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from megatron.config.load import config_from_flat
 from megatron.config.schema.run_keys import GenerationKeys
 from megatron.errors import UserError
 from megatron.generation.decoding import Continuation
 from megatron.generation.prompts import encode_prompts, read_prompts, typed_prompts
 from megatron.generation.records import JsonLinesFile, record
-from megatron.generation.run import Prompt, ignored_at_a_prompt, prompt_source, write_all
+from megatron.generation.run import Prompt, generate, ignored_at_a_prompt, prompt_source, write_all
 from megatron.tokenizer.build import build_tokenizer
 from tests.ranks.run import one_rank
 from tests.trained import one_rank_model
@@ -138,3 +141,48 @@ def test_all_prompts_are_written_in_order_whatever_the_batch(tmp_path):
     assert [fields["text"] for fields in written[0]] == [fields["text"] for fields in written[1]]
     assert all(len(fields["logits"]) == fields["length"] for fields in written[0])
     assert list(written[0][0]) == ["context", "text", "length", "finished", "message", "duration_seconds", "logits"]
+
+
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        (b"\xef\xbb\xbfgood morning\ngood night\n", ["good morning", "good night"]),
+        ("\ufeffgr\u00fcn\r\n\r\nblau".encode("utf-16-le"), ["gr\u00fcn", "blau"]),
+        ("\ufeffgr\u00fcn".encode("utf-32-be"), ["gr\u00fcn"]),
+        (b"one\r\ntwo\r\n", ["one", "two"]),
+    ],
+)
+def test_a_byte_order_mark_and_the_ends_of_lines_of_windows_are_no_part_of_a_prompt(file, content, prompts):
+    assert read_prompts(file(content), "\n") == prompts
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [(gzip.compress(b"good morning"), "gzip data"), (b"%PDF-1.7 ", "a PDF document"), (b"a\0b\0c\0d\0", "UTF-16-LE")],
+)
+def test_a_file_of_prompts_that_is_not_text_is_refused_with_its_kind(file, content, kind):
+    with pytest.raises(UserError, match=rf"sample_input_file \(.*prompts.txt\) is {kind}"):
+        read_prompts(file(content), "\n")
+
+
+def test_output_does_not_overwrite_prompts_vocabulary_or_checkpoint(tmp_path, file, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompts, checkpoint = file("one\n"), tmp_path / "run" / "step7"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights").write_bytes(b"w")
+    (tmp_path / "link").symlink_to(prompts)
+    found = SimpleNamespace(
+        checkpoint=checkpoint, plan=SimpleNamespace(model=SimpleNamespace(max_position_embeddings=8))
+    )
+    monkeypatch.setattr("megatron.generation.run.find_trained_model", lambda config: found)
+    sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "seq_length": 8}
+    for output, name in (
+        (str(prompts), "sample_input_file"),
+        ("./prompts.txt", "sample_input_file"),
+        ("link", "sample_input_file"),
+        ("run/../run/step7/weights", "weights of the checkpoint"),
+    ):
+        keys = sizes | {"sample_input_file": str(prompts), "sample_output_file": output}
+        with pytest.raises(UserError, match=rf"sample_output_file \({output}\) is {name} "):
+            generate(config_from_flat(keys))
+    assert prompts.read_text() == "one\n" and (checkpoint / "weights").read_bytes() == b"w"

@@ -5,12 +5,16 @@ unit in the last place of such a sum is 3e-5), and which answer is likeliest is 
 """
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import transformers
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 
 from megatron.config.load import config_from_flat
 from megatron.convert import gpt_neox
@@ -22,8 +26,9 @@ from megatron.harness.language_model import HarnessModel, sampling
 from megatron.harness.results import as_json, as_table
 from megatron.harness.run import evaluate_tasks, run_harness
 from megatron.harness.scoring import score_rows
-from megatron.harness.tasks import check_harness, find_tasks
+from megatron.harness.tasks import check_harness, find_tasks, open_tasks
 from megatron.harness.team import Team
+from megatron.tokenizer.build import build_tokenizer
 from tests.harness_tasks import BEGINNING, CONTEXT, QUESTIONS, TEXTS, Weights, requests, vocabulary, write_tasks
 from tests.models import random_tensor, spread
 from tests.ranks.harness import assert_answers
@@ -233,3 +238,80 @@ def test_a_text_ends_where_the_first_end_begins_and_decoding_stops_there(tmp_pat
     ids = tokenizer.encode("The quick brown fox jumps über")
     complete = [ends(ids[:count], count) for count in range(1, len(ids) + 1)]
     assert complete == [False] * (len(ids) - 1) + [True]
+
+
+ONE_TASK = """
+task: mine
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{metric: acc}]
+"""
+DOCUMENT = {"question": "x", "choices": ["a", "b"], "answer": 0}
+
+
+@pytest.mark.parametrize(
+    ("documents", "change", "reason"),
+    [
+        ([], ("", ""), "its dataset has no documents"),
+        ([DOCUMENT | {"choices": ["", "b"]}], ("", ""), "a document has an empty choice, or a target"),
+        ([DOCUMENT | {"answer": 7}], ("", ""), "a document has an empty choice, or a target that is not among"),
+        ([DOCUMENT], ("{{question}}", "{{gone}}"), "a template uses a field that a document lacks .*'gone' is undef"),
+        ([DOCUMENT], ("{{question}}", "{{question"), "a template cannot be parsed"),
+        ([DOCUMENT], ("test_split: test", "test_split: gone"), r"the harness does not have what it names \(gone\)"),
+        ([DOCUMENT], ("metric: acc", "metric: gone"), "it names an unknown metric or filter"),
+        (["no JSON"], ("", ""), "its dataset cannot be read .*JSON parse error"),
+        ([DOCUMENT], ("metric_list", "other_key: 1\nmetric_list"), "the harness cannot use it .*other_key"),
+    ],
+)
+def test_a_task_that_cannot_be_used_is_named_with_the_reason(tmp_path, documents, change, reason, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "mine.jsonl").write_text(
+        "\n".join(each if isinstance(each, str) else json.dumps(each) for each in documents)
+    )
+    content = ONE_TASK.replace("FILE", str(tmp_path / "mine.jsonl")).replace(*change)
+    (tmp_path / "mine.yaml").write_text(content)
+    (tmp_path / "group.yaml").write_text("group: ours\ntask: [mine]\n")
+    manager = open_tasks(str(tmp_path), include_defaults=False)
+    for asked in ("mine", "ours"):
+        with pytest.raises(UserError) as raised:
+            run_harness(unopened(), [asked], manager)
+        [line] = raised.value.problems
+        assert re.match(f"eval_tasks: mine: .*({reason})", line) and "\n" not in line
+
+
+def test_a_group_with_a_member_that_is_not_there_names_it(tmp_path):
+    (tmp_path / "group.yaml").write_text("group: ours\ntask: [gone]\n")
+    manager = open_tasks(str(tmp_path), include_defaults=False)
+    with pytest.raises(UserError, match="eval_tasks: ours names gone, which the harness does not have"):
+        run_harness(unopened(), ["ours"], manager)
+
+
+def test_a_task_file_that_is_not_yaml_is_named_where_its_task_is_asked_for(tmp_path):
+    (tmp_path / "mine.yaml").write_text("task: [mine\n x: :\n")
+    with pytest.raises(UserError) as raised:
+        find_tasks(["mine"], open_tasks(str(tmp_path), include_defaults=False))
+    assert raised.value.problems[1].startswith(f"eval_include_path: {tmp_path}/mine.yaml, line 2: not YAML")
+
+
+def test_tasks_may_be_separated_by_commas(manager):
+    assert find_tasks(["own_text,own_t*", " own_group , "], manager) == ["own_text", "own_tag", "own_group"]
+    with pytest.raises(UserError, match="names no task"):
+        find_tasks([","], manager)
+
+
+def test_contexts_do_not_end_with_the_token_that_a_template_puts_at_the_end(tmp_path):
+    path = Path(vocabulary(tmp_path))
+    backend = Backend.from_file(str(path))
+    backend.post_processor = processors.TemplateProcessing("$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
+    backend.save(str(path))
+    tokenizer = build_tokenizer("HFTokenizer", str(path))
+    model = HarnessModel(tokenizer, CONTEXT, 4, 1234, lambda: None)
+    assert tokenizer.encode("dog")[-1] == 0
+    assert model.tok_encode("dog") == tokenizer.encode("dog")[:-1]
+    context, answer = model._encode_pair("the", " dog")
+    assert 0 not in [*context, *answer] and tokenizer.decode([*context, *answer]) == "the dog"

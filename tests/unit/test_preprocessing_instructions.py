@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from megatron.data.datasets import Mixture, build_sources
 from megatron.data.indexed import IndexedDataset
 from megatron.data.windows import NOT_A_LABEL
 from megatron.errors import RunError, UserError
 from megatron.preprocessing.fast_encoding.checked import EncoderSettings
-from megatron.preprocessing.fast_encoding.comparison import REFERENCE_ALONE, Comparison
-from megatron.preprocessing.job import Job, Totals
+from megatron.preprocessing.fast_encoding.comparison import REFERENCE_ALONE, Comparison, choose
+from megatron.preprocessing.job import Job, Texts, Totals
 from megatron.preprocessing.pipeline import preprocess
 from megatron.preprocessing.record_formats import Chat, PromptAndCompletion, chat_template
 from megatron.tokenizer.build import TokenizerSettings
@@ -191,3 +193,58 @@ def test_a_run_reads_the_two_files(tmp_path: Path) -> None:
     ids, labels = source[0]
     assert ids.tolist() == [*b"abcd", END, 0, 0]
     assert labels.tolist() == [-100, -100, *b"cd", END, -100, -100]
+
+
+def templated(folder: Path, template: str) -> TokenizerSettings:
+    backend = Backend(models.WordLevel({token: i for i, token in enumerate(["<|endoftext|>", "<s>", *"ACGT"])}))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.add_special_tokens(["<|endoftext|>", "<s>"])
+    special = [("<|endoftext|>", 0), ("<s>", 1)]
+    backend.post_processor = processors.TemplateProcessing(template, special_tokens=special)
+    backend.save(str(folder / "letters.json"))
+    return TokenizerSettings("HFTokenizer", str(folder / "letters.json"))
+
+
+@pytest.mark.parametrize(("template", "start"), [("<s> $A", [1]), ("<s> $A <|endoftext|>", [1]), ("$A", [])])
+def test_a_document_ends_once_and_what_begins_it_is_not_learned(tmp_path: Path, template: str, start: list) -> None:
+    make = EncoderSettings(templated(tmp_path, template))
+    totals = preprocess(job(tmp_path, [{"q": "AC", "a": "GT"}], PromptAndCompletion("q", "a")), make)
+    text, labels = (IndexedDataset(str(tmp_path / f"out_{kind}_document")) for kind in ("text", "label"))
+    assert text.get(0).tolist() == [*start, 2, 3, 4, 5, 0]
+    assert labels.get(0).tolist() == [-100] * (len(start) + 2) + [4, 5, 0]
+    assert totals.contain_eod == 0
+    (tmp_path / "plain.jsonl").write_text('{"text": "ACGT"}\n{"text": "A<|endoftext|>C"}\n')
+    for append in (False, True):
+        prefix = str(tmp_path / f"plain{append}")
+        totals = preprocess(Job((str(tmp_path / "plain.jsonl"),), prefix, form=Texts(append_eod=append)), make)
+        data = IndexedDataset(f"{prefix}_text_document")
+        ended = [0] * (append or template.endswith("<|endoftext|>"))
+        assert data.get(0).tolist() == [*start, 2, 3, 4, 5, *ended]
+        assert data.get(1).tolist() == [*start, 2, 0, 3, *ended]
+        assert totals.contain_eod == 1
+
+
+def test_a_text_with_an_unknown_letter_ends_the_run_with_file_line_and_letter(tmp_path: Path) -> None:
+    make = EncoderSettings(templated(tmp_path, "$A"))
+    (tmp_path / "plain.jsonl").write_text('{"text": "ACGT"}\n{"text": "ACNT"}\n')
+    whole = Job((str(tmp_path / "plain.jsonl"),), str(tmp_path / "out"))
+    with pytest.raises(RunError, match=r'plain.jsonl, from line 1 on: .* neither a token for "N" \(U\+004E\)'):
+        preprocess(whole, make)
+    assert choose(make.tokenizer, "auto").refused is None
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_no_space_is_made_up_where_the_answer_begins(tmp_path: Path, scheme: str) -> None:
+    backend = Backend(models.BPE({token: i for i, token in enumerate(["<|endoftext|>", "\u2581", *"Frage:j\nQ"])}, []))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    backend.add_special_tokens(["<|endoftext|>"])
+    backend.save(str(tmp_path / "space.json"))
+    settings = TokenizerSettings("HFTokenizer", str(tmp_path / "space.json"))
+    records = [{"q": "Frage:", "a": "ja"}, {"q": "Q\n", "a": "ja"}, {"q": "Q", "a": " ja"}]
+    preprocess(job(tmp_path, records, PromptAndCompletion("q", "a")), EncoderSettings(settings))
+    text, labels = (IndexedDataset(str(tmp_path / f"out_{kind}_document")) for kind in ("text", "label"))
+    tokenizer = settings()
+    assert [tokenizer.decode(text.get(i).tolist()[:-1]) for i in range(3)] == ["Frage:ja", "Q\nja", "Q ja"]
+    learned = [sum(label >= 0 for label in labels.get(i).tolist()) for i in range(3)]
+    assert learned == [3, 3, 4]

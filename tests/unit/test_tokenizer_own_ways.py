@@ -1,5 +1,6 @@
 """What is particular to one kind of tokenizer."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -146,3 +147,36 @@ def test_training_gives_the_same_file_again_and_every_byte_an_id(tmp_path: Path)
 def test_a_vocabulary_without_room_for_the_bytes_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least 257"):
         train_byte_level_bpe(TEXT, 256, str(tmp_path / "small.json"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_tokenizer_files_with_a_byte_order_mark_give_the_ids_of_those_without(tmp_path: Path, encoding: str) -> None:
+    def marked(path: str) -> str:
+        changed = tmp_path / "marked" / Path(path).name
+        changed.parent.mkdir(exist_ok=True)
+        changed.write_text(Path(path).read_text("utf-8"), encoding)
+        return str(changed)
+
+    vocab, merges = gpt2_files(tmp_path)
+    for kind, files in (
+        ("HFTokenizer", [bpe_file(tmp_path)]),
+        ("GPT2BPETokenizer", [vocab, merges]),
+        ("TiktokenTokenizer", [tiktoken_file(tmp_path)]),
+    ):
+        plain, found = build_tokenizer(kind, *files), build_tokenizer(kind, *map(marked, files))
+        assert found.encode_batch(TEXT[:3]) == plain.encode_batch(TEXT[:3])
+        assert found.fingerprint == plain.fingerprint
+
+
+def test_a_compressed_tokenizer_file_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json.gz").write_bytes(gzip.compress(Path(bpe_file(tmp_path)).read_bytes()))
+    for kind in ("HFTokenizer", "TiktokenTokenizer"):
+        with pytest.raises(UserError, match=r"vocab_file \(.*tokenizer.json.gz\) is gzip data"):
+            build_tokenizer(kind, str(tmp_path / "tokenizer.json.gz"))
+
+
+def test_merges_that_are_not_pairs_are_named_by_their_line(tmp_path: Path) -> None:
+    vocab, merges = gpt2_files(tmp_path)
+    Path(merges).write_text("#version: 0.2\nt h\nth e x\n")
+    with pytest.raises(UserError, match="line 3 of the merges is not a pair of tokens"):
+        build_tokenizer("GPT2BPETokenizer", vocab, merges)
