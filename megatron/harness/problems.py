@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 
 def task_problems(names: Sequence[str], manager: Any, error: Exception, limit: float | None = None) -> list[str]:
@@ -21,12 +22,12 @@ def broken_files(folder: Path) -> list[str]:
     problems = []
     for path in sorted([*folder.rglob("*.yaml"), *folder.rglob("*.yml")]):
         try:
-            for _ in yaml.parse(path.read_bytes()):
+            for _ in YAML(typ="safe", pure=True).parse(path.read_bytes()):
                 pass
-        except yaml.MarkedYAMLError as error:
+        except MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             problems.append(f"eval_include_path: {path}, line {line}: not YAML: {error.problem}")
-        except (yaml.YAMLError, OSError) as error:
+        except (YAMLError, OSError) as error:
             problems.append(f"eval_include_path: {path} cannot be read as YAML: {_one_line(error)}")
     return problems
 

@@ -73,8 +73,8 @@ def _encode_texts(key: str, texts: list[str], form: Texts, encoder: CheckedEncod
         texts = [text for text, size in zip(texts, sizes, strict=True) if size]
         totals.empty += len(sizes) - len(texts)
         sizes = sizes[sizes > 0]
-    places = np.flatnonzero(ids == encoder.end_of_document)
-    ends = np.bincount(np.searchsorted(np.cumsum(sizes), places, "right"), minlength=len(sizes))
+    found = np.flatnonzero(ids == encoder.end_of_document)
+    ends = np.bincount(np.searchsorted(np.cumsum(sizes), found, "right"), minlength=len(sizes))
     totals.contain_eod += int((ends > sum(encoder.affixes, ()).count(encoder.end_of_document)).sum())
     if form.append_eod and encoder.affixes[1][-1:] != (encoder.end_of_document,):
         ids, sizes = surrounded(ids, sizes, (), (encoder.end_of_document,)), sizes + 1

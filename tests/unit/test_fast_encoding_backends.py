@@ -35,7 +35,7 @@ from megatron.preprocessing.fast_encoding.probes import (
     table_of,
     union,
 )
-from megatron.preprocessing.fast_encoding.text_pieces import cut_places, pieces
+from megatron.preprocessing.fast_encoding.text_pieces import pieces, split_offsets
 from megatron.tokenizer.build import TokenizerSettings
 from megatron.tokenizer.tiktoken_bpe import CL100K_PATTERN
 from tests.tokenizer_files import TEXT, bpe_file, gpt2_files, sentencepiece_file, tiktoken_file
@@ -284,7 +284,7 @@ def test_a_long_text_is_cut_into_pieces_with_the_same_ids(folder: Path) -> None:
 
 
 def test_a_text_is_never_cut_within_a_suffix_or_an_added_token() -> None:
-    assert cut_places("don't we'll x") == [5, 11]
+    assert split_offsets("don't we'll x") == [5, 11]
     assert list(pieces("ab <|endoftext|> cd ef", ["<|endoftext|>"], 4)) == ["ab <|endoftext|> cd", " ef"]
 
 

@@ -1,13 +1,13 @@
-"""Encode a very long word in windows that overlap: the ids of the whole word in the memory of one window.
+"""Encode a very long word in overlapping windows: the ids of the whole word, in the memory of one window.
 
-Byte-pair encoding merges the pair of lowest rank first, and of equal ones the first. Tokens in a row are what it makes
-of their text if and only if each two neighbours are what it makes of theirs: the first merge across a border between
-two tokens would be made in the text of these two as well, because only what is in them decides which merge comes first
-there. So where two windows have a token in common, at the same place, the tokens of the first one up to it and those of
-the second one from it on are the tokens of both together.
+Byte-pair encoding merges the pair of lowest rank first, and the leftmost of equal pairs. A sequence of tokens is the
+encoding of its text if and only if each two neighbours are the encoding of theirs: the first merge across the border of
+two tokens would also happen in the text of these two alone, because which merge comes first there depends on these two
+only. So where two windows share a token at the same position, the tokens of the first window up to it and those of the
+second window from it on are together the encoding of both.
 
-That holds within one word. Windows therefore meet within a run of characters that patterns do not part (`RUNS`), and
-`safe_runs` tries on each tokenizer which runs these are. A text without one is encoded whole. No torch.
+This holds within one word. Windows therefore meet within a run of characters that patterns do not split (`RUNS`);
+`safe_runs` finds out for each tokenizer which runs these are. A text without such a run is encoded whole. No torch.
 """
 
 import random
@@ -73,14 +73,14 @@ class LongWords:
     def _in_windows(self, text: str, encode: Encode) -> Ids:
         with_added = any(token in text for token in self._whole)
         found = bytearray()  # grows without being copied
-        stop = self._meeting_place(text, 0, with_added)
+        stop = self._meeting_offset(text, 0, with_added)
         ids = encode([text[:stop]])[0]
         while stop < len(text):
             overlap = text[stop - self._overlap : stop].encode()
             last = _Tail(ids, self._token_bytes, len(overlap))
-            begin = last.first_place(overlap)
+            begin = last.first_offset(overlap)
             start = stop - len(overlap[begin:].decode())
-            stop = self._meeting_place(text, start, with_added)
+            stop = self._meeting_offset(text, start, with_added)
             following = encode([text[start:stop]])[0]
             met = last.in_common(following[: len(overlap)], begin)
             if met is None:
@@ -90,7 +90,7 @@ class LongWords:
         found += ids.astype(self._dtype).data
         return np.frombuffer(found, self._dtype)
 
-    def _meeting_place(self, text: str, start: int, with_added: bool) -> int:
+    def _meeting_offset(self, text: str, start: int, with_added: bool) -> int:
         """Where a window that begins at `start` can end."""
         for stop in range(start + self._window, len(text), self._overlap):
             around = text[stop - self._overlap : stop]
@@ -119,19 +119,19 @@ class _Tail:
     """The last tokens of a window, with the offset of each in the last `length` bytes of its text."""
 
     def __init__(self, ids: Ids, token_bytes: Ids, length: int) -> None:
-        places = length - np.cumsum(token_bytes[ids[: -length - 1 : -1]])[::-1]
-        self._places = places[places >= 0]
-        self._ids, self._token_bytes = ids[len(ids) - len(self._places) :], token_bytes
+        offsets = length - np.cumsum(token_bytes[ids[: -length - 1 : -1]])[::-1]
+        self._offsets = offsets[offsets >= 0]
+        self._ids, self._token_bytes = ids[len(ids) - len(self._offsets) :], token_bytes
         self._before = len(ids) - len(self._ids)
 
-    def first_place(self, text: bytes) -> int:
+    def first_offset(self, text: bytes) -> int:
         """The first offset in `text`, these last bytes, where a token and a character begin; 0 if there is none."""
-        return next((int(place) for place in self._places if text[place] & 0xC0 != 0x80), 0)
+        return next((int(offset) for offset in self._offsets if text[offset] & 0xC0 != 0x80), 0)
 
     def in_common(self, ids: Ids, begin: int) -> tuple[int, int] | None:
         """Indices of a token of the window that is also in `ids`, tokens of a text that begins at offset `begin`."""
         sizes = self._token_bytes[ids]
-        places = begin + np.cumsum(sizes) - sizes
-        _, mine, theirs = np.intersect1d(self._places, places, assume_unique=True, return_indices=True)
+        offsets = begin + np.cumsum(sizes) - sizes
+        _, mine, theirs = np.intersect1d(self._offsets, offsets, assume_unique=True, return_indices=True)
         same = np.flatnonzero(self._ids[mine] == ids[theirs])
         return (self._before + int(mine[same[0]]), int(theirs[same[0]])) if len(same) else None

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron.arrays import Ids, split
 from megatron.preprocessing.fast_encoding.backends import Encode
-from megatron.preprocessing.fast_encoding.text_pieces import cut_places
+from megatron.preprocessing.fast_encoding.text_pieces import split_offsets
 
 Ranges = tuple[tuple[int, int], ...]  # half-open ranges of code points
 
@@ -76,7 +76,7 @@ def mixed_texts(count: int = 20_000) -> Iterator[str]:
 
 
 def cuts_are_safe(encode: Encode, count: int = 5_000) -> bool:
-    """Whether texts have the ids of their pieces when split at all `cut_places`."""
+    """Whether texts have the ids of their pieces when split at all `split_offsets`."""
     texts = list(mixed_texts(count))
     cut = [_cut_everywhere(text) for text in texts]
     whole, _ = encode(texts)
@@ -130,8 +130,8 @@ def batches(texts: Iterable[str], size: int = BATCH) -> Iterator[list[str]]:
 
 
 def _cut_everywhere(text: str) -> list[str]:
-    places = [0, *cut_places(text), len(text)]
-    return [text[start:stop] for start, stop in pairwise(places)]
+    offsets = [0, *split_offsets(text), len(text)]
+    return [text[start:stop] for start, stop in pairwise(offsets)]
 
 
 def _smallest(low: int, high: int, holds: Callable[[int], bool]) -> int:

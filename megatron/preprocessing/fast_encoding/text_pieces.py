@@ -35,7 +35,7 @@ def pieces(text: str, whole: Sequence[str] = (), size: int = PIECE_CHARACTERS) -
     yield text[start:] if start else text
 
 
-def cut_places(text: str) -> list[int]:
+def split_offsets(text: str) -> list[int]:
     """Every position at which `text` can be split."""
     return [match.end() for match in _CUT.finditer(text)]
 
