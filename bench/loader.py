@@ -22,7 +22,7 @@ from statistics import median
 
 import numpy as np
 
-from megatron.data.datasets import Mixture, build_sources
+from megatron.data.build import Mixture, build_sources
 from megatron.data.indexed import HEADER, MAGIC, IndexedWriter
 from megatron.data.loader import micro_batches
 from megatron.data.windows import SampleSource
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 SEQUENCE, MICRO_BATCH, VOCABULARY = 2048, 4, 50_000
 START = """
 import resource, sys, time
-import megatron.data.datasets as build, megatron.data.loader
+import megatron.data.build as build, megatron.data.loader
 began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 if sys.argv[1]:
     source = build.build_sources(data_path=sys.argv[1], split="1,0", seq_length=64, seed=1, vocab_size=65536).train

@@ -1,6 +1,6 @@
-"""What a configuration names outside of itself, opened: the tokenizer, the data, the checkpoint it must agree with.
+"""Open what a configuration names: the tokenizer and the data; check that a checkpoint holds the same model.
 
-Training, generation and evaluation share it. Below floor 6.
+Shared by training, generation and evaluation.
 """
 
 from dataclasses import asdict
@@ -12,13 +12,13 @@ from megatron.config.plan import ModelPlan
 from megatron.config.resolve import resolve
 from megatron.config.schema.config import Config, group_of_key
 from megatron.config.schema.data_keys import DataKeys
-from megatron.data.datasets import PARTS, Mixture, Part, Sources, build_sources
+from megatron.data.build import PARTS, Mixture, Part, Sources, build_sources
 from megatron.errors import UserError
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer
 
-# What changes the function that the weights compute without changing their shapes, and the keys it comes from.
-FUNCTION = {
+# Fields of the plan that change what the weights compute without changing their shapes, and the keys they come from.
+BEHAVIOR_KEYS = {
     "num_layers": "num_layers",
     "tied_embeddings": "tying of the embeddings (no_weight_tying false)",
     "bias_in_attention": "use_bias_in_attn_linear",
@@ -37,18 +37,18 @@ FUNCTION = {
     "sliding_window": "sliding_window_width",
 }
 
-# The groups of keys which the function depends on.
-GROUPS_OF_FUNCTION = {"model", "parallelism", "data"}
+# The groups of keys that the model depends on.
+BEHAVIOR_GROUPS = {"model", "parallelism", "data"}
 
 
 def open_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer that the configuration names. Raises UserError."""
+    """The configured tokenizer. Raises UserError."""
     keys = config.tokenizer
     return build_tokenizer(keys.tokenizer_type, keys.vocab_file, keys.merge_file, keys.end_of_document_token)
 
 
 def open_data(config: Config, vocab_size: int) -> Sources:
-    """The data that the configuration names, divided into their parts. Raises UserError."""
+    """The configured data, by split. Raises UserError."""
     keys = config.data
     return build_sources(
         data_path=keys.data_path,
@@ -64,7 +64,7 @@ def open_data(config: Config, vocab_size: int) -> Sources:
 
 
 def _mixture(keys: DataKeys, part: Part) -> Mixture | None:
-    """The corpora that `PART_data_paths` names."""
+    """The blend that `PART_data_paths` names; None if it is not set."""
     paths = getattr(keys, f"{part}_data_paths")
     if paths is None:
         return None
@@ -74,37 +74,37 @@ def _mixture(keys: DataKeys, part: Part) -> Mixture | None:
 
 
 def check_same_model(model: ModelPlan, checkpoint: Path) -> None:
-    """Weights mean something only in the model they were trained in; shapes alone do not tell.
+    """Compare settings that change what the weights compute but not their shapes.
 
-    Raises UserError with each setting in which `model` differs from the run that wrote `checkpoint`.
+    Raises UserError with each setting in which `model` differs from that of the run that wrote `checkpoint`.
     """
-    config = config_from_flat(_keys_of_function(checkpoint_config(checkpoint)), str(checkpoint / "config.json"))
+    config = config_from_flat(_model_keys(checkpoint_config(checkpoint)), str(checkpoint / "config.json"))
     written = resolve(config, config.parallelism.model_parallel_size, model.vocab_size, inference=True).model
-    here, there = _function(model), _function(written)
+    here, there = _behavior(model), _behavior(written)
     differing = [
         f"  {key} is {here[field]} here, and was {there[field]} there"
-        for field, key in FUNCTION.items()
+        for field, key in BEHAVIOR_KEYS.items()
         if here[field] != there[field]
     ]
     if differing:
         raise UserError(
             f"{checkpoint} holds another model than the configuration describes:",
             *differing,
-            "to take its weights all the same: allow_changes=[model]",
+            "to load its weights nevertheless: allow_changes=[model]",
         )
 
 
-def _keys_of_function(flat: dict[str, object]) -> dict[str, object]:
-    """What of a checkpoint's configuration matters, and keys that this version does not know, to be told of.
+def _model_keys(flat: dict[str, object]) -> dict[str, object]:
+    """The part of a checkpoint's configuration that determines the model, and keys unknown to this version, to report.
 
-    Its plugins are left out: no module is imported because a file says so.
+    Its plugins are left out: no module is imported because a checkpoint names it.
     """
     groups = group_of_key() | {"plugins": ""}
-    return {key: value for key, value in flat.items() if groups.get(key, "model") in GROUPS_OF_FUNCTION}
+    return {key: value for key, value in flat.items() if groups.get(key, "model") in BEHAVIOR_GROUPS}
 
 
-def _function(model: ModelPlan) -> dict[str, object]:
-    """What of the plan matters; kernels ("flash" for "global") and what is not used do not."""
+def _behavior(model: ModelPlan) -> dict[str, object]:
+    """The plan without what does not change the model: the choice of kernels, and settings that are not used."""
     local = [layer for layer, kind in enumerate(model.attention_kinds) if kind == "local"]
     rotary = {} if model.position_embedding == "rotary" else {"rotary_fraction": None, "rotary_base": None}
     return asdict(model) | {"local_layers": local} | rotary | ({} if local else {"sliding_window": None})

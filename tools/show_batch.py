@@ -21,7 +21,7 @@ from megatron.config.load import load_config
 from megatron.config.resolve import resolve
 from megatron.config.schema.config import Config
 from megatron.data.blend import Blend
-from megatron.data.datasets import Sources
+from megatron.data.build import Sources
 from megatron.data.packing import DocumentSamples
 from megatron.data.windows import NOT_A_LABEL, SampleSource, Tokens, Windows
 from megatron.errors import exit_code

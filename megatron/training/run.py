@@ -17,16 +17,17 @@ from megatron.checkpoint.store import checkpoint_config
 from megatron.config.plan import Plan
 from megatron.config.resolve import resolve
 from megatron.config.schema.config import Config
-from megatron.data.datasets import Sources
+from megatron.data.build import Sources
 from megatron.data.loader import micro_batches
 from megatron.engine.distributed import be_deterministic, start_layout, stop
 from megatron.engine.settings import DTYPES
 from megatron.engine.training import TrainingEngine
 from megatron.errors import RunError, work_begins
 from megatron.estimate.describe import plan_lines
+from megatron.files import refuse_overwriting
 from megatron.launch.protocol.heartbeat import Heartbeat
 from megatron.logging import configure
-from megatron.metrics.writers import MetricWriters, WriterSettings, open_writers
+from megatron.metrics.writers import METRICS_FILE, MetricWriters, WriterSettings, open_writers
 from megatron.model.attention import describe_attention
 from megatron.model.gpt import gpt_layers, make_loss
 from megatron.parallel.grid import ParallelGrid
@@ -114,6 +115,12 @@ def prepare(config: Config, world_size: int) -> Prepared:
     for key, folder in written.items():
         if folder is not None:
             check_writable(Path(folder), key)
+    if config.log_folder is not None:
+        keys = config.tokenizer
+        read = {"vocab_file": keys.vocab_file, "merge_file": keys.merge_file}
+        refuse_overwriting(
+            {"log_dir": Path(config.log_folder, METRICS_FILE)}, {key: path for key, path in read.items() if path}
+        )
     for path in ProfileRequest.of(config).folders:
         check_writable(path, "the folder of the profile")
     return Prepared(plan, tokenizer, sources, checkpoint)

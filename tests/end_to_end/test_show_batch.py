@@ -1,16 +1,14 @@
 """tools/show_batch.py: the text of a step, the same that training reads, across a change of the batch size."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from megatron.data.datasets import build_sources
+from megatron.data.build import build_sources
 from megatron.data.indexed import IndexedWriter
+from tests.end_to_end.commands import finished
 
-ROOT = Path(__file__).parents[2]
 CONFIG = """
 num_layers: 2
 hidden_size: 16
@@ -33,8 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def show(folder: Path, *words: str) -> tuple[int, list[str]]:
-    command = [sys.executable, str(ROOT / "tools" / "show_batch.py"), str(folder / "run.yml"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = finished(folder, "tools/show_batch.py", folder / "run.yml", *words)
     return done.returncode, (done.stdout + done.stderr).splitlines()
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.data.blend import LONGEST_PERIOD, Blend, earliest_deadlines, whole_shares
-from megatron.data.datasets import Mixture, Sources, build_sources
+from megatron.data.build import Mixture, Sources, build_sources
 from megatron.data.indexed import IndexedWriter
 from megatron.data.windows import Tokens
 from megatron.errors import UserError

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.data.blend import Blend
-from megatron.data.datasets import build_sources
+from megatron.data.build import build_sources
 from megatron.data.indexed import HEADER, MAGIC, IndexedWriter
 from megatron.data.loader import MicroBatchOrder, micro_batches
 from megatron.data.windows import SampleSource, Windows

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data.datasets import Mixture, Sources, build_sources
+from megatron.data.build import Mixture, Sources, build_sources
 from megatron.data.indexed import IndexedDataset, IndexedWriter
 from megatron.data.packing import DocumentSamples
 from megatron.data.windows import NOT_A_LABEL, SampleSource

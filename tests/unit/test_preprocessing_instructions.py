@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from megatron.data.datasets import Mixture, build_sources
+from megatron.data.build import Mixture, build_sources
 from megatron.data.indexed import IndexedDataset
 from megatron.data.windows import NOT_A_LABEL
 from megatron.errors import RunError, UserError

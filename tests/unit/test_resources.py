@@ -8,7 +8,7 @@ import pytest
 from megatron.config.load import config_from_flat
 from megatron.config.resolve import resolve
 from megatron.errors import UserError
-from megatron.resources import FUNCTION, check_same_model
+from megatron.resources import BEHAVIOR_KEYS, check_same_model
 
 MODEL = {
     "num_layers": 2,
@@ -72,7 +72,7 @@ def test_what_does_not_change_the_function_may_differ(tmp_path, change):
 
 def test_every_setting_that_is_compared_is_one_of_the_plan():
     plan = resolve(config_from_flat(MODEL), 1, 257, inference=True).model
-    assert {field for field in FUNCTION if not hasattr(plan, field)} == {"local_layers"}
+    assert {field for field in BEHAVIOR_KEYS if not hasattr(plan, field)} == {"local_layers"}
 
 
 def test_what_the_other_run_used_besides_the_model_need_not_be_known_here(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron.checkpoint.state import TrainState
-from megatron.data.datasets import build_sources
+from megatron.data.build import build_sources
 from megatron.engine.training import StepOutput
 from megatron.errors import RunError
 from megatron.tokenizer.build import build_tokenizer
@@ -58,3 +58,9 @@ def test_of_samples_with_labels_the_tokens_are_written(run, tmp_path):
     keep_batch(run, TrainState(1, BATCH))
     first = json.loads((tmp_path / "bad_batch_step_1.jsonl").read_text().splitlines()[0])
     assert first == {"sample": 0, "text": run.tokenizer.decode(tokens[0].tolist())}
+
+
+def test_a_batch_that_cannot_be_written_does_not_hide_the_divergence(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    run.config.log_folder = str(tmp_path / "file")
+    assert "samples 0 to 3; their text cannot be written to" in keep_batch(run, TrainState(1, BATCH))

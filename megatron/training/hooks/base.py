@@ -1,7 +1,7 @@
-"""What a hook of the training loop is, and what it is made from.
+"""The interface of a hook, and the run that hooks are built from.
 
-A hook is one file beside this one and one line in the registry's kind "hook": a function of `Run` that returns the
-hook, or None where the run does not ask for it. The order of the table is the order in which hooks look at a step.
+A hook is one file in this folder and one line in the registry's kind "hook": a function of `Run` that returns the hook,
+or None if the run does not need it. Hooks are called in the order of that table.
 """
 
 from abc import ABC, abstractmethod
@@ -12,7 +12,7 @@ from megatron import registry
 from megatron.checkpoint.state import TrainState
 from megatron.config.plan import Plan
 from megatron.config.schema.config import Config
-from megatron.data.datasets import Sources
+from megatron.data.build import Sources
 from megatron.engine.training import MicroBatch, StepOutput, TrainingEngine
 from megatron.tokenizer.base import Tokenizer
 from megatron.training.clock import Clock
@@ -24,9 +24,9 @@ MicroBatches = list[MicroBatch]  # this rank's, of one step
 
 @dataclass(frozen=True)
 class Run:
-    """A training run about to begin.
+    """A training run that is set up.
 
-    clock: measures training; a hook that takes long pauses it. liveness: gets a beat from a hook that takes long.
+    clock: measures training; a slow hook pauses it. liveness: a slow hook reports its phase to it.
     """
 
     config: Config
@@ -42,36 +42,36 @@ class Run:
 
 @dataclass(frozen=True)
 class FinishedStep:
-    """One optimizer step, done: `state` counts it in."""
+    """An optimizer step that is done; `state` is the state after it."""
 
     state: TrainState
     output: StepOutput
     learning_rate: float
     is_last: bool  # of this run
-    metrics: Mapping[str, float] = field(default_factory=dict)  # of the hooks that looked before this one
-    is_stop: bool = False  # it is the last because somebody asked for an end: there may be little time left
+    metrics: Mapping[str, float] = field(default_factory=dict)  # of the hooks called before this one
+    is_stop: bool = False  # the last because of a signal or time limit: there may be little time left
 
     def is_due(self, interval: int | None) -> bool:
-        """Whether something that happens every `interval` steps (None: never) and at the end happens now."""
+        """Whether this step is the last one or a multiple of `interval` (None: no interval)."""
         return self.is_last or (interval is not None and self.state.step % interval == 0)
 
 
 class Hook(ABC):
-    """Looks at each finished step, on every rank; it may do work of its own there, but not change the training."""
+    """Called after each step on every rank. It must not change the training."""
 
     @abstractmethod
     def after_step(self, step: FinishedStep) -> Mapping[str, float]:
-        """Do what is due after `step`, and return the metrics to put on record with it."""
+        """Do what is due after `step`, and return the metrics to record for it."""
 
     def watched(self, batches: Iterator[MicroBatches]) -> Iterator[MicroBatches]:
-        """`batches`, one of which is asked for as each step begins: the place to act before and after it is there."""
+        """Wrap `batches`, to act before and after the batch of a step is loaded."""
         return batches
 
     def close(self) -> None:  # noqa: B027  # most hooks have nothing to close
-        """The loop has ended, well or badly; called once."""
+        """Called once when the loop has ended, by an exception or not."""
 
 
 def build_hooks(run: Run) -> list[Hook]:
-    """The hooks that `run` asks for, in their order."""
+    """The hooks of `run`, in the order of the registry."""
     built = [registry.resolve("hook", name)(run) for name in registry.names("hook")]
     return [hook for hook in built if hook is not None]

@@ -1,4 +1,4 @@
-"""Hook: the loss on a fixed set of held-out samples, every `eval_interval` steps."""
+"""Hook: loss on a fixed set of held-out samples, every `eval_interval` steps."""
 
 import logging
 import math
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron.config.plan import BatchPlan
-from megatron.data.datasets import Corpus
+from megatron.data.build import Corpus
 from megatron.data.windows import SampleSource
 from megatron.engine.training import TrainingEngine
 from megatron.training.batch import BatchBuilder
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class Validation(Hook):
-    """Always the same samples: the first of the validation part, in order, each once.
+    """Computes the loss on the first samples of the validation split, in order, each once.
 
-    A part that blends several corpora has a loss for each, over its share of the batches and at least one; their mean,
-    weighted as the corpora are, is the loss of the part.
+    For a blend of several datasets there is a loss for each, over its share of the batches but at least one batch; the
+    loss of the split is their mean, weighted like the datasets.
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class Validation(Hook):
         liveness: Liveness | None = None,
         corpora: Sequence[Corpus] = (),
     ) -> None:
-        """interval: in steps. max_batches: of `batch.global_size` samples; fewer if the part is smaller.
+        """interval: in steps. max_batches: of `batch.global_size` samples; fewer if the split is smaller.
 
-        corpora: those that `source` blends, where it does.
+        corpora: the datasets that `source` blends, if it is a blend.
         """
         self._engine, self._builder, self._batch = engine, builder, batch
         self._interval, self._clock, self._liveness = interval, clock, liveness or Liveness()
@@ -52,7 +52,7 @@ class Validation(Hook):
         ]
 
     def after_step(self, step: FinishedStep) -> Mapping[str, float]:
-        """Validate where it is due, and at the last step of the run unless somebody asked for its end."""
+        """Validate if due, and at the last step, unless the run is being stopped early."""
         if step.is_stop or not step.is_due(self._interval):
             return NOTHING
         with self._clock.paused():
@@ -69,14 +69,14 @@ class Validation(Hook):
         return metrics
 
     def losses(self) -> dict[str, float]:
-        """The loss of each corpus, by name; that of a part which is no blend has none. Collective over all ranks."""
+        """The loss of each dataset by name; the name is "" if the split is not a blend. Collective over all ranks."""
         return {
             corpus.name: self._loss_of(corpus.source, samples)
             for corpus, samples in zip(self._corpora, self._samples, strict=True)
         }
 
     def loss(self) -> float:
-        """The loss of the part: the mean over the labels of all samples, in nats per token. Collective."""
+        """The loss of the split: the mean over the labels of all samples, in nats per token. Collective."""
         return self._mean(self.losses())
 
     def _mean(self, losses: Mapping[str, float]) -> float:
@@ -93,9 +93,9 @@ class Validation(Hook):
         return total / labels if labels else math.nan
 
     def _batches(self, source: SampleSource, size: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """This rank's micro-batches of one global batch after another, and which of their samples count.
+        """This rank's micro-batches of each global batch, and which of their samples count.
 
-        The last global batch is filled up with samples that do not count.
+        The last global batch is padded with samples that do not count.
         """
         grid, micro_size = self._engine.grid, self._batch.micro_size
         for start in range(0, size, self._batch.global_size):
@@ -110,7 +110,7 @@ class Validation(Hook):
 
 
 def validation(run: Run) -> Validation | None:
-    """Registry entry: with `eval_iters`, where the split leaves a validation part of at least one sample."""
+    """Registry entry: with `eval_iters`, if the validation split has at least one sample."""
     keys, source = run.config.training, run.sources.valid
     if not keys.eval_iters:
         return None

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron.data.build import PARTS, Mixture, Sources, build_sources
 from megatron.data.dataset_slices import parse_split, split_ranges
-from megatron.data.datasets import PARTS, Sources, build_sources
 from megatron.data.indexed import IndexedWriter
 from megatron.data.mock import BEST_LOSS, MockStream
 from megatron.errors import UserError
@@ -136,3 +136,12 @@ def test_mock_text_can_be_learned_down_to_the_loss_it_names() -> None:
 def test_mock_text_reads_the_same_from_anywhere(start: int, length: int) -> None:
     stream = MockStream("train", 10_000, 30, 5)
     assert stream.tokens(start, length).tolist() == stream.tokens(0, 10_000)[start : start + length].tolist()
+
+
+@pytest.mark.parametrize("alpha", [2000.0, -2000.0, float("nan"), float("inf")])
+def test_an_exponent_of_weights_out_of_range_is_refused_with_its_key(tmp_path: Path, alpha: float) -> None:
+    paths = (corpus(tmp_path / "a", *[9] * 30), corpus(tmp_path / "b", *[9] * 20))
+    with pytest.raises(
+        UserError, match=r"weighted_sampler_alpha \(.*\) is out of range: the weight of .*a would be 30"
+    ):
+        build_sources(mixtures={"train": Mixture(paths, alpha=alpha)}, seq_length=4, seed=1, vocab_size=99)
