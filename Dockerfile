@@ -1,8 +1,8 @@
-# Deepy with everything it needs for GPUs; the host brings the driver (580 or newer) and NVIDIA's container toolkit.
+# Deepy with everything it needs for GPUs; the host provides the driver (580 or newer) and NVIDIA's container toolkit.
 #   docker build -t deepy .
 #   docker run --gpus all --shm-size=8g --user "$(id -u):$(id -g)" --env HOME=/tmp \
 #       --volume "$PWD/data:/deepy/data" --volume "$PWD/checkpoints:/deepy/checkpoints" deepy ./deepy.py train.py configs
-# docs/container.md says more.
+# See docs/container.md.
 
 # The CUDA that torch's wheel is built with: flash-attn, DeepSpeed and torch.compile compile with this image's nvcc.
 FROM nvidia/cuda:13.0.2-devel-ubuntu24.04
@@ -19,12 +19,12 @@ USER 10001
 WORKDIR /deepy
 ENV PATH=/deepy/.venv/bin:$PATH PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
-# Packages first, so that a change of the code does not fetch and compile them again.
+# Packages first, so that they stay cached when only the code changes.
 COPY --chown=10001 requirements requirements
 RUN python3 -m venv .venv \
     && pip install -r requirements/build.txt \
     && pip install --no-build-isolation -r requirements/run.txt
-# flash-attn is compiled, which takes long: about 4 GB of memory for each job.
+# flash-attn is compiled, which takes long and needs about 4 GB of memory per job.
 ARG MAX_JOBS=4
 RUN MAX_JOBS=$MAX_JOBS pip install --no-build-isolation -r requirements/gpu.txt
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure a trained model: one rank of it.
+"""Measure a trained model (the script of one rank).
 
 `./deepy.py evaluate.py CONFIG ... [key=value ...]` starts this script on every rank;
 `torchrun --nproc_per_node N evaluate.py CONFIG ...` and plain `python evaluate.py CONFIG ...` work as well.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Generate text with a trained model: one rank of it.
+"""Generate text with a trained model (the script of one rank).
 
 `./deepy.py generate.py CONFIG ... [key=value ...]` starts this script on every rank;
 `torchrun --nproc_per_node N generate.py CONFIG ...` and plain `python generate.py CONFIG ...` work as well.

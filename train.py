@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a model: one rank of it.
+"""Train a model (the script of one rank).
 
 `./deepy.py train.py CONFIG ... [key=value ...]` starts this script on every rank;
 `torchrun --nproc_per_node N train.py CONFIG ...` and plain `python train.py CONFIG ...` work as well.

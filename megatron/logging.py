@@ -1,6 +1,6 @@
-"""Who says what: one logger for the project, and only the first rank speaks unasked.
+"""One logger for the project, of which rank 0 prints everything and the other ranks only warnings and errors.
 
-Any file logs with `logging.getLogger(__name__)` of the standard library; `configure` decides what becomes of it.
+Modules log with `logging.getLogger(__name__)` of the standard library; `configure` sets the handler.
 """
 
 import logging
@@ -10,7 +10,7 @@ PROJECT = "megatron"
 
 
 class _RankFormatter(logging.Formatter):
-    """Plain text for what is said in the normal course; warnings and errors carry their level and rank."""
+    """Plain text for messages below WARNING; warnings and errors carry their level and rank."""
 
     def __init__(self, rank: int) -> None:
         super().__init__("%(message)s")
@@ -27,7 +27,7 @@ class _RankFormatter(logging.Formatter):
 def configure(rank: int) -> None:
     """Send the project's messages to stdout: everything from INFO up on rank 0, warnings and errors elsewhere.
 
-    rank: this process's place in the world. Calling it again replaces what an earlier call set.
+    rank: global rank of this process. Calling it again replaces the handler.
     """
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_RankFormatter(rank))

@@ -1,4 +1,4 @@
-"""Text that can always be written as UTF-8."""
+"""Helpers for text in UTF-8."""
 
 import re
 
@@ -11,7 +11,7 @@ def well_formed(text: str) -> str:
 
 
 def utf8_length(text: str, at_once: int = 1 << 20) -> int:
-    """Bytes of `text` in UTF-8, counted without a copy of it."""
+    """The number of bytes of `text` in UTF-8, counted in chunks of `at_once` characters to save memory."""
     if text.isascii():
         return len(text)
     return sum(len(text[start : start + at_once].encode()) for start in range(0, len(text), at_once))

@@ -49,9 +49,9 @@ class LaunchSpec:
 Launcher = Callable[[Config, str, Mapping[str, str]], LaunchSpec]
 
 
-def agent_command(folder: Path, *who: str) -> list[str]:
-    """The command line of a node's agent; `who` holds the option that tells it which node it is on."""
-    return [sys.executable, "-P", AGENT, str(folder), *who]
+def agent_command(folder: Path, *node: str) -> list[str]:
+    """The command line of a node's agent; `node` holds the option that identifies its node."""
+    return [sys.executable, "-P", AGENT, str(folder), *node]
 
 
 def split_arguments(config: Config) -> list[str]:

@@ -106,7 +106,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def first_failure(records: Sequence[RankRecord]) -> RankRecord | None:
-    """The rank that failed first: the others usually fail because it is gone."""
+    """The rank that failed first: the others usually fail because that rank is gone."""
     return min((record for record in records if record.failed), key=lambda record: record.ended_at, default=None)
 
 
