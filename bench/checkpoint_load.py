@@ -44,7 +44,7 @@ def save(folder: str, settings: Settings) -> None:
 def load(folder: str, settings: Settings) -> None:
     """On a rank: read it, and write down by how much the peak of memory was above what was there before."""
     engine, _ = engine_of(settings)
-    engine.state.runs()  # which makes the moments
+    engine.state.fragments()  # which makes the moments
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = memory("VmRSS")
     load_checkpoint(engine, Path(folder, "global_step0"))
@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[32768, 131072])
     arguments = parser.parse_args()
-    print("| from | to | largest tensor | peak over the share | in largest tensors |\n|---|---|---|---|---|")
+    print("| from | to | largest tensor | peak above the state | in largest tensors |\n|---|---|---|---|---|")
     for vocabulary in arguments.vocabulary:
         largest = 4 * vocabulary * HIDDEN
         for source, targets in MOVES:

@@ -1,8 +1,8 @@
-"""What happens between the gradients and the update where DeepSpeed does not see to it.
+"""Gradient norm, clip and skipped updates where DeepSpeed does not handle them.
 
-The clip where no ZeRO optimizer is at work: DeepSpeed's own for this case leaves out what replicated parameters of
-later stages contribute. And, under every optimizer, no update from gradients that are not finite, judged by the norm
-that is known by then on all ranks.
+Without ZeRO, DeepSpeed's clip ignores what replicated parameters of later pipeline stages contribute, so norm and clip
+are ours. Under every optimizer, an update from gradients that are not finite is skipped; all ranks agree because they
+judge by the same global norm.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from megatron.engine.deepspeed_internals import is_tied_copy
 from megatron.parallel.grid import Axis, ParallelGrid
 from megatron.parallel.parameter import PlacedParameter
 
@@ -20,16 +21,16 @@ _SPLIT_OVER: tuple[Axis, ...] = ("tensor", "pipe")  # the axes along which ranks
 
 
 def skip_if_not_finite(optimizer: Optimizer, norm: Callable[[], Tensor | float], on_device: bool) -> None:
-    """Make every step of `optimizer` do nothing, its step count included, when `norm()` is not finite by then.
+    """Skip every step of `optimizer`, its step count included, for which `norm()` is not finite.
 
-    on_device: the optimizer reads `found_inf`, as the fused ones of torch do; then nothing waits for the device.
-    From any other the gradients are taken away, since none touches a parameter without one; that waits once a step.
+    on_device: the optimizer reads `found_inf`, as torch's fused optimizers do, and the host does not synchronize.
+    For any other optimizer the gradients are set to None, which synchronizes once a step.
     """
 
     def before_step(*_: object) -> None:
         finite = torch.as_tensor(norm(), dtype=torch.float32).isfinite()
         if on_device:
-            # wherever its parameters are: on the host if they are offloaded
+            # on the device of the parameters: the host if they are offloaded
             devices = [parameter.device for group in optimizer.param_groups for parameter in group["params"]]
             cast(Any, optimizer).found_inf = finite.logical_not().float().to(devices[0] if devices else finite.device)
         elif not finite:
@@ -41,7 +42,7 @@ def skip_if_not_finite(optimizer: Optimizer, norm: Callable[[], Tensor | float],
 
 
 class GradientClip:
-    """Clips just before each optimizer step, and remembers the norm it found."""
+    """Clips gradients just before each optimizer step and keeps the norm."""
 
     def __init__(
         self,
@@ -51,10 +52,10 @@ class GradientClip:
         maximum: float,
         on_device: bool = False,
     ) -> None:
-        """Attach to `optimizer`, whose gradients are clipped. weights: the model's, whose norm is taken.
+        """Attach to `optimizer`, whose gradients are clipped by the norm of the gradients of `weights`, the model's.
 
-        maximum: the largest norm to let through, 0 for no clip (the norm is still taken).
-        on_device: the optimizer divides gradients by its `grad_scale` as it reads them, as the fused ones of torch do.
+        maximum: the largest norm; 0 disables the clip (the norm is still computed).
+        on_device: the optimizer divides gradients by its `grad_scale` as it reads them, as torch's fused ones do.
         """
         self.norm = torch.zeros((), device=grid.device)  # of the last step, before the clip
         self._optimizer, self._weights = optimizer, weights
@@ -67,15 +68,15 @@ class GradientClip:
         self.norm = self._global_norm()
         if self._maximum == 0:
             return
-        above = torch.clamp((self.norm + 1e-6) / self._maximum, min=1.0)
+        excess = torch.clamp((self.norm + 1e-6) / self._maximum, min=1.0)
         if self._divides:
-            self._divides.grad_scale = above
+            self._divides.grad_scale = excess
         else:
             stepped = (p for group in self._optimizer.param_groups for p in group["params"])
-            torch._foreach_mul_([p.grad for p in stepped if p.grad is not None], 1.0 / above)
+            torch._foreach_mul_([p.grad for p in stepped if p.grad is not None], 1.0 / excess)
 
     def _global_norm(self) -> Tensor:
-        """The 2-norm over every element of the model once: all-reduces over the tensor and pipe axes."""
+        """The 2-norm over each element of the model once. All-reduces over the tensor and pipe axes."""
         mine = [p.grad for p in self._weights if p.grad is not None and self._counts_here(p)]
         square = torch.zeros((), device=self._grid.device)
         if mine:
@@ -86,7 +87,7 @@ class GradientClip:
         return square.sqrt()
 
     def _counts_here(self, parameter: nn.Parameter) -> bool:
-        """A shard counts where it is; a copy on tensor-parallel rank 0; a tied copy of a later stage never."""
-        if getattr(parameter, "ds_pipe_replicated", False):
+        """Count a shard on its rank, a replicated parameter on tensor-parallel rank 0, a tied copy nowhere."""
+        if is_tied_copy(parameter):
             return False
         return cast(PlacedParameter, parameter).shard_dim is not None or self._grid.rank("tensor") == 0

@@ -1,7 +1,7 @@
-"""Blocks and the loss through torch.compile, which fuses what stands between their matrix products.
+"""torch.compile for the blocks and the loss, which fuses the operations between matrix products.
 
-Each block is compiled for itself, and blocks of one shape share the result: recomputation, pipelines and the hooks of
-DeepSpeed stay outside of it.
+Each block is compiled separately, and blocks of one shape share the code. Recomputation, pipelines and DeepSpeed's
+hooks stay outside the compiled code.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from megatron.model.layer import Layer
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, compiled at its first call for every shape it meets. Dropout draws what it draws without."""
+    """`function`, compiled at its first call for each shape. Dropout masks are the same as without compilation."""
     return torch.compile(function, dynamic=False, options={"fallback_random": True})
 
 
 def compiled_blocks(layers: list[Layer]) -> list[Layer]:
-    """The same layers, of which the blocks compile themselves."""
+    """The same layers, with blocks that are compiled when they are built."""
     return [replace(layer, build=partial(_build, layer.build)) if layer.recompute else layer for layer in layers]
 
 

@@ -1,6 +1,6 @@
-"""Processes find each other.
+"""Start and stop of torch.distributed.
 
-Works under our launcher, `torchrun`, or as a plain `python` process, which is then a world of one rank.
+Works under our launcher, under `torchrun`, or in a plain `python` process, which is a world of one rank.
 """
 
 import os
@@ -16,8 +16,10 @@ from megatron.parallel.grid import ParallelGrid
 
 
 def start_layout(layout: Layout, backend: str | None = None) -> ParallelGrid:
-    """Join the process group and take a place in the grid that `layout` describes; see `start`."""
-    return start(layout.pipe, layout.tensor, backend, context=layout.context, sequence_parallel=layout.sequence_parallel)
+    """Join the process group and return the grid that `layout` describes; see `start`."""
+    return start(
+        layout.pipe, layout.tensor, backend, context=layout.context, sequence_parallel=layout.sequence_parallel
+    )
 
 
 def start(
@@ -29,17 +31,17 @@ def start(
     context: int = 1,
     sequence_parallel: bool = False,
 ) -> ParallelGrid:
-    """Join the process group and take a place in the grid.
+    """Join the process group and return the grid of ranks.
 
     pipe, tensor, context: sizes of pipeline, tensor and context parallelism; data parallelism takes the rest of the
     world.
-    backend: default NCCL where a GPU is visible, gloo otherwise.
+    backend: by default NCCL if a GPU is visible, gloo otherwise.
     """
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
-    if dist.is_initialized():  # by somebody else, who has chosen
+    if dist.is_initialized():  # by the caller, who chose the backend
         backend = dist.get_backend()
     on_gpu = torch.cuda.is_available() and backend != "gloo"
     if on_gpu:
@@ -50,21 +52,20 @@ def start(
 
 
 def be_deterministic() -> list[str]:
-    """Let every operation of this process give the same bits each time. To be called before the first one.
+    """Make every operation of this process deterministic. Call it before the first one.
 
-    An operation that torch has in no such form then raises RuntimeError, and names itself. Returns what to tell.
+    An operation without a deterministic form then raises RuntimeError with its name. Returns lines for the log.
     """
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # cuBLAS: the smallest that it promises the same bits for
+    # the smallest workspace with which cuBLAS is deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # torch would also fill all new memory, to show reads of what nobody wrote; that costs, and nothing here does it
+    # torch would also fill all new memory to expose reads of uninitialised tensors; that costs time, and we have none
     cast(Any, torch.utils.deterministic).fill_uninitialized_memory = False
-    return ["deterministic: every operation in a form that gives the same bits each time"]
+    return ["deterministic: every operation gives the same bits each time"]
 
 
 def stop() -> None:
-    """Leave the process group; nothing to do when there is none."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""A list of layers for generation and evaluation: forward only, no DeepSpeed, no gradients."""
+"""The forward pass of a list of layers for generation and evaluation, without DeepSpeed and gradients."""
 
 from typing import Any, cast
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 from megatron.engine.modules import Sequential
 from megatron.engine.optimizer_state import ModuleState
-from megatron.model.layer import Layer
+from megatron.model.layer import Layer, pack
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.parameter import PlacedParameter
 
 
 class InferenceEngine:
-    """The whole model on this rank, or its tensor-parallel share."""
+    """The whole model on this rank, or its tensor-parallel shard."""
 
     def __init__(self, layers: list[Layer], grid: ParallelGrid, dtype: torch.dtype = torch.float32) -> None:
         """Build `layers` with weights of `dtype` on the grid's device."""
@@ -29,12 +29,12 @@ class InferenceEngine:
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, cache: Any = None, document_start: Tensor | None = None) -> Tensor:
-        """Tokens [b, s] in, logits [b, s, v/tp] out. With a cache, `tokens` continue what it holds.
+        """Tokens [b, s] in, logits [b, s, v/tp] out. With a cache, `tokens` continue the sequences in it.
 
-        document_start: int32 [b, s], the column in which each token's document begins, for a model that keeps them
-        apart; None: all in the first.
+        document_start: int32 [b, s], the column in which each token's document begins; None: column 0.
         """
         tokens = tokens.to(self.grid.device)
-        flow = tokens if document_start is None else (tokens, document_start.to(self.grid.device))
-        logits: Tensor = self.module(flow, cache)
+        if document_start is not None:
+            document_start = document_start.to(self.grid.device)
+        logits: Tensor = self.module(pack(tokens, document_start), cache)
         return logits

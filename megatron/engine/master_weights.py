@@ -1,8 +1,8 @@
-"""fp32 masters of 16-bit weights that nobody shards.
+"""fp32 masters of 16-bit weights without ZeRO.
 
-DeepSpeed's own wrappers for this case flatten everything, copy a gradient up to five times on its way, and take a step
-on zero gradients when they start, which shifts Adam's bias correction. Here a gradient is summed in fp32 as autograd
-hands it over, the optimizer steps the masters with that very tensor, and the weights are rounded from the masters.
+DeepSpeed's wrappers for this case flatten all parameters, copy each gradient up to five times, and start with a step on
+zero gradients, which shifts Adam's bias correction. Here gradients accumulate in fp32 in autograd, the optimizer steps
+the masters with the same tensors, and the weights are rounded from the masters.
 """
 
 import torch
@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 
 
 class MasterWeights:
-    """Weights of a 16-bit type, and the fp32 tensors that an optimizer steps in their place."""
+    """16-bit weights, and the fp32 tensors that the optimizer steps instead of them."""
 
     def __init__(self, module: nn.Module, weight_type: torch.dtype, gradient_type: torch.dtype = torch.float32) -> None:
         """Round the weights of `module` to `weight_type`; buffers stay as they are.
 
-        gradient_type: of the sums of gradients. Masters start as the rounded weights, as they do under ZeRO.
+        gradient_type: of accumulated gradients. Masters start as the rounded weights, as under ZeRO.
         """
         self.weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
         for weight in self.weights:
@@ -26,11 +26,11 @@ class MasterWeights:
         self._weight_of = dict(zip(self.masters, self.weights, strict=True))
 
     def weight_of(self, master: nn.Parameter) -> nn.Parameter:
-        """The weight that is rounded from `master`."""
+        """The 16-bit weight of `master`."""
         return self._weight_of[master]
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Let `optimizer`, built over the masters, step with the gradients of the weights. Before any other hook."""
+        """Make `optimizer`, built over the masters, use the gradients of the weights. Attach before other hooks."""
         optimizer.register_step_pre_hook(self._take_gradients)
         optimizer.register_step_post_hook(self._finish_step)
 

@@ -1,4 +1,4 @@
-"""Our grid under the names DeepSpeed asks a "model parallel unit" for."""
+"""Our grid behind the interface that DeepSpeed calls a model parallel unit."""
 
 import torch.distributed as dist
 
@@ -6,13 +6,13 @@ from megatron.parallel.grid import ParallelGrid
 
 
 class ModelParallelUnit:
-    """What `deepspeed.initialize(mpu=...)` wants for a module that is not a pipeline."""
+    """The `mpu` of `deepspeed.initialize` for a module that is not a pipeline."""
 
     def __init__(self, grid: ParallelGrid) -> None:
         self._grid = grid
 
     def get_model_parallel_rank(self) -> int:
-        """Place along the tensor-parallel axis."""
+        """Rank along the tensor-parallel axis."""
         return self._grid.rank("tensor")
 
     def get_model_parallel_world_size(self) -> int:
@@ -24,15 +24,15 @@ class ModelParallelUnit:
         return self._grid.group("tensor")
 
     def get_data_parallel_rank(self) -> int:
-        """Place among the ranks with the same weights: data and context axis together."""
+        """Rank among the replicas: the data and context axes together."""
         return self._grid.rank("replica")
 
     def get_data_parallel_world_size(self) -> int:
-        """Ranks with the same weights."""
+        """Ranks that hold the same weights."""
         return self._grid.size("replica")
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """The group of the ranks with the same weights, over which gradients are averaged."""
+        """The group of replicas, over which gradients are averaged."""
         return self._grid.group("replica")
 
     get_tensor_model_parallel_rank = get_model_parallel_rank

@@ -1,6 +1,6 @@
-"""A list of layers becomes one module: plain and sequential, or a stage of DeepSpeed's pipeline.
+"""Builds one module from a list of layers: a sequential one, or a stage of DeepSpeed's pipeline.
 
-The caller never knows which. Parameters carry their own global names, so both kinds agree on them.
+Parameters carry their global names, so both kinds agree on them.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,12 +17,12 @@ Call = Callable[..., Any]
 
 
 class Sequential(nn.Module):
-    """The layers one after the other, on one rank."""
+    """All layers in sequence, on one rank."""
 
     def __init__(self, layers: list[Layer], recompute_layers: int = 0, checkpoint: Checkpoint = recompute_all) -> None:
         """Build every layer. recompute_layers: N > 0 recomputes groups of N blocks in the backward pass.
 
-        checkpoint: how.
+        checkpoint: runs a group whose activations are recomputed.
         """
         super().__init__()
         self.layers = nn.ModuleList()
@@ -40,7 +40,7 @@ class Sequential(nn.Module):
             self._calls.append((call, layer.recompute))
 
     def forward(self, inputs: Any, cache: Any = None) -> Any:
-        """Tokens [b, s] in, logits [b, s, v/tp] out; with a key-value cache when decoding."""
+        """Tokens [b, s] in, logits [b, s, v/tp] out; with a key-value cache in decoding."""
         if cache is not None:
             for call, _ in self._calls:
                 inputs = call(inputs, cache)
@@ -64,7 +64,7 @@ def pipeline_module(
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
-    # The two classes only give `build` our layer in place of a class and its arguments.
+    # `build` builds our layer, where DeepSpeed's would call a class with arguments
     class Spec(LayerSpec):
         def __init__(self, layer: Layer) -> None:
             super().__init__(layer.module_class)
@@ -102,18 +102,18 @@ def _chain(calls: list[Call], inputs: Any) -> Any:
 
 
 def _segments(calls: list[tuple[Call, bool]], recompute_layers: int) -> Iterator[tuple[list[Call], bool]]:
-    """Cut the layers into runs of at most `recompute_layers` blocks to recompute, and the single layers between."""
-    run: list[Call] = []
+    """Split the layers into groups of at most `recompute_layers` blocks to recompute, and single layers between."""
+    group: list[Call] = []
     for call, may_recompute in calls:
         if may_recompute and recompute_layers:
-            run.append(call)
-            if len(run) == recompute_layers:
-                yield run, True
-                run = []
+            group.append(call)
+            if len(group) == recompute_layers:
+                yield group, True
+                group = []
             continue
-        if run:
-            yield run, True
-            run = []
+        if group:
+            yield group, True
+            group = []
         yield [call], False
-    if run:
-        yield run, True
+    if group:
+        yield group, True

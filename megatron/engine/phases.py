@@ -1,39 +1,47 @@
-"""The phases of a step, opened to whoever wants to time them.
-
-Nothing is wrapped, and nothing costs anything, in a run that does not ask for it.
-"""
+"""The phases of a training step, and how to time them. Without timing, no function is wrapped."""
 
 from collections.abc import Callable
 from typing import Any
 
+from megatron.engine.deepspeed_internals import wrap_instructions
+
 Call = Callable[..., Any]
 Timed = Callable[[str, Call], Call]  # (name of a phase, function) -> the same function, timed
 
-# DeepSpeed's instructions to a stage. The sum of gradients over replicas is part of backward, as without a pipeline.
+DATA_WAIT = "data_wait"
+FORWARD = "forward"
+BACKWARD = "backward"
+OPTIMIZER = "optimizer"
+PIPELINE_EXCHANGE = "pipeline_exchange"
+PHASES = (DATA_WAIT, FORWARD, BACKWARD, OPTIMIZER, PIPELINE_EXCHANGE)  # in the order of a step
+
+# DeepSpeed's pipeline instructions. Averaging gradients over replicas is part of backward, as without a pipeline.
 _OF_INSTRUCTION = {
-    "ForwardPass": "forward",
-    "BackwardPass": "backward",
-    "ReduceGrads": "backward",
-    "ReduceTiedGrads": "backward",
-    "OptimizerStep": "optimizer",
-    "SendActivation": "pipeline_exchange",
-    "RecvActivation": "pipeline_exchange",
-    "SendGrad": "pipeline_exchange",
-    "RecvGrad": "pipeline_exchange",
+    "ForwardPass": FORWARD,
+    "BackwardPass": BACKWARD,
+    "ReduceGrads": BACKWARD,
+    "ReduceTiedGrads": BACKWARD,
+    "OptimizerStep": OPTIMIZER,
+    "SendActivation": PIPELINE_EXCHANGE,
+    "RecvActivation": PIPELINE_EXCHANGE,
+    "SendGrad": PIPELINE_EXCHANGE,
+    "RecvGrad": PIPELINE_EXCHANGE,
 }
 
 
 def time_phases(engine: Any, pipelined: bool, timed: Timed) -> None:
-    """Let the functions of `engine`, DeepSpeed's, pass through `timed`: forward, backward, optimizer.
+    """Wrap the functions of DeepSpeed's `engine` in `timed`: forward, backward, optimizer.
 
-    With a pipeline the loss is in its forward pass, and there is pipeline_exchange: sending, and waiting for others.
+    With a pipeline, forward includes the loss, and pipeline_exchange is sending to and waiting for other stages.
     """
     if pipelined:
-        engine._INSTRUCTION_MAP = {
-            kind: timed(_OF_INSTRUCTION[kind.__name__], function) if kind.__name__ in _OF_INSTRUCTION else function
-            for kind, function in engine._INSTRUCTION_MAP.items()
-        }
+
+        def wrap(instruction: str, function: Call) -> Call:
+            phase = _OF_INSTRUCTION.get(instruction)
+            return function if phase is None else timed(phase, function)
+
+        wrap_instructions(engine, wrap)
         return
-    engine.forward = timed("forward", engine.forward)
-    engine.backward = timed("backward", engine.backward)
-    engine.step = timed("optimizer", engine.step)
+    engine.forward = timed(FORWARD, engine.forward)
+    engine.backward = timed(BACKWARD, engine.backward)
+    engine.step = timed(OPTIMIZER, engine.step)

@@ -1,4 +1,4 @@
-"""The dictionary DeepSpeed is configured with, derived from a Plan."""
+"""DeepSpeed's configuration, derived from a Plan."""
 
 import math
 from typing import Any
@@ -11,22 +11,22 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def deepspeed_settings(plan: Plan) -> dict[str, Any]:
-    """What `deepspeed.initialize` is told. Optimizer and learning rate are ours and are not in it."""
+    """The `config` of `deepspeed.initialize`. Optimizer and learning rate are ours and not part of it."""
     stage = plan.engine.zero_stage
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": plan.batch.micro_size,
         "gradient_accumulation_steps": plan.batch.accumulation_steps,
-        # without ZeRO the norm and the clip are ours too (see clipping.py)
+        # without ZeRO the clip is ours (clipping.py)
         "gradient_clipping": plan.optimizer.gradient_clipping if stage else 0.0,
         "zero_optimization": (dict(plan.engine.zero_options) if stage else {}) | {"stage": stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
-        # stages exchange whole activations: their partitioned form breaks with tensor parallelism
+        # DeepSpeed's partitioned exchange between stages fails with tensor parallelism
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }
     if plan.engine.precision == "bf16" and stage:
-        # stages 1 and 2 say by their norm whether it is finite, which is looked at (see clipping.py)
+        # for stages 1 and 2 clipping.py checks that the norm is finite
         settings["bf16"] = {"enabled": True, "check_grad_overflow": stage == 3}
     if plan.engine.precision == "fp16" and plan.engine.loss_scale is not None:
         settings["fp16"] = {"enabled": True} | _loss_scale(plan.engine.loss_scale)

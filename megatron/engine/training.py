@@ -1,19 +1,18 @@
-"""A list of layers, trained: one global batch in, loss and gradient norm out.
+"""Training of a list of layers: one global batch in, loss and gradient norm out.
 
 Shapes: b micro-batch, s sequence, v padded vocabulary.
-What DeepSpeed does (pipeline schedule, ZeRO, loss scaling) stays behind this class.
+DeepSpeed (pipeline schedule, ZeRO, loss scaling) is hidden behind `TrainingEngine`.
 """
 
 import contextlib
-import hashlib
 import io
 import logging
 import math
 import os
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,44 +22,49 @@ from torch import Tensor, nn
 from megatron.config.plan import EnginePlan, Plan
 from megatron.engine.clipping import GradientClip, skip_if_not_finite
 from megatron.engine.compiling import compiled, compiled_blocks
+from megatron.engine.deepspeed_internals import (
+    disable_gradient_averaging,
+    skip_extensions,
+    whole_numel,
+    zero_gradient_norm,
+)
 from megatron.engine.master_weights import MasterWeights
 from megatron.engine.model_parallel_unit import ModelParallelUnit
 from megatron.engine.modules import Sequential, pipeline_module
 from megatron.engine.optimizer_state import OptimizerState
-from megatron.engine.phases import Timed, time_phases
+from megatron.engine.phases import FORWARD, Timed, time_phases
 from megatron.engine.recompute import checkpoint_function
 from megatron.engine.settings import DTYPES, deepspeed_settings
 from megatron.model.gpt import Targets
-from megatron.model.layer import Layer
+from megatron.model.layer import Layer, LayerInput, pack, unpack
 from megatron.optimizers.build import build_optimizer
 from megatron.optimizers.traits import traits_of
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.parameter import PlacedParameter
+from megatron.seeds import generator_seed
 
-# tokens [b, s] int64; where documents are kept apart, also the column in which each token's document begins, int32
-Inputs = Tensor | tuple[Tensor, Tensor]
-MicroBatch = tuple[Inputs, Targets]
+MicroBatch = tuple[LayerInput, Targets]
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one optimizer step tells. Tensors are on the device, and may still be on their way.
+    """Results of one optimizer step, as tensors on the device, possibly still being computed.
 
-    Who reads a number (the properties do) waits for the device; who collects tensors can read many at once, later.
+    The properties synchronize with the device. Keep the tensors to batch reads.
     """
 
     loss: Tensor  # mean over the unmasked tokens of the global batch
-    norm: Tensor  # of the gradients before the clip; not finite when nothing was updated
+    norm: Tensor  # of the gradients before the clip; not finite if the step was skipped
     loss_scale: float | None = None  # fp16 only
 
     @property
     def skipped(self) -> bool:
-        """The gradients were not finite and nothing was updated."""
+        """Whether the gradients were not finite, so that nothing was updated."""
         return not math.isfinite(float(self.norm))
 
     @property
     def grad_norm(self) -> float | None:
-        """Before the clip; None when the step was skipped."""
+        """Before the clip; None if the step was skipped."""
         return None if self.skipped else float(self.norm)
 
 
@@ -70,11 +74,11 @@ class TrainingEngine:
     def __init__(
         self, layers: list[Layer], loss: Callable[[Tensor, Targets], Tensor], grid: ParallelGrid, plan: Plan
     ) -> None:
-        """Build this rank's share of `layers`. Collective over all ranks.
+        """Build the part of `layers` on this rank. Collective over all ranks.
 
         loss: (logits [b, s, v/tp], targets) -> the sum over tokens of weight * negative log likelihood. The weights
-        of a global batch sum to accumulation steps * data-parallel size, so that the mean over micro-batches and
-        replicas, which is what DeepSpeed forms, is the mean over the tokens.
+        of a global batch sum to accumulation steps * data-parallel size, so that DeepSpeed's mean over micro-batches
+        and replicas is the mean over the tokens.
         """
         deepspeed = _import_deepspeed(grid)
         if plan.engine.compile:
@@ -83,7 +87,7 @@ class TrainingEngine:
         self._accumulation = plan.batch.accumulation_steps
         self._pipelined = plan.layout.pipe > 1
         recompute, checkpoint = plan.engine.recompute_layers, checkpoint_function(plan.engine, grid)
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its set-up
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints during set-up
             module: nn.Module = (
                 pipeline_module(layers, loss, grid, plan.engine.partition_method, recompute, checkpoint)
                 if self._pipelined
@@ -101,22 +105,19 @@ class TrainingEngine:
             )
         if masters:
             masters.attach(optimizer)
-        clip = None
+        self._norm: Callable[[], Tensor | float] = partial(zero_gradient_norm, self._engine.optimizer)
         if plan.engine.zero_stage == 0:
             weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
             clip = GradientClip(optimizer, weights, grid, plan.optimizer.gradient_clipping, traits.on_device)
-            if grid.size("replica") == 1:  # nobody to average with
-                self._engine.enable_backward_allreduce = self._engine.pipeline_enable_backward_allreduce = False
-        self._norm: Callable[[], Tensor | float] = (lambda: clip.norm) if clip else self._engine.get_global_grad_norm
-        # DeepSpeed sets its norm after the step that it takes from it
-        zero = self._engine.optimizer
-        norm = (lambda: clip.norm) if clip else lambda: zero._global_grad_norm
-        skip_if_not_finite(optimizer, norm, traits.on_device)
-        self.state = OptimizerState(zero, optimizer, traits, masters)
+            self._norm = lambda: clip.norm
+            if grid.size("replica") == 1:
+                disable_gradient_averaging(self._engine)
+        skip_if_not_finite(optimizer, self._norm, traits.on_device)
+        self.state = OptimizerState(self._engine.optimizer, optimizer, traits, masters)
 
     @property
     def grid(self) -> ParallelGrid:
-        """Where this rank stands."""
+        """The grid of ranks."""
         return self._grid
 
     @property
@@ -125,26 +126,28 @@ class TrainingEngine:
         return {cast(PlacedParameter, parameter).global_name for parameter in self._engine.module.parameters()}
 
     def parameters_on_rank(self) -> int:
-        """Elements of the parameters that this rank computes with (ZeRO 3: before they are partitioned)."""
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self._engine.module.parameters())
+        """Elements of the parameters this rank computes with (ZeRO 3: before they are partitioned)."""
+        return sum(whole_numel(p) for p in self._engine.module.parameters())
 
     def time_phases(self, timed: Timed) -> None:
-        """Let the functions that make up a step (and an evaluation) pass through `timed(phase, function)`."""
+        """Wrap the functions of a training step (and an evaluation) in `timed(phase, function)`."""
         time_phases(self._engine, self._pipelined, timed)
-        self._loss = timed("forward", self._loss)
+        self._loss = timed(FORWARD, self._loss)
 
     def train_batch(self, micro_batches: Sequence[MicroBatch], *, step: int, learning_rate: float) -> StepOutput:
         """One optimizer step over this rank's micro-batches of a global batch. Collective over all ranks.
 
-        step: decides the random streams, so that dropout needs no saved state.
+        step: seeds the random streams, so that dropout needs no saved state.
         """
-        torch.manual_seed(_stream(self._seed, step, self._grid.rank("replica"), self._grid.rank("pipe")))
+        # the ranks of a tensor-parallel group share the seed
+        replica, stage = self._grid.rank("replica"), self._grid.rank("pipe")
+        torch.manual_seed(generator_seed(f"{self._seed}/{step}/{replica}/{stage}"))
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.module.train()
         batches = self._on_device(micro_batches)
         loss = self._engine.train_batch(batches) if self._pipelined else self._train_sequential(batches)
-        # DeepSpeed says of an overflow with a float
+        # a float after an overflow
         norm = torch.as_tensor(self._norm(), dtype=torch.float32, device=self._grid.device)
         return StepOutput(loss.detach(), norm, self._loss_scale())
 
@@ -181,42 +184,35 @@ class TrainingEngine:
                 return tuple(move(tensor) for tensor in tensors)
             return tensors.to(self._grid.device, non_blocking=True)
 
-        return map(move, (own_part(batch, self._grid) for batch in micro_batches))
+        return map(move, (_context_slice(batch, self._grid) for batch in micro_batches))
 
     def _loss_scale(self) -> float | None:
         return float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else None
 
 
 def _masters(module: nn.Module, plan: EnginePlan) -> MasterWeights | None:
-    """fp32 masters, where weights are bf16 and none of DeepSpeed's ZeRO optimizers keeps them."""
+    """fp32 masters if weights are bf16 and no ZeRO optimizer keeps them."""
     if plan.precision != "bf16" or plan.zero_stage:
         return None
     return MasterWeights(module, DTYPES[plan.precision], DTYPES[plan.gradient_accumulation_dtype or "fp32"])
 
 
-def own_part(batch: MicroBatch, grid: ParallelGrid) -> MicroBatch:
-    """This rank's part of the sequences of a micro-batch; where documents begin is told of the whole sequences.
+def _context_slice(batch: MicroBatch, grid: ParallelGrid) -> MicroBatch:
+    """This rank's context-parallel slice of the sequences in `batch`; document starts stay unsharded.
 
-    The weights grow with the ranks that share a sequence, as the mean over replicas divides by them.
+    Loss weights are scaled by the context-parallel size, because the mean over replicas divides by it.
     """
     ranks = grid.size("context")
     if ranks == 1:
         return batch
-    inputs, (labels, weights) = batch
+    (tokens, document_start), (labels, weights) = unpack(batch[0]), batch[1]
     length = labels.shape[1] // ranks
     part = slice(grid.rank("context") * length, (grid.rank("context") + 1) * length)
-    inputs = (inputs[0][:, part], inputs[1]) if isinstance(inputs, tuple) else inputs[:, part]
-    return inputs, (labels[:, part], weights[:, part] * ranks)
-
-
-def _stream(seed: int, step: int, replica: int, pipe_rank: int) -> int:
-    """A 63-bit seed for this step on this rank; the ranks of a tensor-parallel group share it."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{replica}/{pipe_rank}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return pack(tokens[:, part], document_start), (labels[:, part], weights[:, part] * ranks)
 
 
 def _import_deepspeed(grid: ParallelGrid) -> Any:
-    """Import DeepSpeed for the grid's device, quietly, and without the helpers it would compile on a CPU."""
+    """Import DeepSpeed for the grid's device, without its log output and without compiling extensions on a CPU."""
     on_cpu = grid.device.type == "cpu"
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -224,12 +220,11 @@ def _import_deepspeed(grid: ParallelGrid) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    # torch renames collectives that DeepSpeed still calls by their old names, at every step
+    # torch warns at every step of the deprecated collectives that DeepSpeed calls
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    # and warns of its pipeline's exchange of activations, whose gradients DeepSpeed sends back itself
+    # and of the pipeline's exchange of activations, whose gradients DeepSpeed sends back itself
     warnings.filterwarnings("ignore", message="c10d::broadcast_: an autograd kernel was not registered")
     if on_cpu:
-        # its shared-memory collectives cost a minute of compiling at the first start, on every machine
-        deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+        skip_extensions(deepspeed)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False, dist_init_required=False)
     return deepspeed

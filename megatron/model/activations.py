@@ -14,14 +14,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Activation:
-    """An element-wise function, and whether a gate goes with it."""
+    """An element-wise function, with or without a gate."""
 
     function: Callable[[Tensor], Tensor]
     gated: bool = False
 
 
-gelu = Activation(F.gelu)  # the exact one, with the error function
-gelu_tanh = Activation(partial(F.gelu, approximate="tanh"))  # what GPT-2 was trained with
+gelu = Activation(F.gelu)  # exact, with the error function
+gelu_tanh = Activation(partial(F.gelu, approximate="tanh"))  # GPT-2's
 relu = Activation(F.relu)
 silu = Activation(F.silu)
 swiglu = Activation(F.silu, gated=True)

@@ -1,8 +1,8 @@
-"""GPT from top to bottom, as a list of layers: the file to read first.
+"""GPT as a list of layers, from embedding to logits: the file to read first.
 
 Shapes: b micro-batch, s sequence, h hidden, v vocabulary in memory, tp tensor-parallel ranks.
 tokens [b, s] -> Embedding -> [b, s, h] -> TransformerBlock x num_layers -> FinalNorm -> Head -> logits [b, s, v/tp].
-Where documents are kept apart, the column in which each begins goes along with the hidden states (`layer.Flow`).
+Where documents are kept apart, document starts accompany the hidden states (`layer.LayerInput`).
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megatron.config.plan import ModelPlan
 from megatron.model.block import TransformerBlock
-from megatron.model.ends import Embedding, FinalNorm, Head, embedding_logits
+from megatron.model.embedding_and_head import Embedding, FinalNorm, Head, embedding_logits
 from megatron.model.layer import Layer
 from megatron.model.positions import PositionEmbedding
 from megatron.parallel.collectives import gather_from_group
@@ -26,9 +26,9 @@ Targets = tuple[Tensor, Tensor]  # labels [b, s] int64, loss weights [b, s] fp32
 
 
 def gpt_layers(model: ModelPlan, grid: ParallelGrid, seed: int) -> list[Layer]:
-    """The layers of the whole model, in order; nothing is allocated before a layer is built.
+    """The layers of the whole model, in order; memory is allocated when a layer is built.
 
-    seed: with a parameter's name it decides the parameter's first value, in every layout the same.
+    seed: with a parameter's name it determines the initial value, the same under every layout.
     """
     kind: PositionEmbedding = resolve("position_embedding", model.position_embedding)
     rotation = kind.at_attention(model, grid) if kind.at_attention else None
@@ -40,7 +40,7 @@ def gpt_layers(model: ModelPlan, grid: ParallelGrid, seed: int) -> list[Layer]:
     blocks = [layer(TransformerBlock, f"blocks.{i}", i, rotation, recompute=True) for i in range(model.num_layers)]
     if model.tied_embeddings:
         first = layer(Embedding, "embedding", kind, tied="embedding")
-        # on a stage of its own, the last layer has no use for a table of positions
+        # on a separate stage, the last layer needs no position embedding
         last = layer(Embedding, "embedding", None, tied="embedding", tied_forward=embedding_logits)
     else:
         first, last = layer(Embedding, "embedding", kind), layer(Head, "head")
@@ -54,7 +54,7 @@ def _build(module_class: type[nn.Module], name: str, seed: int, *arguments: Any)
 
 
 def make_loss(model: ModelPlan, grid: ParallelGrid) -> Callable[[Tensor, Targets], Tensor]:
-    """The training loss, `gpt_loss`, for this rank's share of the vocabulary."""
+    """The training loss, `gpt_loss`, for this rank's shard of the vocabulary."""
     start = grid.rank("tensor") * (model.padded_vocab_size // grid.size("tensor"))
     return partial(gpt_loss, grid=grid, vocab_start=start)
 
@@ -62,12 +62,12 @@ def make_loss(model: ModelPlan, grid: ParallelGrid) -> Callable[[Tensor, Targets
 def gpt_loss(logits: Tensor, targets: Targets, grid: ParallelGrid, vocab_start: int) -> Tensor:
     """The sum over tokens of loss weight * negative log likelihood, a scalar in fp32.
 
-    logits: [b, s, v/tp]; the same result on every tensor-parallel rank.
+    logits: [b, s, v/tp]. Every tensor-parallel rank returns the same value.
     """
     labels, weights = targets
     return (vocab_parallel_nll(logits, labels, grid.group("tensor"), vocab_start) * weights).sum()
 
 
 def gather_logits(logits: Tensor, grid: ParallelGrid, vocab_size: int) -> Tensor:
-    """Logits [b, s, v/tp] of this rank -> [b, s, vocab_size] of the true vocabulary. One all-gather."""
+    """Logits [b, s, v/tp] of this rank -> [b, s, vocab_size] without vocabulary padding. One all-gather."""
     return gather_from_group(logits, grid.group("tensor"))[..., :vocab_size]

@@ -1,7 +1,7 @@
-"""Initial weights: normal distributions that differ in their standard deviation.
+"""Init methods: normal distributions with different standard deviations.
 
-Biases begin at zero and norm weights at one, whatever is chosen here. An entry takes the model and returns
-what fills a tensor; sizes are of the whole model, so that tensor parallelism changes nothing.
+Biases always start at zero and norm weights at one. An init method maps the model plan to a function that fills a
+tensor; sizes are of the whole model, so that tensor parallelism does not change the distribution.
 """
 
 import math
@@ -15,7 +15,7 @@ from megatron.registry import resolve
 
 
 def weight_initialisers(model: ModelPlan) -> tuple[Initialiser, Initialiser]:
-    """What fills the weights of this model: all but the output projections, and the output projections."""
+    """The initialisers of all weights except output projections, and of output projections."""
     return resolve("init_method", model.init_method)(model), resolve("init_method", model.output_init_method)(model)
 
 

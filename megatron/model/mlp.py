@@ -1,7 +1,7 @@
-"""The feed-forward layer, cut over the tensor-parallel group.
+"""The feed-forward layer, sharded over the tensor-parallel group.
 
 Shapes: b micro-batch, s sequence, h hidden, f feed-forward width, tp ranks of the group.
-Gate and up are separate matrices, so that a shard of either is one slice.
+Gate and up are separate matrices, so that each shard is one slice.
 """
 
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class MLP(nn.Module):
         self.grid = grid
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[b, s, h] -> [b, s, h], or [b, s/tp, h] to the same. One all-reduce forward (in `self.down`), one back."""
+        """[b, s, h] -> [b, s, h], or [b, s/tp, h] -> [b, s/tp, h]. One all-reduce forward and one backward."""
         output: Tensor = self.down(self.wide(hidden))
         return output
 

@@ -1,8 +1,7 @@
 """Normalisations of the hidden state.
 
-Shapes: b micro-batch, s sequence (or this rank's part of it), h hidden. Every tensor-parallel rank has all of h, and
-the same weights.
-Statistics are taken in fp32 whatever the type of the input (torch's kernels do so).
+Shapes: b micro-batch, s sequence (or this rank's part of it), h hidden. Hidden size and weights are not sharded.
+Statistics are computed in fp32 for every input type (torch's kernels do so).
 """
 
 import torch

@@ -4,7 +4,6 @@ A shard is one contiguous slice of the whole tensor along one dimension. Each wh
 its own, seeded by the run's seed and the parameter's global name; every rank draws it and keeps its slice.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import cast
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.parallel.grid import ParallelGrid
+from megatron.seeds import generator_seed
 
 Initialiser = Callable[[Tensor, torch.Generator], object]  # fills a whole fp32 tensor on the CPU, in place
 
@@ -67,7 +67,7 @@ def name_and_initialise(module: nn.Module, prefix: str, seed: int) -> None:
         placed = cast(PlacedParameter, parameter)
         placed.global_name = f"{prefix}.{local_name}" if prefix else local_name
         whole = torch.empty(placed.global_shape, dtype=torch.float32)
-        placed.initialise(whole, torch.Generator().manual_seed(_stream(seed, placed.global_name)))
+        placed.initialise(whole, torch.Generator().manual_seed(generator_seed(f"{seed}/{placed.global_name}")))
         load_whole(parameter, whole)
 
 
@@ -97,8 +97,3 @@ def load_whole(parameter: nn.Parameter, whole: Tensor) -> None:
     mine = whole[(slice(None),) * placed.shard_dim + (slice(start, start + length),)]
     parameter.zero_()
     parameter.narrow(placed.shard_dim, 0, mine.shape[placed.shard_dim]).copy_(mine)
-
-
-def _stream(seed: int, name: str) -> int:
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

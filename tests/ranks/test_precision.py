@@ -29,8 +29,8 @@ def build(plan):
 
 def masters(engine) -> dict[str, torch.Tensor]:
     """The fp32 master of every parameter that this rank holds whole."""
-    runs = engine.state.runs()
-    return {r.parameter.global_name: r.tensors["fp32"].clone() for r in runs if r.numel == math.prod(r.shape)}
+    fragments = engine.state.fragments()
+    return {r.parameter.global_name: r.tensors["fp32"].clone() for r in fragments if r.numel == math.prod(r.shape)}
 
 
 def first_update(precision: str, zero: int) -> None:
@@ -42,11 +42,11 @@ def first_update(precision: str, zero: int) -> None:
     engine.train_batch(tiny.micro_batches(0, plan, 0), step=0, learning_rate=RATE)
     after = masters(engine)
     assert engine.state.updates == 1
-    for run in engine.state.runs():
-        name = run.parameter.global_name
-        gradient = run.tensors["exp_avg"] / (1 - plan.optimizer.betas[0])  # of the one step there was
+    for fragment in engine.state.fragments():
+        name = fragment.parameter.global_name
+        gradient = fragment.tensors["exp_avg"] / (1 - plan.optimizer.betas[0])  # of the one step there was
         wanted = torch.nn.Parameter(before[name].clone())
-        decay = plan.optimizer.weight_decay if len(run.shape) > 1 else 0.0
+        decay = plan.optimizer.weight_decay if len(fragment.shape) > 1 else 0.0
         adamw = torch.optim.AdamW([wanted], lr=RATE, betas=plan.optimizer.betas, eps=1e-8, weight_decay=decay)
         wanted.grad = gradient
         adamw.step()
@@ -132,9 +132,11 @@ def poisoned_step(folder: str, precision: str, settings: dict) -> None:
         batch = tiny.micro_batches(step, plan, data_rank)
         if step == 1 and data_rank == plan.layout.data - 1:
             batch[0][1][1][0, 0] = float("nan")
-        before = {(r.parameter.global_name, k): t.clone() for r in engine.state.runs() for k, t in r.tensors.items()}
+        before = {
+            (r.parameter.global_name, k): t.clone() for r in engine.state.fragments() for k, t in r.tensors.items()
+        }
         seen.append(engine.train_batch(batch, step=step, learning_rate=RATE).skipped)
-        after = {(r.parameter.global_name, k): t for r in engine.state.runs() for k, t in r.tensors.items()}
+        after = {(r.parameter.global_name, k): t for r in engine.state.fragments() for k, t in r.tensors.items()}
         kept[step] = all(torch.equal(before[key], after[key]) for key in before)
     rank = torch.distributed.get_rank()
     Path(folder, f"{rank}.json").write_text(json.dumps([seen, kept, engine.state.updates]))
@@ -172,7 +174,7 @@ def clipped_gradients(kind: str, moment: str, settings: dict) -> None:
     output = engine.train_batch(tiny.micro_batches(0, plan, 0), step=0, learning_rate=RATE)
     assert output.grad_norm is not None and output.grad_norm > 0.1
     kept = 1 - plan.optimizer.betas[1 if kind == "signs" else 0]
-    squares = sum(float((run.tensors[moment] / kept).square().sum()) for run in engine.state.runs())
+    squares = sum(float((fragment.tensors[moment] / kept).square().sum()) for fragment in engine.state.fragments())
     assert math.isclose(math.sqrt(squares), 0.01, rel_tol=1e-3)
 
 
@@ -188,7 +190,7 @@ def first_step_poisoned(kind: str, moment: str) -> None:
     batch = tiny.micro_batches(0, plan, 0)
     batch[0][1][1][0, 0] = float("nan")
     assert engine.train_batch(batch, step=0, learning_rate=RATE).skipped
-    assert all(run.tensors[moment].count_nonzero() == 0 for run in engine.state.runs())
+    assert all(fragment.tensors[moment].count_nonzero() == 0 for fragment in engine.state.fragments())
 
 
 @pytest.mark.parametrize(("kind", "moment"), [("adam", "exp_avg"), ("sgd", "momentum_buffer")])
@@ -230,12 +232,12 @@ def worst_gradient(settings: dict) -> float:
         torch.distributed.all_reduce(gradient)
         gradient /= plan.layout.data
     engine.train_batch(tiny.micro_batches(0, plan, engine.grid.rank("data")), step=0, learning_rate=RATE)
-    assert engine.state.runs()
+    assert engine.state.fragments()
     worst = 0.0
-    for run in engine.state.runs():
-        found = run.tensors["exp_avg"] / (1 - plan.optimizer.betas[0])
-        expected = wanted[run.parameter.global_name].flatten()[run.start : run.start + run.numel]
-        worst = max(worst, float((found - expected).abs().max() / wanted[run.parameter.global_name].abs().max()))
+    for fragment in engine.state.fragments():
+        found = fragment.tensors["exp_avg"] / (1 - plan.optimizer.betas[0])
+        expected = wanted[fragment.parameter.global_name].flatten()[fragment.start : fragment.start + fragment.numel]
+        worst = max(worst, float((found - expected).abs().max() / wanted[fragment.parameter.global_name].abs().max()))
     return worst
 
 

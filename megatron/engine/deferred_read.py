@@ -1,14 +1,14 @@
-"""A number of the device, read on the host without making the device wait."""
+"""Reading a scalar from the device without stalling it."""
 
 import torch
 from torch import Tensor
 
 
-class LateNumber:
-    """A scalar whose copy travels to the host while the device goes on with whatever was queued after it."""
+class DeferredScalar:
+    """A scalar copied to the host asynchronously, while the device runs the work queued after it."""
 
     def __init__(self, value: Tensor) -> None:
-        """Begin to copy `value`, a scalar."""
+        """Start to copy `value`, a scalar."""
         self._event = None
         if value.is_cuda:
             self._host = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value.detach(), non_blocking=True)
@@ -18,7 +18,7 @@ class LateNumber:
             self._host = value.detach().clone()
 
     def read(self) -> float:
-        """The number. Waits for what was queued before the copy, and for nothing that came after."""
+        """The number. Waits for the work queued before the copy, and for nothing queued after it."""
         if self._event is not None:
             self._event.synchronize()
         return float(self._host)

@@ -1,0 +1,207 @@
+"""Everything that relies on attributes of DeepSpeed that are not a public interface.
+
+No other file does. `pyproject.toml` pins DeepSpeed's minor version because of this one;
+`tests/ranks/test_deepspeed_internals.py` checks each attribute against the installed version.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+_GATHERED_AT_ONCE = 1 << 20  # elements
+# of ZeRO 1 and 2: the groups of parameters, the fp32 partitions, the 16-bit weights that all ranks' partitions make up
+_FLAT_NAMES = {
+    "DeepSpeedZeroOptimizer": ("bit16_groups", "single_partition_of_fp32_groups", "parallel_partitioned_bit16_groups"),
+    "BF16_Optimizer": ("bf16_groups", "fp32_groups_flat_partition", "bf16_partitioned_groups"),
+}
+_LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def is_tied_copy(parameter: nn.Parameter) -> bool:
+    """Whether an earlier pipeline stage holds the same tied parameter."""
+    return bool(getattr(parameter, "ds_pipe_replicated", False))
+
+
+def whole_numel(parameter: nn.Parameter) -> int:
+    """Elements of this rank's parameter before ZeRO 3 partitions it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def zero_gradient_norm(optimizer: Any) -> Tensor | float:
+    """The global gradient norm that a ZeRO optimizer computed for its latest step; inf after an overflow."""
+    norm: Tensor | float = optimizer._global_grad_norm
+    return norm
+
+
+def disable_gradient_averaging(engine: Any) -> None:
+    """Skip the all-reduce over replicas. Without ZeRO DeepSpeed runs it even when there is only one replica."""
+    engine.enable_backward_allreduce = engine.pipeline_enable_backward_allreduce = False
+
+
+def wrap_instructions(engine: Any, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace each function of a pipeline's schedule by `wrap(name of its instruction, function)`."""
+    engine._INSTRUCTION_MAP = {
+        kind: wrap(kind.__name__, function) for kind, function in engine._INSTRUCTION_MAP.items()
+    }
+
+
+def skip_extensions(deepspeed: Any) -> None:
+    """Declare every C++ extension incompatible, so that none is compiled.
+
+    On a CPU the shared-memory collectives would otherwise compile for a minute at the first start on each machine.
+    """
+    deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+
+
+class LossScaler:
+    """The dynamic loss scale of an fp16 optimizer; without state for any other optimizer or a static scale."""
+
+    def __init__(self, optimizer: Any) -> None:
+        scaler = getattr(optimizer, "loss_scaler", None)
+        self._scaler = scaler if scaler is not None and scaler.dynamic else None
+        if self._scaler is not None:  # it would raise at the lowest scale; the divergence hook decides that instead
+            self._scaler.raise_error_at_min_scale = False
+
+    @property
+    def state(self) -> dict[str, float]:
+        """What a checkpoint stores; empty without a dynamic scale."""
+        return {name: getattr(self._scaler, name) for name in _LOSS_SCALE_FIELDS} if self._scaler else {}
+
+    @state.setter
+    def state(self, values: dict[str, float]) -> None:
+        if self._scaler is not None:
+            for name, value in values.items():
+                setattr(self._scaler, name, value)
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where an optimizer keeps consecutive elements of a parameter: `flat[at : at + numel]` of a stepped tensor."""
+
+    parameter: nn.Parameter
+    shape: tuple[int, ...]  # of this rank's tensor-parallel shard
+    start: int  # of the elements in the flattened shard
+    numel: int
+    flat: Tensor
+    at: int
+
+
+class Partitions(Protocol):
+    """The tensors that an optimizer steps on this rank, and how they map to parameters."""
+
+    def stepped(self) -> list[Tensor]:
+        """Every tensor the inner optimizer steps."""
+        ...
+
+    def locations(self) -> Iterator[Location]:
+        """One location for each parameter of which this rank keeps elements."""
+        ...
+
+    def push(self) -> None:
+        """Copy the fp32 masters into the weights the model computes with. Collective."""
+        ...
+
+
+def zero_partitions(optimizer: Any, inner: Optimizer) -> Partitions:
+    """The partitions of DeepSpeed's ZeRO optimizer around `inner`, whose state starts empty.
+
+    Three classes exist:
+        DeepSpeedZeroOptimizer          ZeRO 1 and 2                   one flat fp32 partition per group and data rank
+        BF16_Optimizer                  ZeRO 1, bf16 summed in fp32    the same
+        DeepSpeedZeroOptimizer_Stage3   ZeRO 3                         the same, and the parameters are partitioned too
+    """
+    _reset_inner_optimizer(optimizer, inner)
+    return (
+        _Stage3(optimizer) if type(optimizer).__name__ == "DeepSpeedZeroOptimizer_Stage3" else _Flat(optimizer, inner)
+    )
+
+
+def _reset_inner_optimizer(optimizer: Any, inner: Optimizer) -> None:
+    """Undo what DeepSpeed does to an optimizer that creates its state when it is built.
+
+    DeepSpeed rebuilds torch's Adagrad and loses its groups. All others are left with state for parameters that they do
+    not step, and without state for those that they do.
+    """
+    if optimizer.optimizer is not inner:
+        optimizer.optimizer = inner
+        if type(optimizer).__name__ == "DeepSpeedZeroOptimizer":
+            optimizer._link_all_hp_params()
+    inner.state.clear()
+
+
+class _Flat:
+    """ZeRO 1 and 2: a flat fp32 partition for each parameter group."""
+
+    def __init__(self, zero: Any, inner: Optimizer) -> None:
+        self._zero, self._inner = zero, inner
+        self._groups, self._masters, self._weights = _FLAT_NAMES[type(zero).__name__]
+
+    def stepped(self) -> list[Tensor]:
+        return [parameter for group in self._inner.param_groups for parameter in group["params"]]
+
+    def locations(self) -> Iterator[Location]:
+        for parameters, flat in zip(getattr(self._zero, self._groups), getattr(self._zero, self._masters), strict=True):
+            for parameter in parameters:
+                mapping = parameter._hp_mapping
+                if mapping is not None:  # None: another data rank holds all of it
+                    shard, at = mapping.lp_fragment_address, mapping.hp_fragment_address.start
+                    yield Location(parameter, tuple(parameter.shape), shard.start, shard.numel, flat, at)
+
+    def push(self) -> None:
+        """As DeepSpeed's `update_lp_params`, in slices: gloo gathers into a copy of everything that is gathered."""
+        groups = zip(
+            getattr(self._zero, self._weights),
+            getattr(self._zero, self._masters),
+            self._zero.real_dp_process_group,
+            strict=True,
+        )
+        for partitions, master, group in groups:
+            mine = partitions[dist.get_rank(group)]
+            mine.data.copy_(master.data)
+            length = max(1, _GATHERED_AT_ONCE // len(partitions))
+            for at in range(0, mine.numel() if len(partitions) > 1 else 0, length):
+                slices = [partition.data[at : at + length] for partition in partitions]
+                dist.all_gather(slices, mine.data[at : at + length], group)
+
+
+class _Stage3:
+    """ZeRO 3: partitioned parameters with a partitioned fp32 master each, in flat tensors."""
+
+    def __init__(self, zero: Any) -> None:
+        self._zero = zero
+
+    def stepped(self) -> list[Tensor]:
+        """Not from the inner optimizer's groups, which are empty between steps."""
+        return list(self._zero.fp32_partitioned_groups_flat)
+
+    def locations(self) -> Iterator[Location]:
+        zero = self._zero
+        for parameters in zero.fp16_groups:
+            for parameter in parameters:
+                group, at, partition = zero.grad_position[zero.get_param_id(parameter)]
+                start = partition * dist.get_rank(group=zero._get_param_partition_group(parameter))
+                numel = min(partition, parameter.ds_numel - start)  # the last partition is padded
+                if numel > 0:
+                    flat = zero.fp32_partitioned_groups_flat[group]
+                    yield Location(parameter, tuple(parameter.ds_shape), start, numel, flat, at)
+
+    def push(self) -> None:
+        zero = self._zero
+        groups = zip(
+            zero.fp32_partitioned_groups_flat,
+            zero.fp16_partitioned_groups_flat,
+            zero.fp16_partitioned_groups,
+            strict=True,
+        )
+        for master, flat, parameters in groups:
+            flat.data.copy_(master.data)
+            for parameter, new in zip(parameters, zero.unflatten(flat, parameters), strict=True):
+                parameter.data = new.data
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].partition(zero.persistent_parameters)
+        zero.checkpoint_event_epilogue()
