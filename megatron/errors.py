@@ -58,6 +58,6 @@ def exit_code(main: Callable[[], int | None], failures: tuple[type[Exception], .
 
 def _in_words(error: Exception) -> str:
     """An OSError with its file first and without its number; anything else as it is."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__

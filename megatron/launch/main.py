@@ -26,6 +26,7 @@ def main(arguments: Sequence[str], folder: Path) -> int:
 
 
 def _main(arguments: Sequence[str], folder: Path) -> int:
+    _check_working_folder()
     command = parse_command_line(arguments)
     script = find_script(command.script, folder)
     planning = command.print_config or command.dry_run
@@ -50,6 +51,13 @@ def find_script(name: str, folder: Path) -> Path:
     near = registry.nearest(name, DOORS)
     hint = f' Did you mean "{near}"?' if near else ""
     raise UserError(f'there is no script "{name}".{hint} Scripts: {", ".join(DOORS)}')
+
+
+def _check_working_folder() -> None:
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UserError(f"the working folder cannot be entered any more ({error.strerror}); cd into another") from error
 
 
 def _check_master_address(config: Config) -> None:

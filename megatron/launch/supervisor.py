@@ -49,7 +49,9 @@ def supervise(launch: LaunchSpec, config: Config, script: Path) -> int:
         run_folder = tempfile.TemporaryDirectory(prefix=".deepy-" if shared else "deepy-", dir=shared)
     except OSError as error:
         location = shared or "TMPDIR or /tmp"
-        raise UserError(f"the folder of the run's status files cannot be made in {location}: {error.strerror}") from error
+        raise UserError(
+            f"the folder of the run's status files cannot be made in {location}: {error.strerror}"
+        ) from error
     with run_folder as folder:
         write_job(Path(folder), job)
         with StopSignals() as signals:

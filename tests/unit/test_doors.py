@@ -132,6 +132,7 @@ def _raise(error):
         (lambda: _raise(UserError("one", "two")), 2, "one\ntwo\n"),
         (lambda: _raise(RunError("it diverged")), 1, "error: it diverged\n"),
         (lambda: Path("/nowhere/x").read_text(), 1, "error: /nowhere/x: No such file or directory\n"),
+        (lambda: _raise(OSError(28, "No space left on device")), 1, "error: No space left on device\n"),
         (lambda: _raise(OSError("no more of it")), 1, "error: no more of it\n"),
         (lambda: _raise(KeyboardInterrupt()), 130, "interrupted\n"),
     ],

@@ -265,6 +265,17 @@ def test_a_wrong_command_ends_with_2_before_anything_starts(tmp_path, arguments,
     assert "Traceback" not in done.stderr
 
 
+def test_a_working_folder_that_was_removed_is_said_to_be(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = f"cd {gone} && rmdir {gone} && exec {sys.executable} {ROOT}/deepy.py train.py {ROOT}/configs/default.yml"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "the working folder cannot be entered any more (No such file or directory); cd into another\n",
+    )
+
+
 @pytest.mark.parametrize("flag", ["--print-config", "--dry-run"])
 def test_looking_at_a_configuration_starts_nothing_and_imports_no_torch(tmp_path, flag):
     (tmp_path / "shape.yml").write_text(SHAPE + "data_path: nowhere\nload: nowhere\nhostfile: nowhere\nnum_nodes: 1\n")
