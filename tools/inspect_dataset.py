@@ -4,7 +4,7 @@ r"""Verify a pair of token files, and show documents decoded.
     python tools/inspect_dataset.py data/mine_text_document --tokenizer-type HFTokenizer --vocab-file tokenizer.json \
         --documents 0 17 --characters 2000
 
-Exit code 0: nothing is wrong; 1: something is, one line each.
+Exit code 0: nothing is wrong; 1: one line for each problem.
 """
 
 import sys
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from megatron.data.indexed import IndexedDataset
 from megatron.data.inspection import describe, problems, show
 from megatron.errors import RunError, UserError, exit_code
-from megatron.preprocessing.commands import describe_pair, new_parser, with_dashes
+from megatron.preprocessing.commands import describe_pair, new_parser, path, with_dashes
 from megatron.registry import names
 from megatron.tokenizer.build import build_tokenizer
 
@@ -23,10 +23,10 @@ def parse(arguments: Sequence[str]) -> Namespace:
     """The flags."""
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("prefix", help="the pair, as data_path names it")
+    add("prefix", type=path, metavar="PREFIX", help="the pair, as data_path names it")
     add("--tokenizer-type", choices=names("tokenizer"), help="with it, ids are checked and documents shown")
-    add("--vocab-file", "--vocab", metavar="V")
-    add("--merge-file", metavar="M")
+    add("--vocab-file", "--vocab", type=path, metavar="FILE")
+    add("--merge-file", type=path, metavar="FILE")
     add("--end-of-document-token", metavar="TOKEN")
     add("--documents", type=int, nargs="+", default=[0], metavar="N", help="documents to show, from 0 (0)")
     add("--characters", type=int, default=500, metavar="N", help="of each, at most (500)")

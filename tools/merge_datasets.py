@@ -17,7 +17,7 @@ from tqdm import tqdm
 from megatron.data.indexed import DEFAULT_KEY_SUFFIX
 from megatron.data.manifest import read_manifest, write_manifest
 from megatron.errors import exit_code
-from megatron.preprocessing.commands import describe_pair, new_parser, with_dashes
+from megatron.preprocessing.commands import describe_pair, new_parser, output_locked, path, prefix, with_dashes
 from megatron.preprocessing.merge import merge, merge_shuffled, open_parts
 
 
@@ -25,16 +25,21 @@ def parse(arguments: Sequence[str]) -> Namespace:
     """The flags."""
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add(
-        "--input", required=True, nargs="+", metavar="PREFIX", help="pairs, in this order; .bin and .idx may be left on"
-    )
-    add("--output-prefix", required=True, metavar="P", help="P.bin and P.idx are written")
+    help_of_input = "prefixes of the pairs, in this order; with or without .bin or .idx"
+    add("--input", type=path, required=True, nargs="+", metavar="PREFIX", help=help_of_input)
+    add("--output-prefix", type=prefix, required=True, metavar="PREFIX", help="PREFIX.bin and PREFIX.idx are written")
     add("--shuffle", type=int, metavar="SEED", help="put the documents in a random order")
     return parser.parse_args(with_dashes(arguments))
 
 
 def run(arguments: Namespace) -> None:
-    """Check the parts, join them, and say in a manifest what was joined."""
+    """Keep other runs from the output while it is written."""
+    with output_locked(arguments.output_prefix):
+        join(arguments)
+
+
+def join(arguments: Namespace) -> None:
+    """Check the parts, join them, and list in a manifest what was joined."""
     prefixes = dict.fromkeys(re.sub(r"\.(bin|idx)$", "", name) for name in arguments.input)
     parts = open_parts(list(prefixes))
     tokens = sum(part.num_tokens for part in parts)
@@ -58,7 +63,7 @@ def run(arguments: Namespace) -> None:
 
 
 def manifest_of(prefix: str) -> object:
-    """The manifest beside a part, if there is one."""
+    """The manifest of a part, if there is one."""
     return read_manifest(prefix) or read_manifest(prefix.removesuffix(DEFAULT_KEY_SUFFIX))
 
 

@@ -1,7 +1,7 @@
-"""Make a named corpus ready for training: text, a tokenizer trained on it, token files. What is there already is kept.
+"""Prepare a named corpus for training: text, a tokenizer trained on it, token files. Existing files are kept.
 
     python tools/prepare_data.py stdlib        ->  data/stdlib/{stdlib.jsonl, tokenizer.json, stdlib_text_document.*}
-    python tools/prepare_data.py roneneldan/TinyStories --num-docs 100000     any dataset of Hugging Face with a "text"
+    python tools/prepare_data.py roneneldan/TinyStories --num-docs 100000     any Hugging Face dataset with a "text"
 
 stdlib needs no network.
 """
@@ -14,7 +14,16 @@ from itertools import islice
 from pathlib import Path
 
 from megatron.errors import exit_code
-from megatron.preprocessing.commands import describe_pair, new_parser, progress, with_dashes
+from megatron.files import replaced_when_complete
+from megatron.preprocessing.commands import (
+    describe_pair,
+    new_parser,
+    output_locked,
+    path,
+    positive,
+    progress,
+    with_dashes,
+)
 from megatron.preprocessing.corpora import Corpus, from_hugging_face
 from megatron.preprocessing.documents import read_texts
 from megatron.preprocessing.fast_encoding.checked import EncoderSettings
@@ -30,18 +39,20 @@ TRAINED_SHARE = 0.95  # of the documents: the rest is held out, by the split of 
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
-    """The name of a corpus, and where it goes."""
+    """The name of a corpus, and its folder."""
     parser = new_parser(__doc__)
     known = ", ".join(names("corpus"))
-    parser.add_argument("name", help=f"{known}, or OWNER/DATASET[:CONFIG[:SPLIT]] of Hugging Face")
-    parser.add_argument("-n", "--num-docs", type=int, metavar="N", help="the first N documents only")
-    parser.add_argument("-d", "--data-dir", default="data", metavar="DIR", help="its folder DIR/NAME is made (data)")
-    parser.add_argument("-f", "--force", action="store_true", help="make everything anew")
+    parser.add_argument("name", metavar="CORPUS", help=f"{known}, or OWNER/DATASET[:CONFIG[:SPLIT]] of Hugging Face")
+    parser.add_argument("-n", "--num-docs", type=positive, metavar="N", help="the first N documents only")
+    parser.add_argument(
+        "-d", "--data-dir", type=path, default="data", metavar="DIR", help="files go to DIR/CORPUS (data)"
+    )
+    parser.add_argument("-f", "--force", action="store_true", help="make all files again")
     return parser.parse_args(with_dashes(arguments))
 
 
 def run(arguments: Namespace) -> None:
-    """Go through the steps; one is done again when an earlier one was."""
+    """Run the steps whose files are missing, and all steps after one that was run."""
     is_registered = arguments.name in names("corpus") or "/" not in arguments.name
     corpus: Corpus = resolve("corpus", arguments.name) if is_registered else from_hugging_face(arguments.name)
     name = arguments.name.replace("/", "--").replace(":", "--")
@@ -55,38 +66,35 @@ def run(arguments: Namespace) -> None:
         (Path(f"{pair}.idx"), "tokenizing", lambda: tokenize(text, tokenizer, str(prefix))),
     )
     stale = arguments.force
-    for path, doing, make in steps:
-        if path.exists() and not stale:
-            print(f"{path} is there already")
-            continue
-        print(f"{path}: {doing}", flush=True)
-        print(f"  {make()}", flush=True)
-        stale = True
+    with output_locked(str(prefix)):
+        for file, doing, make in steps:
+            if file.exists() and not stale:
+                print(f"{file} exists")
+                continue
+            print(f"{file}: {doing}", flush=True)
+            print(f"  {make()}", flush=True)
+            stale = True
     print(describe_pair(pair))
     print(f"ready: data_path: {pair}, tokenizer_type: HFTokenizer, vocab_file: {tokenizer}")
 
 
 def write_text(corpus: Corpus, path: Path, limit: int | None = None) -> str:
     """Write the documents, at most `limit`, as JSON lines; the file gets its name when it is complete."""
-    partial, documents, size = path.with_suffix(".partial"), 0, 0
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            for document in islice(corpus.documents(path.parent), limit):
-                file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
-                documents, size = documents + 1, size + len(document.encode())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    documents = size = 0
+    with replaced_when_complete(path) as file:
+        for document in islice(corpus.documents(path.parent), limit):
+            file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+            documents, size = documents + 1, size + len(document.encode())
     return f"{documents:,} documents, {size:,} bytes of text"
 
 
 def train(corpus: Corpus, text: Path, path: Path) -> str:
-    """Train the corpus's tokenizer on the part that models are trained on."""
+    """Train the tokenizer of the corpus on the documents that models are trained on."""
     return f"{train_byte_level_bpe(beginning(text), corpus.vocab_size, str(path)):,} ids"
 
 
 def beginning(text: Path) -> Iterator[str]:
-    """The documents that are not held out, up to TRAINED_CHARACTERS; of a single one its first part."""
+    """The documents that are not held out, up to TRAINED_CHARACTERS; the beginning of a single one."""
     with text.open("rb") as file:
         number = sum(1 for _ in file)
     count = 0

@@ -1,10 +1,10 @@
-"""What a step of a training run reads: the number, the corpus and the text of each of its samples. Starts no training.
+"""Show what a step of a training run reads: number, corpus and text of each sample. Does not train.
 
     python tools/show_batch.py configs/default.yml --step 100
     python tools/show_batch.py -d configs 125M local_setup train_batch_size=64 --step 1 --length 80
 
-Step N is the one that the log calls N; the first is 1. Where the run has a checkpoint before it (in load, else save),
-samples are counted from there, so that a change of the batch size in mid-run is followed.
+Steps are numbered as in the log, from 1. If the run has a checkpoint before the step (in load, else save), samples are
+counted from there, which respects a batch size that changed during the run.
 """
 
 import json
@@ -33,10 +33,10 @@ def parse(arguments: Sequence[str]) -> Namespace:
     """Files, overrides and the step."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("config", nargs="*", help="as for deepy.py: files, and key=value")
-    parser.add_argument("-d", metavar="DIR", dest="folder", help="prefix of the files")
-    parser.add_argument("--step", type=int, required=True, metavar="N", help="which step of the run; the first is 1")
-    parser.add_argument("--length", type=int, default=200, metavar="C", help="characters of each sample (200); 0: all")
-    parser.add_argument("--world-size", type=int, metavar="R", help="ranks, where train_batch_size is not written")
+    parser.add_argument("-d", metavar="DIR", dest="folder", help="folder of the files")
+    parser.add_argument("--step", type=int, required=True, metavar="N", help="step of the run, from 1")
+    parser.add_argument("--length", type=int, default=200, metavar="N", help="characters of each sample (200); 0: all")
+    parser.add_argument("--world-size", type=int, metavar="RANKS", help="if train_batch_size is not set")
     options = parser.parse_args(arguments)
     if options.step < 1:
         parser.error(f"--step ({options.step}) must be at least 1")
@@ -63,7 +63,7 @@ def main(options: Namespace) -> None:
 
 
 def state_before(config: Config, step: int) -> TrainState:
-    """How far the run was at its last checkpoint before `step`; the beginning where there is none."""
+    """Progress of the run at its last checkpoint before `step`; of its beginning if there is none."""
     name = config.checkpoint.load or config.checkpoint.save
     folder = Path(name) if name else None
     steps = [done for done in steps_in(folder) if done < step] if folder and not config.checkpoint.finetune else []
@@ -92,7 +92,7 @@ def origin(sources: Sources, source: SampleSource, sample: int) -> str:
 
 
 def used_length(source: SampleSource, sample: int) -> int | None:
-    """Tokens of a sample that are text and do not only fill it up; None if all are."""
+    """Number of tokens of a sample without padding; None if there is no padding."""
     if isinstance(source, Blend):
         number, sample = source.place(sample)
         source = source.sources[number]
@@ -100,7 +100,7 @@ def used_length(source: SampleSource, sample: int) -> int | None:
 
 
 def shown(ids: Tokens, tokenizer: Tokenizer, length: int) -> str:
-    """The text on one line; [brackets] around what is not learned, given labels."""
+    """The text on one line; [brackets] around loss-masked tokens, if there are labels."""
     if ids.ndim == 1:
         text = tokenizer.decode(ids.tolist())
     else:

@@ -8,11 +8,14 @@ Reads the same files as preprocess_data.py. The end-of-document token gets id 0.
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron.errors import exit_code
-from megatron.preprocessing.commands import new_parser, with_dashes
+from megatron.files import FileLock, refuse_overwriting
+from megatron.preprocessing.commands import new_parser, output_file, positive, say, with_dashes
 from megatron.preprocessing.documents import read_texts
-from megatron.preprocessing.sources import find_inputs
+from megatron.preprocessing.sources import find_inputs, is_file
+from megatron.preprocessing.text_streams import check_inputs
 from megatron.tokenizer.base import END_OF_DOCUMENT
 from megatron.tokenizer.train import train_byte_level_bpe
 
@@ -21,21 +24,38 @@ def parse(arguments: Sequence[str]) -> Namespace:
     """The flags; GPT-NeoX's names are taken as well."""
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--input", "--json-input-dir", required=True, metavar="A[,B...]", help="files, folders or patterns")
-    add("--output", "--tokenizer-output-path", required=True, metavar="F.json", help="the file to write")
-    add("-v", "--vocab-size", type=int, default=52000, metavar="N", help="ids, the end of a document included (52000)")
+    add("--input", "--json-input-dir", required=True, metavar="PATH[,...]", help="files, folders or patterns")
+    add(
+        "--output",
+        "--tokenizer-output-path",
+        type=output_file,
+        required=True,
+        metavar="FILE",
+        help="the tokenizer.json to write",
+    )
+    add("-v", "--vocab-size", type=positive, default=52000, metavar="N", help="ids, with the end of a document (52000)")
     add("--jsonl-key", default="text", metavar="KEY", help="key of the text in JSON lines (text)")
     add("--end-of-document-token", default=END_OF_DOCUMENT, metavar="TOKEN", help=f"({END_OF_DOCUMENT})")
-    add("--tokenizer-type", choices=["BPE"], default="BPE", help="BPE is the one there is")
+    add("--tokenizer-type", choices=["BPE"], default="BPE", help="only BPE is supported")
     return parser.parse_args(with_dashes(arguments))
 
 
 def run(arguments: Namespace) -> None:
-    """Train and write."""
-    texts = read_texts(find_inputs(arguments.input), arguments.jsonl_key)
-    size = train_byte_level_bpe(
-        texts, arguments.vocab_size, arguments.output, arguments.end_of_document_token, sys.stderr.isatty()
+    """Check the files, then train and write."""
+    inputs = find_inputs(arguments.input, say)
+    files = [path for path in inputs if is_file(path)]
+    refuse_overwriting(
+        {"--output": arguments.output}, {f"input {number}": path for number, path in enumerate(files, 1)}
     )
+    check_inputs(files)
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(output.with_name(f"{output.name}.lock"), f"--output ({output})", temporary=True) as lock:
+        lock.take()
+        texts = read_texts(inputs, arguments.jsonl_key)
+        size = train_byte_level_bpe(
+            texts, arguments.vocab_size, str(output), arguments.end_of_document_token, sys.stderr.isatty()
+        )
     note = "" if size == arguments.vocab_size else f" (not {arguments.vocab_size:,}: the text has no more to merge)"
     print(f"{arguments.output}: byte-level BPE, {size:,} ids{note}")
 

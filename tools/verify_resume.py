@@ -2,10 +2,10 @@
 
     python tools/verify_resume.py configs/my.yml [key=value ...] [--steps 4]
 
-Trains 2N steps at once, and N steps, a restart and N more, through the real commands in a temporary folder; then
-compares the loss of every step, the samples consumed, and every weight and optimizer moment, bit for bit. The runs are
-deterministic unless you say deterministic=false: on a GPU two runs differ otherwise, with or without a restart.
-Exit code: 0 when all are equal, 1 when not, 2 when the runs cannot be made.
+Trains 2N steps without interruption, and N steps, a restart and N more, with the real commands in a temporary folder;
+then compares the loss of every step, the consumed samples, and every weight and optimizer moment, bit for bit. The runs
+are deterministic unless you set deterministic=false: on a GPU two runs differ otherwise, with or without a restart.
+Exit code: 0 if all are equal, 1 if not, 2 if the runs cannot be started.
 """
 
 import argparse
@@ -24,18 +24,18 @@ DEEPY = Path(__file__).resolve().parent.parent / "deepy.py"
 
 
 def main() -> int:
-    """Run, compare, tell."""
+    """Run, compare, print the differences."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="*", help="what deepy.py takes: files, key=value")
+    parser.add_argument("config", nargs="*", help="files and key=value, as for deepy.py")
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps before the restart (default: 4)")
     arguments = parser.parse_args()
     steps = arguments.steps
     with tempfile.TemporaryDirectory() as name:
         whole, resumed = Path(name, "whole"), Path(name, "resumed")
-        for folder, pieces in ((whole, 1), (resumed, 2)):
-            for piece in range(pieces):
-                print(f"training {2 * steps // pieces} steps{', resumed' if piece else ''}", flush=True)
-                if code := train(arguments.config, folder, 2 * steps, 2 * steps // pieces):
+        for folder, runs in ((whole, 1), (resumed, 2)):
+            for run in range(runs):
+                print(f"training {2 * steps // runs} steps{', resumed' if run else ''}", flush=True)
+                if code := train(arguments.config, folder, 2 * steps, 2 * steps // runs):
                     return 2 if code == 2 else 1
         differences = [*compare_metrics(whole, resumed), *compare_checkpoints(whole, resumed, 2 * steps)]
     print("\n".join(differences) or f"{2 * steps} steps equal {steps} + restart + {steps}, bit for bit")
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def train(config: list[str], folder: Path, train_iters: int, pause_every: int) -> int:
-    """One run of train.py into `folder`, until its end or the next multiple of `pause_every`; its exit code."""
+    """Run train.py into `folder` until its end or the next multiple of `pause_every`; returns its exit code."""
     overrides: dict[str, object] = {
         "save": folder,
         "load": folder,
@@ -62,28 +62,28 @@ def train(config: list[str], folder: Path, train_iters: int, pause_every: int) -
 
 
 def compare_metrics(whole: Path, resumed: Path) -> list[str]:
-    """Steps whose loss or gradient norm differ."""
+    """One line per step whose loss or gradient norm differs."""
     one, other = (losses(folder) for folder in (whole, resumed))
     return [
-        f"step {step}: {one.get(step)} at once, {other.get(step)} resumed"
+        f"step {step}: {one.get(step)} uninterrupted, {other.get(step)} resumed"
         for step in sorted(one.keys() | other.keys())
         if one.get(step) != other.get(step)
     ]
 
 
 def losses(folder: Path) -> dict[int, tuple[float, float | None]]:
-    """Loss and gradient norm of each step, with all their digits; a step that was skipped has no norm."""
+    """Loss and gradient norm of each step; a skipped step has no norm."""
     lines = map(json.loads, (folder / "logs" / "metrics.jsonl").read_text().splitlines())
     trained = (line for line in lines if "train/lm_loss" in line)
     return {line["step"]: (line["train/lm_loss"], line.get("train/grad_norm")) for line in trained}
 
 
 def compare_checkpoints(whole: Path, resumed: Path, step: int) -> list[str]:
-    """What differs in the state after the last step."""
+    """Differences in the state after the last step."""
     one, other = (folder / checkpoint_name(step) for folder in (whole, resumed))
     differences = []
     if (a := (one / "progress.json").read_text()) != (b := (other / "progress.json").read_text()):
-        differences.append(f"progress: {a} at once, {b} resumed")
+        differences.append(f"progress: {a} uninterrupted, {b} resumed")
     first, second = read_tensors(one), read_tensors(other)
     differences += [f"{name} differs" for name in sorted(first) if not torch.equal(first[name], second[name])]
     return differences
