@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint: written at once, and written in the background.
+"""How long a checkpoint blocks training: written synchronously, and in the background.
 
     python bench/checkpoint_save.py [--hidden 512] [--rounds 5]
 

@@ -1,1 +1,1 @@
-"""Layout-free state on disk: written under one layout, read under any other."""
+"""Checkpoints: saved under one layout, loaded under any other."""

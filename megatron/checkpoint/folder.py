@@ -131,15 +131,31 @@ def damage(path: Path, verify: Verification = "quick", share: tuple[int, int] = 
     share: (index, count), to check every count-th file only, so that ranks can divide the work.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_document(path / MANIFEST)
         if manifest["format"] != FORMAT:
             return [f"its format is {manifest['format']}, and this version of Deepy reads format {FORMAT}"]
         files = sorted(manifest["files"].items())[share[0] :: share[1]]
         with ThreadPoolExecutor(_HASHING_THREADS) as pool:
             checks = list(pool.map(lambda file: _file_damage(path / file[0], file[1], verify), files))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
+    except UserError:
+        return [f"{MANIFEST} is missing or cannot be read"]
+    except OSError as error:
+        return [f"{error.filename} cannot be read: {error.strerror}"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return [f"{MANIFEST} does not describe the files of a checkpoint"]
     return [problem for problem in checks if problem]
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint, such as progress.json. Raises UserError if it cannot be read or is not one."""
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"it is not JSON: {error}"
+        raise UserError(f"{path} cannot be read: {reason}") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{path} cannot be read: it is not a JSON object")
+    return document
 
 
 def describe_file(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One writer to a folder of checkpoints: two runs in the same one would delete and overwrite each other's."""
+"""Lock a folder of checkpoints, so that two runs do not delete and overwrite each other's."""
 
 import os
 from pathlib import Path
@@ -10,15 +10,15 @@ LOCK = ".lock"
 
 
 class SaveLock:
-    """The right to write into a folder. A context manager: the right ends with the block."""
+    """The exclusive right to write to a folder. A context manager that releases it."""
 
     def __init__(self, folder: Path | None) -> None:
-        """folder: None for a process that writes nothing."""
+        """folder: None on ranks that write nothing."""
         self._folder = folder
         self._lock = None if folder is None else FileLock(folder / LOCK, f"save ({folder})")
 
     def take(self) -> None:
-        """Take the lock, unless it is taken already; nothing to do yet while the folder is not there.
+        """Take the lock, unless this object has it already or the folder does not exist yet.
 
         Raises UserError, naming the process that holds it.
         """

@@ -1,11 +1,11 @@
-"""What changes during a run and is no tensor."""
+"""The progress of a run."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """How far training has come. The next step reads samples from `consumed_samples` on, under whatever layout."""
+    """Progress of a run. The next step reads samples from `consumed_samples` on, under any layout."""
 
     step: int = 0
     consumed_samples: int = 0

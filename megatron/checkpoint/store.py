@@ -1,12 +1,10 @@
-"""State of a training engine to disk and back.
+"""Save the state of a training engine, and load it under any layout.
 
-Every element is written once, by the rank that owns it, under its global name; so any layout can read it.
-Random streams are functions of (seed, step) and learning rates of the step: neither needs to be stored.
+Every element is written once, by the rank that owns it, under its global name.
+Random streams are functions of (seed, step) and learning rates of the step: neither is stored.
 """
 
-import json
 import logging
-import pickle
 import shutil
 import threading
 from collections.abc import Callable
@@ -18,8 +16,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from megatron.checkpoint import folder as folders
-from megatron.checkpoint.reading import SafeReader, tensor_shapes
-from megatron.checkpoint.slices import LoadPlanner, SavePlanner, Slices, global_slices
+from megatron.checkpoint.chunks import LoadPlanner, LocalChunks, SavePlanner, local_chunks
+from megatron.checkpoint.reading import SafeReader, causes, in_words, tensor_shapes
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.writing import Writer
 from megatron.engine.inference import InferenceEngine
@@ -31,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run, one at a time; with `asynchronous`, while training goes on."""
+    """Writes the checkpoints of one run, one at a time; with `asynchronous`, in the background."""
 
     def __init__(
         self,
@@ -42,31 +40,31 @@ class CheckpointWriter:
         asynchronous: bool = False,
         identity: dict[str, Any] | None = None,
     ) -> None:
-        """Collective. config: the flat configuration; identity: of tokenizer and data. Both go with each checkpoint.
+        """Collective. config: the flat configuration; identity: of tokenizer and data. Each checkpoint holds both.
 
-        asynchronous: `save` only copies the state to host memory (12 bytes for each parameter that this rank owns)
-        and returns; a thread writes the copy.
+        asynchronous: `save` copies the state to host memory (12 bytes for each parameter that this rank owns) and
+        returns; a thread writes the copy.
         """
         self._engine, self._folder = engine, folder
         self._documents = {"config.json": config, "identity.json": identity or {}}
         self._retention = retention or folders.Retention()
         self.asynchronous = asynchronous
-        # messages of the writing thread must not mix with those of the training
+        # a group of its own: collectives of the writing thread must not interleave with those of the training
         self._group = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._on_rank_0(lambda: folders.clear_remains(folder))
 
     def save(self, state: TrainState, validation_loss: float | None = None, is_best: bool = False) -> None:
-        """Write a checkpoint of `state`, after the one before is complete. Collective.
+        """Write a checkpoint of `state` once the previous one is complete. Collective.
 
-        validation_loss: measured with these weights, kept beside them. is_best: let `best` name this checkpoint too,
-        which pruning spares. Raises RunError on every rank when any rank cannot write this one or, with
-        `asynchronous`, the one before; the checkpoints on disk are untouched by that.
+        validation_loss: of these weights, stored with them. is_best: make `best` name this checkpoint, so that it is
+        not pruned. Raises RunError on every rank if any rank cannot write this one or, with `asynchronous`, the one
+        before; checkpoints already on disk stay as they are.
         """
         self.finish()
-        slices = global_slices(
-            self._engine.state.runs(),
+        chunks = local_chunks(
+            self._engine.state.fragments(),
             self._engine.grid,
             owned_only=True,
             replicated_over_data=self._engine.state.replicated_over_data,
@@ -77,20 +75,20 @@ class CheckpointWriter:
             "loss_scale": self._engine.state.loss_scale,
         }
         if not self.asynchronous:
-            self._write(slices, state.step, progress, is_best)
+            self._write(chunks, state.step, progress, is_best)
             return
-        copies = {name: piece.copied_to_host() for name, piece in slices.items()}
-        self._thread = threading.Thread(target=self._write_behind, args=(copies, state.step, progress, is_best))
+        copies = {name: local.copied_to_host() for name, local in chunks.items()}
+        self._thread = threading.Thread(target=self._write_in_background, args=(copies, state.step, progress, is_best))
         self._thread.start()
 
     def agree(self, value: bool) -> bool:
-        """What rank 0 says: a decision to save must be the same on all ranks. Collective."""
+        """The `value` of rank 0, so that a decision to save is the same on all ranks. Collective."""
         decision = [value]
         dist.broadcast_object_list(decision, src=0, group=self._group)
         return decision[0]
 
     def finish(self) -> None:
-        """Wait until what was saved is on disk. Raises RunError where it could not be written."""
+        """Wait until everything saved is on disk. Raises RunError if it could not be written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -98,24 +96,24 @@ class CheckpointWriter:
             failure, self._failure = self._failure, None
             raise failure
 
-    def _write_behind(self, *arguments: Any) -> None:
+    def _write_in_background(self, *arguments: Any) -> None:
         try:
             self._write(*arguments)
-        except BaseException as error:  # handed to the thread that trains, by `finish`
+        except BaseException as error:  # raised by `finish` in the training thread
             self._failure = error
 
-    def _write(self, slices: dict[str, Slices], step: int, progress: dict[str, Any], is_best: bool) -> None:
+    def _write(self, chunks: dict[str, LocalChunks], step: int, progress: dict[str, Any], is_best: bool) -> None:
         final = self._folder / folders.checkpoint_name(step)
         unfinished = self._folder / f".{final.name}.unfinished"
         self._on_rank_0(lambda: _fresh_folder(unfinished))
         try:
             dcp.save(
-                slices, storage_writer=Writer(unfinished / "state"), planner=SavePlanner(), process_group=self._group
+                chunks, storage_writer=Writer(unfinished / "state"), planner=SavePlanner(), process_group=self._group
             )
         except dcp.CheckpointException as error:
             self._on_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True))
             free = shutil.disk_usage(self._folder).free
-            raise RunError(f"cannot save {final} ({free:,} bytes are free there): {_causes(error)}") from error
+            raise RunError(f"cannot save {final} ({free:,} bytes are free there): {causes(error)}") from error
         files = self._describe_files(unfinished)
         documents = self._documents | {"progress.json": progress}
         self._on_rank_0(lambda: folders.publish(unfinished, final, documents, files))
@@ -124,7 +122,7 @@ class CheckpointWriter:
         self._on_rank_0(lambda: folders.prune(self._folder, self._retention))
 
     def _describe_files(self, unfinished: Path) -> dict[str, dict[str, Any]]:
-        """Manifest entries of the tensor files: every rank hashes what it wrote, rank 0 also the description."""
+        """Manifest entries of the tensor files: every rank hashes what it wrote, rank 0 also `.metadata`."""
         rank = dist.get_rank()
         mine = list((unfinished / "state").glob(f"__{rank}_*"))
         mine += [unfinished / "state" / ".metadata"] if rank == 0 else []
@@ -133,15 +131,15 @@ class CheckpointWriter:
             described = {str(path.relative_to(unfinished)): folders.describe_file(path) for path in mine}
         except OSError as error:
             described = error
-        everyones: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, described, group=self._group)
-        for failure in everyones:
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, described, group=self._group)
+        for failure in gathered:
             if isinstance(failure, OSError):
                 raise RunError(f"cannot save into {self._folder}: {failure}")
-        return {name: entry for entries in everyones for name, entry in entries.items()}
+        return {name: entry for entries in gathered for name, entry in entries.items()}
 
     def _on_rank_0(self, action: Callable[[], object]) -> None:
-        """Run `action` on rank 0 while the others wait; every rank learns of a failure."""
+        """Run `action` on rank 0 while the others wait. Raises RunError on all ranks if it fails."""
         failure: list[str | None] = [None]
         if dist.get_rank() == 0:
             try:
@@ -154,40 +152,44 @@ class CheckpointWriter:
 
 
 def load_checkpoint(engine: TrainingEngine, path: Path, *, optimizer: bool = True) -> TrainState:
-    """Bring `engine` to the state saved in `path`, whatever layout wrote it. Collective.
+    """Load the state saved in `path` into `engine`, whatever layout wrote it. Collective.
 
-    optimizer: False leaves moments, update count and loss scale as they are in a fresh engine.
-    Raises UserError when the checkpoint holds another model.
+    optimizer: False keeps moments, update count and loss scale of the fresh engine.
+    Raises UserError if the checkpoint holds another model.
     """
-    progress = json.loads((path / "progress.json").read_text())
+    document = folders.read_document(path / "progress.json")
+    try:
+        progress = TrainState(*(int(document[name]) for name in ("step", "consumed_samples", "consumed_tokens")))
+        updates, loss_scale = document["optimizer_updates"], document["loss_scale"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path / 'progress.json'} does not hold the progress of a run ({in_words(error)})") from error
     _load(engine, path, None if optimizer else (MASTER,))
     if optimizer:
-        engine.state.updates = progress["optimizer_updates"]
-        engine.state.loss_scale = progress["loss_scale"]
-    return TrainState(progress["step"], progress["consumed_samples"], progress["consumed_tokens"])
+        engine.state.updates = updates
+        engine.state.loss_scale = loss_scale
+    return progress
 
 
 def load_weights(engine: TrainingEngine | InferenceEngine, path: Path) -> None:
-    """Take the weights of `path` and nothing else. Collective. Raises UserError when it holds another model."""
+    """Load the weights of `path` and nothing else. Collective. Raises UserError if it holds another model."""
     _load(engine, path, (MASTER,))
 
 
 def checkpoint_config(path: Path) -> dict[str, Any]:
-    """The flat configuration of the run that wrote `path`."""
-    config: dict[str, Any] = json.loads((path / "config.json").read_text())
-    return config
+    """The flat configuration of the run that wrote `path`. Raises UserError if it cannot be read."""
+    return folders.read_document(path / "config.json")
 
 
 def _load(engine: TrainingEngine | InferenceEngine, path: Path, kinds: tuple[str, ...] | None) -> None:
-    slices = global_slices(engine.state.runs(), engine.grid, owned_only=False, replicated_over_data=False)
-    wanted = {name: piece for name, piece in slices.items() if kinds is None or name.rpartition("/")[2] in kinds}
+    held = local_chunks(engine.state.fragments(), engine.grid, owned_only=False, replicated_over_data=False)
+    chunks = {name: local for name, local in held.items() if kinds is None or name.rpartition("/")[2] in kinds}
     reader = SafeReader(path / "state")
-    _check_same_model(wanted, tensor_shapes(reader), path, engine)
+    _check_same_model(chunks, tensor_shapes(reader), path, engine)
     try:
-        dcp.load(wanted, storage_reader=reader, planner=LoadPlanner())
+        dcp.load(chunks, storage_reader=reader, planner=LoadPlanner())
     except dcp.CheckpointException as error:
         raise UserError(
-            f"{path} cannot be read: {_causes(error)}",
+            f"{path} cannot be read: {causes(error)}",
             "with verify: full, files are checked first, and the newest whole checkpoint is taken",
         ) from error
     engine.state.finish_loading()
@@ -196,11 +198,11 @@ def _load(engine: TrainingEngine | InferenceEngine, path: Path, kinds: tuple[str
 def agree_on_checkpoint(
     path: Path | None, verify: folders.Verification = "quick", iteration: int | None = None
 ) -> Path | None:
-    """Make sure that every rank has found the same checkpoint, and return the one to load. Collective.
+    """Check that all ranks have found the same checkpoint, and return the one to load. Collective.
 
-    Ranks look into the folder each for itself: another run may save meanwhile, or nodes may see different disks. That
-    raises RunError on all of them. verify: "full" hashes the files, which the ranks share out among them; a damaged
-    one is treated as in `find_checkpoint`, and what comes after it is what rank 0 sees.
+    Each rank reads the folder by itself: another run may save meanwhile, or nodes may see different disks. Then all
+    raise RunError. verify: "full" hashes the files, divided among the ranks; a damaged checkpoint is treated as in
+    `find_checkpoint`, and rank 0 decides which is the next.
     """
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, path and str(path))
@@ -216,7 +218,7 @@ def agree_on_checkpoint(
     agreed: list[Any] = [candidates]
     dist.broadcast_object_list(agreed, src=0)
     for candidate in agreed[0]:
-        if not (problems := _damage_found_together(candidate)):
+        if not (problems := _collective_damage(candidate)):
             return Path(candidate)
         if iteration is not None:
             raise folders.damaged(candidate, problems)
@@ -224,30 +226,30 @@ def agree_on_checkpoint(
     raise folders.nothing_whole(path.parent)
 
 
-def _damage_found_together(path: Path) -> list[str]:
+def _collective_damage(path: Path) -> list[str]:
     """What is wrong with the content of a checkpoint; each rank hashes its share of the files. Collective."""
-    everyones: list[Any] = [None] * dist.get_world_size()
-    mine = folders.damage(path, "full", (dist.get_rank(), len(everyones)))
-    dist.all_gather_object(everyones, mine)
-    return sorted({problem for problems in everyones for problem in problems})
+    gathered: list[Any] = [None] * dist.get_world_size()
+    mine = folders.damage(path, "full", (dist.get_rank(), len(gathered)))
+    dist.all_gather_object(gathered, mine)
+    return sorted({problem for problems in gathered for problem in problems})
 
 
 def _check_same_model(
-    wanted: dict[str, Slices], stored: dict[str, Any], path: Path, engine: TrainingEngine | InferenceEngine
+    chunks: dict[str, LocalChunks], stored: dict[str, Any], path: Path, engine: TrainingEngine | InferenceEngine
 ) -> None:
-    """Compare names and shapes over all stages of the pipeline, so that all ranks come to the same result."""
+    """Compare names and shapes over all pipeline stages, with the same result on all ranks."""
     problems = [
-        f"{name}: the configuration makes it {list(piece.size())}, "
+        f"{name}: the configuration makes it {list(local.size())}, "
         + (f"the checkpoint has {list(stored[name])}" if name in stored else "the checkpoint has no such tensor")
-        for name, piece in wanted.items()
-        if stored.get(name) != piece.size()
+        for name, local in chunks.items()
+        if stored.get(name) != local.size()
     ]
     stages: list[Any] = [None] * engine.grid.size("pipe")
     dist.all_gather_object(stages, (engine.parameter_names, problems), group=engine.grid.group("pipe"))
     known = {f"{name}/{MASTER}" for names, _ in stages for name in names}
     problems = [problem for _, of_stage in stages for problem in of_stage]
     weights = sorted(name for name in stored if name.endswith(f"/{MASTER}") and name not in known)
-    problems += [f"{name}: the checkpoint has it, the configured model has not" for name in weights]
+    problems += [f"{name}: the checkpoint has it, the configured model does not" for name in weights]
     if problems:
         more = [f"... and {len(problems) - 5} more"] if len(problems) > 5 else []
         raise UserError(f"{path} holds another model than the configuration describes:", *problems[:5], *more)
@@ -256,11 +258,3 @@ def _check_same_model(
 def _fresh_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-
-
-def _causes(error: dcp.CheckpointException) -> str:
-    """What the ranks ran into, each cause once."""
-    causes = [failure[0] if isinstance(failure, tuple) else failure for failure in error.failures.values()]
-    # what torch says of a pickle that it will not run ends with how to run it
-    told = {"a file holds no tensor" if isinstance(e, pickle.UnpicklingError) else str(e) for e in causes}
-    return "; ".join(sorted(told))

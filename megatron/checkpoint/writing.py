@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint to disk, in torch's files, with failures that say what the disk said."""
+"""Write tensors in torch's file format, and report the error of the disk if that fails."""
 
 import io
 import os
@@ -12,14 +12,14 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 
 class _Stream:
-    """A file that remembers how writing to it failed. In all else it is the file."""
+    """A file that remembers how writing to it failed."""
 
     def __init__(self, file: io.IOBase) -> None:
         self._file = file
         self.failure: OSError | None = None
 
     def write(self, content: Any) -> int:
-        """Write to the file."""
+        """Write to the file, and remember an OSError."""
         try:
             return int(cast(Any, self._file).write(content))
         except OSError as error:
@@ -31,11 +31,11 @@ class _Stream:
 
 
 class _Files(FileSystem):
-    """torch's access to files. Its writer of archives hides "No space left on device" behind a message of its own."""
+    """torch's file access, whose archive writer hides "No space left on device" behind another message."""
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
-        """Open a file; what is raised is what the file raised."""
+        """Open a file for a block; raises the file's own OSError if writing failed with one."""
         with super().create_stream(path, mode) as file:
             stream = _Stream(file)
             try:
@@ -45,7 +45,7 @@ class _Files(FileSystem):
 
 
 class Writer(dcp.FileSystemWriter):
-    """torch's writer of files, through the above."""
+    """torch's writer, with the file access above."""
 
     def __init__(self, folder: Path) -> None:
         """Write into `folder`."""

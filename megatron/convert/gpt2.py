@@ -1,4 +1,4 @@
-"""GPT2LMHeadModel of Hugging Face and our GPT."""
+"""Map Hugging Face's GPT2LMHeadModel to our GPT."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +30,7 @@ IGNORED = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # buffers of ol
 
 
 def model_keys(config: Any) -> dict[str, Any]:
-    """Our configuration keys for a transformers.GPT2Config. Raises UserError for what we cannot express."""
+    """Our configuration keys for a transformers.GPT2Config. Raises UserError for unsupported settings."""
     expected = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
     problems = [f"{key} must be {value} here" for key, value in expected.items() if getattr(config, key) != value]
     if problems:
@@ -54,7 +54,7 @@ def model_keys(config: Any) -> dict[str, Any]:
 
 
 def parameter_map(model: ModelPlan) -> ParameterMap:
-    """The map of every parameter. Raises UserError for a model that GPT2LMHeadModel cannot hold."""
+    """The map of all parameters. Raises UserError for a model that GPT2LMHeadModel cannot hold."""
     require(
         model,
         "GPT-2",
@@ -92,7 +92,7 @@ def _block(ours: str, theirs: str, model: ModelPlan) -> list[Entry]:
 
 
 def _fused_heads(ours: str, theirs: str, kind: str, model: ModelPlan) -> Entry:
-    """Their one tensor: all queries, all keys, all values along the last dimension."""
+    """Their fused tensor: all queries, all keys, all values along the last dimension."""
     heads = separate_heads(f"{ours}.{kind}", ("query", "key", "value"), model)
 
     def join(tensors: Sequence[Tensor]) -> Tensor:

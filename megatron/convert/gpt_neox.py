@@ -1,4 +1,4 @@
-"""GPTNeoXForCausalLM of Hugging Face (GPT-NeoX-20B, Pythia) and our GPT."""
+"""Map Hugging Face's GPTNeoXForCausalLM (GPT-NeoX-20B, Pythia) to our GPT."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ IGNORED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")  # 
 
 
 def model_keys(config: Any) -> dict[str, Any]:
-    """Our configuration keys for a transformers.GPTNeoXConfig. Raises UserError for what we cannot express."""
+    """Our configuration keys for a transformers.GPTNeoXConfig. Raises UserError for unsupported settings."""
     return rotary_keys(config) | {
         "num_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
@@ -36,9 +36,9 @@ def model_keys(config: Any) -> dict[str, Any]:
 
 
 def parameter_map(model: ModelPlan) -> ParameterMap:
-    """The map of every parameter. Raises UserError for a model that GPTNeoXForCausalLM cannot hold.
+    """The map of all parameters. Raises UserError for a model that GPTNeoXForCausalLM cannot hold.
 
-    Its fused query, key and value go head by head, as ours do.
+    Its fused query, key and value are grouped by head, as ours are.
     """
     require(
         model,

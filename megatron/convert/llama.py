@@ -1,7 +1,7 @@
-"""LlamaForCausalLM of Hugging Face and our GPT, and the two models that differ from it in their norms.
+"""Map Hugging Face's LlamaForCausalLM to our GPT, and two models that differ from it in their norms.
 
-Qwen 3 (Qwen3ForCausalLM) normalises each head's query and key; OLMo 2 (Olmo2ForCausalLM) all of them together, and the
-outputs of attention and feed-forward layer where the others normalise the inputs.
+Qwen 3 (Qwen3ForCausalLM) normalizes query and key per head. OLMo 2 (Olmo2ForCausalLM) normalizes them over all heads,
+and normalizes the outputs of attention and feed-forward layer instead of their inputs.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ IGNORED = ("rotary_emb.inv_freq",)  # a buffer of older versions
 
 @dataclass(frozen=True)
 class Family:
-    """What tells the architectures apart."""
+    """How the architectures differ."""
 
     name: str
     qk_norm: str | None = None
@@ -34,7 +34,7 @@ class Family:
     bias_in_mlp: bool = False  # whether its feed-forward layer may have biases
 
     def model_keys(self, config: Any) -> dict[str, Any]:
-        """Our configuration keys for a configuration of transformers. Raises UserError for what we cannot express."""
+        """Our configuration keys for a configuration of transformers. Raises UserError for unsupported settings."""
         if getattr(config, "use_sliding_window", False):
             raise UserError("use_sliding_window must be False: only some of its layers would have a window")
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -59,7 +59,7 @@ class Family:
         }
 
     def parameter_map(self, model: ModelPlan) -> ParameterMap:
-        """The map of every parameter. Raises UserError for a model that this architecture cannot hold."""
+        """The map of all parameters. Raises UserError for a model that this architecture cannot hold."""
         require(
             model,
             self.name,

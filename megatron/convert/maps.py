@@ -1,7 +1,7 @@
-"""How the parameters of one of our models correspond to those of a Hugging Face model: one table, read both ways.
+"""Map the parameters of one of our models to those of a Hugging Face model: one table for both directions.
 
-Names of ours are global names; tensors are whole, in the true vocabulary size. Every entry moves elements and computes
-nothing, so that a round trip is bit exact.
+Our names are global names; tensors are unsharded and without vocabulary padding. Entries only move elements, so a round
+trip is bit exact.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from megatron.errors import UserError
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter of ours and the parameters of theirs that hold the same elements."""
+    """One of our parameters, and their parameters with the same elements."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -31,14 +31,14 @@ def same(ours: str, theirs: str) -> Entry:
 
 
 def transposed(ours: str, theirs: str) -> Entry:
-    """A weight that they keep as [inputs, outputs]."""
+    """A weight that they store as [inputs, outputs]."""
     return Entry(ours, (theirs,), lambda tensors: tensors[0].t(), lambda tensor: (tensor.t(),))
 
 
 def separate_heads(ours: str, theirs: tuple[str, str, str], model: ModelPlan) -> Entry:
-    """Query, key and value as three tensors, each with its heads in order along the first dimension.
+    """Theirs: query, key and value as three tensors, each with its heads in order along the first dimension.
 
-    Ours go by key/value head: the query heads that share it, the key, the value.
+    Ours: fused, grouped by key/value head: its query heads, its key, its value.
     """
     groups, size = model.num_kv_heads, model.head_size
     share = model.num_attention_heads // groups
@@ -55,28 +55,27 @@ def separate_heads(ours: str, theirs: tuple[str, str, str], model: ModelPlan) ->
 
 
 def weight_and_bias(make: Callable[[str, str], Entry], ours: str, theirs: str, bias: bool) -> list[Entry]:
-    """Entries for a weight and, with `bias`, its bias, which is the same tensor on both sides."""
+    """Entries for a weight, made by `make`, and with `bias` for its bias, which needs no conversion."""
     weight = make(f"{ours}.weight", f"{theirs}.weight")
     return [weight, same(f"{ours}.bias", f"{theirs}.bias")] if bias else [weight]
 
 
 @dataclass(frozen=True)
 class ParameterMap:
-    """Every parameter of a model on both sides."""
+    """The entries for all parameters of a model."""
 
     entries: Sequence[Entry]
-    ignored: tuple[str, ...] = ()  # endings of names of theirs that hold nothing of their own
+    ignored: tuple[str, ...] = ()  # suffixes of their names without content of their own, such as buffers
 
     def from_hugging_face(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Their parameters -> ours.
 
-        Raises UserError for names that are missing and for names that have no place in our model: no weight is ever
-        lost in silence.
+        Raises UserError for missing names and for names without a counterpart: no weight is dropped silently.
         """
-        wanted = {name for entry in self.entries for name in entry.theirs}
-        unknown = [name for name in state if name not in wanted and not name.endswith(self.ignored)]
-        problems = [f"{name}: not in the Hugging Face model" for name in sorted(wanted - set(state))]
-        problems += [f"{name}: has no place in our model" for name in sorted(unknown)]
+        required = {name for entry in self.entries for name in entry.theirs}
+        unknown = [name for name in state if name not in required and not name.endswith(self.ignored)]
+        problems = [f"{name}: not in the Hugging Face model" for name in sorted(required - set(state))]
+        problems += [f"{name}: has no counterpart in our model" for name in sorted(unknown)]
         if problems:
             raise UserError(*problems)
         return {e.ours: e.join([state[name] for name in e.theirs]).contiguous() for e in self.entries}
@@ -94,9 +93,9 @@ class ParameterMap:
 
 
 def require(model: ModelPlan, architecture: str, **allowed: Sequence[object]) -> None:
-    """Raise UserError naming each field of `model` whose value is not among those the architecture knows.
+    """Raise UserError naming each field of `model` whose value is not among those that the architecture supports.
 
-    Norms that few architectures have need not be named by the others.
+    Fields that few architectures have (`qk_norm`, `norms_on_outputs`) are optional; their defaults are required then.
     """
     usual: dict[str, Sequence[object]] = {"qk_norm": [None], "norms_on_outputs": [False]}
     problems = [
@@ -110,7 +109,7 @@ def require(model: ModelPlan, architecture: str, **allowed: Sequence[object]) ->
         raise UserError(*problems)
 
 
-_STRETCHES: dict[str, tuple[str, ...]] = {
+_ROPE_TYPES: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -118,7 +117,7 @@ _STRETCHES: dict[str, tuple[str, ...]] = {
 
 
 def named_as(table: Mapping[str, str], value: str, key: str) -> str:
-    """Our name for their `value` of `key`. Raises UserError if we have none."""
+    """Our name for their `value` of `key`. Raises UserError if there is none."""
     if value not in table:
         raise UserError(f"{key} {value!r} has no counterpart here; known: {', '.join(table)}")
     return table[value]
@@ -127,7 +126,7 @@ def named_as(table: Mapping[str, str], value: str, key: str) -> str:
 def rotary_keys(config: Any) -> dict[str, Any]:
     """Our configuration keys for a transformers configuration with rotary positions.
 
-    Raises UserError for positions that are stretched in a way we do not know (yarn, dynamic, ...).
+    Raises UserError for unsupported rope types (yarn, dynamic, ...).
     """
     rope = config.rope_parameters
     keys = {
@@ -136,6 +135,6 @@ def rotary_keys(config: Any) -> dict[str, Any]:
         "rotary_emb_base": rope["rope_theta"],
     }
     kind = rope.get("rope_type", "default")
-    if kind not in _STRETCHES:
-        raise UserError(f"rope_type {kind!r} has no counterpart here; known: {', '.join(_STRETCHES)}")
-    return keys | {"rope_scaling": {"rope_type": kind} | {name: rope[name] for name in _STRETCHES[kind]}}
+    if kind not in _ROPE_TYPES:
+        raise UserError(f"rope_type {kind!r} has no counterpart here; known: {', '.join(_ROPE_TYPES)}")
+    return keys | {"rope_scaling": {"rope_type": kind} | {name: rope[name] for name in _ROPE_TYPES[kind]}}

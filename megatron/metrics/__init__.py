@@ -1,1 +1,1 @@
-"""What a run tells about itself: FLOPs, the log line, and the writers of its metrics."""
+"""Metrics of a run: FLOPs, the log line, and writers."""

@@ -1,10 +1,10 @@
-"""Arithmetic of training: FLOPs per token, and the share of the card's peak that they are.
+"""FLOPs per token, and peak FLOP/s of devices.
 
-L layers, d width of all heads (mostly the hidden size), T tokens per sequence, N parameters. One multiply-add is two
+L layers, d width of all heads (usually the hidden size), T tokens per sequence, N parameters. One multiply-add is two
 FLOPs.
 """
 
-# Dense bf16 matrix peaks in TFLOP/s, from the makers' data sheets; matched in this order within the device's name.
+# Dense bf16 matrix peaks in TFLOP/s from data sheets; the first entry that the device's name contains is used.
 PEAKS = (
     ("B200", 2250.0),
     ("H200 NVL", 836.0),
@@ -32,10 +32,10 @@ def training_flops_per_token(parameters: int, layers: int, attention_width: int,
 
 
 def peak_flops(configured_tflops: float | None, device_name: str, half_precision: bool) -> float | None:
-    """FLOP/s at which utilization is 1, or None where it is not known: then no utilization is reported.
+    """Peak FLOP/s of the device, or None if unknown: then no utilization is reported.
 
-    configured_tflops: `peak_theoretical_tflops`, which wins. device_name: as the driver gives it ("" for a CPU).
-    half_precision: the table holds bf16 and fp16 peaks only, so fp32 training needs the configured value.
+    configured_tflops: `peak_theoretical_tflops`, which takes precedence. device_name: from the driver; "" for a CPU.
+    half_precision: the table has bf16 and fp16 peaks only, so fp32 training needs the configured value.
     """
     if configured_tflops is not None:
         return configured_tflops * 1e12

@@ -1,7 +1,7 @@
-"""The figures of one logging interval, and the line that tells them.
+"""Metrics of one logging interval, and its log line.
 
-A step's loss is the mean over the tokens of its global batch; the interval's is the mean over its steps, so that with
-`log_interval` 1 every step's own loss is on record. Rate, gradient norm and loss scale are those of the last step.
+A step's loss is the mean over the tokens of its global batch, and the interval's is the mean over its steps. Learning
+rate, gradient norm and loss scale are those of the last step.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from megatron.units import duration, short_number
 
 @dataclass(frozen=True)
 class Workload:
-    """What one step amounts to. `flops_per_token` as in `metrics/flops.py`; `peak_flops` None: not known."""
+    """Work of one step. `flops_per_token` as in `metrics/flops.py`; `peak_flops` of one device, None if unknown."""
 
     tokens_per_step: int
     flops_per_token: float
@@ -22,7 +22,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Interval:
-    """Steps since the last report. `seconds` is time spent training, without validation and saving."""
+    """Steps since the last log line. `seconds`: time spent training, without validation and saving."""
 
     steps: int
     seconds: float
@@ -33,14 +33,14 @@ class Interval:
     skipped_steps: int
 
 
-# Parts of a step that may have been timed (wall_clock_breakdown), as runtime/<name>_seconds, in the order of a step.
+# phases of a step that wall_clock_breakdown times, as runtime/<name>_seconds, in the order of a step
 PHASES = ("data_wait", "forward", "backward", "optimizer", "pipeline_exchange")
 
 
 def interval_metrics(interval: Interval, work: Workload) -> dict[str, float]:
-    """Names and values as they go to `metrics.jsonl`, tensorboard and wandb.
+    """Metrics by name, for all writers.
 
-    runtime/iteration_time is in seconds per step; rates are of the whole run, but for
+    runtime/iteration_time is in seconds per step; rates are totals of all ranks, except for
     runtime/flops_per_sec_per_gpu (FLOP/s of one rank) and runtime/model_flops_utilization (0 to 1).
     """
     seconds = max(interval.seconds, 1e-9)
@@ -63,7 +63,7 @@ def interval_metrics(interval: Interval, work: Workload) -> dict[str, float]:
 def log_line(step: int, last_step: int, metrics: Mapping[str, float], on_gpu: bool) -> str:
     """One line, units in the names: `step 1200/320000 | loss 3.214 | lr 5.9e-04 | ... | ETA 1d 4h`.
 
-    metrics: of `interval_metrics`, and the times of PHASES; what is not in there is left out of the line.
+    metrics: those of `interval_metrics` and the times of PHASES; missing ones are left out of the line.
     """
     per_step = metrics["runtime/iteration_time"]
     parts = [
@@ -79,9 +79,11 @@ def log_line(step: int, last_step: int, metrics: Mapping[str, float], on_gpu: bo
         parts.append(f"skipped {metrics['train/skipped_steps']:.0f}")
     parts.append(f"{per_step * 1000:.0f} ms/step")
     phases = {name: metrics.get(f"runtime/{name}_seconds") for name in PHASES}
-    told = [f"{name.replace('_', ' ')} {1000 * seconds:.1f}" for name, seconds in phases.items() if seconds is not None]
-    if told:
-        parts[-1] += f" ({', '.join(told)})"
+    timed = [
+        f"{name.replace('_', ' ')} {1000 * seconds:.1f}" for name, seconds in phases.items() if seconds is not None
+    ]
+    if timed:
+        parts[-1] += f" ({', '.join(timed)})"
     parts.append(f"{short_number(metrics['runtime/tokens_per_sec'])} tokens/s")
     flops_unit = "FLOP/s/gpu" if on_gpu else "FLOP/s/rank"
     parts.append(short_number(metrics["runtime/flops_per_sec_per_gpu"], flops_unit))

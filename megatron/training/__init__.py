@@ -1,1 +1,1 @@
-"""Training: the loop, which fits a screen, and the hooks around it."""
+"""Training: the loop, its set-up, and the hooks around it."""

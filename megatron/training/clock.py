@@ -1,4 +1,4 @@
-"""Time spent training, without the time that hooks take for validation and saving."""
+"""Time spent training, without validation and saving."""
 
 import time
 from collections.abc import Iterator
@@ -8,23 +8,23 @@ import torch
 
 
 class Clock:
-    """A stopwatch for steps, which stops while a hook works."""
+    """A stopwatch that hooks can pause."""
 
     def __init__(self, device: torch.device) -> None:
-        """Start now. device: whose queued work is waited for before the watch is read."""
+        """Start now. device: synchronized before each reading."""
         self._device = device
         self._since = time.perf_counter()
         self._elapsed = 0.0
 
     def lap(self) -> float:
-        """Seconds since the last lap, pauses left out; a new lap begins."""
+        """Seconds since the last lap, without pauses; starts a new lap."""
         self._stop()
         seconds, self._elapsed = self._elapsed, 0.0
         return seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count the time that the block takes."""
+        """Exclude the time of the block."""
         self._stop()
         yield
         self._since = time.perf_counter()

@@ -1,10 +1,10 @@
-"""What the corpora of a run hold, told by a look of bounded size, so that data which changed in place are noticed.
+"""Fingerprint the datasets of a run by sampling, to detect changes in place.
 
-Counts come from the index. The content is told by 64 looks of 4 KiB, evenly spread over each of the two files: all of
-a small file, some milliseconds of a terabyte. The index holds the place of every document, so that a document that
-comes, goes or changes its length is seen from wherever it is. One that is overwritten in place shows in the hash that
-the manifest of `preprocess_data.py` or `merge_datasets.py` has of the whole file, where it lies beside the files.
-Each rank looks for itself.
+Counts come from the index. Contents are sampled: 64 blocks of 4 KiB, evenly spaced over each of the two files, which is
+all of a small file and takes milliseconds for a terabyte. The index holds the offset of every document, so a document
+that is added, removed or changes its length is detected wherever it is. One that is overwritten with the same length is
+detected by the hash of the whole file in the manifest of `preprocess_data.py` or `merge_datasets.py`, if there is one
+next to the files. Each rank computes the fingerprints by itself.
 """
 
 import hashlib
@@ -17,66 +17,66 @@ from megatron.config.schema.data_keys import DataKeys
 from megatron.data.indexed import IndexedDataset
 from megatron.data.manifest import read_manifest
 
-# the keys that name what is trained on
-CORPORA = ("data_path", "train_data_paths", "train_label_data_paths")
-LOOKS, BYTES = 64, 4096
+# the keys that name the datasets trained on
+DATASET_KEYS = ("data_path", "train_data_paths", "train_label_data_paths")
+BLOCKS, BLOCK_BYTES = 64, 4096
 
-Contents = dict[str, list[dict[str, Any]]]  # of each key that is set: its corpora, in order
+Fingerprints = dict[str, list[dict[str, Any]]]  # key of the configuration -> its datasets, in order
 
 
-def contents_of(data: DataKeys) -> Contents:
-    """What each corpus that is trained on holds. Raises UserError where one cannot be read."""
-    named = {} if data.data_impl == "mock" else {key: getattr(data, key) for key in CORPORA}
+def fingerprints_of(data: DataKeys) -> Fingerprints:
+    """The fingerprint of each dataset that is trained on. Raises UserError where one cannot be read."""
+    named = {} if data.data_impl == "mock" else {key: getattr(data, key) for key in DATASET_KEYS}
     return {
-        key: [_content(path) for path in ([paths] if isinstance(paths, str) else paths)]
+        key: [_fingerprint(path) for path in ([paths] if isinstance(paths, str) else paths)]
         for key, paths in named.items()
         if paths
     }
 
 
-def compare_contents(here: Contents, there: Contents) -> tuple[list[str], list[str]]:
-    """Differences in what is trained on, a line each; and what only lies elsewhere, or has another name, now."""
+def compare_fingerprints(here: Fingerprints, there: Fingerprints) -> tuple[list[str], list[str]]:
+    """One line per dataset that differs, and one per dataset that is the same under another path."""
     differences, moved = [], []
-    for key in CORPORA:
+    for key in DATASET_KEYS:
         mine, theirs = here.get(key, []), there.get(key, [])
         if len(mine) != len(theirs):
             differences.append(f"{key} is {_paths(mine)} here, and was {_paths(theirs)} there")
             continue
         for one, other in zip(mine, theirs, strict=True):
             if not _same(one, other):
-                differences.append(f"{key}: {_told(one)} here, and {_told(other)} there")
+                differences.append(f"{key}: {_described(one)} here, and {_described(other)} there")
             elif one["path"] != other["path"]:
                 moved.append(f"{key}: {one['path']} has the content that {other['path']} had")
     return differences, moved
 
 
-def _content(path: str) -> dict[str, Any]:
+def _fingerprint(path: str) -> dict[str, Any]:
     dataset = IndexedDataset(path)
-    content = {
+    fingerprint = {
         "path": dataset.prefix,
         "documents": len(dataset),
         "tokens": dataset.num_tokens,
         "sample": _sample(dataset.prefix),
     }
     hashes = _hashes(dataset.prefix)
-    return content | ({"sha256": hashes} if hashes else {})
+    return fingerprint | ({"sha256": hashes} if hashes else {})
 
 
 def _sample(prefix: str) -> str:
-    """A hash of the sizes of both files and of `LOOKS` pieces of each."""
+    """A hash of the sizes of both files and of `BLOCKS` blocks of each."""
     digest = hashlib.sha256()
     for ending in (".idx", ".bin"):
-        with Path(prefix + ending).open("rb", buffering=BYTES) as file:
+        with Path(prefix + ending).open("rb", buffering=BLOCK_BYTES) as file:
             size = os.fstat(file.fileno()).st_size
             digest.update(size.to_bytes(8, "little"))
-            for look in range(LOOKS):
-                file.seek(max(0, size - BYTES) * look // (LOOKS - 1))
-                digest.update(file.read(BYTES))
+            for block in range(BLOCKS):
+                file.seek(max(0, size - BLOCK_BYTES) * block // (BLOCKS - 1))
+                digest.update(file.read(BLOCK_BYTES))
     return digest.hexdigest()[:16]
 
 
 def _hashes(prefix: str) -> list[str]:
-    """SHA-256 of the .bin and the .idx, as the manifest beside them has it; empty without one that fits."""
+    """SHA-256 of the .bin and the .idx from the manifest next to them; empty without a matching manifest."""
     manifest = read_manifest(prefix) or read_manifest(re.sub("_[^_/]+_document$", "", prefix)) or {}
     names = [Path(prefix + ending).name for ending in (".bin", ".idx")]
     try:
@@ -87,18 +87,18 @@ def _hashes(prefix: str) -> list[str]:
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two corpora hold the same; hashes of the whole files count where both have them."""
+    """Whether two fingerprints match; hashes of whole files are compared if both have them."""
     keys = {"documents", "tokens", "sample"} | ({"sha256"} & one.keys() & other.keys())
     return all(one[key] == other.get(key) for key in keys)
 
 
-def _told(content: dict[str, Any]) -> str:
-    bin_hash = f", SHA-256 {content['sha256'][0][:12]}" if "sha256" in content else ""
+def _described(fingerprint: dict[str, Any]) -> str:
+    bin_hash = f", SHA-256 {fingerprint['sha256'][0][:12]}" if "sha256" in fingerprint else ""
     return (
-        f"{content['path']} with {content['documents']:,} documents and {content['tokens']:,} tokens "
-        f"(content {content['sample']}{bin_hash})"
+        f"{fingerprint['path']} with {fingerprint['documents']:,} documents and {fingerprint['tokens']:,} tokens "
+        f"(content {fingerprint['sample']}{bin_hash})"
     )
 
 
-def _paths(contents: list[dict[str, Any]]) -> str:
-    return f"[{', '.join(content['path'] for content in contents)}]" if contents else "not read"
+def _paths(fingerprints: list[dict[str, Any]]) -> str:
+    return f"[{', '.join(each['path'] for each in fingerprints)}]" if fingerprints else "not read"

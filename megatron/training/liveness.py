@@ -1,4 +1,4 @@
-"""Step and phase of this rank, for the watchdog of deepy.py, which tells a hang and who causes it."""
+"""Report step and phase of this rank to the launcher's watchdog, which detects hangs and the rank that causes them."""
 
 import statistics
 import time
@@ -9,15 +9,15 @@ from typing import TypeVar
 from megatron.launch.protocol.heartbeat import Heartbeat
 
 T = TypeVar("T")
-# Steps whose times make the running median.
+# steps in the running median
 MEMORY = 50
 
 
 class Liveness:
-    """Beats whenever something new begins. On a rank that deepy.py did not start it costs and does nothing."""
+    """Sends a heartbeat at the beginning of each phase. Does nothing on a rank that deepy.py did not start."""
 
     def __init__(self, heartbeat: Heartbeat | None = None) -> None:
-        """Beat with `heartbeat`; None: with nothing."""
+        """heartbeat: the channel to the watchdog; None: send nothing."""
         self._heartbeat = heartbeat or Heartbeat(0, None)
         self._seconds: deque[float] = deque(maxlen=MEMORY)
         self._median: float | None = None
@@ -25,11 +25,11 @@ class Liveness:
         self._finished_at: float | None = None
 
     def begin(self, phase: str) -> None:
-        """A phase of work begins, such as "saving", or goes on."""
+        """Report that a phase, such as "saving", begins or continues."""
         self._heartbeat.beat(phase, self._step, self._median)
 
     def watched(self, batches: Iterator[T], done: int) -> Iterator[T]:
-        """`batches`, with a beat before and after each. done: steps before the first."""
+        """`batches`, with a heartbeat before and after each. done: steps before the first."""
         self._step = done
         while True:
             self._step += 1
@@ -39,9 +39,9 @@ class Liveness:
             yield batch
 
     def finished_step(self) -> None:
-        """Take the time since the last finished step, validation and saving between them included.
+        """Record the time since the previous step finished, validation and saving included, and send a heartbeat.
 
-        The first step of a run warms up, and is no measure.
+        The first step of a run is not measured: it compiles and warms up.
         """
         now = time.monotonic()
         if self._finished_at is not None:

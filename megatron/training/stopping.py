@@ -1,9 +1,9 @@
-"""When a run ends before its time: a signal, or its limit of wall-clock time.
+"""End a run early: on a signal, or at its limit of wall-clock time.
 
-All ranks must end after the same step, or those that go on wait for the others for ever. So each step they vote, by a
-maximum over one number. The vote begins when a step is done and is read when the next one is: it travels while that
-step computes, so that neither a rank nor its device waits for it. The price is one step: a run ends with the step
-after the one in which the signal comes.
+All ranks must end after the same step, or the others hang in their next collective. So they vote after each step, by
+an all-reduce of the maximum over one number. It starts when a step is done and is read after the next one, so that it
+overlaps with the computation and neither host nor device waits. Hence a run ends one step after the one in which the
+signal arrived.
 """
 
 import logging
@@ -19,28 +19,28 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-# A rank's vote is a signal's number, or one of these.
-GO_ON, TIME_LIMIT = 0, 1_000
-UNDERSTOOD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# A rank's vote is the number of a signal, or one of these.
+CONTINUE, TIME_LIMIT = 0, 1_000
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """What this rank alone knows: a signal it got, and how long it may run."""
+    """Why this rank wants to stop: a signal that it received, or its time limit."""
 
     def __init__(self, time_limit_minutes: float | None) -> None:
-        """The time begins to run now."""
+        """The time limit starts now."""
         self._deadline = time.monotonic() + 60 * time_limit_minutes if time_limit_minutes is not None else float("inf")
-        self._signal = GO_ON
+        self._signal = CONTINUE
 
     @property
     def vote(self) -> int:
-        """Why this rank wants to end: the number of a signal or TIME_LIMIT; GO_ON if it does not."""
-        return self._signal or (TIME_LIMIT if time.monotonic() > self._deadline else GO_ON)
+        """The number of the signal received, TIME_LIMIT, or CONTINUE."""
+        return self._signal or (TIME_LIMIT if time.monotonic() > self._deadline else CONTINUE)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Note the signals instead of ending by them; a second Ctrl-C in this process ends it as always."""
-        before = {number: signal.signal(number, self._note) for number in UNDERSTOOD}
+        """Record signals instead of ending at once; a second Ctrl-C raises KeyboardInterrupt as usual."""
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
             yield
         finally:
@@ -54,26 +54,26 @@ class StopRequest:
 
 
 class StopVote:
-    """What all ranks have agreed on."""
+    """Collective decision to stop."""
 
     def __init__(self, request: StopRequest, device: torch.device) -> None:
-        """Collective over all ranks: the first vote begins."""
+        """Start the first vote. Collective over all ranks."""
         self._request, self._device = request, device
-        self.outcome = GO_ON
+        self.outcome = CONTINUE
         self._begin()
 
     def after_step(self) -> bool:
-        """Whether the step just done is the run's last one. Collective over all ranks, which get the same answer."""
+        """Whether the step just done is the last one; the same on all ranks. Collective."""
         self._pending.wait()
         self.outcome = int(self._ballot)
-        if self.outcome == GO_ON:
+        if self.outcome == CONTINUE:
             self._begin()
-        return self.outcome != GO_ON
+        return self.outcome != CONTINUE
 
     @property
     def reason(self) -> str | None:
-        """Why the run ends early, in words; None: it does not."""
-        if self.outcome == GO_ON:
+        """Why the run ends early; None if it does not."""
+        if self.outcome == CONTINUE:
             return None
         return "time_limit_minutes" if self.outcome == TIME_LIMIT else signal.Signals(self.outcome).name
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megatron.checkpoint import folder as folders
+from megatron.checkpoint.chunks import local_chunks
 from megatron.checkpoint.folder import Retention, find_checkpoint, prune, publish
-from megatron.checkpoint.slices import global_slices
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.store import CheckpointWriter, checkpoint_config, load_checkpoint, load_weights
 from megatron.config.parameter_counts import parameter_count
@@ -84,8 +84,8 @@ def test_the_state_of_an_optimizer_that_a_plugin_brings_moves_as_well(tmp_path, 
 def every_element_has_one_owner(settings: dict) -> None:
     engine, plan = engine_of(settings)
     replicated = engine.state.replicated_over_data
-    owned = global_slices(engine.state.runs(), engine.grid, owned_only=True, replicated_over_data=replicated)
-    count = torch.tensor(sum(part.numel() for piece in owned.values() for part in piece.parts.values()))
+    owned = local_chunks(engine.state.fragments(), engine.grid, owned_only=True, replicated_over_data=replicated)
+    count = torch.tensor(sum(chunk.numel() for local in owned.values() for chunk in local.chunks.values()))
     torch.distributed.all_reduce(count)
     assert int(count) == 3 * parameter_count(plan.model)  # the master and two moments
 
@@ -104,7 +104,7 @@ def inference_logits(checkpoint: str, out: str, settings: dict) -> None:
     grid = start(tensor=plan.layout.tensor)
     engine = InferenceEngine(gpt_layers(plan.model, grid, seed=99), grid)
     load_weights(engine, Path(checkpoint))
-    whole = {r.parameter.global_name: r.parameter for r in engine.state.runs() if r.parameter.shard_dim is None}
+    whole = {r.parameter.global_name: r.parameter for r in engine.state.fragments() if r.parameter.shard_dim is None}
     if torch.distributed.get_rank() == 0:
         torch.save(whole, out)
 
@@ -125,7 +125,7 @@ def loading_another_model(checkpoint: str) -> None:
 
 def loading_a_smaller_model(checkpoint: str) -> None:
     engine, _ = engine_of({"pipe": 2, "model": {"num_layers": 2, "attention_kinds": ("global",) * 2}})
-    with pytest.raises(UserError, match=r"blocks\.2\..*the checkpoint has it, the configured model has not"):
+    with pytest.raises(UserError, match=r"blocks\.2\..*the checkpoint has it, the configured model does not"):
         load_checkpoint(engine, Path(checkpoint))
 
 

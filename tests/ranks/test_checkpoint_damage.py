@@ -15,7 +15,7 @@ from megatron.checkpoint.folder import damage, find_checkpoint
 from megatron.checkpoint.reading import SafeReader, read_tensors, tensor_shapes
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.store import CheckpointWriter, load_checkpoint
-from megatron.errors import UserError
+from megatron.errors import UserError, exit_code
 from tests.ranks.moves import engine_of, run_steps, tensors
 from tests.ranks.run import run_ranks
 from tools.inspect_checkpoint import main as inspect_checkpoint
@@ -137,7 +137,7 @@ DOTTED = b"\x80\x04\x8c\x27torch.distributed.checkpoint.filesystem\x8c\tos.syste
 def inspect(monkeypatch, capsys, *words: object) -> tuple[int, str]:
     """What `tools/inspect_checkpoint.py` returns and prints."""
     monkeypatch.setattr("sys.argv", ["inspect_checkpoint.py", *map(str, words)])
-    code, said = inspect_checkpoint(), capsys.readouterr()
+    code, said = exit_code(inspect_checkpoint), capsys.readouterr()
     return code, said.out + said.err
 
 
@@ -166,7 +166,7 @@ def test_checkpoints_are_listed_verified_shown_and_compared(tmp_path, two_checkp
         assert code == 1 and "global_step2: DAMAGED: progress.json is missing" in said
     for words in ([tmp_path / "gone"], [two, "--compare", folder]):
         code, said = ask(*words)
-        assert code == 2 and "no checkpoint" in said
+        assert code == 2 and "not a checkpoint" in said
 
 
 @pytest.mark.parametrize("content", [pickle.dumps(Malicious()), DOTTED], ids=["plain", "dotted"])

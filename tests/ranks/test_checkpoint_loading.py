@@ -32,9 +32,9 @@ def begin_with(checkpoint: str, precision: str, **keys: bool):
 def taken_from(engine, kind: str, stored: dict[str, torch.Tensor]) -> bool:
     """Whether this rank's state of a kind is that of the checkpoint; its pieces are compared by their sums."""
     mine: dict[str, float] = {}
-    for run in engine.state.runs():
-        name = f"{run.parameter.global_name}/{kind}"
-        mine[name] = mine.get(name, 0.0) + float(run.tensors[kind].double().sum())
+    for fragment in engine.state.fragments():
+        name = f"{fragment.parameter.global_name}/{kind}"
+        mine[name] = mine.get(name, 0.0) + float(fragment.tensors[kind].double().sum())
     names = sorted(stored)
     sums = torch.tensor([mine.get(name, 0.0) for name in names], dtype=torch.float64)
     torch.distributed.all_reduce(sums)
@@ -56,7 +56,7 @@ def choices(checkpoint: str, precision: str) -> None:
         assert taken_from(engine, "fp32", of_kind["fp32"]), keys
         for moment in ("exp_avg", "exp_avg_sq"):
             assert taken_from(engine, moment, of_kind[moment]) == goes_on, (keys, moment)
-            zero = all(not run.tensors[moment].any() for run in engine.state.runs())
+            zero = all(not fragment.tensors[moment].any() for fragment in engine.state.fragments())
             assert zero != goes_on, (keys, moment)
         assert engine.state.updates == (STEPS if goes_on else 0), keys
         if precision == "fp16":

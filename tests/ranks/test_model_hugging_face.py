@@ -157,7 +157,7 @@ def test_a_weight_that_is_missing_or_has_no_place_is_named():
         architecture.parameter_map(our_plan(architecture, config)).from_hugging_face(state)
     assert raised.value.problems == (
         "model.norm.weight: not in the Hugging Face model",
-        "model.layers.0.mlp.up_proj.bias: has no place in our model",
+        "model.layers.0.mlp.up_proj.bias: has no counterpart in our model",
     )
 
 

@@ -117,6 +117,24 @@ def test_each_file_of_a_checkpoint_is_verified(tmp_path):
     assert damage(tmp_path / "global_step5", "full") == []
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "manifest.json is missing or cannot be read"),
+        ("{", "manifest.json is missing or cannot be read"),
+        ("[]", "manifest.json is missing or cannot be read"),
+        ("{}", "manifest.json does not describe the files of a checkpoint"),
+        ('{"format": 1, "files": []}', "manifest.json does not describe the files of a checkpoint"),
+        ('{"format": 1, "files": {"progress.json": 7}}', "manifest.json does not describe the files of a checkpoint"),
+        ('{"format": 2}', "its format is 2, and this version of Deepy reads format 1"),
+    ],
+)
+def test_a_bad_manifest_is_told_in_our_words(tmp_path, content, problem):
+    manifest = save(tmp_path, 5) / "manifest.json"
+    manifest.unlink() if content is None else manifest.write_text(content)
+    assert damage(tmp_path / "global_step5") == [problem]
+
+
 def test_a_checkpoint_that_was_being_replaced_is_found_read_and_put_back(tmp_path):
     """The crash came between the two renames, and there is no other."""
     replaced = save(tmp_path, 5).rename(tmp_path / ".global_step5.replaced")

@@ -1,15 +1,17 @@
-"""Metrics as they lie on disk, read back with the readers of those who read them."""
+"""Metrics on disk, read back with the readers that people use for them."""
 
 import json
 import logging
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron.config.schema.run_keys import LoggingKeys
-from megatron.metrics.writers import METRICS_FILE, WriterSettings, open_writers
+from megatron.errors import RunError, UserError
+from megatron.metrics.writers import METRICS_FILE, JsonLines, WriterSettings, open_writers
 
 
 def settings(folder: Path | None, first_step: int = 0, **keys: object) -> WriterSettings:
@@ -107,5 +109,41 @@ def test_wandb_without_a_key_records_a_run_locally_and_says_so(tmp_path, monkeyp
 
 def test_a_writer_that_cannot_write_fails_at_once(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match=r"^log_dir: .*/file/logs/metrics.jsonl cannot be written: Not a directory$"):
         open_writers(settings(tmp_path / "file" / "logs"))
+    with pytest.raises(UserError, match=r"^tensorboard_dir \(.*/file/events\) cannot be written: "):
+        open_writers(settings(None, tensorboard_dir=str(tmp_path / "file" / "events")))
+
+
+def test_a_full_disk_ends_the_run_with_the_name_of_the_file():
+    writer = JsonLines(Path("/dev/full"), 0)
+    with pytest.raises(RunError, match=r"^/dev/full cannot be written: No space left on device$"):
+        writer.write(1, {"train/lm_loss": 1.0})
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [b"epoch,loss\n1,2\n", b'[1, 2]\n"text"\n', b'{"loss": 1}\n', b"\xff\xfe\0\n", b"\0\0\0\n", b'{"step": "2"}\n'],
+)
+def test_lines_that_are_no_metrics_are_set_aside_and_not_lost(tmp_path, foreign):
+    write(settings(tmp_path), 1)
+    with (tmp_path / METRICS_FILE).open("ab") as file:
+        file.write(foreign)
+    before = (tmp_path / METRICS_FILE).read_bytes()
+    write(settings(tmp_path, first_step=1), 2)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+    assert (tmp_path / "metrics.1.jsonl").read_bytes() == before
+
+
+def test_what_wandb_refuses_is_told_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with pytest.raises(UserError, match=r"^use_wandb: the run cannot be started .*WANDB_MODE=offline.*\): \w+Error: "):
+        open_writers(settings(tmp_path, use_wandb=True, wandb_project="a/b#c"))
+
+
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"the package wandb is not installed"):
+        open_writers(settings(tmp_path, use_wandb=True))

@@ -222,3 +222,25 @@ def test_another_tokenizer_is_recognised_by_what_it_does(checkpoint, tokenizer):
     with pytest.raises(UserError, match="another tokenizer"):
         check({}, Other(), checkpoint)
     check({"allow_changes": ["tokenizer"]}, Other(), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("identity.json", {"data": {"data_path": [{"path": "x"}]}}),
+        ("identity.json", {"data": [1]}),
+        ("config.json", {"optimizer": "Adam"}),
+    ],
+    ids=str,
+)
+def test_json_that_does_not_describe_a_run_is_named(checkpoint, tokenizer, name, content):
+    (checkpoint / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"^config.json and identity.json of global_step10 do not describe a run"):
+        check({}, tokenizer, checkpoint)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe{", b"\0"], ids=str)
+def test_a_file_that_is_no_json_object_is_named(checkpoint, tokenizer, content):
+    (checkpoint / "identity.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"^global_step10/identity.json cannot be read: it is not "):
+        check({}, tokenizer, checkpoint)

@@ -1,1 +1,1 @@
-"""Everything that happens around a training step: one file per hook."""
+"""Hooks: what happens around a training step, one file each."""

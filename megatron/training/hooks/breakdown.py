@@ -1,4 +1,4 @@
-"""Hook: where the time of a step goes, with `wall_clock_breakdown`."""
+"""Hook: time per phase of a step, with `wall_clock_breakdown`."""
 
 import time
 from collections import defaultdict
@@ -14,14 +14,14 @@ from megatron.training.hooks.base import NOTHING, FinishedStep, Hook, MicroBatch
 
 
 class Stopwatch:
-    """Seconds spent in each of several phases. The device finishes what it has to do before a phase begins and ends."""
+    """Seconds spent in each of several phases. The device is synchronized at the beginning and end of each."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._device = device
 
     def timed(self, phase: str, function: Call) -> Call:
-        """`function`, whose time counts as that of `phase`."""
+        """Wrap `function` so that its time is added to `phase`."""
 
         @wraps(function)
         def call(*arguments: Any, **options: Any) -> Any:
@@ -32,7 +32,7 @@ class Stopwatch:
 
     @contextmanager
     def running(self, phase: str) -> Iterator[None]:
-        """The time that the block takes counts as that of `phase`."""
+        """Add the time of the block to `phase`."""
         started = self._now()
         yield
         self.seconds[phase] += self._now() - started
@@ -44,16 +44,16 @@ class Stopwatch:
 
 
 class Breakdown(Hook):
-    """Seconds per step that this rank spends in each phase, as a mean over every `log_interval` steps."""
+    """Mean seconds per step and phase on this rank, every `log_interval` steps."""
 
     def __init__(self, interval: int, watch: Stopwatch) -> None:
-        """interval: in steps. watch: what times the phases of the engine."""
+        """interval: in steps. watch: times the phases of the engine."""
         self._interval, self._watch = interval, watch
         self._sums: dict[str, float] = defaultdict(float)
         self._steps = 0
 
     def watched(self, batches: Iterator[MicroBatches]) -> Iterator[MicroBatches]:
-        """`batches`; the wait for each is timed, and what was timed between two steps (validation) is forgotten."""
+        """Time the wait for each batch; discard what was timed between two steps (validation)."""
         while True:
             self._watch.seconds.clear()
             with self._watch.running("data_wait"):
@@ -61,7 +61,7 @@ class Breakdown(Hook):
             yield batch
 
     def after_step(self, step: FinishedStep) -> Mapping[str, float]:
-        """The phases' means where they are due."""
+        """The means of all phases if they are due."""
         self._steps += 1
         for phase, seconds in self._watch.seconds.items():
             self._sums[phase] += seconds

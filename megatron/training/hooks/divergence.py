@@ -1,29 +1,29 @@
-"""Hook: the end of a run that makes no progress any more, because its gradients stay no numbers."""
+"""Hook: end a run whose gradients have stopped being finite."""
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 
 from megatron.checkpoint.state import TrainState
-from megatron.engine.late import LateNumber
+from megatron.engine.deferred_read import DeferredScalar
 from megatron.errors import RunError
+from megatron.files import replaced_when_complete
 from megatron.training.hooks.base import NOTHING, FinishedStep, Hook, Run
 
 PATIENCE = 10
-# Of fp16 besides: a dynamic scale that starts far too high halves once in a few steps until it fits.
+# fp16: a dynamic loss scale that starts far too high is halved every few steps until it fits.
 PATIENCE_WHILE_THE_SCALE_FALLS = 100
 
 
 class Divergence(Hook):
-    """Counts steps without an update. One bad batch is passed over; too many of them in a row end the run.
+    """Counts steps without an update. One bad batch is tolerated; too many in a row end the run.
 
-    The engine updates nothing from gradients that are no numbers, so the weights, and whatever was saved of them,
-    are those from before. A step is judged when the next one is under way, so that no device waits for it; the last
-    one of a run at once.
+    The engine skips the update if gradients are not finite, so the weights, and all checkpoints, are from before. A
+    step is judged while the next one is under way, so that the device is not synchronized; the last step at once.
     """
 
     def __init__(
@@ -32,32 +32,32 @@ class Divergence(Hook):
         write_batch: Callable[[TrainState], str] = lambda _: "",
         lowest_scale: float | None = None,
     ) -> None:
-        """patience: steps in a row that may be skipped. write_batch: keeps the batch of a step; returns where.
+        """patience: steps in a row that may be skipped. write_batch: stores the batch of a step and says where.
 
-        lowest_scale: of fp16; while the loss scale is above it, there is more patience.
+        lowest_scale: of fp16; while the loss scale is above it, more steps may be skipped.
         """
         self._patience = patience
         self._write_batch = write_batch
         self._lowest_scale = lowest_scale
-        self._skipped = self._without_hope = 0
-        self._before: tuple[FinishedStep, LateNumber] | None = None
+        self._skipped = self._skipped_at_lowest = 0
+        self._before: tuple[FinishedStep, DeferredScalar] | None = None
 
     def after_step(self, step: FinishedStep) -> Mapping[str, float]:
         """Raise RunError when there have been too many skipped steps in a row."""
         if self._before:
             self._judge(*self._before)
-        self._before = step, LateNumber(step.output.norm)
+        self._before = step, DeferredScalar(step.output.norm)
         if step.is_last:
             self._judge(*self._before)
         return NOTHING
 
-    def _judge(self, step: FinishedStep, norm: LateNumber) -> None:
+    def _judge(self, step: FinishedStep, norm: DeferredScalar) -> None:
         skipped = not math.isfinite(norm.read())
         scale, lowest = step.output.loss_scale, self._lowest_scale
         falls = scale is not None and lowest is not None and scale > lowest
         self._skipped = self._skipped + 1 if skipped else 0
-        self._without_hope = self._without_hope + 1 if skipped and not falls else 0
-        if self._without_hope >= self._patience or self._skipped >= PATIENCE_WHILE_THE_SCALE_FALLS:
+        self._skipped_at_lowest = self._skipped_at_lowest + 1 if skipped and not falls else 0
+        if self._skipped_at_lowest >= self._patience or self._skipped >= PATIENCE_WHILE_THE_SCALE_FALLS:
             with_scale = "" if scale is None else f", loss scale {scale:g}{'' if falls else ', which is its lowest'}"
             raise RunError(
                 f"the training has diverged: the gradients of {self._skipped} steps in a row, up to step "
@@ -74,19 +74,26 @@ def divergence(run: Run) -> Divergence:
 
 
 def keep_batch(run: Run, state: TrainState) -> str:
-    """Write the samples of the step that led to `state`, as JSON lines with number and text, where logs are kept.
+    """Write the samples of the step before `state` to the log folder, as JSON lines with number and text, on rank 0.
 
-    Returns a sentence that says which they are and where to look. Rank 0 writes.
+    Returns a sentence for the user: which samples they are, and the file.
     """
     numbers = range(state.consumed_samples - run.plan.batch.global_size, state.consumed_samples)
-    told = f"The last batch of them was samples {numbers[0]:,} to {numbers[-1]:,}"
+    sentence = f"The last batch of them was samples {numbers[0]:,} to {numbers[-1]:,}"
     if run.config.log_folder is None:
-        return told
+        return sentence
     path = Path(run.config.log_folder) / f"bad_batch_step_{state.step}.jsonl"
-    if dist.get_rank() == 0:
-        source = run.sources.samples("train")
-        with path.open("w", encoding="utf-8") as file:
-            for number in numbers:
-                ids = np.atleast_2d(source[number])[0]  # the second row, where there is one, holds labels
-                file.write(json.dumps({"sample": number, "text": run.tokenizer.decode(ids.tolist())}) + "\n")
-    return f"{told}; their text is in {path}"
+    try:
+        if dist.get_rank() == 0:
+            _write_samples(run, path, numbers)
+    except OSError as error:  # the divergence is what the user has to see
+        return f"{sentence}; their text cannot be written to {path}: {error.strerror}"
+    return f"{sentence}; their text is in {path}"
+
+
+def _write_samples(run: Run, path: Path, numbers: Sequence[int]) -> None:
+    source = run.sources.samples("train")
+    with replaced_when_complete(path) as file:
+        for number in numbers:
+            ids = np.atleast_2d(source[number])[0]  # a second row holds labels
+            file.write(json.dumps({"sample": number, "text": run.tokenizer.decode(ids.tolist())}) + "\n")

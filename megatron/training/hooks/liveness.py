@@ -1,4 +1,4 @@
-"""Hook: a heartbeat after every step."""
+"""Hook: report each finished step to the watchdog."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Hook: the log line and the metrics of every `log_interval` steps."""
+"""Hook: log line and metrics, every `log_interval` steps."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class MetricsLog(Hook):
-    """Collects losses on the device and reads them once per interval, so that steps do not wait for each other."""
+    """Keeps losses on the device and reads them once per interval, so that steps do not synchronize with it."""
 
     def __init__(self, interval: int, last_step: int, work: Workload, clock: Clock) -> None:
         """interval: in steps. last_step: of the whole training, for the time left."""
@@ -26,7 +26,7 @@ class MetricsLog(Hook):
         self._norms: list[Tensor] = []
 
     def after_step(self, step: FinishedStep) -> Mapping[str, float]:
-        """Report where it is due, and at the last step of the run."""
+        """Log if due, and at the last step of the run."""
         self._losses.append(step.output.loss.detach().float())
         self._norms.append(step.output.norm)
         if not step.is_due(self._interval):
@@ -50,13 +50,13 @@ class MetricsLog(Hook):
 
 
 def mean_loss(losses: Sequence[float], skipped: Sequence[bool]) -> float:
-    """The mean over steps. Of skipped steps, which are counted apart, losses that are no numbers are left out."""
+    """The mean over steps, without losses of skipped steps that are not finite: those are counted separately."""
     counted = [loss for loss, out in zip(losses, skipped, strict=True) if math.isfinite(loss) or not out]
     return sum(counted) / len(counted) if counted else math.nan
 
 
 def workload(run: Run) -> Workload:
-    """What a step amounts to, for the rates in the log."""
+    """Tokens and FLOPs of a step, for the rates in the log."""
     model, batch, device = run.plan.model, run.plan.batch, run.engine.grid.device
     width = model.num_attention_heads * model.head_size
     per_token = training_flops_per_token(parameter_count(model), model.num_layers, width, batch.sequence_length)

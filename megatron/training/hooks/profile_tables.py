@@ -1,4 +1,4 @@
-"""What a profile comes to: the ten kernels that took most time, the ten operators that took most memory."""
+"""Tables of a profile: the ten kernels with the most time, the ten operators with the most memory."""
 
 from collections import Counter
 from typing import Any
@@ -8,12 +8,12 @@ from torch.profiler import profile
 
 ROWS = 10
 LONGEST_NAME = 120  # of a kernel; templates make them longer
-# Operators that only get memory for others: what they get is counted as that of the operator that called them.
-_GETS_MEMORY = ("aten::empty", "aten::new_empty", "aten::resize", "aten::zeros", "aten::new_zeros", "aten::full")
+# Operators that only allocate: their memory counts for the operator that called them.
+_ALLOCATORS = ("aten::empty", "aten::new_empty", "aten::resize", "aten::zeros", "aten::new_zeros", "aten::full")
 
 
 def kernel_table(profiler: profile, on_gpu: bool) -> str:
-    """The most expensive kernels, by time on the GPU; without one operators, by the CPU time that is their own."""
+    """The kernels with the most time on the GPU; on a CPU, the operators with the most self CPU time."""
     found: list[tuple[float, int, str]] = []
     for event in profiler.key_averages():
         if event.is_user_annotation or (event.device_type != DeviceType.CPU) != on_gpu:
@@ -33,26 +33,26 @@ def kernel_table(profiler: profile, on_gpu: bool) -> str:
 
 
 def memory_table(profiler: profile) -> str:
-    """The operators that allocated most in the memory of the host, and the most that was allocated at a time."""
-    taken: Counter[str] = Counter()
+    """The operators that allocated the most host memory, and the peak of all of them."""
+    allocated: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     for event in profiler.events() or []:
         size = event.self_cpu_memory_usage
         if size > 0 and not event.is_user_annotation:
             name = _owner(event)
-            taken[name] += size
+            allocated[name] += size
             calls[name] += 1
-    whole = sum(taken.values()) or 1
-    lines = [f"on a CPU torch takes no snapshot; the {ROWS} of {len(taken)} operators that allocated most instead"]
+    whole = sum(allocated.values()) or 1
+    lines = [f"on a CPU torch takes no snapshot; the {ROWS} of {len(allocated)} operators that allocated most instead"]
     lines.append(f"(at most {peak_bytes(profiler) / 1e6:,.1f} MB above what was there before the first of these steps)")
     lines.append(f"{'share':>7} {'total MB':>12} {'calls':>9}  operator")
-    for name, size in taken.most_common(ROWS):
+    for name, size in allocated.most_common(ROWS):
         lines.append(f"{size / whole:7.1%} {size / 1e6:12,.3f} {calls[name]:9,}  {name[:LONGEST_NAME]}")
     return "\n".join(lines)
 
 
 def peak_bytes(profiler: profile) -> int:
-    """The most that was allocated at a time since the profiler began, more than then. Needs `profile_memory`."""
+    """Peak of allocated bytes above those at the start of the profiler. Needs `profile_memory`."""
     now = most = 0
     results: Any = profiler.profiler
     for event in results.kineto_results.events():
@@ -63,6 +63,6 @@ def peak_bytes(profiler: profile) -> int:
 
 
 def _owner(event: Any) -> str:
-    while event.name.startswith(_GETS_MEMORY) and event.cpu_parent is not None:
+    while event.name.startswith(_ALLOCATORS) and event.cpu_parent is not None:
         event = event.cpu_parent
     return str(event.name)

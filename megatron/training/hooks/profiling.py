@@ -1,4 +1,4 @@
-"""Hook: chosen steps under torch's profiler, and their memory (`profile`, `memory_profiling`)."""
+"""Hook: record chosen steps with torch's profiler, and their memory (`profile`, `memory_profiling`)."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron.config.schema.config import Config
 from megatron.errors import RunError
+from megatron.files import replaced_when_complete
 from megatron.training.clock import Clock
 from megatron.training.hooks.base import NOTHING, FinishedStep, Hook, MicroBatches, Run
 from megatron.training.hooks.profile_tables import kernel_table, memory_table
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ProfileRequest:
-    """What to record, and where it goes. trace, memory: their folders; None: not asked for."""
+    """Which steps to record, and the folders of traces and memory profiles (None: not recorded)."""
 
     steps: range  # numbers of steps, counted from 0
     trace: Path | None
@@ -29,7 +30,7 @@ class ProfileRequest:
 
     @classmethod
     def of(cls, config: Config) -> "ProfileRequest":
-        """As the configuration says."""
+        """As configured."""
         keys = config.profiling
         folder = Path(config.log_folder or ".", "profile")
         memory = Path(keys.memory_profiling_path) if keys.memory_profiling_path else folder
@@ -38,12 +39,12 @@ class ProfileRequest:
 
     @property
     def folders(self) -> list[Path]:
-        """Where files will be written."""
+        """The folders that will be written to."""
         return [folder for folder in (self.trace, self.memory) if folder is not None]
 
 
 class Recording:
-    """Records what a rank does between `start` and `stop`, and writes it. Numbers do not change by it."""
+    """Records a rank between `start` and `stop`, and writes the files. The numerics stay the same."""
 
     def __init__(self, request: ProfileRequest, device: torch.device, rank: int) -> None:
         self._request, self._rank, self._on_gpu = request, rank, device.type == "cuda"
@@ -57,12 +58,12 @@ class Recording:
         )
 
     def warm_up(self) -> None:
-        """Set the profiler up, which on a GPU takes seconds, for a start at some later time."""
+        """Set the profiler up in advance, which takes seconds on a GPU."""
         if self._profiler is not None:
             self._profiler.prepare_trace()
 
     def start(self) -> None:
-        """Record from here on."""
+        """Start recording."""
         if self._snapshot:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.memory._record_memory_history()
@@ -70,9 +71,9 @@ class Recording:
             self._profiler.start_trace()
 
     def stop(self, steps: str) -> tuple[list[Path], list[str]]:
-        """Record no more, and write. Returns the files of this rank, and the tables among them.
+        """Stop recording and write. Returns the files of this rank, and the text of its tables.
 
-        steps: which ones they were, in words. Raises RunError where a file cannot be written.
+        steps: the recorded steps, in words. Raises RunError if a file cannot be written.
         """
         if self._profiler is not None:
             self._profiler.stop_trace()
@@ -89,20 +90,20 @@ class Recording:
         profiler, trace, memory, rank = self._profiler, self._request.trace, self._request.memory, self._rank
         head = f"{steps} on rank {rank}"
         if trace is not None and profiler is not None:
-            files.append(_whole(trace / f"trace_rank_{rank}.json", profiler.export_chrome_trace))
+            files.append(_complete(trace / f"trace_rank_{rank}.json", profiler.export_chrome_trace))
             tables.append(f"{head}: {kernel_table(profiler, self._on_gpu)}")
-            files.append(_whole(trace / f"kernels_rank_{rank}.txt", _text(tables[-1])))
+            files.append(_complete(trace / f"kernels_rank_{rank}.txt", _text(tables[-1])))
         if memory is not None and self._snapshot:
-            files.append(_whole(memory / f"memory_rank_{rank}.pickle", torch.cuda.memory._dump_snapshot))
+            files.append(_complete(memory / f"memory_rank_{rank}.pickle", torch.cuda.memory._dump_snapshot))
             tables.append(f"{head}: at most {torch.cuda.max_memory_allocated() / 1e6:,.1f} MB were allocated")
         elif memory is not None and profiler is not None:
             tables.append(f"{head}: {memory_table(profiler)}")
-            files.append(_whole(memory / f"memory_rank_{rank}.txt", _text(tables[-1])))
+            files.append(_complete(memory / f"memory_rank_{rank}.txt", _text(tables[-1])))
         return files, tables
 
 
 class Profiling(Hook):
-    """Records the wanted steps that the run comes to; what there is, is written at its end, however it ends."""
+    """Records the requested steps of the run; if it ends during them, for whatever reason, writes what there is."""
 
     def __init__(
         self, recording: Recording, steps: range, done: int, clock: Clock, liveness: Liveness | None = None
@@ -115,7 +116,7 @@ class Profiling(Hook):
         self._step: record_function | None = None
 
     def watched(self, batches: Iterator[MicroBatches]) -> Iterator[MicroBatches]:
-        """`batches`, with the recording begun before the first wanted step asks for its own."""
+        """Start recording before the first requested step loads its batch."""
         while True:
             self._before_step()
             yield next(batches)
@@ -134,7 +135,7 @@ class Profiling(Hook):
             self._step.__enter__()
 
     def after_step(self, step: FinishedStep) -> Mapping[str, float]:
-        """End the recording where it is due, before other hooks begin to work."""
+        """Stop recording when it is due, before the other hooks are called."""
         self._done = step.state.step
         self._end_step()
         if self._running and (step.is_last or self._done == self._steps.stop):
@@ -143,12 +144,12 @@ class Profiling(Hook):
         return NOTHING
 
     def close(self) -> None:
-        """Write what there is of a run that failed: a snapshot tells what took the memory that ran out."""
+        """Write what was recorded of a run that failed: the snapshot shows what filled the memory."""
         self._end_step()
         if self._running:
             try:
                 self._write()
-            except (RunError, RuntimeError) as error:  # what ended the run is what has to be seen
+            except (RunError, RuntimeError) as error:  # must not hide the failure of the run
                 log.warning("the profile is not written: %s", error)
 
     def _end_step(self) -> None:
@@ -162,11 +163,11 @@ class Profiling(Hook):
         files, tables = self._recording.stop(_in_words(range(self._begin, max(self._done, self._begin + 1))))
         for table in tables:
             log.info("%s", table)
-        log.info("profile of this rank, and of each other one beside it: %s", ", ".join(map(str, files)))
+        log.info("profile of this rank, next to those of the others: %s", ", ".join(map(str, files)))
 
 
 def profiling(run: Run) -> Profiling | None:
-    """Registry entry: with `profile` or `memory_profiling`, if the run comes to one of the steps."""
+    """Registry entry: with `profile` or `memory_profiling`, if the run includes one of the steps."""
     request = ProfileRequest.of(run.config)
     if not request.folders:
         return None
@@ -186,12 +187,11 @@ def _in_words(steps: range) -> str:
     return f"steps {steps.start + 1} to {steps.stop}" if len(steps) != 1 else f"step {steps.stop}"
 
 
-def _whole(path: Path, write: Callable[[str], object]) -> Path:
-    """Let `write` make the file under another name, which it loses when it is whole."""
-    partial = path.with_name(f"{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(str(partial))
-    return partial.replace(path)
+def _complete(path: Path, write: Callable[[str], object]) -> Path:
+    """Let `write`, a function of a path, make the file, which gets its name when it is complete."""
+    with replaced_when_complete(path, "wb") as partial:
+        write(partial.name)
+    return path
 
 
 def _text(content: str) -> Callable[[str], object]:

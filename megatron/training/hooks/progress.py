@@ -14,7 +14,7 @@ from megatron.training.hooks.base import NOTHING, FinishedStep, Hook, Run
 
 
 class ProgressBar(Hook):
-    """Steps done of steps to do; log lines scroll by above it."""
+    """A bar of the steps done; log lines scroll above it."""
 
     def __init__(self, first_step: int, last_step: int) -> None:
         """Draw the bar at `first_step` steps done."""
@@ -25,16 +25,16 @@ class ProgressBar(Hook):
         )
 
     def after_step(self, step: FinishedStep) -> Mapping[str, float]:
-        """Move on by one step."""
+        """Advance by one step."""
         self._bar.update()
         return NOTHING
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._open.close()
 
 
 def progress(run: Run) -> ProgressBar | None:
-    """Registry entry: on the first rank, if it writes to a terminal; in a file or a pipe a bar is only noise."""
-    watched = dist.get_rank() == 0 and sys.stdout.isatty() and sys.stderr.isatty()
-    return ProgressBar(run.first_step, run.last_step) if watched else None
+    """Registry entry: on rank 0, if it writes to a terminal."""
+    on_terminal = dist.get_rank() == 0 and sys.stdout.isatty() and sys.stderr.isatty()
+    return ProgressBar(run.first_step, run.last_step) if on_terminal else None

@@ -1,13 +1,12 @@
-"""Hook: checkpoints, when they are due and at the end of the run."""
+"""Hook: save checkpoints when they are due and at the end of the run."""
 
-import json
 import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.checkpoint.folder import Retention, best_checkpoint
+from megatron.checkpoint.folder import Retention, best_checkpoint, read_document
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.store import CheckpointWriter
 from megatron.config.schema.run_keys import CheckpointKeys
@@ -21,7 +20,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SaveSteps:
-    """After which steps a checkpoint is due: `factor` apart, or at the powers of `factor`, and at the `extra` ones."""
+    """Steps to save after: every `factor` steps or, if `logarithmic`, the powers of `factor`; and the `extra` ones."""
 
     factor: int | None = None
     logarithmic: bool = False
@@ -44,7 +43,7 @@ class SaveSteps:
 
 
 class Saving(Hook):
-    """Hands the state of the training to the writer of checkpoints when it is time."""
+    """Passes the state of the training to the checkpoint writer when a checkpoint is due."""
 
     def __init__(
         self,
@@ -54,16 +53,16 @@ class Saving(Hook):
         liveness: Liveness | None = None,
         best_loss: float | None = None,
     ) -> None:
-        """best_loss: save whenever validation finds a lower one; None: the best is not kept."""
+        """best_loss: save after each validation with a lower loss; None: the best is not kept."""
         self._writer, self._steps, self._clock, self._liveness = writer, steps, clock, liveness or Liveness()
         self._best_loss = best_loss
 
     def after_step(self, step: FinishedStep) -> Mapping[str, float]:
-        """Save where it is due. Collective over all ranks. Raises RunError where the checkpoint cannot be written."""
+        """Save if due. Collective over all ranks. Raises RunError if the checkpoint cannot be written."""
         loss = step.metrics.get("validation/lm_loss")
         is_best = False
         if self._best_loss is not None and loss is not None:
-            self._writer.finish()  # its thread and this one must not speak at once
+            self._writer.finish()  # its thread and this one must not use the process group at once
             is_best = self._writer.agree(loss < self._best_loss)
             self._best_loss = loss if is_best else self._best_loss
         if is_best or step.is_last or step.state.step in self._steps:
@@ -75,7 +74,7 @@ class Saving(Hook):
             self._liveness.begin("saving")
             started = time.perf_counter()
             self._writer.save(state, loss, is_best)
-        done = "copied, to be written while training goes on," if self._writer.asynchronous else "saved"
+        done = "copied, and is written in the background," if self._writer.asynchronous else "saved"
         best = " (the best so far)" if is_best else ""
         log.info("step %d %s in %.1f s%s", state.step, done, time.perf_counter() - started, best)
 
@@ -101,7 +100,7 @@ def saving(run: Run) -> Saving | None:
 
 
 def best_loss_in(folder: Path) -> float:
-    """The validation loss of the checkpoint that an earlier part of the run called the best; infinite without one."""
+    """The validation loss of the checkpoint that `best` names; infinite without one."""
     best = best_checkpoint(folder)
-    loss = json.loads((best / "progress.json").read_text())["validation_loss"] if best else None
-    return float("inf") if loss is None else float(loss)
+    loss = read_document(best / "progress.json").get("validation_loss") if best else None
+    return float(loss) if isinstance(loss, int | float) else float("inf")

@@ -1,0 +1,73 @@
+"""A fragment of elements, cut into chunks of the whole tensor."""
+
+import math
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+from megatron.checkpoint.chunks import LocalChunks, chunks_of_fragment, tiles
+from megatron.engine.optimizer_state import Fragment
+
+shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4)
+
+
+@st.composite
+def fragments(draw):
+    shape = draw(shapes)
+    total = math.prod(shape)
+    start = draw(st.integers(0, total - 1))
+    return shape, start, draw(st.integers(1, total - start))
+
+
+@given(fragments())
+def test_chunks_cover_a_fragment_exactly_once_and_in_order(fragment):
+    shape, start, numel = fragment
+    numbers = torch.arange(math.prod(shape)).view(shape)
+    covered = []
+    for offsets, sizes, position in chunks_of_fragment(start, numel, shape):
+        assert position == len(covered)
+        chunk = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+        covered += numbers[chunk].flatten().tolist()
+    assert covered == list(range(start, start + numel))
+
+
+@given(fragments())
+def test_a_fragment_needs_at_most_two_chunks_per_dimension_less_one(fragment):
+    shape, start, numel = fragment
+    assert len(list(chunks_of_fragment(start, numel, shape))) <= 2 * len(shape) - 1
+
+
+@given(fragments(), st.integers(1, 5))
+def test_chunks_are_views_of_the_fragment_and_leave_out_padding(fragment, true_rows):
+    shape, start, numel = fragment
+    true_rows = min(true_rows, shape[0])
+    flat = torch.zeros(numel)
+    local = LocalChunks([true_rows, *shape[1:]])
+    held = Fragment(torch.nn.Parameter(torch.zeros(shape)), tuple(shape), start, numel, {})
+    local.add(held, flat, origin=[0] * len(shape))
+    for chunk in local.chunks.values():
+        chunk.fill_(1.0)
+    true_elements = true_rows * math.prod(shape[1:])
+    inside = max(0, min(start + numel, true_elements) - start)
+    assert flat.sum() == inside and bool((flat[:inside] == 1).all())
+
+
+@given(shapes, st.lists(st.integers(1, 30), max_size=4), st.data())
+def test_chunks_tile_if_each_element_is_in_one_of_them_and_in_no_other_case(shape, cuts, data):
+    """Fragments as ranks hold them, then one of them left out, doubled, or moved onto its neighbours."""
+    total = math.prod(shape)
+    ends = sorted({cut % total for cut in cuts} - {0} | {total})
+    chunks = [
+        ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        for start, end in zip([0, *ends], ends, strict=False)
+        for offsets, sizes, _ in chunks_of_fragment(start, end - start, shape)
+    ]
+    chunks = data.draw(st.permutations(chunks))
+    assert tiles(shape, chunks)
+    assert not tiles(shape, chunks[1:])
+    assert not tiles(shape, [*chunks, chunks[0]])
+    equal = [chunk for chunk in chunks[1:] if chunk.sizes == chunks[0].sizes]
+    if equal:  # as large together as the whole
+        assert not tiles(shape, [equal[0] if chunk is chunks[0] else chunk for chunk in chunks])
