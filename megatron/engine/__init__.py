@@ -1,4 +1,1 @@
-"""The only door to DeepSpeed at run time.
-
-A list of layers goes in; train, evaluate, forward and state come out.
-"""
+"""Training, evaluation and inference of a list of layers; the only room that uses DeepSpeed at run time."""

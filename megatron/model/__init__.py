@@ -1,1 +1,1 @@
-"""The model, in plain torch modules; read gpt.py first."""
+"""The model as plain torch modules; read gpt.py first."""

@@ -1,9 +1,9 @@
-"""Self-attention whose heads are cut over the tensor-parallel group.
+"""Self-attention with heads sharded over the tensor-parallel group.
 
-Shapes: b micro-batch, s sequence, h hidden, n query heads and g key/value heads on this rank, r = n/g query heads to a
+Shapes: b micro-batch, s sequence, h hidden, n query heads and g key/value heads on this rank, r = n/g query heads per
 key/value head, d head size.
-One matrix makes queries, keys and values; its rows go by key/value head: the r query heads that share it, the key,
-the value. A tensor-parallel shard is therefore one slice, with grouped queries too.
+One matrix projects to queries, keys and values. Its rows are ordered by key/value head: the r query heads that share
+it, the key, the value. So a tensor-parallel shard is one slice, with grouped queries too.
 """
 
 import torch
@@ -23,12 +23,12 @@ from megatron.registry import resolve
 
 
 class Attention(nn.Module):
-    """Multi-head attention with causal order; with fewer key/value heads it is GQA (https://arxiv.org/abs/2305.13245)."""
+    """Causal multi-head attention; with fewer key/value heads it is GQA (https://arxiv.org/abs/2305.13245)."""
 
     def __init__(
         self, model: ModelPlan, grid: ParallelGrid, index: int, kind: AttentionKind, rotation: Rotation | None
     ) -> None:
-        """index: the number of the layer, its place in the cache. rotation: turns queries and keys by position."""
+        """index: of the layer, also in the cache. rotation: rotary positions for queries and keys, or None."""
         super().__init__()
         width, bias = model.num_attention_heads * model.head_size, model.bias_in_attention
         outputs = width + 2 * model.num_kv_heads * model.head_size
@@ -39,31 +39,31 @@ class Attention(nn.Module):
         self.attend: Attend = resolve("attention_backend", kind)(model, grid.device)
         self.index, self.rotation, self.dropout, self.grid = index, rotation, model.attention_dropout, grid
         self.kv_heads = model.num_kv_heads // grid.size("tensor")
-        self.share = model.num_attention_heads // model.num_kv_heads
+        self.queries_per_key = model.num_attention_heads // model.num_kv_heads
         self.head_size = model.head_size
-        self.separate, self.recount = model.reset_attention_mask, model.reset_position_ids
+        self.reset_mask, self.reset_positions = model.reset_attention_mask, model.reset_position_ids
 
     def forward(self, hidden: Tensor, cache: KVCache | None = None, document_start: Tensor | None = None) -> Tensor:
         """Attend over `hidden` [b, s, h], the same on every tensor-parallel rank; returns [b, s, h].
 
-        Where the sequence is cut over ranks, `hidden` is this rank's part of it, and each rank of the context axis sees
-        the whole sequence for its share of the heads (Ulysses, https://arxiv.org/abs/2309.14509).
-        document_start: int32 [b, s], the column in which each token's document begins; None: in the first.
+        With context parallelism `hidden` is this rank's part of the sequence, and each rank computes its part of the
+        heads over the whole sequence (Ulysses, https://arxiv.org/abs/2309.14509).
+        document_start: int32 [b, s], the column in which each token's document begins; None: column 0.
         One all-reduce forward (in `self.dense`), one backward (in `self.query_key_value`).
         """
         output: Tensor = self.dense(self.heads(hidden, cache, document_start))
         return output
 
     def heads(self, hidden: Tensor, cache: KVCache | None = None, document_start: Tensor | None = None) -> Tensor:
-        """What this rank's heads find, before the output projection: [b, s, h] -> [b, s, n*d]."""
+        """The output of this rank's heads before the output projection: [b, s, h] -> [b, s, n*d]."""
         query, key, value = self._query_key_value(hidden, cache, document_start)
         positions = None
         if cache is not None:
             key, value = cache.append(self.index, key, value)
             positions = cache.visibility()
-        elif document_start is not None and self.separate:
-            places = torch.arange(query.shape[1], device=hidden.device).unsqueeze(0)
-            positions = Positions(places, places, document_start)
+        elif document_start is not None and self.reset_mask:
+            columns = torch.arange(query.shape[1], device=hidden.device).unsqueeze(0)
+            positions = Positions(columns, columns, document_start)
         if not (self.training and self.dropout):
             mixed = self.attend(query, key, value, positions, 0.0)
         else:
@@ -74,23 +74,23 @@ class Attention(nn.Module):
     def _query_key_value(
         self, hidden: Tensor, cache: KVCache | None, document_start: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query [b, s, n, d], key and value [b, s, g, d], turned by position; n/cp and g/cp with context ranks."""
-        parts = self.query_key_value(hidden).unflatten(-1, (self.kv_heads, self.share + 2, self.head_size))
-        queries_and_key, value = parts.split([self.share + 1, 1], dim=3)
+        """Query [b, s, n, d], key and value [b, s, g, d], rotated; n/cp and g/cp heads with context parallelism."""
+        parts = self.query_key_value(hidden).unflatten(-1, (self.kv_heads, self.queries_per_key + 2, self.head_size))
+        queries_and_key, value = parts.split([self.queries_per_key + 1, 1], dim=3)
         if self.norm is not None:
             queries_and_key = self.norm(queries_and_key)
         queries_and_key, value = (exchange(part, 2, 1, self.grid.group("context")) for part in (queries_and_key, value))
         if self.rotation is not None:
             positions = None if cache is None else cache.positions
-            if document_start is not None and self.recount:
+            if document_start is not None and self.reset_positions:
                 positions = positions_in_documents(document_start)
             queries_and_key = self.rotation(queries_and_key, positions)
-        query, key = queries_and_key.split([self.share, 1], dim=3)
+        query, key = queries_and_key.split([self.queries_per_key, 1], dim=3)
         return query.flatten(2, 3), key.squeeze(3), value.squeeze(3)
 
 
 def describe_attention(model: ModelPlan, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """One line for each kind of attention in the model: which layers, which kernel, and why."""
+    """One line for each kind of attention in the model: number of layers, kernel, reason."""
     lines = []
     for kind in dict.fromkeys(model.attention_kinds):
         count = model.attention_kinds.count(kind)

@@ -20,34 +20,34 @@ from megatron.model.document_mask import document_blocks
 
 _SDPA = "torch's scaled_dot_product_attention"
 QUERY_BLOCK, MOST_BLOCKS = 128, 16
-SMALLEST_FLEX_HEAD = 16  # of its kernel on a GPU
-HOPPER = (9, 0)  # what FlashAttention-3 is written for
+SMALLEST_FLEX_HEAD = 16  # on a GPU
+HOPPER = (9, 0)  # the architecture of FlashAttention-3
 _FLASH_TYPES = (torch.float16, torch.bfloat16)
 
 
 class Attend(Protocol):
-    """A kernel, ready for one layer's tensors."""
+    """An attention kernel for one layer."""
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions | None, dropout: float
     ) -> Tensor:
         """Query [b, s, n, d], key and value [b, k, g, d] -> [b, s, n, d].
 
-        positions: None if the queries stand at the end of the keys and see all keys up to their own.
-        dropout: probability with which an attention weight is dropped.
+        positions: None: the queries are the last of the keys and see all keys up to their own.
+        dropout: probability of dropping an attention weight.
         """
         ...
 
     def describe(self, dtype: torch.dtype) -> str:
-        """What computes for tensors of `dtype`, and why: for the start-up line."""
+        """The kernel used for tensors of `dtype` and the reason, for the start-up line."""
         ...
 
 
 class ScaledDotProduct:
-    """torch's scaled_dot_product_attention, which chooses among its own flash, memory-efficient and plain kernels."""
+    """torch's scaled_dot_product_attention, which chooses a flash, memory-efficient or plain kernel."""
 
     def __init__(self, window: int | None = None, reason: str = "") -> None:
-        """window: keys that a query sees, itself included; None: all that came before."""
+        """window: keys that a query sees, its own included; None: all before it. reason: for `describe`."""
         self.window, self.reason = window, reason
 
     def describe(self, dtype: torch.dtype) -> str:
@@ -61,8 +61,8 @@ class ScaledDotProduct:
         """Attend; see `Attend`."""
         queries, keys = query.shape[1], key.shape[1]
         if positions is None and (queries not in (1, keys) or (self.window or keys) < keys):
-            places = torch.arange(keys, device=query.device).unsqueeze(0)
-            positions = Positions(places[:, keys - queries :], places)
+            columns = torch.arange(keys, device=query.device).unsqueeze(0)
+            positions = Positions(columns[:, keys - queries :], columns)
         mixed = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -76,10 +76,10 @@ class ScaledDotProduct:
 
 
 class QueryBlocks(ScaledDotProduct):
-    """Causal attention as matrix products of blocks of queries with the keys up to theirs, for compiled code on a CPU.
+    """Causal attention as matrix products of query blocks with the keys before them, for compiled code on a CPU.
 
-    torch's own kernel takes 1.5 to 2 times as long there. Scores are kept for the backward pass, half of s x s, so
-    that long sequences go through torch's kernel, and so does everything that is not compiled.
+    torch's kernel takes 1.5 to 2 times as long there. Half of the s x s scores are stored for the backward pass, so
+    long sequences use torch's kernel, as does everything that is not compiled.
     """
 
     def describe(self, dtype: torch.dtype) -> str:
@@ -103,11 +103,11 @@ class QueryBlocks(ScaledDotProduct):
 
 
 def _last_queries(query: Tensor, key: Tensor, value: Tensor, start: int) -> Tensor:
-    """Queries [b, n, s, d] that stand from `start` on, over the keys and values [b, n, k, d] up to their own."""
+    """Attention of queries [b, n, s, d], whose first column is `start`, over keys and values [b, n, k, d]."""
     end = start + query.shape[2]
-    places = torch.arange(end, device=query.device)
+    columns = torch.arange(end, device=query.device)
     scores = (query @ key[:, :, :end].transpose(-1, -2)).float() * query.shape[-1] ** -0.5
-    weights = scores.masked_fill(places[start:].unsqueeze(1) < places, float("-inf")).softmax(-1)
+    weights = scores.masked_fill(columns[start:].unsqueeze(1) < columns, float("-inf")).softmax(-1)
     mixed: Tensor = weights.to(query.dtype) @ value[:, :, :end]
     return mixed
 
@@ -115,7 +115,7 @@ def _last_queries(query: Tensor, key: Tensor, value: Tensor, start: int) -> Tens
 class FlashAttention(ScaledDotProduct):
     """flash_attn_func of the package flash-attn (https://arxiv.org/abs/2307.08691).
 
-    What it cannot do goes through torch's kernel: fp32, and left-padded batches, which it has no mask for.
+    fp32 and left-padded batches, which it does not support, use torch's kernel.
     """
 
     source = "of the package flash-attn"
@@ -142,7 +142,7 @@ class FlashAttention(ScaledDotProduct):
 
 
 class FlashAttention3(FlashAttention):
-    """flash_attn_func of FlashAttention-3 (https://arxiv.org/abs/2407.08608), for Hopper; it has no dropout."""
+    """flash_attn_func of FlashAttention-3 (https://arxiv.org/abs/2407.08608), for Hopper, without dropout."""
 
     source = "of FlashAttention-3"
 
@@ -154,17 +154,17 @@ class FlashAttention3(FlashAttention):
             return ScaledDotProduct.__call__(self, query, key, value, positions, dropout)
         same_bits = torch.are_deterministic_algorithms_enabled()
         mixed: Tensor | tuple[Tensor, Tensor] = self.function(query, key, value, causal=True, deterministic=same_bits)
-        return mixed[0] if isinstance(mixed, tuple) else mixed  # some versions add the sums of the softmax
+        return mixed[0] if isinstance(mixed, tuple) else mixed  # some versions also return the softmax's log-sum-exp
 
 
 class FlexAttention(ScaledDotProduct):
-    """torch's FlexAttention (https://arxiv.org/abs/2412.05496) within documents or a window; else its usual kernel.
+    """torch's FlexAttention (https://arxiv.org/abs/2412.05496) within documents or a window.
 
-    Only what a query may see is computed, and no s x s mask is made.
+    It skips blocks that no query sees and needs no s x s mask. Everything else uses scaled_dot_product_attention.
     """
 
     def __init__(self, window: int | None = None, compiled: bool = True) -> None:
-        """window: keys that a query sees, itself included. compiled: False computes all s x s scores, for tests."""
+        """window: keys that a query sees, its own included. compiled: False computes all s x s scores, for tests."""
         super().__init__(window)
         self.function = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 
@@ -175,7 +175,7 @@ class FlexAttention(ScaledDotProduct):
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions | None, dropout: float
     ) -> Tensor:
-        """Attend; see `Attend`. It has no dropout."""
+        """Attend; see `Attend`. Dropout is not supported."""
         first = self._first_seen(query, key, positions)
         if first is None:
             return super().__call__(query, key, value, positions, dropout)
@@ -185,27 +185,27 @@ class FlexAttention(ScaledDotProduct):
         return mixed.transpose(1, 2)
 
     def _first_seen(self, query: Tensor, key: Tensor, positions: Positions | None) -> Tensor | None:
-        """The first key that each query sees but for the window, [b, s]; None: this kernel has nothing to spare."""
+        """The first key that each query sees, ignoring the window, [b, s]; None: this kernel would skip nothing."""
         if positions is not None:
             return positions.first
-        # prompts come in all lengths, and each would be compiled for itself; in training there is one
+        # each length of a prompt would compile again; training has one length
         if self.window is None or not torch.is_grad_enabled() or key.shape[1] <= self.window:
             return None
         return torch.zeros(query.shape[:2], dtype=torch.int32, device=query.device)
 
 
 def global_attention(model: ModelPlan, device: torch.device) -> Attend:
-    """Attention to all tokens before, by torch."""
+    """Attention to all earlier tokens, by torch."""
     return _by_blocks(model, device) or (QueryBlocks() if device.type == "cpu" else ScaledDotProduct())
 
 
 def local_attention(model: ModelPlan, device: torch.device) -> Attend:
-    """Attention to the last `sliding_window` tokens, by torch: by blocks on a GPU, else with a mask."""
+    """Attention to the last `sliding_window` tokens, by torch: in blocks on a GPU, otherwise with a mask."""
     return _by_blocks(model, device, model.sliding_window) or ScaledDotProduct(model.sliding_window)
 
 
 def flash_attention(model: ModelPlan, device: torch.device) -> Attend:
-    """Attention to all tokens before, by the package flash-attn where it can run, else by torch."""
+    """Attention to all earlier tokens, by the package flash-attn if it can run, otherwise by torch."""
     if (attend := _by_blocks(model, device)) is not None:
         return attend
     if device.type != "cuda":
@@ -221,13 +221,13 @@ def flash_attention(model: ModelPlan, device: torch.device) -> Attend:
             return FlashAttention3(flash_attn_3_func)
     try:
         from flash_attn import flash_attn_func
-    except ImportError as error:  # not there, or built for another torch
+    except ImportError as error:  # not installed, or built for another torch
         return ScaledDotProduct(reason=f"flash-attn cannot be imported: {error}")
     return FlashAttention(flash_attn_func)
 
 
 def _by_blocks(model: ModelPlan, device: torch.device, window: int | None = None) -> Attend | None:
-    """The kernel for documents that are kept apart, and for windows; None: one with a mask, or no mask at all."""
+    """FlexAttention if the model masks documents or uses a window on a GPU; otherwise None."""
     if device.type != "cuda" or not (model.reset_attention_mask or (window and not model.attention_dropout)):
         return None
     if model.head_size < SMALLEST_FLEX_HEAD:

@@ -1,18 +1,18 @@
-"""Attention within documents on a GPU: the mask of FlexAttention, which says block by block what is looked at.
+"""FlexAttention's block mask for attention within documents on a GPU.
 
 Shapes: b micro-batch, s sequence, c = ceil(s / 128) blocks of 128.
 
-Where a document begins never decreases along a sequence. So what a block of 128 queries sees is a range of blocks of
-keys: from the one in which the document of its first query begins, to its own. Of these the blocks before its own that
-lie within the document of its last query are seen whole. The mask is made of these ranges, c x c bits for a sequence;
-nothing of the size s x s exists at any time.
+Document starts never decrease along a sequence. So a block of 128 queries sees a range of key blocks: from the block in
+which the document of its first query begins to its own. Of these, the blocks before its own that lie within the
+document of its last query are fully visible. The mask is built from these ranges, with c x c entries per sequence; no
+s x s tensor is ever created.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-BLOCK = 128  # queries and keys that the kernel handles together
+BLOCK = 128  # queries or keys in a block of the kernel
 
 
 def document_blocks(first: Tensor, window: int | None = None) -> BlockMask:
@@ -22,15 +22,18 @@ def document_blocks(first: Tensor, window: int | None = None) -> BlockMask:
     """
     length, device = first.shape[1], first.device
     blocks = torch.arange(-(-length // BLOCK), device=device)
-    begin, end = blocks * BLOCK, (blocks * BLOCK + BLOCK - 1).clamp(max=length - 1)  # first and last query of each
-    lowest, highest = first[:, begin], first[:, end]  # where the keys of these queries begin, [b, c]
+    begin, end = (
+        blocks * BLOCK,
+        (blocks * BLOCK + BLOCK - 1).clamp(max=length - 1),
+    )  # first and last query
+    lowest, highest = first[:, begin], first[:, end]  # the first keys of these queries, [b, c]
     if window is not None:
         lowest, highest = torch.maximum(lowest, begin - window + 1), torch.maximum(highest, end - window + 1)
     rows, columns = blocks[:, None], blocks[None, :]
     seen = (columns <= rows) & (columns >= (lowest // BLOCK)[:, :, None])
-    # a block that the end cuts off sees none whole, as torch has it
+    # an incomplete last block is never fully visible, as in torch
     whole = (columns < rows) & (begin[None, :] >= highest[:, :, None]) & (begin + BLOCK <= length)[:, None]
-    padded = torch.nn.functional.pad(first, (0, len(blocks) * BLOCK - length))  # a kernel may look behind the end
+    padded = torch.nn.functional.pad(first, (0, len(blocks) * BLOCK - length))  # a kernel may read past the end
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         visible = (key <= query) & (key >= padded[batch, query])
@@ -42,6 +45,6 @@ def document_blocks(first: Tensor, window: int | None = None) -> BlockMask:
 
 
 def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of blocks how many are chosen, and which, these first: [b, c, c] -> [b, 1, c] and [b, 1, c, c]."""
+    """Counts and indices of the chosen blocks of each row, chosen first: [b, c, c] -> [b, 1, c] and [b, 1, c, c]."""
     order = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True)
     return chosen.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None].contiguous()

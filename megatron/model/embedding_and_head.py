@@ -25,7 +25,7 @@ class Embedding(VocabParallelEmbedding):
         super().__init__(model.vocab_size, model.padded_vocab_size, model.hidden_size, init, grid)
         self.positions = kind.at_embedding(model, grid) if kind and kind.at_embedding else None
         self.dropout, self.max_positions = model.hidden_dropout, model.max_position_embeddings
-        self.recount = model.reset_position_ids
+        self.reset_positions = model.reset_position_ids
 
     def forward(self, inputs: LayerInput, cache: KVCache | None = None) -> LayerInput:  # type: ignore[override]
         """Token ids [b, s] int64 -> [b, s, h]. With a cache the tokens are its next step.
@@ -43,7 +43,7 @@ class Embedding(VocabParallelEmbedding):
         hidden = super().forward(tokens)
         if self.positions is not None:
             positions = None if cache is None else cache.positions
-            if document_start is not None and self.recount:
+            if document_start is not None and self.reset_positions:
                 positions = positions_in_documents(document_start)[:, self.grid.own_tokens(hidden.shape[1])]
             hidden = self.positions(hidden, positions)
         return pack(dropout(hidden, self.dropout, self.training, self.grid), document_start)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.parallel.grid import ParallelGrid
-from megatron.parallel.layers import of_all_parts, zeros
+from megatron.parallel.layers import replicated_parameter, zeros
 from megatron.parallel.parameter import new_parameter
 
 
@@ -29,7 +29,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[b, s, h] -> [b, s, h]."""
-        weight, bias = of_all_parts(self.weight, self.grid), of_all_parts(self.bias, self.grid)
+        weight, bias = replicated_parameter(self.weight, self.grid), replicated_parameter(self.bias, self.grid)
         return F.layer_norm(hidden, weight.shape, weight, bias, self.epsilon)
 
 
@@ -43,4 +43,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[b, s, h] -> [b, s, h]."""
-        return F.rms_norm(hidden, self.weight.shape, of_all_parts(self.weight, self.grid), self.epsilon)
+        return F.rms_norm(hidden, self.weight.shape, replicated_parameter(self.weight, self.grid), self.epsilon)

@@ -1,6 +1,6 @@
-"""Position embeddings: where a model learns the order of its tokens.
+"""Position embeddings.
 
-Shapes: b micro-batch, s sequence, h hidden, n heads (of any kind), d head size, p the part of d that is turned,
+Shapes: b micro-batch, s sequence, h hidden, n heads (of any kind), d head size, p the rotated part of d,
 m max_position_embeddings. Positions are [b, s] int64, or None for 0 to s-1 in every sequence.
 """
 
@@ -15,7 +15,7 @@ from megatron.config.plan import ModelPlan, RopeScaling
 from megatron.errors import UserError
 from megatron.model.init import weight_initialisers
 from megatron.parallel.grid import ParallelGrid
-from megatron.parallel.layers import of_all_parts
+from megatron.parallel.layers import replicated_parameter
 from megatron.parallel.parameter import new_parameter
 
 Rotation = Callable[[Tensor, Tensor | None], Tensor]  # (queries or keys [b, s, ..., d], positions) -> the same shape
@@ -23,14 +23,14 @@ Rotation = Callable[[Tensor, Tensor | None], Tensor]  # (queries or keys [b, s, 
 
 @dataclass(frozen=True)
 class PositionEmbedding:
-    """A kind of position embedding: what it adds at the embedding, and how it turns queries and keys."""
+    """A kind of position embedding: a module after the token embedding, a rotation of queries and keys, or neither."""
 
     at_embedding: Callable[[ModelPlan, ParallelGrid], nn.Module] | None = None  # forward(hidden, positions) -> hidden
-    at_attention: Callable[[ModelPlan, ParallelGrid], Rotation] | None = None  # made once, shared by all layers
+    at_attention: Callable[[ModelPlan, ParallelGrid], Rotation] | None = None  # one for all layers
 
 
 class LearnedTable(nn.Module):
-    """A learned vector for each position, added to the token's vector. Every tensor-parallel rank has it whole."""
+    """A learned vector for each position, added to the token's vector; replicated over tensor-parallel ranks."""
 
     def __init__(self, model: ModelPlan, grid: ParallelGrid) -> None:
         super().__init__()
@@ -39,22 +39,22 @@ class LearnedTable(nn.Module):
         self.weight = new_parameter((model.max_position_embeddings, model.hidden_size), None, initialise, grid)
 
     def forward(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
-        """[b, s, h] -> [b, s, h]; where the sequence is cut over ranks, this rank's part of it and of the positions."""
-        table = of_all_parts(self.weight, self.grid)
+        """[b, s, h] -> [b, s, h]; if the sequence is sharded, `hidden` and `positions` are this rank's part."""
+        table = replicated_parameter(self.weight, self.grid)
         if positions is None:
             return hidden + table[self.grid.own_tokens(hidden.shape[1])]
         return hidden + F.embedding(positions, table)
 
 
 class RotaryTable:
-    """Rotary positions (https://arxiv.org/abs/2104.09864), each half of the turned part against the other.
+    """Rotary positions (https://arxiv.org/abs/2104.09864) that pair element i with i + p/2.
 
-    The first p = head_size * rotary_fraction elements of a head are turned, the rest is left alone. Angles are fp32
-    and belong to no module, so that casting a model to bf16 leaves them exact.
+    The first p = head_size * rotary_fraction elements of a head are rotated, the others are unchanged. Angles are fp32
+    and not part of a module, so that casting the model to bf16 does not round them.
     """
 
     def __init__(self, model: ModelPlan, grid: ParallelGrid) -> None:
-        """Raise UserError if the turned part is not an even number of elements."""
+        """Raise UserError if p is odd or 0."""
         self.width = int(model.head_size * model.rotary_fraction)
         if self.width == 0 or self.width % 2:
             raise UserError(
@@ -62,16 +62,16 @@ class RotaryTable:
                 " it must be an even number, at least 2"
             )
         exponents = torch.arange(0, self.width, 2, dtype=torch.float32) / self.width
-        frequencies = stretched(1.0 / model.rotary_base**exponents, model.rope_scaling)
+        frequencies = scaled_frequencies(1.0 / model.rotary_base**exponents, model.rope_scaling)
         angles = torch.outer(torch.arange(model.max_position_embeddings, dtype=torch.float32), frequencies)
         self.cosine, self.sine = (f(angles).to(grid.device) for f in (torch.cos, torch.sin))  # [m, p/2]
 
     def __call__(self, heads: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Turn queries or keys [b, s, ..., d] by their positions; computed in fp32, returned in their own type."""
+        """Rotate queries or keys [b, s, ..., d] by their positions, in fp32; returns the input's type."""
         cosine, sine = (self._at(table, heads, positions) for table in (self.cosine, self.sine))
         first, second, rest = heads.split([self.width // 2, self.width // 2, heads.shape[-1] - self.width], dim=-1)
-        turned = (first * cosine - second * sine, second * cosine + first * sine)
-        return torch.cat((*turned, rest), dim=-1).to(heads.dtype)
+        rotated = (first * cosine - second * sine, second * cosine + first * sine)
+        return torch.cat((*rotated, rest), dim=-1).to(heads.dtype)
 
     @staticmethod
     def _at(table: Tensor, heads: Tensor, positions: Tensor | None) -> Tensor:
@@ -80,12 +80,12 @@ class RotaryTable:
         return rows.view(*rows.shape[:2], *(1,) * (heads.dim() - 3), rows.shape[-1])
 
 
-def stretched(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
-    """Rotary frequencies [p/2], in radians per token, for a model that is made for longer texts.
+def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
+    """Rotary frequencies [p/2], in radians per token, scaled for longer contexts.
 
-    linear: Position Interpolation (https://arxiv.org/abs/2306.15595). llama3: wavelengths that the original context
-    holds many times stay, those it hardly holds are stretched, with a straight blend of the two frequencies between
-    (https://arxiv.org/abs/2407.21783; the four numbers are those of the published config.json).
+    linear: Position Interpolation (https://arxiv.org/abs/2306.15595). llama3: high frequencies are unchanged, low ones
+    are divided by the factor, and those between are interpolated linearly (https://arxiv.org/abs/2407.21783; the four
+    numbers are those of the published config.json).
     """
     if scaling is None:
         return frequencies
@@ -97,18 +97,18 @@ def stretched(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
 
 
 def document_starts(tokens: Tensor, end: int) -> Tensor:
-    """For each token the column in which its document begins: int32 [b, s] from tokens [b, s].
+    """The column in which each token's document begins: int32 [b, s] from tokens [b, s].
 
-    A document lasts up to and with its `end`; the first one of a sample may have begun before, and counts from there.
+    A document ends with its `end` token. The first one of a sample starts in column 0, even if it began earlier.
     """
-    places = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
+    columns = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
     begins = torch.zeros_like(tokens, dtype=torch.int32)
-    begins[:, 1:] = torch.where(tokens[:, :-1] == end, places[1:], 0)
+    begins[:, 1:] = torch.where(tokens[:, :-1] == end, columns[1:], 0)
     return begins.cummax(dim=1).values
 
 
 def positions_in_documents(document_start: Tensor) -> Tensor:
-    """Positions counted from where each document begins: int32 [b, s] -> int64 [b, s]."""
+    """Positions relative to each document's start: int32 [b, s] -> int64 [b, s]."""
     return torch.arange(document_start.shape[1], device=document_start.device) - document_start
 
 

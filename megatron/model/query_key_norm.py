@@ -1,7 +1,7 @@
-"""RMSNorm of queries and keys before positions are turned in.
+"""RMSNorm of queries and keys before rotary positions.
 
-Shapes: b micro-batch, s sequence, n query heads and g key/value heads on this rank, r = n/g query heads to a key/value
-head, d head size. Heads come as attention has them: for each key/value head its r query heads and then the key.
+Shapes: b micro-batch, s sequence, n query heads and g key/value heads on this rank, r = n/g query heads per key/value
+head, d head size. Heads are ordered as in attention: for each key/value head its r query heads, then the key.
 """
 
 import torch
@@ -15,7 +15,7 @@ from megatron.parallel.parameter import new_parameter
 
 
 class Weight(nn.Module):
-    """The weight of a norm that another module computes."""
+    """The weight of a norm that its parent module computes."""
 
     def __init__(self, size: int, shard_dim: int | None, grid: ParallelGrid) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class Weight(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """Each head by its own mean square (Qwen 3, https://arxiv.org/abs/2505.09388); all heads share a weight [d]."""
+    """RMSNorm of each head (Qwen 3, https://arxiv.org/abs/2505.09388); all heads share a weight [d]."""
 
     def __init__(self, model: ModelPlan, grid: ParallelGrid) -> None:
         super().__init__()
@@ -31,16 +31,16 @@ class HeadNorm(nn.Module):
         self.group, self.epsilon = grid.group("tensor"), model.norm_epsilon
 
     def forward(self, heads: Tensor) -> Tensor:
-        """[b, s, g, r+1, d] -> the same shape. Two all-reduces of [d] backward: every rank's heads use the weights."""
+        """[b, s, g, r+1, d] -> the same shape. Two all-reduces of [d] backward, for the replicated weights."""
         query, key = (copy_to_group(norm.weight, self.group) for norm in (self.query, self.key))
         weights = torch.cat((query.expand(heads.shape[3] - 1, -1), key.unsqueeze(0)))
         return torch.nn.functional.rms_norm(heads, heads.shape[-1:], None, self.epsilon) * weights
 
 
 class FullNorm(nn.Module):
-    """All queries of a token by one mean square, and all keys (OLMo 2, https://arxiv.org/abs/2501.00656).
+    """RMSNorm over all queries of a token, and over all keys (OLMo 2, https://arxiv.org/abs/2501.00656).
 
-    The weights, [all query heads * d] and [all key heads * d], are cut over the tensor-parallel group as the heads are.
+    The weights, [all query heads * d] and [all key heads * d], are sharded like the heads.
     """
 
     def __init__(self, model: ModelPlan, grid: ParallelGrid) -> None:
@@ -55,7 +55,7 @@ class FullNorm(nn.Module):
         wide = heads.float()
         squares = wide.square().sum(dim=(2, 4))  # [b, s, r+1]
         sums = torch.stack((squares[..., :share].sum(-1), squares[..., share]), dim=-1)
-        # every rank's heads are scaled by the sum of all: its gradient is a sum over the ranks too
+        # every rank uses the total sum, so its gradient is a sum over the ranks as well
         sums = copy_to_group(reduce_from_group(sums, self.group), self.group)
         scales = (sums / sums.new_tensor(self.widths) + self.epsilon).rsqrt()
         scales = torch.cat((scales[..., :1].expand(-1, -1, share), scales[..., 1:]), dim=-1)[:, :, None, :, None]
@@ -64,7 +64,7 @@ class FullNorm(nn.Module):
 
 
 def query_key_norm(model: ModelPlan, grid: ParallelGrid) -> nn.Module | None:
-    """The norm that the model has, if any."""
+    """The norm that `model` requires, or None."""
     if model.qk_norm is None:
         return None
     return HeadNorm(model, grid) if model.qk_norm == "head" else FullNorm(model, grid)

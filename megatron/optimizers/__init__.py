@@ -1,1 +1,1 @@
-"""Optimizers and learning-rate schedules in plain torch."""
+"""Optimizers and learning-rate schedules, in plain torch."""

@@ -1,8 +1,7 @@
 """Optimizers by name, and which parameters they decay.
 
-An optimizer is a function of groups and plan that returns a torch optimizer, and a line in the registry; what else has
-to be known of it is found out by trying (`traits.py`). The engine hands the result to DeepSpeed, which shards it.
-Plain torch.
+An optimizer is a function of groups and plan that returns a torch optimizer, with an entry in the registry. Its traits
+are found by running it (`traits.py`). The engine passes it to DeepSpeed, which shards it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,9 +23,9 @@ def build_optimizer(parameters: Iterable[nn.Parameter], plan: OptimizerPlan) -> 
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices decay, vectors (biases, norm weights) do not. An empty group is left out.
+    """Two groups: matrices decay, vectors (biases, norm weights) do not. Empty groups are omitted.
 
-    Decay pulls towards zero, which is no natural centre for a norm's scale or for a bias.
+    Zero is not a natural centre for a norm's scale or a bias.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
@@ -42,8 +41,8 @@ def adamw(groups: Sequence[dict[str, Any]], plan: OptimizerPlan) -> Optimizer:
 
 
 def sgd(groups: Sequence[dict[str, Any]], plan: OptimizerPlan) -> Optimizer:
-    """Stochastic gradient descent, fused as well; the first of `betas` is its momentum.
+    """Stochastic gradient descent in one fused kernel; the first of `betas` is its momentum.
 
-    Its weight decay is L2: added to the gradient, and so part of the momentum.
+    Its weight decay is L2: added to the gradient, and thus part of the momentum.
     """
     return torch.optim.SGD(groups, lr=plan.learning_rate, momentum=plan.betas[0], fused=True)

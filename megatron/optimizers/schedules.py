@@ -1,7 +1,7 @@
 """Learning rate as a pure function of the step.
 
-Nothing to save, nothing to restore: a resumed run asks for the same step and gets the same rate.
-Every schedule warms up linearly, then decays from `peak` towards `minimum` and stays where it ends.
+A resumed run computes the same rate for the same step, so checkpoints store no schedule.
+Every schedule warms up linearly, decays from `peak` towards `minimum`, and stays at its final value.
 """
 
 import math
@@ -13,7 +13,7 @@ from megatron.config.plan import SchedulePlan
 def learning_rate(schedule: SchedulePlan, step: int) -> float:
     """The rate for `step` (0 is the first step of the run).
 
-    Warm-up reaches `peak` at step `warmup_steps`; step 0 already moves, by `peak / (warmup_steps + 1)`.
+    Warm-up reaches `peak` at step `warmup_steps`; the rate of step 0 is `peak / (warmup_steps + 1)`.
     """
     if step < schedule.warmup_steps:
         return schedule.peak * (step + 1) / (schedule.warmup_steps + 1)
@@ -24,7 +24,7 @@ def learning_rate(schedule: SchedulePlan, step: int) -> float:
 
 
 def constant(progress: float, peak: float, minimum: float) -> float:
-    """No decay: `peak` for ever."""
+    """No decay: always `peak`."""
     return peak
 
 

@@ -1,9 +1,9 @@
-"""What the engine and the checkpoints must know of an optimizer, found out by trying it on a handful of numbers.
+"""Properties of an optimizer that the engine and checkpoints depend on, found by running it on a small tensor.
 
-So an optimizer declares nothing: it is a torch optimizer, one entry of the registry. In a run it steps pieces of
-flattened parameters, and its state is cut, moved and put together again element by element. That changes nothing for
-optimizers that treat each element by itself (Adam, SGD, Lion, ...); one that looks at whole matrices (Muon, Shampoo,
-LAMB's norms) would train otherwise under every layout, and is refused.
+So an optimizer declares nothing: it is a torch optimizer with a registry entry. In a run it steps fragments of
+flattened parameters, and its state is resharded element by element. That is correct for element-wise optimizers (Adam,
+SGD, Lion, ...). One that uses whole matrices (Muon, Shampoo, LAMB's norms) would train differently under each layout
+and is refused.
 """
 
 from collections.abc import Sequence
@@ -23,15 +23,15 @@ _SHAPE, _UPDATES = (4, 6), 3
 
 @dataclass(frozen=True)
 class OptimizerTraits:
-    """The state that an optimizer keeps for each tensor it steps, and how it is told to leave an update out."""
+    """The state that an optimizer keeps for each tensor it steps, and how it skips an update."""
 
     moments: dict[str, float]  # names of tensors shaped like the parameter -> their elements before the first update
-    counters: tuple[str, ...]  # names of numbers that say how many updates there were
-    counts_in_tensors: bool  # whether those are tensors of one element
-    on_device: bool  # it reads `found_inf` and keeps its counters where the parameter is, as torch's fused ones do
+    counters: tuple[str, ...]  # names of the counts of updates
+    counts_in_tensors: bool  # whether counters are tensors of one element
+    on_device: bool  # like torch's fused ones, it reads `found_inf` and keeps counters on the device
 
     def fill(self, state: dict[str, Any], stepped: Tensor) -> None:
-        """Put what is missing into the `state` kept for the tensor `stepped`, as before the first update."""
+        """Add missing entries to the `state` of the tensor `stepped`, with their values before the first update."""
         for name, value in self.moments.items():
             if name not in state:
                 state[name] = torch.full_like(stepped.detach(), value, memory_format=torch.preserve_format)
@@ -42,13 +42,13 @@ class OptimizerTraits:
 
 
 def traits_of(plan: OptimizerPlan) -> OptimizerTraits:
-    """Try the optimizer that `plan.kind` names.
+    """The traits of the optimizer that `plan.kind` names.
 
-    Raises UserError where it cannot be sharded: its update of an element depends on other elements, or it keeps state
+    Raises UserError if it cannot be sharded: its update of an element depends on other elements, or it keeps state
     that is neither shaped like the parameter nor a count of updates.
     """
     try:
-        # where nothing pulls, neither a gradient nor a decay, moments stay what they are before the first update
+        # without gradient and decay, moments keep their values from before the first update
         optimizer, parameter = _stepped(replace(plan, weight_decay=0.0), [torch.zeros(_SHAPE)])
         traits = _traits(optimizer, optimizer.state[parameter])
         gradients = list(torch.randn((_UPDATES, *_SHAPE), generator=torch.Generator().manual_seed(1)))
@@ -56,14 +56,14 @@ def traits_of(plan: OptimizerPlan) -> OptimizerTraits:
     except (ValueError, RuntimeError, TypeError, KeyError) as error:
         raise _refusal(plan.kind, f"{type(error).__name__}: {error}") from error
     if not torch.equal(whole[1].detach().flatten(), flat[1].detach()):
-        raise _refusal(plan.kind, "a matrix and the same numbers in a row get different updates")
+        raise _refusal(plan.kind, "a matrix and its flattened copy get different updates")
     return traits
 
 
 def _stepped(
     plan: OptimizerPlan, gradients: Sequence[Tensor], traits: OptimizerTraits | None = None
 ) -> tuple[Optimizer, nn.Parameter]:
-    """The optimizer after one update for each gradient. traits: its state is made beforehand, as in a run."""
+    """The optimizer after one update per gradient. traits: create its state beforehand, as in a run."""
     parameter = nn.Parameter(torch.ones_like(gradients[0]))
     build = registry.resolve("optimizer", plan.kind)
     optimizer: Optimizer = build([{"params": [parameter], "weight_decay": plan.weight_decay}], plan)
@@ -77,7 +77,7 @@ def _stepped(
 
 
 def _traits(optimizer: Optimizer, state: dict[str, Any]) -> OptimizerTraits:
-    """Sort the state after one update by a gradient of zeros."""
+    """Classify the state after one update with a zero gradient."""
     kept = {name: value for name, value in state.items() if value is not None}
     shaped = {name: v for name, v in kept.items() if isinstance(v, Tensor) and tuple(v.shape) == _SHAPE}
     counters = {name: value for name, value in kept.items() if name not in shaped}

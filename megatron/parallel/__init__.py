@@ -1,1 +1,1 @@
-"""One model over many ranks: groups, cut layers, random streams."""
+"""One model over many ranks: process groups, sharded layers, random streams."""

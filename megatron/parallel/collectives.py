@@ -1,7 +1,7 @@
-"""Collectives over a process group that gradients can pass through.
+"""Differentiable collectives over a process group.
 
-Shapes: b micro-batch, s the sequence or the part of it that is talked about, p ranks of the group.
-With one rank in the group each is the identity and costs nothing.
+Shapes: b micro-batch, s sequence, p ranks of the group.
+In a group of one rank each function returns its input.
 """
 
 from typing import Any
@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 
 
 def copy_to_group(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Hand a tensor that all ranks have alike to computations that differ by rank.
+    """Use a replicated tensor in computations that differ by rank.
 
-    Identity forward; one all-reduce backward, which sums what the ranks' computations say about it.
+    Identity forward; one all-reduce of the gradient backward.
     """
     return tensor if dist.get_world_size(group) == 1 else _CopyToGroup.apply(tensor, group)
 
@@ -26,17 +26,17 @@ def reduce_from_group(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def gather_from_group(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Concatenate the ranks' slices along the last dimension, the same on every rank.
+    """Concatenate the ranks' slices along the last dimension, on every rank.
 
-    One all-gather forward; backward keeps this rank's slice, with no communication.
+    One all-gather forward; backward keeps this rank's slice without communication.
     """
     return tensor if dist.get_world_size(group) == 1 else _GatherFromGroup.apply(tensor, group)
 
 
 def gather_sequence(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Join the ranks' parts of a sequence: [b, s/p, ...] -> [b, s, ...], for computations that differ by rank.
+    """Gather a sharded sequence for computations that differ by rank: [b, s/p, ...] -> [b, s, ...].
 
-    One all-gather forward; one reduce-scatter backward, which sums what the ranks' computations say about a part.
+    One all-gather forward; one reduce-scatter of the gradient backward.
     """
     return tensor if dist.get_world_size(group) == 1 else _GatherSequence.apply(tensor, group)
 
@@ -50,15 +50,15 @@ def scatter_sequence(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def exchange(tensor: Tensor, split: int, join: int, group: dist.ProcessGroup) -> Tensor:
-    """Cut `tensor` along `split` into a part for each rank, and join along `join` the parts that come from them.
+    """Split `tensor` along dimension `split` over the ranks, and concatenate the received parts along `join`.
 
-    One all-to-all forward, and the opposite one backward (https://arxiv.org/abs/2309.14509).
+    One all-to-all forward and its inverse backward (https://arxiv.org/abs/2309.14509).
     """
     return tensor if dist.get_world_size(group) == 1 else _Exchange.apply(tensor, split, join, group)
 
 
 def all_gather_sequence(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[b, s/p, ...] of each rank -> [b, s, ...], the same on every rank. No gradient passes."""
+    """[b, s/p, ...] of each rank -> [b, s, ...] on every rank. Not differentiable."""
     ranks = dist.get_world_size(group)
     parts = part.new_empty((ranks, *part.shape))
     dist.all_gather_into_tensor(parts.flatten(0, 1), part.contiguous(), group=group)
@@ -66,7 +66,7 @@ def all_gather_sequence(part: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def reduce_scatter_sequence(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Each rank's summand [b, s, ...] -> this rank's part of the sum, [b, s/p, ...]. No gradient passes."""
+    """Each rank's summand [b, s, ...] -> this rank's part of the sum, [b, s/p, ...]. Not differentiable."""
     parts = whole.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1).contiguous()
     mine = torch.empty_like(parts[0])
     dist.reduce_scatter_tensor(mine, parts.flatten(0, 1), group=group)

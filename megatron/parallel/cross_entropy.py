@@ -1,9 +1,9 @@
-"""Cross entropy over logits that are cut along the vocabulary.
+"""Cross entropy of logits that are sharded along the vocabulary.
 
 Shapes: b micro-batch, s sequence, v vocabulary in memory, tp ranks of the group, t tokens = b * s.
-Neither fp32 logits nor a softmax of the whole batch is ever kept: forward and backward go through the tokens in
-chunks, and backward computes the softmax again from the logits and one number per token. Under torch.compile a chunk is
-the whole batch, since its kernels keep nothing between reading a logit and writing its gradient.
+Forward and backward process the tokens in chunks, so that neither fp32 logits nor the softmax of the whole batch is
+stored; backward recomputes the softmax from the logits and one number per token. Under torch.compile a chunk is the
+whole batch, because the compiled kernels store no intermediate logits.
 """
 
 from typing import Any
@@ -13,15 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_CHUNK_ELEMENTS = 2**24  # logits in fp32 at a time: 64 MiB
+_CHUNK_ELEMENTS = 2**24  # of a chunk; 64 MiB in fp32
 
 
 def vocab_parallel_nll(logits: Tensor, labels: Tensor, group: dist.ProcessGroup, vocab_start: int) -> Tensor:
     """Negative log likelihood of every label, in nats.
 
     logits: [b, s, v/tp], this rank's columns, of any floating type; -inf where a column is padding.
-    labels: [b, s] int64, ids of the whole vocabulary. vocab_start: the id of this rank's first column.
-    Returns [b, s] fp32, the same on every rank. Two all-reduces of [b, s] forward, none backward.
+    labels: [b, s] int64, token ids. vocab_start: the id of this rank's first column.
+    Returns [b, s] fp32 on every rank. Two all-reduces of [b, s] forward, none backward.
     """
     losses: Tensor = _VocabParallelNLL.apply(logits, labels, group, vocab_start)
     return losses
@@ -39,7 +39,7 @@ class _VocabParallelNLL(torch.autograd.Function):
         if dist.get_world_size(group) > 1:
             largest, total, own = _combine(largest, total, own, group)
         ctx.save_for_backward(logits, column, elsewhere, own, largest + total.log())
-        # the label's logit is compared with the largest one first: their difference is exact where logits are large
+        # subtract the largest logit first: the difference is exact where logits are large
         return (total.log() - (own - largest)).view(labels.shape)
 
     @staticmethod
@@ -51,7 +51,7 @@ class _VocabParallelNLL(torch.autograd.Function):
         parts = zip(*(tensor.split(_rows(logits)) for tensor in (flat, log_sum, scale, result)), strict=True)
         for chunk, normaliser, factor, target in parts:
             target.copy_((chunk.float() - normaliser.unsqueeze(-1)).exp_().mul_(factor.unsqueeze(-1)))
-        # softmax - 1 where the label is, of which the first part is often almost 1
+        # softmax - 1 at the label, by expm1, as the softmax is often almost 1
         of_label = (torch.expm1(own - log_sum) * scale).to(result.dtype).unsqueeze(-1)
         column, elsewhere = column.unsqueeze(-1), elsewhere.unsqueeze(-1)
         result.scatter_(-1, column, torch.where(elsewhere, result.gather(-1, column), of_label))
@@ -59,19 +59,19 @@ class _VocabParallelNLL(torch.autograd.Function):
 
 
 def _rows(logits: Tensor) -> int:
-    """Tokens of a chunk."""
+    """Number of tokens in a chunk."""
     return logits.numel() if torch.compiler.is_compiling() else max(1, _CHUNK_ELEMENTS // logits.shape[-1])
 
 
 def _largest_and_total(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The largest logit of each token [t], and the sum of exp(logit - largest) [t]; in fp32."""
-    # where all columns are padding the largest must be finite, for -inf less -inf is no number
+    # clamp, because -inf - -inf is NaN where all columns are padding
     largest = logits.amax(-1).float().clamp(min=torch.finfo(torch.float32).min)
     return largest, (logits.float() - largest.unsqueeze(-1)).exp_().sum(-1)
 
 
 def _combine(largest: Tensor, total: Tensor, own: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Join what the ranks found; own [t] is the label's logit, 0 on all ranks but the one that has it."""
+    """Combine the ranks' results; own [t] is the label's logit, 0 on every rank except the one that has it."""
     largest_of_all = largest.clone()
     dist.all_reduce(largest_of_all, dist.ReduceOp.MAX, group=group)
     both = torch.stack([total * (largest - largest_of_all).exp(), own])

@@ -1,7 +1,4 @@
-"""Where a rank stands among all ranks, and the process groups it belongs to.
-
-One object, made once per process and handed down; no module-level state.
-"""
+"""The grid of ranks and its process groups: one object per process, passed as an argument."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-# Ranks that differ along "data" see other samples, along "context" another part of the same samples; "replica" is both
-# of them together: ranks with the same weights, whose gradients are averaged.
+# Ranks along "data" train on different samples, along "context" on different parts of the same samples. "replica" is
+# both together: ranks with the same weights, whose gradients are averaged.
 Axis = Literal["pipe", "data", "context", "tensor", "replica"]
-# Outermost to innermost, the order DeepSpeed's topology uses: tensor-parallel neighbours share a node.
+# Outermost to innermost, as in DeepSpeed's topology: tensor-parallel neighbours share a node.
 AXES: tuple[Axis, ...] = ("pipe", "data", "context", "tensor")
 REPLICA_AXES: tuple[Axis, ...] = ("pipe", "replica", "tensor")
 
@@ -24,17 +21,17 @@ class ParallelGrid:
 
     mesh: DeviceMesh
     replicas: DeviceMesh  # the same ranks as pipe x replica x tensor
-    sequence_parallel: bool = False  # between the split matrices, each tensor-parallel rank has a part of the sequence
+    sequence_parallel: bool = False  # tensor-parallel ranks shard the sequence between the matrices
 
     @classmethod
     def create(
         cls, pipe: int = 1, tensor: int = 1, context: int = 1, sequence_parallel: bool = False, device: str = "cpu"
     ) -> "ParallelGrid":
-        """Arrange the ranks of the running process group; the data axis takes what is left.
+        """Arrange the ranks of the process group; the data axis takes the rest.
 
         pipe: stages of the pipeline. tensor: tensor-parallel size. context: ranks that share a sequence.
         device: "cpu" or "cuda".
-        Collective: every rank of the world calls it. Raises ValueError when the world does not divide.
+        Collective over all ranks. Raises ValueError if the sizes do not divide the world size.
         """
         world, taken = dist.get_world_size(), pipe * context * tensor
         if world % taken:
@@ -49,22 +46,22 @@ class ParallelGrid:
         return cls(mesh, replicas, sequence_parallel and tensor > 1)
 
     def size(self, axis: Axis) -> int:
-        """Ranks along `axis`."""
+        """Number of ranks along `axis`."""
         mesh, name = self._mesh_of(axis)
         return mesh.size((mesh.mesh_dim_names or ()).index(name))
 
     def rank(self, axis: Axis) -> int:
-        """This rank's place along `axis`, from 0."""
+        """This rank's index along `axis`, from 0."""
         mesh, name = self._mesh_of(axis)
         return mesh.get_local_rank(name)
 
     def group(self, axis: Axis) -> dist.ProcessGroup:
-        """The process group of the ranks that differ from this one along `axis` only."""
+        """The process group of this rank along `axis`."""
         mesh, name = self._mesh_of(axis)
         return mesh.get_group(name)
 
     def own_tokens(self, length: int) -> slice:
-        """The places in a sequence of the `length` tokens that this rank's hidden states stand for."""
+        """The columns of this rank's `length` tokens in the whole sequence."""
         part = self.rank("context")
         if self.sequence_parallel:
             part = part * self.size("tensor") + self.rank("tensor")
@@ -77,7 +74,7 @@ class ParallelGrid:
 
     @property
     def device(self) -> torch.device:
-        """The device this rank computes on."""
+        """The device of this rank."""
         if self.mesh.device_type == "cuda":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device(self.mesh.device_type)

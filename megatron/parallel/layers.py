@@ -1,10 +1,10 @@
-"""Matrices that are cut over the tensor-parallel group.
+"""Linear layers and embeddings sharded over the tensor-parallel group.
 
 Shapes: b micro-batch, s sequence, h hidden, i input width, o output width, tp ranks of the group.
 A column-parallel layer followed by a row-parallel one costs one all-reduce forward and one backward (Megatron-LM,
-https://arxiv.org/abs/1909.08053). With sequence parallelism (https://arxiv.org/abs/2205.05198) the hidden states
-outside of the two are [b, s/tp, h]: the all-reduce becomes an all-gather before and a reduce-scatter after them, which
-cost as much together.
+https://arxiv.org/abs/1909.08053). With sequence parallelism (https://arxiv.org/abs/2205.05198) hidden
+states outside such a pair are [b, s/tp, h]: an all-gather before and a reduce-scatter after it replace the all-reduce,
+at the same cost.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def zeros(tensor: Tensor, _: torch.Generator) -> None:
 
 
 class ColumnParallelLinear(nn.Module):
-    """A linear layer whose outputs are cut: each rank computes o/tp of them."""
+    """A linear layer with sharded outputs: each rank computes o/tp of them."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool, initialise: Initialiser, grid: ParallelGrid) -> None:
         super().__init__()
@@ -47,11 +47,11 @@ class ColumnParallelLinear(nn.Module):
 
 
 def column_parallel(inputs: Tensor, grid: ParallelGrid, *layers: tuple[Tensor, Tensor | None]) -> list[Tensor]:
-    """Several column-parallel layers, each a weight [o/tp, i] and a bias, of the same inputs, which share the cost.
+    """Several column-parallel layers, each a weight [o/tp, i] and a bias, of the same inputs with shared communication.
 
     inputs: [b, s, i], the same on every rank; [b, s/tp, i] with sequence parallelism.
-    Returns [b, s, o/tp] of each. One all-reduce backward; with sequence parallelism one all-gather forward, and an
-    all-gather and a reduce-scatter backward, as only a rank's own part of the inputs is kept.
+    Returns [b, s, o/tp] for each. One all-reduce backward. With sequence parallelism one all-gather forward; an
+    all-gather and a reduce-scatter backward, because only this rank's part of the inputs is stored.
     """
     group = grid.group("tensor")
     if grid.sequence_parallel:
@@ -84,7 +84,7 @@ class _GatheredLinear(torch.autograd.Function):
 
 
 class RowParallelLinear(nn.Module):
-    """A linear layer whose inputs are cut: each rank has i/tp of them."""
+    """A linear layer with sharded inputs: each rank has i/tp of them."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool, initialise: Initialiser, grid: ParallelGrid) -> None:
         super().__init__()
@@ -100,33 +100,33 @@ class RowParallelLinear(nn.Module):
 def row_parallel_sum(*branches: tuple[RowParallelLinear, Tensor]) -> Tensor:
     """The sum of several row-parallel layers, each of its own inputs [b, s, i/tp] -> [b, s, o] or [b, s/tp, o].
 
-    One all-reduce (or reduce-scatter) forward for all of them. The biases are added once, after it, as one sum:
-    torch 2.13's inductor cannot compile the backward of two bf16 biases that get the same gradient.
+    One all-reduce (or reduce-scatter) forward for all. The sum of the biases is added after it: torch 2.13's inductor
+    cannot compile the backward of two bf16 biases with the same gradient.
     """
     partial = sum_of([F.linear(inputs, layer.weight) for layer, inputs in branches])
     grid = branches[0][0].grid
     whole = sum_over_ranks(partial, grid)
     biases = [layer.bias for layer, _ in branches if layer.bias is not None]
-    return whole + of_all_parts(sum_of(biases), grid) if biases else whole
+    return whole + replicated_parameter(sum_of(biases), grid) if biases else whole
 
 
 def sum_over_ranks(partial: Tensor, grid: ParallelGrid) -> Tensor:
-    """Summands [b, s, h] of the tensor-parallel ranks -> hidden states: [b, s, h], or [b, s/tp, h]."""
+    """Partial sums [b, s, h] of the tensor-parallel ranks -> hidden states [b, s, h] or [b, s/tp, h]."""
     group = grid.group("tensor")
     return scatter_sequence(partial, group) if grid.sequence_parallel else reduce_from_group(partial, group)
 
 
-def of_all_parts(parameter: Tensor, grid: ParallelGrid) -> Tensor:
-    """A parameter that every rank has whole, for use on hidden states.
+def replicated_parameter(parameter: Tensor, grid: ParallelGrid) -> Tensor:
+    """A replicated parameter, for use on hidden states.
 
-    With sequence parallelism each rank uses it on its part of the sequence: the gradient is summed over the group here,
-    inside autograd, as ZeRO may have reduced and freed it when the backward pass is over.
+    With sequence parallelism each rank uses it on its part of the sequence, so its gradient is summed over the group:
+    here in autograd, because after the backward pass ZeRO may have reduced and freed it.
     """
     return copy_to_group(parameter, grid.group("tensor")) if grid.sequence_parallel else parameter
 
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Add up at least one tensor, without the zero that `sum` starts from."""
+    """The sum of at least one tensor, without the zero that `sum` starts from."""
     total = tensors[0]
     for tensor in tensors[1:]:
         total = total + tensor
@@ -134,9 +134,9 @@ def sum_of(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class VocabParallelEmbedding(nn.Module):
-    """A table of token vectors whose rows are cut over the group, for input and, when tied, for output too.
+    """A token embedding with rows sharded over the group, for input and, if tied, for output.
 
-    vocab_size: true rows; padded_size: rows in memory, divisible by tp. Rows beyond vocab_size are zero, get no
+    vocab_size: rows without padding; padded_size: rows in memory, divisible by tp. Padding rows are zero, get no
     gradient, and their logits are -inf.
     """
 
@@ -150,7 +150,7 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = new_parameter((vocab_size, hidden_size), 0, initialise, grid, padded_size)
         rows = padded_size // grid.size("tensor")
         self.start = grid.rank("tensor") * rows
-        # added to the logits where this rank has padding rows: 0 for true rows, -inf for padding
+        # added to the logits if this rank has padding rows: -inf for those, 0 for the others
         beyond = torch.arange(self.start, self.start + rows, device=grid.device) >= vocab_size
         logits = torch.zeros(rows, device=grid.device).masked_fill(beyond, float("-inf"))
         self.register_buffer("padding_logits", logits if bool(beyond.any()) else None, persistent=False)

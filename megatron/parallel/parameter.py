@@ -1,7 +1,7 @@
-"""Parameters that know their place in the whole model, and whose first values do not depend on the layout.
+"""Parameters with a global name and shape, whose initial values do not depend on the layout.
 
-A shard is one contiguous slice of the whole tensor along one dimension. Each whole tensor is drawn from a stream of
-its own, seeded by the run's seed and the parameter's global name; every rank draws it and keeps its slice.
+A shard is one contiguous slice of the whole tensor along one dimension. Each whole tensor is drawn from a separate
+random stream, seeded by the run's seed and the parameter's global name; every rank draws it and keeps its slice.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,17 +17,17 @@ Initialiser = Callable[[Tensor, torch.Generator], object]  # fills a whole fp32 
 
 
 class PlacedParameter(nn.Parameter):
-    """What `new_parameter` writes on a parameter.
+    """The attributes that `new_parameter` sets.
 
-    A type to `cast` to, never an instance: DeepSpeed and torch.compile treat plain parameters best.
+    Only a type for `cast`, without instances: DeepSpeed and torch.compile handle plain parameters best.
     """
 
     global_name: str  # the same in every layout; set by `name_and_initialise`
-    global_shape: tuple[int, ...]  # of the whole tensor, vocabulary padding left out
-    shard_dim: int | None  # the dimension that is cut over the tensor-parallel ranks; None: every rank has all
-    shard_start: int  # where this rank's slice begins along shard_dim
+    global_shape: tuple[int, ...]  # of the whole tensor, without vocabulary padding
+    shard_dim: int | None  # the dimension sharded over the tensor-parallel ranks; None: replicated
+    shard_start: int  # offset of this rank's slice along shard_dim
     initialise: Initialiser
-    model_parallel: bool  # DeepSpeed's gradient norm reads it: whether ranks hold different elements
+    model_parallel: bool  # whether it is sharded; DeepSpeed's gradient norm reads it
 
 
 def new_parameter(
@@ -37,16 +37,16 @@ def new_parameter(
     grid: ParallelGrid,
     padded_size: int | None = None,
 ) -> nn.Parameter:
-    """Make this rank's slice of a parameter, empty until `name_and_initialise` fills it.
+    """This rank's slice of a parameter, uninitialised until `name_and_initialise` fills it.
 
-    padded_size: size of shard_dim in memory where that is more than its true size; the rows beyond are zero.
+    padded_size: size of shard_dim in memory if larger than in global_shape; the rows beyond are zero.
     Raises ValueError if the tensor-parallel size does not divide the dimension.
     """
     local_shape, start = list(global_shape), 0
     if shard_dim is not None:
         size, ranks = padded_size or global_shape[shard_dim], grid.size("tensor")
         if size % ranks:
-            raise ValueError(f"dimension {shard_dim} of {global_shape}: {size} cannot be cut into {ranks} equal parts")
+            raise ValueError(f"dimension {shard_dim} of {global_shape}: {size} is not divisible by {ranks}")
         local_shape[shard_dim] = size // ranks
         start = grid.rank("tensor") * local_shape[shard_dim]
     parameter = nn.Parameter(torch.empty(local_shape, device=grid.device))
@@ -62,7 +62,7 @@ def new_parameter(
 
 
 def name_and_initialise(module: nn.Module, prefix: str, seed: int) -> None:
-    """Give every parameter of `module` its global name, "prefix.local_name", and its first values."""
+    """Set the global name, "prefix.local_name", and the initial values of every parameter of `module`."""
     for local_name, parameter in module.named_parameters():
         placed = cast(PlacedParameter, parameter)
         placed.global_name = f"{prefix}.{local_name}" if prefix else local_name
@@ -74,7 +74,7 @@ def name_and_initialise(module: nn.Module, prefix: str, seed: int) -> None:
 def load_state(module: nn.Module, whole: Mapping[str, Tensor]) -> None:
     """Fill every parameter of `module` with its slice of the whole tensor of its global name.
 
-    Raises ValueError where a name is missing in `whole` or a shape differs.
+    Raises ValueError if a name is missing in `whole` or a shape differs.
     """
     for parameter in module.parameters():
         name = cast(PlacedParameter, parameter).global_name

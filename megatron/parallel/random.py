@@ -1,9 +1,9 @@
-"""The random stream of one tensor-parallel rank, for dropout of activations that are cut over the group.
+"""Random streams for dropout under tensor parallelism.
 
-Activations that every rank of a tensor-parallel group has alike need the same mask on all of them: they take torch's
-default generators, which whoever runs a step sets alike within the group. A rank's own stream grows out of the
-default CPU generator too, and leaves them where a short draw would: `torch.utils.checkpoint`, which
-restores them, repeats every mask.
+Replicated activations need the same mask on every rank of a tensor-parallel group: they use torch's default generators,
+which the engine seeds identically within the group. Sharded activations need different masks: each rank has a stream
+derived from the default CPU generator. Recomputation (`torch.utils.checkpoint`) restores the default generators, so it
+repeats both kinds of masks.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from megatron.parallel.grid import ParallelGrid
 
 @contextmanager
 def own_stream(grid: ParallelGrid) -> Iterator[None]:
-    """Draw other random numbers than the other ranks of the tensor-parallel group."""
+    """Draw random numbers that differ between the ranks of the tensor-parallel group."""
     seeds = torch.randint(2**63 - 1, (grid.size("tensor"),))
     device = grid.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -27,7 +27,7 @@ def own_stream(grid: ParallelGrid) -> Iterator[None]:
 
 
 def dropout(hidden: Tensor, probability: float, training: bool, grid: ParallelGrid) -> Tensor:
-    """Dropout of hidden states: one mask for all tensor-parallel ranks, or each its own for its part of a sequence."""
+    """Dropout of hidden states: the same mask on all tensor-parallel ranks, or one each with sequence parallelism."""
     if not (training and probability):
         return hidden
     if not grid.sequence_parallel:

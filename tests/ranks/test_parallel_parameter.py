@@ -74,7 +74,7 @@ def test_a_tensor_of_the_wrong_shape_is_refused():
 
 def uneven_body() -> None:
     grid = ParallelGrid.create(tensor=2)
-    with pytest.raises(ValueError, match="7 cannot be cut into 2 equal parts"):
+    with pytest.raises(ValueError, match="7 is not divisible by 2"):
         new_parameter((7, 2), 0, gaussian, grid)
 
 

@@ -94,7 +94,7 @@ def test_a_cache_that_is_full_says_so(grid):
     cache = cache_for(model, 1, length=5)
     module(tokens[:, :4], cache)
     assert cache.length == 4 and cache.max_length == 5
-    with pytest.raises(ValueError, match="holds 4 of 5 tokens: no room for 2 more"):
+    with pytest.raises(ValueError, match="holds 4 of 5 tokens; 2 more do not fit"):
         module(tokens[:, 4:], cache)
 
 

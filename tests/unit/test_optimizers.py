@@ -88,7 +88,7 @@ def test_the_state_an_optimizer_keeps_is_found_out_and_can_be_made_before_its_fi
     [
         ("muon", "Muon only supports 2D parameters"),
         ("nadam", "it keeps mu_product"),
-        ("whole_norm", "a matrix and the same numbers in a row get different updates"),
+        ("whole_norm", "a matrix and its flattened copy get different updates"),
     ],
 )
 def test_an_optimizer_that_sharding_would_change_is_refused_with_the_reason(plugin, kind, reason):
