@@ -59,7 +59,7 @@ def _report_lost(lost: Sequence[tuple[str, str, bool]]) -> int:
     for host, said, had_started in lost:
         why = f" ({said})" if said else ""
         if had_started:
-            say(f"lost the node {host}: its processes ended or it does not answer{why}")
+            say(f"lost the node {host}: its processes ended or it no longer answers{why}")
         else:
             say(f"cannot start on {host}: its agent did not report{why}; try `ssh {host} true`")
     return 1
