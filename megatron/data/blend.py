@@ -1,21 +1,21 @@
-"""Samples from several corpora in given proportions: which corpus sample n of a run comes from, computed.
+"""Blend several corpora in given proportions: compute which corpus sample n of a run comes from.
 
-The weights become whole shares c_i with the sum P, the period. Corpus i, whose weight is then w_i = c_i / P, has its
-j-th sample in the window between its release floor((j - 1) / w_i) and its deadline ceil(j / w_i). Every place goes to
-the sample with the earliest deadline among those that are released and not yet placed.
+The weights become integer shares c_i with the sum P, the period. The weight of corpus i is then w_i = c_i / P, and its
+j-th sample has the window from its release floor((j - 1) / w_i) to its deadline ceil(j / w_i). Every slot goes to the
+sample with the earliest deadline among those that are released and not yet scheduled.
 
-**The bound**: at no prefix is a corpus one sample or more off its weight: |count_i(n) - w_i n| < 1.
-If every place were divided and gave w_i of itself to each corpus i, the j-th sample of i would be served exactly within
-its window. So by Hall's theorem no interval has more windows inside it than places, and whole samples can be placed
-within their windows as well (a fractional matching of a bipartite graph can be made whole). Windows begin and end at
-whole numbers and each sample takes one place, and then the earliest-deadline rule finds such an order whenever there is
-one (Jackson 1955; as a fair schedule: Baruah, Cohen, Plaxton and Varvel, "Proportionate Progress", 1996). Placed within
-its windows, a corpus has at least floor(w_i n) and at most ceil(w_i n) samples after n places.
+**The bound**: the count of each corpus is always within one sample of its weight: |count_i(n) - w_i n| < 1.
+If each slot were divided and gave the fraction w_i to each corpus i, the j-th sample of i would be served exactly
+within its window. So by Hall's theorem no interval contains more windows than slots, and whole samples can be scheduled
+within their windows too (a fractional matching of a bipartite graph can be made integral). Windows begin and end at
+integers and each sample takes one slot, so the earliest-deadline rule finds such a schedule whenever there is one
+(Jackson 1955; as a fair schedule: Baruah, Cohen, Plaxton and Varvel, "Proportionate Progress", 1996). Scheduled within
+its windows, a corpus has at least floor(w_i n) and at most ceil(w_i n) samples after n slots.
 
-**The cost**: after P samples every count is exact and the order begins again, so sample n is looked up in one period:
-O(P log k) once to make it (2 s at most), O(1) for a sample, whatever n is; 6 bytes for each place of a period.
-Nothing depends on the number of samples. Shares are exact, and P is small, for weights written with few digits
-(0.6, 0.3, 0.1: P = 10). Where P would be above 2^20, shares are rounded to millionths; `weights` tells what they are.
+**The cost**: after P samples every count is exact and the order repeats, so sample n is looked up in one period:
+O(P log k) once to compute it (2 s at most), O(1) per sample for any n; 6 bytes per slot of a period. Nothing depends on
+the number of samples. Shares are exact, and P is small, for weights written with few digits (0.6, 0.3, 0.1: P = 10).
+Where P would exceed 2^20, shares are rounded to millionths; `weights` returns the rounded values.
 
 Letters: k corpora, P period. No torch.
 """
@@ -38,30 +38,30 @@ LONGEST_PERIOD = 1 << 20
 class Blend:
     """The samples of several corpora, mixed in proportion to `shares` (a `SampleSource`).
 
-    Each corpus counts its own samples and goes through its own epochs.
+    Each corpus numbers its own samples and has its own epochs.
     """
 
     sources: tuple[SampleSource, ...]
     shares: tuple[int, ...]
-    _order: npt.NDArray[np.uint16] = field(init=False, repr=False, compare=False)  # [P] the corpus of each place
-    _number: npt.NDArray[np.int32] = field(init=False, repr=False, compare=False)  # [P] its samples before the place
+    _order: npt.NDArray[np.uint16] = field(init=False, repr=False, compare=False)  # [P] the corpus of each slot
+    _number: npt.NDArray[np.int32] = field(init=False, repr=False, compare=False)  # [P] its samples before the slot
 
     def __post_init__(self) -> None:
         order = earliest_deadlines(self.shares)
-        places = np.argsort(order, kind="stable")
+        slots = np.argsort(order, kind="stable")
         number = np.empty(len(order), dtype=np.int32)
-        number[places] = np.concatenate([np.arange(share, dtype=np.int32) for share in self.shares])
+        number[slots] = np.concatenate([np.arange(share, dtype=np.int32) for share in self.shares])
         object.__setattr__(self, "_order", order)
         object.__setattr__(self, "_number", number)
 
     @property
     def period(self) -> int:
-        """Samples after which each corpus has given exactly its share."""
+        """Samples after which the count of each corpus is exact."""
         return len(self._order)
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """The exact proportions, which add up to 1."""
+        """The exact proportions, which sum to 1."""
         return tuple(share / self.period for share in self.shares)
 
     @property
@@ -71,7 +71,7 @@ class Blend:
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples after which every corpus has been seen whole; some will have been seen more than once."""
+        """Samples after which every corpus has completed at least one epoch."""
         pairs = zip(self.sources, self.shares, strict=True)
         return max(-(-source.samples_per_epoch * self.period // share) for source, share in pairs)
 
@@ -81,17 +81,16 @@ class Blend:
         return self.sources[corpus][number]
 
     def place(self, sample: int) -> tuple[int, int]:
-        """The corpus that sample number `sample` comes from, and which of that corpus's samples it is."""
-        turn, place = divmod(sample, self.period)
-        corpus = int(self._order[place])
-        return corpus, turn * self.shares[corpus] + int(self._number[place])
+        """The corpus of sample number `sample`, and the number of the sample within that corpus."""
+        period, slot = divmod(sample, self.period)
+        corpus = int(self._order[slot])
+        return corpus, period * self.shares[corpus] + int(self._number[slot])
 
 
 def whole_shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """Whole numbers in the proportion of `weights`, as small as they can be.
+    """The smallest integers in the proportion of `weights`, which are taken as the decimal numbers they are written as.
 
-    A weight is taken as the decimal number that it is written as. Where the sum would be above `LONGEST_PERIOD`, the
-    shares are rounded to that many parts, and to at least one.
+    Where the sum would exceed `LONGEST_PERIOD`, the shares are rounded to that many parts, and to at least one.
     """
     exact = [Fraction(repr(weight)) for weight in weights]
     unit = lcm(*(weight.denominator for weight in exact))
@@ -103,19 +102,19 @@ def whole_shares(weights: Sequence[float]) -> tuple[int, ...]:
 
 
 def earliest_deadlines(shares: Sequence[int]) -> npt.NDArray[np.uint16]:
-    """The corpus of each place of one period, by the rule above; of equal deadlines the first corpus goes first."""
+    """The corpus of each slot of one period, by the rule above; ties go to the first corpus."""
     period = sum(shares)
     order = np.empty(period, dtype=np.uint16)
-    placed = [0] * len(shares)
+    scheduled = [0] * len(shares)
     released: list[tuple[int, int]] = []  # (deadline, corpus)
     waiting = [(0, corpus) for corpus in range(len(shares))]  # (release, corpus)
-    for place in range(period):
-        while waiting and waiting[0][0] <= place:
+    for slot in range(period):
+        while waiting and waiting[0][0] <= slot:
             corpus = heappop(waiting)[1]
-            heappush(released, (-(-(placed[corpus] + 1) * period // shares[corpus]), corpus))
+            heappush(released, (-(-(scheduled[corpus] + 1) * period // shares[corpus]), corpus))
         corpus = heappop(released)[1]
-        order[place] = corpus
-        placed[corpus] += 1
-        if placed[corpus] < shares[corpus]:
-            heappush(waiting, (placed[corpus] * period // shares[corpus], corpus))
+        order[slot] = corpus
+        scheduled[corpus] += 1
+        if scheduled[corpus] < shares[corpus]:
+            heappush(waiting, (scheduled[corpus] * period // shares[corpus], corpus))
     return order

@@ -1,4 +1,4 @@
-"""A piece of a corpus, one part's share of it, and the samples that are made of it.
+"""The slice of a corpus that belongs to one part (train, valid or test), and its samples.
 
 A corpus is split by document: contiguous ranges of documents, in the proportion of the weights and rounded as GPT-NeoX
 rounds them. A corpus of a single document is split by token. No torch.
@@ -22,7 +22,7 @@ PackImpl = Literal["packed", "pack_until_overflow", "unpacked"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens become samples. allow_chopped: of documents that are too long, where they are not packed."""
+    """How tokens become samples. allow_chopped: cut documents that are too long, unless pack_impl is packed."""
 
     seq_length: int
     seed: int
@@ -32,10 +32,10 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Sequences `first` .. `last` of a dataset, or, where `tokens` is given, that range of its tokens.
+class DatasetSlice:
+    """Sequences `first` .. `last` of a dataset; or the range `tokens` of its tokens, where given.
 
-    labels: a dataset with a label for every token. weight: in a blend of the part, any unit.
+    labels: a dataset with a label for every token. weight: in a blend, in any unit.
     """
 
     dataset: IndexedDataset
@@ -52,25 +52,25 @@ class Piece:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the piece."""
+        """Number of tokens."""
         start, stop = self._range()
         return stop - start
 
     def stream(self, vocab_size: int) -> TokenStream:
-        """The tokens in their order."""
+        """The tokens in order."""
         return CorpusStream(self.dataset, self._range()[0], self.num_tokens, vocab_size)
 
     def check(self, vocab_size: int, tokens: int) -> None:
-        """Look at the first `tokens` tokens. Raises UserError for data of another tokenizer, before the work starts."""
+        """Check the first `tokens` tokens. Raises UserError for data of another tokenizer."""
         self.stream(vocab_size).tokens(0, tokens)
 
     def samples(self, sampling: Sampling, shuffle: bool) -> SampleSource | None:
-        """The samples, None if there is not even one. Raises UserError where documents are needed and not there."""
+        """The samples, or None if there is not even one. Raises UserError where pack_impl needs several documents."""
         source = self._packed(sampling, shuffle) if sampling.pack_impl == "packed" else self._whole(sampling, shuffle)
         return source if source.samples_per_epoch > 0 else None
 
     def describe(self, source: SampleSource | None) -> str:
-        """What `source`, made by `samples`, holds: "documents 0 to 99, 1,000 tokens, 10 samples an epoch"."""
+        """A line about `source`, made by `samples`: "documents 0 to 99, 1,000 tokens, 10 samples an epoch"."""
         unit, first, last = ("documents", self.first, self.last) if self.tokens is None else ("tokens", *self.tokens)
         words = [f"{unit} {first:,} to {last - 1:,}", f"{self.num_tokens:,} tokens"]
         if source is not None:
@@ -101,8 +101,8 @@ class Piece:
         return self.tokens or (self.dataset.token_start(self.first), self.dataset.token_start(self.last))
 
 
-def whole_corpus(prefix: str, label_prefix: str | None = None, weight: float = 1.0) -> Piece:
-    """All of the corpus at `prefix`. Raises UserError where files are missing, damaged or do not belong together."""
+def whole_corpus(prefix: str, label_prefix: str | None = None, weight: float = 1.0) -> DatasetSlice:
+    """The whole corpus at `prefix`. Raises UserError where files are missing, damaged or do not belong together."""
     dataset, labels = IndexedDataset(prefix), None
     if label_prefix is not None:
         labels = IndexedDataset(label_prefix)
@@ -111,22 +111,24 @@ def whole_corpus(prefix: str, label_prefix: str | None = None, weight: float = 1
                 f"the labels {labels.prefix} ({len(labels):,} documents, {labels.num_tokens:,} tokens) do not match "
                 f"{dataset.prefix} ({len(dataset):,} documents, {dataset.num_tokens:,} tokens) document by document"
             )
-    return Piece(dataset, 0, len(dataset), labels=labels, weight=weight)
+    return DatasetSlice(dataset, 0, len(dataset), labels=labels, weight=weight)
 
 
-def divide(dataset: IndexedDataset, split: str) -> list[tuple[Piece, str]]:
-    """The pieces of train, valid and test, each with the reason why it is empty, should it be."""
+def divide(dataset: IndexedDataset, split: str) -> list[tuple[DatasetSlice, str]]:
+    """The slices of train, valid and test, each with the reason in case it is empty."""
     by_document = len(dataset) != 1
     unit, count = ("documents", len(dataset)) if by_document else ("tokens", dataset.num_tokens)
-    pieces = []
+    slices = []
     for first, last in split_ranges(count, parse_split(split)):
-        piece = Piece(dataset, first, last) if by_document else Piece(dataset, 0, 1, tokens=(first, last))
-        pieces.append((piece, f'split "{split}" leaves it {last - first:,} of {count:,} {unit}'))
-    return pieces
+        slice_ = (
+            DatasetSlice(dataset, first, last) if by_document else DatasetSlice(dataset, 0, 1, tokens=(first, last))
+        )
+        slices.append((slice_, f'split "{split}" leaves it {last - first:,} of {count:,} {unit}'))
+    return slices
 
 
 def parse_split(split: str) -> tuple[float, float, float]:
-    """Shares of train, valid and test, which add up to 1, from weights parted by "," or "/"; missing ones are 0.
+    """Shares of train, valid and test, summing to 1, from weights separated by "," or "/"; missing ones are 0.
 
     Raises UserError for anything else.
     """

@@ -1,6 +1,6 @@
 r"""Token ids in two files, in the "mmap" format of GPT-NeoX and Megatron-LM, read without copying.
 
-`<prefix>.bin` holds the ids of all sequences back to back. `<prefix>.idx`, little-endian, tells where each one lies:
+`<prefix>.bin` holds the ids of all sequences back to back. `<prefix>.idx`, little-endian, holds the offset of each:
 
     offset    bytes  content
     0         9      magic "MMIDIDX\0\0"
@@ -11,6 +11,7 @@ r"""Token ids in two files, in the "mmap" format of GPT-NeoX and Megatron-LM, re
     34        4N     int32 tokens in each sequence
     34+4N     8N     int64 offset of each sequence in the .bin, in bytes
     34+12N    8D     int64 document index: 0, then the number of sequences up to the end of each document
+    34+12N+8D N      int8 mode of each sequence; only in multimodal datasets of Megatron-core, where 0 is text
 
 Deepy writes one sequence for each document and, as GPT-NeoX does, reads every sequence as a document.
 No torch.
@@ -29,30 +30,32 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.errors import RunError, UserError
+from megatron.files import exists, is_file, is_folder
 from megatron.registry import nearest
+from megatron.text_files import SIGNATURE_BYTES, what_instead_of_text
 
 Ids = npt.NDArray[Any]  # one axis of token ids, in the dtype of their file
 
 MAGIC = b"MMIDIDX\x00\x00"
 CACHED_MAGIC = b"TNTIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # 34 bytes
-DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats: no token ids
+DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats, which token ids are not
 CHECKED_SEQUENCES = 64  # when a file is opened
-PIECE = 1 << 18  # entries of an index that are written at a time
+PIECE = 1 << 18  # entries of an index per write
 DEFAULT_KEY_SUFFIX = "_text_document"  # what preprocess_data.py adds to --output-prefix for the key "text"
 
 
 def best_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The dtype in which ids 0..vocab_size-1 are kept: uint16 below 65,500 (GPT-NeoX's limit), else int32."""
+    """The dtype in which ids 0..vocab_size-1 are stored: uint16 below 65,500 (GPT-NeoX's limit), else int32."""
     return np.dtype("<u2" if vocab_size < 65500 else "<i4")
 
 
 class IndexedDataset:
     """The sequences of one `.bin`/`.idx` pair, memory-mapped: opening costs the same at any size.
 
-    prefix: path of the pair without its ending; one that lacks `_text_document`, or has the ending, is taken too.
+    prefix: path of the pair without its ending; the ending, or a missing `_text_document`, is accepted too.
     Raises UserError when a file is missing, is of another format, or when the two do not belong together.
-    A pickled copy (a worker's) opens the files anew.
+    Unpickling a copy, as loader workers do, opens the files again.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -64,7 +67,7 @@ class IndexedDataset:
         self._pointers: npt.NDArray[np.int64] = self._table("<i8", HEADER.size + 4 * count, count)
         self.document_index: npt.NDArray[np.int64] = self._table("<i8", HEADER.size + 12 * count, documents)
         self.num_tokens = self._check_length()
-        self._check_places()
+        self._check_offsets()
         self._ids = _map(f"{self.prefix}.bin", self.dtype)
 
     def __reduce__(self) -> tuple[type["IndexedDataset"], tuple[str]]:
@@ -93,7 +96,7 @@ class IndexedDataset:
         return np.frombuffer(self._index, dtype=dtype, count=count, offset=offset)
 
     def _check_length(self) -> int:
-        """Number of tokens, checked against the length of the .bin by the last sequence's place alone."""
+        """Number of tokens; the end of the last sequence must be the end of the .bin."""
         path = f"{self.prefix}.bin"
         expected = 0
         if len(self.sizes):
@@ -106,8 +109,8 @@ class IndexedDataset:
             )
         return expected // self.dtype.itemsize
 
-    def _check_places(self) -> None:
-        """Whether a few sequences lie one after another, at the same cost for any number of them."""
+    def _check_offsets(self) -> None:
+        """Check that a few sequences are contiguous, at the same cost for any number of sequences."""
         if not len(self):
             return
         if first := int(self._pointers[0]):
@@ -130,9 +133,9 @@ class IndexedDataset:
 class IndexedWriter:
     """Writes one `.bin`/`.idx` pair, which appears under its final name when the `with` block ends without an error.
 
-    prefix: path of the pair without its ending; its folder is made. dtype: of the ids in the file (see `best_dtype`).
-    resume_at: what `checkpoint` returned in a run that was interrupted; what it wrote later is cut off.
-    keep: set it to leave the unfinished files for such a run, whatever ends the block; else nothing is left behind.
+    prefix: path of the pair without its ending; its folder is created. dtype: of the ids in the file (`best_dtype`).
+    resume_at: what `checkpoint` returned in an interrupted run; later data are truncated. keep: set it to keep the
+    unfinished files for resuming, also after an error; otherwise they are deleted.
     Memory does not grow with the data. Raises RunError when the disk is full.
     """
 
@@ -155,7 +158,7 @@ class IndexedWriter:
         self.add_documents(ids, [len(ids)])
 
     def add_documents(self, ids: Sequence[int] | Ids, sizes: Sequence[int] | Ids) -> None:
-        """Append several documents, given as the ids of all of them and the number of tokens of each."""
+        """Append several documents: their concatenated ids, and the number of tokens of each."""
         values = np.asarray(ids)
         limits = np.iinfo(self.dtype)
         if values.dtype != self.dtype and values.size and (values.min() < limits.min or values.max() > limits.max):
@@ -165,7 +168,7 @@ class IndexedWriter:
             self._sizes.write(np.asarray(sizes, "<i4").data)
 
     def checkpoint(self) -> tuple[int, int]:
-        """Bring what was added to the disk. Returns its bytes and documents, for `resume_at`."""
+        """Flush everything to disk. Returns the bytes and documents written, for `resume_at`."""
         with _full_disk_named(self.prefix):
             _flush_to_disk(self._file)
             _flush_to_disk(self._sizes)
@@ -180,7 +183,7 @@ class IndexedWriter:
                     self._finish()
         finally:
             for file in (self._file, self._sizes):
-                with suppress(OSError):  # what is still buffered does not fit either, and is deleted
+                with suppress(OSError):  # on a full disk the buffers cannot be flushed; the file is deleted
                     file.close()
             for ending in () if self.keep else (".bin.partial", ".sizes.partial", ".idx.partial"):
                 Path(self.prefix + ending).unlink(missing_ok=True)
@@ -206,17 +209,17 @@ class IndexedWriter:
 
 
 def give_names(prefix: str, dtype: npt.DTypeLike, resume_at: tuple[int, int]) -> None:
-    """Finish a pair of which all is written, as `checkpoint` said; after an interruption this can be done again."""
+    """Give a completely written pair its final names. After an interruption this can be repeated."""
     if Path(f"{prefix}.bin.partial").exists():
         with IndexedWriter(prefix, dtype, resume_at) as writer:
             writer.keep = False
-    elif Path(f"{prefix}.idx.partial").exists():  # it ended between the two names
+    elif Path(f"{prefix}.idx.partial").exists():  # interrupted between the two renames
         Path(f"{prefix}.idx.partial").replace(f"{prefix}.idx")
     Path(f"{prefix}.sizes.partial").unlink(missing_ok=True)
 
 
 def _write_index(index: BinaryIO, sizes: BinaryIO, code: int, itemsize: int) -> None:
-    """Write an index from a file of sizes, in pieces, so that the number of documents costs no memory."""
+    """Write an index from a file of sizes, block by block, in constant memory."""
     count = sizes.tell() // 4
     index.write(HEADER.pack(MAGIC, 1, code, count, count + 1))
 
@@ -237,19 +240,19 @@ def _write_index(index: BinaryIO, sizes: BinaryIO, code: int, itemsize: int) -> 
 
 
 def find_prefix(prefix: str) -> str:
-    """The prefix whose `.bin` and `.idx` are there: `prefix` itself, without its ending, or with `_text_document`.
+    """The prefix whose `.bin` and `.idx` exist: `prefix` itself, without its ending, or with `_text_document`.
 
-    Raises UserError that names the nearest pair in the same folder, or the one file that is missing.
+    Raises UserError that names the nearest pair in the same folder, or the missing file of a pair.
     """
     bare = prefix.removesuffix(".bin").removesuffix(".idx")
     for candidate in (bare, bare + DEFAULT_KEY_SUFFIX):
-        present = [ending for ending in (".bin", ".idx") if Path(candidate + ending).exists()]
+        present = [ending for ending in (".bin", ".idx") if exists(candidate + ending)]
         if len(present) == 2:
             return candidate
         if present:
             missing = ".idx" if present == [".bin"] else ".bin"
             raise UserError(
-                f"{candidate}{missing} is missing beside {candidate}{present[0]}; preprocess the data again"
+                f"{candidate}{missing} is missing next to {candidate}{present[0]}; preprocess the data again"
             )
     raise UserError(f'there are no data at "{prefix}" (no {bare}.bin and .idx). {_nearest_pair(bare)}')
 
@@ -258,7 +261,9 @@ def _nearest_pair(prefix: str) -> str:
     folder = Path(prefix).parent
     if "," in prefix:
         return "Give one prefix, not a list"
-    if not folder.is_dir():
+    if is_file(Path(prefix, "dataset_info.json")) or is_file(Path(prefix, "dataset_dict.json")):
+        return f"This is a dataset of Hugging Face; preprocess it with --input hf:{prefix}"
+    if not is_folder(folder):
         return f"The folder {folder} does not exist"
     pairs = sorted(path.stem for path in folder.glob("*.idx"))
     near = nearest(Path(prefix).name, pairs)
@@ -273,21 +278,35 @@ def _map(path: str, dtype: np.dtype[Any]) -> Ids:
 
 
 def _read_header(path: str, index: npt.NDArray[np.uint8]) -> tuple[int, int, int]:
-    """Code of the dtype, number of sequences, length of the document index; all checked."""
+    """Code of the dtype, number of sequences, length of the document index, after checks."""
     if bytes(index[: len(CACHED_MAGIC)]) == CACHED_MAGIC:
         raise UserError(
             f'{path} is in the "cached"/"lazy" format, which Deepy does not read; '
             "preprocess the text again with --dataset-impl mmap"
         )
     if len(index) < HEADER.size or bytes(index[: len(MAGIC)]) != MAGIC:
-        raise UserError(f"{path} is not an index of token data: it does not begin with MMIDIDX")
+        kind = what_instead_of_text(bytes(index[:SIGNATURE_BYTES]))
+        found = f"it is {kind}" if kind not in (None, "binary data") else "it does not begin with MMIDIDX"
+        raise UserError(f"{path} is not an index of token data: {found}")
     _, version, code, count, documents = HEADER.unpack(bytes(index[: HEADER.size]))
     if version != 1 or code not in DTYPES:
         raise UserError(f"{path}: version {version} with dtype code {code} holds no token ids that Deepy can read")
     expected = HEADER.size + 12 * count + 8 * documents
-    if len(index) != expected:
+    if count and len(index) == expected + count:
+        _require_text(path, index[expected:])
+    elif len(index) != expected:
         raise UserError(f"{path} has {len(index):,} bytes and should have {expected:,}: it was cut short or is damaged")
     return code, count, documents
+
+
+def _require_text(path: str, modes: npt.NDArray[np.uint8]) -> None:
+    """Raise UserError unless the modes, which Megatron-core appends, are all 0, in constant memory."""
+    others = sum(int(np.count_nonzero(modes[first : first + PIECE])) for first in range(0, len(modes), PIECE))
+    if others:
+        raise UserError(
+            f"{path} is of a multimodal dataset of Megatron-core: {others:,} of {len(modes):,} sequences are not text. "
+            "Deepy trains on text only; preprocess the text alone"
+        )
 
 
 def _flush_to_disk(file: BinaryIO) -> None:
@@ -297,7 +316,7 @@ def _flush_to_disk(file: BinaryIO) -> None:
 
 @contextmanager
 def _full_disk_named(prefix: str) -> Iterator[None]:
-    """Turn a full disk into a RunError that names the file."""
+    """Turn errors of a full disk into a RunError that names the file."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Look into a pair of token files: is it whole, and what does it say. No torch."""
+"""Verify a pair of token files and show its content. No torch."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,19 +11,19 @@ from megatron.data.manifest import file_facts, read_manifest
 
 
 class Tokenizer(Protocol):
-    """The part of a tokenizer that is needed here."""
+    """The methods of a tokenizer that are used here."""
 
     vocab_size: int
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of any ids."""
+        """The text of ids."""
 
 
 def problems(dataset: IndexedDataset, tokenizer: Tokenizer | None = None) -> Iterator[str]:
-    """Everything that is wrong with a pair; reads all of it, a piece at a time.
+    """All problems of a pair, which is read completely, block by block.
 
-    The index: sizes, places that follow one another, documents in order. The ids: within the tokenizer's vocabulary.
-    Both files: the hashes in the manifest beside them, if there is one.
+    Checked are the sizes and offsets in the index, the document index, that ids are within the tokenizer's vocabulary,
+    and the hashes in the manifest next to the files, if there is one.
     """
     yield from _index_problems(dataset)
     if tokenizer is not None:
@@ -32,7 +32,7 @@ def problems(dataset: IndexedDataset, tokenizer: Tokenizer | None = None) -> Ite
 
 
 def describe(dataset: IndexedDataset, end_of_document: int | None) -> Iterator[str]:
-    """Lines of figures about a pair."""
+    """Lines of statistics about a pair."""
     sizes = dataset.sizes
     if len(sizes):
         quarters = np.percentile(sizes, [0, 25, 50, 75, 100]).astype(int).tolist()
@@ -43,7 +43,7 @@ def describe(dataset: IndexedDataset, end_of_document: int | None) -> Iterator[s
 
 
 def show(dataset: IndexedDataset, number: int, tokenizer: Tokenizer, characters: int) -> Iterator[str]:
-    """A document, decoded: its beginning and end if it is long."""
+    """A decoded document; of a long one its beginning and end."""
     text = tokenizer.decode(dataset.get(number).tolist())
     yield f"--- document {number:,}: {int(dataset.sizes[number]):,} tokens, {len(text):,} characters"
     yield text if len(text) <= characters else f"{text[: characters // 2]}\n[...]\n{text[-characters // 2 :]}"
@@ -61,7 +61,7 @@ def _index_problems(dataset: IndexedDataset) -> Iterator[str]:
         starts = place + np.cumsum(sizes) - sizes
         found = np.array([dataset.token_start(first), dataset.token_start(first + len(sizes) - 1)])
         if found.tolist() != [int(starts[0]), int(starts[-1])]:
-            yield f"sequences {first:,} to {first + len(sizes) - 1:,} do not lie one after another"
+            yield f"sequences {first:,} to {first + len(sizes) - 1:,} are not contiguous"
         place = int(starts[-1] + sizes[-1])
 
 
@@ -79,7 +79,7 @@ def _manifest_problems(prefix: str) -> Iterator[str]:
     for noted in (manifest or {}).get("outputs", []):
         path = str(Path(prefix).parent / Path(noted["path"]).name)
         if path.rpartition(".")[0] == prefix and file_facts(path)["sha256"] != noted["sha256"]:
-            yield f"{path} is not the file that the manifest describes: its SHA-256 is another"
+            yield f"{path} is not the file that the manifest describes: its SHA-256 differs"
 
 
 def _last_ids(dataset: IndexedDataset) -> Ids:

@@ -1,7 +1,7 @@
-"""Micro-batches of one data-parallel rank, a pure function of the number of samples consumed so far.
+"""Micro-batches of one data-parallel rank: a pure function of the number of samples consumed so far.
 
 Step k of a run takes the global samples consumed + [k G, (k + 1) G). Of these, the m-th of micro-batch a of data rank d
-is number a (M D) + d M + m, so that neither D nor the number of micro-batches changes which samples a step sees.
+is number a (M D) + d M + m, so neither D nor the number of micro-batches changes which samples a step uses.
 
 Letters: G global batch, M micro-batch, D data-parallel ranks, s sequence length.
 """
@@ -20,7 +20,7 @@ from megatron.data.windows import SampleSource, Tokens
 
 @dataclass(frozen=True)
 class MicroBatchOrder:
-    """The sample numbers of each micro-batch of one rank, without end."""
+    """The sample numbers of each micro-batch of one rank; infinite."""
 
     consumed_samples: int
     global_size: int
@@ -36,19 +36,19 @@ class MicroBatchOrder:
             )
 
     def __iter__(self) -> Iterator[list[int]]:
-        # A step holds a whole number of rows of M D samples, so the steps need not be told apart.
+        # A step is a whole number of rows of M D samples, so rows are contiguous across steps.
         start = self.consumed_samples + self.data_rank * self.micro_size
         while True:
             yield list(range(start, start + self.micro_size))
             start += self.micro_size * self.data_size
 
 
-CHUNK = 1 << 17  # tokens that a worker hands over at a time: handing over costs about a millisecond
+CHUNK = 1 << 17  # tokens per transfer from a worker, which costs about a millisecond
 
 
 @dataclass(frozen=True)
 class _Chunks:
-    """The sample numbers of `count` micro-batches at a time."""
+    """The sample numbers of `count` micro-batches at once."""
 
     order: MicroBatchOrder
     count: int
@@ -81,24 +81,24 @@ def micro_batches(
 ) -> Iterator[torch.Tensor]:
     """Endless micro-batches of token ids, each int64 [M, s + 1] on the CPU; [M, 2, s + 1] with labels.
 
-    num_workers: processes that read ahead; 0 reads when asked. The batches are the same for any number.
-    start_method: of those processes ("fork", "spawn", "forkserver"); None is Python's own choice.
+    num_workers: processes that prefetch; 0 reads in this process. The batches are the same for any number.
+    start_method: of those processes ("fork", "spawn", "forkserver"); None is Python's default.
     Raises ValueError when the global batch does not divide.
     """
     order = MicroBatchOrder(consumed_samples, global_size, micro_size, data_rank, data_size)
     count = max(1, CHUNK // (micro_size * source[consumed_samples].size)) if num_workers else 1
     loader = DataLoader(
         _Samples(source),
-        batch_sampler=_Chunks(order, count),  # has no length, and needs none
+        batch_sampler=_Chunks(order, count),  # has no length, which DataLoader does not need
         num_workers=num_workers,
         pin_memory=pin_memory,
         collate_fn=_stacked,
         multiprocessing_context=start_method if num_workers else None,
         worker_init_fn=_outlive_stop_signals if num_workers else None,
-        # Its own: DataLoader would otherwise draw from torch's, and a resumed run would see other random numbers.
+        # Otherwise DataLoader draws from torch's global generator, and a resumed run gets other random numbers.
         generator=torch.Generator(),
     )
-    return _micro_batches(iter(loader), micro_size)  # workers begin now, not when the first batch is asked for
+    return _micro_batches(iter(loader), micro_size)  # workers start now, not with the first batch
 
 
 def _micro_batches(chunks: Iterator[torch.Tensor], size: int) -> Iterator[torch.Tensor]:
@@ -107,7 +107,7 @@ def _micro_batches(chunks: Iterator[torch.Tensor], size: int) -> Iterator[torch.
 
 
 def _outlive_stop_signals(_: int) -> None:
-    """A signal to the whole group of processes asks the run to end in good order: workers read on until it does."""
+    """Ignore stop signals sent to the process group: the main process shuts down gracefully and needs its workers."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

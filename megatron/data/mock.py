@@ -1,8 +1,8 @@
-"""`data_impl: mock`: endless text without files, that a model can learn, for trials and benchmarks.
+"""`data_impl: mock`: synthetic, learnable tokens without files, for trials and benchmarks.
 
-A Markov chain of order one: each token is the one before it plus a small step, modulo the number of symbols. The chance
-of each step is fixed, so the best possible loss is known (`BEST_LOSS`), far below that of guessing by frequency.
-Block k of a stream depends on the seed, the stream's name and k alone. No torch.
+A Markov chain of order one: each token is the previous one plus a small step, modulo the number of symbols. The
+probability of each step is fixed, so the best possible loss is known (`BEST_LOSS`), far below the unigram entropy.
+Block k of a stream depends only on the seed, the stream's name and k. No torch.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ import numpy as np
 
 from megatron.data.windows import Tokens, derived_key
 
-SYMBOLS = 128  # ids in use, if the vocabulary has as many
+SYMBOLS = 128  # ids in use, if the vocabulary is that large
 STEPS = (1, 2, 5, 7)
-CHANCES = (0.7, 0.15, 0.1, 0.05)
-BEST_LOSS = -sum(chance * log(chance) for chance in CHANCES)  # nats per token, 0.91
+PROBABILITIES = (0.7, 0.15, 0.1, 0.05)
+BEST_LOSS = -sum(probability * log(probability) for probability in PROBABILITIES)  # nats per token, 0.91
 BLOCK = 4096  # tokens drawn at once
 
 
@@ -23,7 +23,7 @@ BLOCK = 4096  # tokens drawn at once
 class MockStream:
     """A stream of `num_tokens` tokens, each below `vocab_size` (a `TokenStream`).
 
-    name: of the part, so that parts differ.
+    name: of the part; parts have different tokens.
     """
 
     name: str
@@ -41,5 +41,5 @@ class MockStream:
     def _block(self, block: int) -> Tokens:
         random = np.random.default_rng(derived_key(self.seed, self.name, block))
         symbols = min(SYMBOLS, self.vocab_size)
-        steps = random.choice(STEPS, size=BLOCK, p=CHANCES)
+        steps = random.choice(STEPS, size=BLOCK, p=PROBABILITIES)
         return np.asarray((random.integers(symbols) + np.cumsum(steps)) % symbols, dtype=np.int64)

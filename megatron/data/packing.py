@@ -1,11 +1,11 @@
-"""Samples made of whole documents: `pack_impl: pack_until_overflow` and `unpacked`.
+"""Samples of whole documents: `pack_impl: pack_until_overflow` and `unpacked`.
 
-pack_until_overflow puts documents into a sample, in the order of the file, until the next one does not fit; unpacked
-puts one into each. What is left of the s + 1 places is filled up with tokens that carry no label. A document of more
-than s + 1 tokens is cut there, or left out. Which documents share a sample never changes; each epoch of the training
-visits the samples in an order of its own, that of a keyed permutation.
+pack_until_overflow packs documents into a sample, in the order of the file, until the next one does not fit; unpacked
+puts one document into each. The rest of the s + 1 positions is padded with loss-masked tokens. A document of more than
+s + 1 tokens is truncated, or left out. The documents of a sample never change; each epoch of the training permutes the
+samples with a key of its own.
 
-Unlike windows this needs the sizes of all documents: some 16 bytes for each, and a second for ten million.
+Unlike windows this needs the sizes of all documents: about 16 bytes each, and a second for ten million.
 Letters: s sequence length. No torch.
 """
 
@@ -18,15 +18,15 @@ from megatron.data.indexed import IndexedDataset
 from megatron.data.windows import NOT_A_LABEL, Tokens, checked_ids, derived_key, permuted
 from megatron.errors import UserError
 
-FILLER = 0  # any id will do: it has no label, and no token before it sees it
+PADDING = 0  # any id: it is loss-masked, and no earlier token attends to it
 
 
 @dataclass(frozen=True)
 class DocumentSamples:
     """Samples [2, s + 1], tokens and labels, of whole documents (a `SampleSource`).
 
-    first, last: the range of documents. several: put as many into a sample as fit. shuffle: for training; else the
-    samples come in order. labels: a dataset of the same sizes. May turn out to hold no sample at all.
+    first, last: the range of documents. several: pack as many into a sample as fit. shuffle: for training; otherwise
+    the samples are in order. labels: a dataset of the same sizes. There may be no sample at all.
     """
 
     dataset: IndexedDataset
@@ -39,7 +39,7 @@ class DocumentSamples:
     allow_chopped: bool = True
     shuffle: bool = True
     labels: IndexedDataset | None = None
-    documents: npt.NDArray[np.int64] = field(init=False, repr=False, compare=False)  # numbers of those that are used
+    documents: npt.NDArray[np.int64] = field(init=False, repr=False, compare=False)  # numbers of the documents in use
     bounds: npt.NDArray[np.int64] = field(init=False, repr=False, compare=False)  # sample i: documents[b[i]:b[i + 1]]
 
     def __post_init__(self) -> None:
@@ -48,7 +48,7 @@ class DocumentSamples:
         if sizes.min(initial=0) < 0 or sizes.sum(dtype=np.int64) != expected:
             raise UserError(f"{self.dataset.prefix}.idx is damaged: its sizes do not add up; preprocess the data again")
         longest = sizes.max(initial=0) if self.allow_chopped else self.seq_length + 1
-        # alone, a document of one token would be a sample without a label
+        # a sample of a single token would have no label
         used = np.flatnonzero((sizes >= (1 if self.several else 2)) & (sizes <= longest))
         kept = np.minimum(sizes[used].astype(np.int64), self.seq_length + 1)
         object.__setattr__(self, "documents", used + self.first)
@@ -56,28 +56,28 @@ class DocumentSamples:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the documents that are used, without what is cut off."""
+        """Tokens of the documents in use, without truncated ones."""
         sizes = self.dataset.sizes[self.documents]
         return int(np.minimum(sizes, self.seq_length + 1).sum(dtype=np.int64))
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples that hold all documents once."""
+        """Samples that contain every document once."""
         return len(self.bounds) - 1
 
     @property
     def num_chopped(self) -> int:
-        """Documents that are cut."""
+        """Number of truncated documents."""
         return int((self.dataset.sizes[self.documents] > self.seq_length + 1).sum())
 
     @property
     def num_left_out(self) -> int:
-        """Documents that are not used: too long, or without a label."""
+        """Number of documents that are not used: too long, or too short to have a label."""
         return self.last - self.first - len(self.documents)
 
     def __getitem__(self, sample: int) -> Tokens:
         """Sample number `sample` of the run, [2, s + 1]."""
-        row = np.full((2, self.seq_length + 1), FILLER, dtype=np.int64)
+        row = np.full((2, self.seq_length + 1), PADDING, dtype=np.int64)
         row[1] = NOT_A_LABEL
         place = 0
         for document in self.documents_of(sample):
@@ -97,7 +97,7 @@ class DocumentSamples:
         return numbers
 
     def length_of(self, sample: int) -> int:
-        """Tokens of documents in sample number `sample`; the others only fill it up."""
+        """Tokens of documents in sample number `sample`, without padding."""
         sizes = self.dataset.sizes[self.documents_of(sample)]
         return int(np.minimum(sizes, self.seq_length + 1).sum())
 
@@ -107,11 +107,11 @@ class DocumentSamples:
 
 
 def _bounds(sizes: npt.NDArray[np.int64], room: int) -> npt.NDArray[np.int64]:
-    """Where samples begin in a row of documents of these sizes, and the end; none is above `room`, or each is alone."""
+    """Sample i is documents [i] .. [i + 1] of these sizes: as many as fit into `room`; or one each, where room is 0."""
     if not room:
         return np.arange(len(sizes) + 1)
     ends = np.cumsum(sizes)
-    # for each document, the first one that does not fit into a sample which it begins
+    # for each document, the first later one that does not fit into the same sample
     following = np.searchsorted(ends, ends - sizes + room, side="right").tolist()
     bounds = [0]
     while bounds[-1] < len(sizes):

@@ -1,14 +1,13 @@
-"""Which tokens sample i of a run holds: a pure function of (seed, tokens, i), with no index and no memory.
+"""The tokens of sample i of a run: a pure function of (seed, tokens, i), without an index.
 
-The tokens of one part of a corpus (train, valid or test) form a ring of T tokens. An epoch rotates the ring by an
-offset of its own and cuts it into n = (T - 1) // s windows of s + 1 tokens, each sharing one token with the next, so
-that every token is a label exactly once, but for the first one and a tail of fewer than s. A keyed permutation says in
-which order the windows are visited. The number of steps, the batch size and the layout never enter.
+The tokens of one part of a corpus (train, valid or test) form a ring of T tokens. Each epoch rotates the ring by its
+own offset and divides it into n = (T - 1) // s windows of s + 1 tokens. Neighbouring windows share one token, so every
+token is a label exactly once, except the first one and a tail of fewer than s. A keyed permutation gives the order of
+the windows. The number of steps, the batch size and the layout have no influence.
 
 Letters: T tokens of the part, s sequence length, n samples per epoch. No torch.
 """
 
-import hashlib
 from dataclasses import dataclass
 from math import isqrt
 from typing import Protocol
@@ -18,33 +17,34 @@ import numpy.typing as npt
 
 from megatron.data.indexed import Ids, IndexedDataset
 from megatron.errors import UserError
+from megatron.seeds import seed_from
 
-Tokens = npt.NDArray[np.int64]  # [length]; a sample with labels of its own is [2, length]
-NOT_A_LABEL = -100  # in the place of a label that nothing is to be learned from
+Tokens = npt.NDArray[np.int64]  # [length]; a sample with separate labels is [2, length]
+NOT_A_LABEL = -100  # the label of a loss-masked token
 _MASK = (1 << 64) - 1
 
 
 class TokenStream(Protocol):
-    """Tokens in a fixed order, read anywhere at the same cost."""
+    """Tokens in a fixed order, with random access."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in the stream."""
+        """Number of tokens."""
 
     def tokens(self, start: int, length: int) -> Tokens:
         """Tokens `start` .. `start + length`, fewer at the end of the stream."""
 
 
 class SampleSource(Protocol):
-    """Samples of s + 1 tokens, as many as are asked for. Can be pickled, for the workers of a loader."""
+    """An infinite sequence of samples of s + 1 tokens. Can be pickled, for the workers of a loader."""
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples after which every token has been seen."""
+        """Samples in one pass over the tokens."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in the stream the samples are cut from."""
+        """Number of tokens in the underlying stream."""
 
     def __getitem__(self, sample: int) -> Tokens:
         """Sample number `sample` >= 0 of the run; epoch `sample // samples_per_epoch`.
@@ -55,7 +55,7 @@ class SampleSource(Protocol):
 
 @dataclass(frozen=True)
 class CorpusStream:
-    """Tokens `start` .. `start + num_tokens` of an indexed dataset, each checked to be an id below `vocab_size`.
+    """Tokens `start` .. `start + num_tokens` of an indexed dataset, each checked to be below `vocab_size`.
 
     are_labels: `NOT_A_LABEL` is allowed too.
     """
@@ -91,13 +91,13 @@ def checked_ids(ids: Ids, vocab_size: int, prefix: str, are_labels: bool = False
 
 @dataclass(frozen=True)
 class JoinedStreams:
-    """Several streams, one after the other (a `TokenStream`)."""
+    """The concatenation of several streams (a `TokenStream`)."""
 
     streams: tuple[TokenStream, ...]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all streams."""
+        """Total number of tokens."""
         return sum(stream.num_tokens for stream in self.streams)
 
     def tokens(self, start: int, length: int) -> Tokens:
@@ -115,8 +115,8 @@ class JoinedStreams:
 class Windows:
     """Windows of `seq_length + 1` tokens of a stream: the samples of a run (a `SampleSource`).
 
-    shuffle: rotate and permute anew each epoch, for training; else the windows come in order, from the first token.
-    labels: as long as the stream, for samples with labels of their own. The stream must hold at least one window.
+    shuffle: rotate and permute in each epoch, for training; otherwise the windows are in order, from the first token.
+    labels: as long as the stream, for samples with separate labels. The stream must contain at least one window.
     """
 
     stream: TokenStream
@@ -127,12 +127,12 @@ class Windows:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in the stream."""
+        """Number of tokens."""
         return self.stream.num_tokens
 
     @property
     def samples_per_epoch(self) -> int:
-        """Whole windows in the stream, the same in every epoch."""
+        """Complete windows in the stream, the same in every epoch."""
         return (self.num_tokens - 1) // self.seq_length
 
     def __getitem__(self, sample: int) -> Tokens:
@@ -142,7 +142,7 @@ class Windows:
         return ids if self.labels is None else np.stack([ids, self._around(self.labels, start)])
 
     def start_of(self, sample: int) -> int:
-        """Where in the stream sample number `sample` begins; it may run past the end, on to the beginning."""
+        """The offset of sample number `sample` in the stream; the sample may wrap around the end."""
         epoch, position = divmod(sample, self.samples_per_epoch)
         if not self.shuffle:
             return position * self.seq_length
@@ -151,7 +151,7 @@ class Windows:
         return (offset + window * self.seq_length) % self.num_tokens
 
     def _around(self, stream: TokenStream, start: int) -> Tokens:
-        """S + 1 tokens from `start` on, past the end on to the beginning."""
+        """The s + 1 tokens from `start`, wrapping around the end."""
         length = self.seq_length + 1
         head = stream.tokens(start, length)
         if len(head) == length:
@@ -160,10 +160,10 @@ class Windows:
 
 
 def permuted(index: int, size: int, key: int) -> int:
-    """Where `index` goes under the permutation of 0..size-1 that `key` chooses; O(1) time and memory.
+    """The image of `index` under the permutation of 0..size-1 that `key` selects; O(1) time and memory.
 
-    An eight-round Feistel network on pairs (left, right) modulo (rows, columns), walked on until it falls below `size`
-    (cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002), seldom more than once.
+    An eight-round Feistel network on pairs (left, right) modulo (rows, columns), applied again until the result is
+    below `size` (cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002), rarely twice.
     """
     columns = isqrt(size - 1) + 1
     rows = -(-size // columns)
@@ -179,12 +179,11 @@ def permuted(index: int, size: int, key: int) -> int:
 
 def derived_key(*parts: object) -> int:
     """64 bits that depend on all of `parts`, the same on every machine."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+    return seed_from(repr(parts))
 
 
 def _mixed(key: int, turn: int, value: int) -> int:
-    """Sixty-four mixed bits of the three numbers (the finaliser of splitmix64: Steele, Lea and Flood, 2014)."""
+    """A 64-bit hash of three numbers (the finalizer of splitmix64: Steele, Lea and Flood, 2014)."""
     bits = (key + (turn + 1) * 0x9E3779B97F4A7C15 + value * 0xD1342543DE82EF95) & _MASK
     bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) & _MASK

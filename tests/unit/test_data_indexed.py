@@ -150,7 +150,7 @@ def test_a_path_without_its_ending_words_is_found(tmp_path: Path) -> None:
         ("zzzzzzzz", "holds half, mine_text_document"),
         ("nowhere/mine", "nowhere does not exist"),
         ("mine,other", "one prefix, not a list"),
-        ("half", "half.bin is missing beside .*half.idx"),
+        ("half", "half.bin is missing next to .*half.idx"),
     ],
 )
 def test_missing_files_are_named_with_the_nearest(tmp_path: Path, path: str, message: str) -> None:
@@ -191,7 +191,12 @@ def test_an_index_with_a_number_that_changed_is_refused(tmp_path: Path, place: i
         (b"PK" + bytes(100), "does not begin with MMIDIDX"),
         (b"TNTIDX\0\0" + bytes(100), "cached.*--dataset-impl mmap"),
         (independent_files([[1]], "u2")[1][:-1], "cut short"),
-        (independent_files([[1]], "u2")[1] + b"\0", "damaged"),
+        (independent_files([[1]], "u2")[1] + b"\0\0", "damaged"),
+        (
+            independent_files([[1]], "u2")[1] + b"\1",
+            r"multimodal dataset of Megatron-core: 1 of 1 sequences are not text",
+        ),
+        (b"ARROW1\0\0" + bytes(100), "it is an Arrow file"),
         (independent_files([[1]], "u2")[1][:20], "does not begin"),
         (b"MMIDIDX\0\0" + struct.pack("<QBQQ", 2, 8, 0, 0), "version 2"),
         (b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 7, 0, 0), "dtype code 7"),
@@ -201,3 +206,23 @@ def test_an_index_that_is_none_is_refused(tmp_path: Path, index: bytes, message:
     put(tmp_path / "x", b"\1\0", index)
     with pytest.raises(UserError, match=message):
         IndexedDataset(str(tmp_path / "x"))
+
+
+def test_an_index_with_modes_of_megatron_core_is_read_where_all_are_text(tmp_path: Path) -> None:
+    tokens, index = independent_files([[1, 2], [3]], "u2")
+    put(tmp_path / "x", tokens, index + b"\0\0")
+    dataset = IndexedDataset(str(tmp_path / "x"))
+    assert [dataset.get(number).tolist() for number in range(2)] == [[1, 2], [3]]
+    assert dataset.document_index.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "zero\0byte"])
+def test_a_prefix_that_cannot_be_a_path_is_a_missing_pair(path: str) -> None:
+    with pytest.raises(UserError, match="there are no data at"):
+        IndexedDataset(path)
+
+
+def test_a_dataset_of_hugging_face_is_named(tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").write_text("{}")
+    with pytest.raises(UserError, match=f"dataset of Hugging Face; preprocess it with --input hf:{tmp_path}"):
+        IndexedDataset(str(tmp_path))
