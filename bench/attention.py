@@ -1,9 +1,9 @@
-"""Causal attention alone, forward and backward, through each registered backend that can run here.
+"""Forward and backward of causal attention with each registered backend that can run here.
 
     python bench/attention.py [--lengths 2048 8192 32768] [--rounds 10]
 
-bf16, 16 heads of 128 (8 of 64 on a CPU), 32,768 tokens in all (2,048 on a CPU) whatever the length. TFLOP/s count
-what causal attention needs: half of 4 s^2 d a head forward, 2.5 times that backward. Prints a table in Markdown.
+bf16, 16 heads of 128 (8 of 64 on a CPU), 32,768 tokens in total (2,048 on a CPU) for every length. TFLOP/s count
+the FLOPs of causal attention: half of 4 s^2 d per head forward, 2.5 times that backward. Prints a Markdown table.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from megatron.model.attention_backends import Attend
 
 
 def seconds_of(attend: Attend, inputs: tuple[Tensor, Tensor, Tensor], rounds: int) -> list[float]:
-    """Of forward and backward, `rounds` times after a warm-up."""
+    """Times of forward and backward, for `rounds` rounds after a warm-up."""
     gradient = torch.randn_like(inputs[0])
 
     def run() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
         query, key, value = (
             torch.randn(sizes, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
         )
-        for name in (name for name in registry.names("attention_backend") if name != "local"):  # that one sees less
+        for name in (name for name in registry.names("attention_backend") if name != "local"):  # it has a window
             try:
                 attend = registry.resolve("attention_backend", name)(model, device)
                 computes = f"{name}: {attend.describe(torch.bfloat16)}"

@@ -1,10 +1,10 @@
-"""How much memory a rank needs while it loads a checkpoint that another layout wrote, beyond its share of the state.
+"""Memory that a rank needs to load a checkpoint of another layout, in addition to its state.
 
     python bench/checkpoint_load.py [--vocabulary 32768 131072]
 
-CPU ranks, and a model of which nearly all is the embedding and the head, so that the largest tensor stands out. The
-share of a rank (weights, fp32 masters, moments) is there before; what is measured is the peak of resident memory over
-that, as Linux counts it, in units of the largest tensor.
+CPU ranks, and a model that consists mostly of embedding and head, so that one tensor dominates. A rank's state
+(weights, fp32 masters, moments) exists before the load; measured is the peak of resident memory (Linux) above it, also
+in units of the largest tensor.
 """
 
 import argparse
@@ -30,7 +30,7 @@ HIDDEN = 256
 
 
 def sizes(vocabulary: int) -> Settings:
-    """A model with `vocabulary` rows of embedding, and little else."""
+    """Settings of a model with a large embedding."""
     shape = {"hidden_size": HIDDEN, "head_size": HIDDEN // 4, "ffn_hidden_size": HIDDEN}
     return {"model": {"vocab_size": vocabulary, "padded_vocab_size": vocabulary, **shape}}
 
@@ -42,23 +42,23 @@ def save(folder: str, settings: Settings) -> None:
 
 
 def load(folder: str, settings: Settings) -> None:
-    """On a rank: read it, and write down by how much the peak of memory was above what was there before."""
+    """On a rank: read it, and record the peak of memory above the memory before."""
     engine, _ = engine_of(settings)
-    engine.state.fragments()  # which makes the moments
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    engine.state.fragments()  # creates the moments
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = memory("VmRSS")
     load_checkpoint(engine, Path(folder, "global_step0"))
     Path(folder, f"rank_{dist.get_rank()}").write_text(json.dumps(memory("VmHWM") - before))
 
 
 def memory(what: str) -> int:
-    """Bytes of this process, from the kernel."""
+    """Bytes of this process, as the kernel reports them."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{what}:"))
 
 
 def measure(vocabulary: int, source: Settings, targets: list[Settings]) -> list[int]:
-    """For each target the largest excess of any rank, in bytes."""
+    """The largest excess over all ranks for each target, in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         run_ranks(world(source), save, folder, source | sizes(vocabulary), timeout=300)
         found = []
@@ -70,7 +70,7 @@ def measure(vocabulary: int, source: Settings, targets: list[Settings]) -> list[
 
 
 def world(settings: Settings) -> int:
-    """Ranks of a layout."""
+    """Number of ranks of a layout."""
     return settings.get("pipe", 1) * settings.get("tensor", 1) * settings.get("data", 1)
 
 
@@ -84,8 +84,8 @@ def main() -> None:
         largest = 4 * vocabulary * HIDDEN
         for source, targets in MOVES:
             for target, excess in zip(targets, measure(vocabulary, source, targets), strict=True):
-                told = f"{largest / 2**20:.0f} MiB | {excess / 2**20:.0f} MiB | {excess / largest:.2f}"
-                print(f"| {layout_name(source)} | {layout_name(target)} | {told} |", flush=True)
+                cells = f"{largest / 2**20:.0f} MiB | {excess / 2**20:.0f} MiB | {excess / largest:.2f}"
+                print(f"| {layout_name(source)} | {layout_name(target)} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

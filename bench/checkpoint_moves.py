@@ -1,9 +1,9 @@
 """Move checkpoints between layouts and write the table of docs/checkpoints.md.
 
-    python bench/checkpoint_moves.py            all of them, and the table
-    python bench/checkpoint_moves.py 0 6        two of them, to look at
+    python bench/checkpoint_moves.py            all moves; writes the table
+    python bench/checkpoint_moves.py 0 6        two moves; prints only
 
-Takes about 10 minutes on two cores. The moves and what is measured are those of tests/ranks/moves.py.
+Takes about 10 minutes on two cores. Moves and measurements are defined in tests/ranks/moves.py.
 """
 
 import argparse
@@ -21,8 +21,8 @@ BEGIN, END = "<!-- moves: begin -->\n", "<!-- moves: end -->\n"
 
 
 def main() -> None:
-    """Carry out every move and put the table into the page."""
-    parser = argparse.ArgumentParser(description="checkpoints from layout to layout")
+    """Carry out the moves and write the table into the page."""
+    parser = argparse.ArgumentParser(description="move checkpoints between layouts")
     parser.add_argument("moves", nargs="*", type=int, help=f"numbers of moves, 0 to {len(MOVES) - 1}; none: all")
     chosen = parser.parse_args().moves
     rows = ["| from | to | of | state | next loss | 4 losses | noise |", "|---|---|---|---|---|---|---|"]

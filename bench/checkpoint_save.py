@@ -2,9 +2,8 @@
 
     python bench/checkpoint_save.py [--hidden 512] [--rounds 5]
 
-Two CPU ranks, ZeRO 1, a model of the given width; the ways alternate in one run. What a checkpoint costs in all shows
-in the time from one to the next, steps between them included, against the time of the steps alone. The last line is
-one JSON object.
+Two CPU ranks, ZeRO 1, a model of the given width; both ways alternate in one run. The total cost of a checkpoint is the
+time between two checkpoints compared with the time of the steps between them. The last line is one JSON object.
 """
 
 import argparse
@@ -33,7 +32,7 @@ STEPS = 4  # between checkpoints
 
 
 def measure(folder: str, hidden: int, rounds: int) -> None:
-    """On a rank: save by turns, and time what the training has to wait for."""
+    """On a rank: save in both ways alternately, and time how long training is blocked."""
     plan = tiny.plan(
         data=2, zero=1, model={"hidden_size": hidden, "head_size": hidden // 4, "ffn_hidden_size": 4 * hidden}
     )

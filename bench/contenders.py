@@ -1,10 +1,10 @@
-"""What bench/train_step.py races: each contender is a process of its own that makes a step whenever it is asked to.
+"""The contenders of bench/train_step.py: each is a separate process that runs a step on request.
 
-deepy: through Config, Plan and TrainingEngine, in the environment that deepy.py gives its ranks.
-bare: the same compiled blocks, loss, fp32 masters and optimizer in a plain loop: what the engine costs.
-transformers: torch.compile(AutoModelForCausalLM.from_config(...)) under autocast, as a user starts it.
+deepy: Config, Plan and TrainingEngine, in the environment that deepy.py gives its ranks.
+bare: the same compiled blocks, loss, fp32 masters and optimizer in a plain loop, to show the engine's overhead.
+transformers: torch.compile(AutoModelForCausalLM.from_config(...)) under autocast, in the user's environment.
 same-malloc: the same in the environment of deepy's ranks.
-products: the matrix products of a step alone, into buffers that exist: the ceiling.
+products: only the matrix products of a step, into preallocated buffers: the upper bound.
 """
 
 import json
@@ -42,7 +42,7 @@ LLAMA = NEOX | {
 
 
 def shape(family: dict[str, Any], layers: int, hidden: int, heads: int, length: int, micro: int) -> dict[str, Any]:
-    """Keys of a model and its micro-batch."""
+    """Configuration of a model and its micro-batch."""
     return family | {
         "num_layers": layers,
         "hidden_size": hidden,
@@ -67,7 +67,7 @@ ON_GPU = {
 }
 NAMES = ("deepy", "bare", "transformers", "same-malloc", "products")
 CLIP, RATE, BETAS, DECAY = 1.0, 1e-4, (0.9, 0.95), 0.1
-QUERIES = {"cpu": 128, "cuda": 1024}  # of a block of causal attention's products
+QUERIES = {"cpu": 128, "cuda": 1024}  # in a block of the attention products
 Step = Callable[[], float]
 
 
@@ -86,7 +86,7 @@ def batch_of(plan: Plan, device: torch.device) -> tuple[Tensor, tuple[Tensor, Te
 
 
 def deepy(plan: Plan, device: torch.device) -> Step:
-    """A step of ours."""
+    """A step of Deepy."""
     from megatron.engine.distributed import start
     from megatron.engine.training import TrainingEngine
     from megatron.model.gpt import gpt_layers, make_loss
@@ -98,7 +98,7 @@ def deepy(plan: Plan, device: torch.device) -> Step:
 
 
 def bare(plan: Plan, device: torch.device) -> Step:
-    """The same layers, loss and masters without engine and DeepSpeed."""
+    """A step with the same layers, loss and masters, without engine and DeepSpeed."""
     from megatron.engine.compiling import compiled, compiled_blocks
     from megatron.engine.distributed import start
     from megatron.engine.master_weights import MasterWeights
@@ -138,7 +138,7 @@ def transformers(plan: Plan, device: torch.device) -> Step:
 
     def forward() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
-            # `labels` are shifted by the model: give it what the batch's first label continues
+            # the model would shift `labels`; `shift_labels` are used as they are
             loss: Tensor = run(input_ids=tokens, labels=tokens, shift_labels=labels).loss
         return loss
 
@@ -164,7 +164,7 @@ def _plain_step(model: nn.Module, optimizer: Optimizer, forward: Callable[[], Te
 
 
 def products(plan: Plan, device: torch.device) -> Step:
-    """Every matrix product of a step: forward, and two backward for each, of linear layers and of causal attention."""
+    """The matrix products of linear layers and causal attention in a step: one forward and two backward each."""
     model, tokens = plan.model, plan.batch.micro_size * plan.batch.sequence_length
     width = model.num_attention_heads * model.head_size
     inner = (2 if model.norm == "rmsnorm" else 1) * model.ffn_hidden_size
@@ -202,7 +202,7 @@ def _linear(tokens: int, inputs: int, outputs: int, device: torch.device) -> Cal
 
 
 def _attention(model: ModelPlan, micro: int, length: int, device: torch.device) -> Callable[[], None]:
-    """Scores and their product with the values, over blocks of queries and the keys up to theirs."""
+    """The products of scores and values, over blocks of queries and the keys before them."""
     heads, queries = micro * model.num_attention_heads, min(length, QUERIES[device.type])
     keys = _random(device, heads, length, model.head_size)
     query = _random(device, heads, queries, model.head_size)
@@ -225,7 +225,7 @@ def _attention(model: ModelPlan, micro: int, length: int, device: torch.device) 
 
 
 def serve(contender: str, keys: dict[str, Any]) -> None:
-    """In a contender's process: make a step for every line that comes in; answer with seconds, loss, peak bytes."""
+    """In a contender's process: run a step for each input line; answer with seconds, loss and peak bytes."""
     answers, sys.stdout = sys.stdout, sys.stderr
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     build = {"same-malloc": transformers}.get(contender) or globals()[contender]
@@ -240,11 +240,11 @@ def serve(contender: str, keys: dict[str, Any]) -> None:
 
 
 class ContenderError(Exception):
-    """A contender ended; the end of what it said."""
+    """A contender ended; with the end of its output."""
 
 
 class Contender:
-    """A process that makes steps when asked."""
+    """A process that runs steps on request."""
 
     def __init__(self, name: str, keys: dict[str, Any]) -> None:
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
@@ -252,13 +252,13 @@ class Contender:
         if name != "transformers":
             environment = rank_environment(environment, accelerator, os.cpu_count() or 1)
         command = [sys.executable, __file__, name, json.dumps(keys)]
-        self.name, self._said = name, tempfile.TemporaryFile("w+")  # noqa: SIM115  # a pipe that nobody reads would fill up
+        self.name, self._errors = name, tempfile.TemporaryFile("w+")  # noqa: SIM115  # a pipe could fill up
         self.process = subprocess.Popen(
-            command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said
+            command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
         )
 
     def step(self) -> list[float]:
-        """Seconds, loss and bytes on the device at most, of one step. Raises ContenderError."""
+        """Seconds, loss and peak bytes on the device of one step. Raises ContenderError."""
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             self.process.stdin.write("\n")
@@ -266,13 +266,13 @@ class Contender:
             answer: list[float] = json.loads(self.process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
             self.process.communicate()
-            self._said.seek(0)
-            error = self._said.read().strip()
+            self._errors.seek(0)
+            error = self._errors.read().strip()
             raise ContenderError(f"{self.name} failed: ...{error[-1500:]}") from None
         return answer
 
     def end(self) -> None:
-        """Let the process end."""
+        """End the process."""
         self.process.kill()
         self.process.communicate()
 

@@ -1,10 +1,10 @@
 """Train every layout of tests/ranks/layouts.py against one rank, and write the table of docs/layouts.md.
 
     python bench/layouts.py            prints the table
-    python bench/layouts.py --write    and puts it into docs/layouts.md
+    python bench/layouts.py --write    and writes it into docs/layouts.md
 
-Takes about ten minutes on two cores. With RANKS_BACKEND=nccl the ranks are GPUs, and layouts of more ranks than there
-are GPUs are left out.
+Takes about ten minutes on two cores. With RANKS_BACKEND=nccl the ranks are GPUs, and layouts with more ranks than GPUs
+are skipped.
 """
 
 import argparse
@@ -26,9 +26,9 @@ HEAD = "| layout | precision | model and step | largest gap of 20 losses | bound
 
 
 def main() -> None:
-    """Carry out every case; with --write, renew the page."""
-    parser = argparse.ArgumentParser(description="every layout against one rank")
-    parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
+    """Carry out every case; with --write, update the page."""
+    parser = argparse.ArgumentParser(description="compare every layout with one rank")
+    parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.name}")
     arguments = parser.parse_args()
     print(HEAD, end="")
     chosen, rows = [case for case in cases() if can_run(tiny.ranks_of(case.settings()))], []

@@ -1,12 +1,11 @@
-"""How fast the training data come, what starting costs, and whether memory stays flat.
+"""Speed, start-up cost and memory of the training data loader.
 
     python bench/loader.py [--config configs/default.yml --steps 20] [--batches 100000]
 
-Start: a process for each corpus of 10^4, 10^6 and 10^11 tokens (a sparse file: its zeros take no room on the disk)
-opens it, permutes its windows and reads the first sample. Seconds and peak memory are above those of a process that
-only imports. Speed: samples of 2,049 tokens from a file of 100 million random ids, in the file's cache. With --config
-that run is trained for a few steps, and the rate is compared with the loader's in the same run's shape.
-The last line is one JSON object.
+Start: for each corpus of 10^4, 10^6 and 10^11 tokens (a sparse file, which needs no disk space) a process opens it,
+permutes its windows and reads the first sample; seconds and peak memory do not include imports. Speed: samples of 2,049
+tokens from a file of 100 million random ids in the page cache. With --config that configuration is trained for a few
+steps, and its rate is compared with the loader's. The last line is one JSON object.
 """
 
 import argparse
@@ -41,7 +40,7 @@ print(time.perf_counter() - began, (resource.getrusage(resource.RUSAGE_SELF).ru_
 
 
 def sparse_corpus(prefix: Path, tokens: int) -> str:
-    """A corpus of zeros which takes no room."""
+    """A sparse corpus of zeros."""
     count = max(10, tokens // (2 * 10**9))
     sizes = np.full(count, tokens // count, dtype="<i4")
     ends = np.cumsum(sizes, dtype="<i8") * 2
@@ -54,7 +53,7 @@ def sparse_corpus(prefix: Path, tokens: int) -> str:
 
 
 def starts(folder: Path) -> dict[str, dict[str, float]]:
-    """Seconds and MiB of a start, for each size; medians of 3."""
+    """Seconds and MiB of a start for each size; medians of 3."""
     figures = {}
     for power in (4, 6, 11):
         path = sparse_corpus(folder / f"tokens{power}", 10**power)
@@ -69,7 +68,7 @@ def starts(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def random_corpus(prefix: Path, tokens: int) -> str:
-    """Random ids in documents of 1,000."""
+    """Random ids in documents of 1,000 tokens."""
     ids = np.random.default_rng(0).integers(0, VOCABULARY, tokens, dtype=np.uint16)
     with IndexedWriter(str(prefix), np.uint16) as writer:
         writer.add_documents(ids, [1000] * (tokens // 1000))
@@ -77,7 +76,7 @@ def random_corpus(prefix: Path, tokens: int) -> str:
 
 
 def rate(source: SampleSource, sequence: int, micro_batch: int, workers: int, seconds: float = 3.0) -> float:
-    """Tokens per second that one rank's loader gives, after a warm-up."""
+    """Tokens per second of one rank's loader, after a warm-up."""
     batches = micro_batches(
         source, consumed_samples=0, global_size=micro_batch, micro_size=micro_batch, data_rank=0, data_size=1,
         num_workers=workers,
@@ -92,7 +91,7 @@ def rate(source: SampleSource, sequence: int, micro_batch: int, workers: int, se
 
 
 def rates(path: str) -> dict[str, float]:
-    """Tokens per second for each way of making samples."""
+    """Tokens per second for each kind of sample."""
     common = {"seq_length": SEQUENCE, "seed": 1, "vocab_size": VOCABULARY}
     two = Mixture((path, path), (0.7, 0.3))
     sources = {
@@ -112,7 +111,7 @@ def rates(path: str) -> dict[str, float]:
 
 
 def memory_over(path: str, batches: int) -> dict[str, float]:
-    """Memory of this process, in MiB and without the pages of the file, along so many batches."""
+    """Memory of this process in MiB, without file pages, after up to `batches` batches."""
     source = build_sources(data_path=path, split="1,0", seq_length=SEQUENCE, seed=1, vocab_size=VOCABULARY)
     loader = micro_batches(
         source.samples("train"), consumed_samples=0, global_size=4, micro_size=4, data_rank=0, data_size=1,
@@ -128,7 +127,7 @@ def memory_over(path: str, batches: int) -> dict[str, float]:
 
 
 def anonymous_memory() -> float:
-    """MiB of this process and its workers that are no file's pages."""
+    """MiB of this process and its workers, without file pages."""
     children = Path("/proc/self/task").glob("*/children")
     processes = ["self", *(number for file in children for number in file.read_text().split())]
     lines = [line for number in processes for line in Path(f"/proc/{number}/smaps_rollup").read_text().splitlines()]
@@ -144,7 +143,7 @@ def training_rate(config: str, steps: int, folder: Path) -> float:
 
 
 def main() -> None:
-    """Measure, print, and end with a line of JSON."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="a configuration to train for the comparison")
     parser.add_argument("--steps", type=int, default=20)

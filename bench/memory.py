@@ -1,13 +1,13 @@
-"""Hold the estimates of --dry-run, and an analytic minimum, against what small runs allocate: docs/estimates.md.
+"""Compare the estimates of --dry-run and an analytic minimum with the memory of small runs: docs/estimates.md.
 
-    python bench/memory.py                    measures every case below, on the GPU where there is one, else on the CPU
-    python bench/memory.py --write            and puts the tables into docs/estimates.md
+    python bench/memory.py                    measures every case below, on the GPU if there is one, otherwise the CPU
+    python bench/memory.py --write            and writes the tables into docs/estimates.md
     python bench/memory.py --table shapes     the table of shapes only (or of layouts)
 
-"At rest" is what a rank holds between two steps, "saved" what one micro-batch's forward pass leaves for the backward
-pass, "peak" the most a step allocates. On a CPU the allocator's events are counted (torch.profiler), on a GPU its own
-statistics; both count requested bytes, whole buffers included. The profiler does not see what gloo's threads free: it
-counts as there for ever, so that collectives wait here until those threads have let go.
+"At rest" is the memory between two steps, "saved" what one micro-batch's forward pass stores for the backward pass,
+"peak" the maximum during a step. Counted are the allocator's events on a CPU (torch.profiler) and its statistics on a
+GPU; both count requested bytes, whole buffers included. The profiler misses what gloo's threads free, so collectives
+wait here until those threads have released their tensors.
 """
 
 import argparse
@@ -33,7 +33,8 @@ from megatron.config.resolve import resolve
 from megatron.engine.distributed import start_layout, stop
 from megatron.engine.modules import Sequential
 from megatron.engine.recompute import checkpoint_function
-from megatron.engine.training import TrainingEngine, own_part
+from megatron.engine.settings import DTYPES
+from megatron.engine.training import TrainingEngine, context_slice
 from megatron.estimate.describe import assumed_vocabulary
 from megatron.estimate.memory import StageMemory, stage_memories
 from megatron.model.gpt import gpt_layers, make_loss
@@ -41,11 +42,10 @@ from megatron.model.gpt import gpt_layers, make_loss
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "estimates.md"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 SHAPES_BEGIN, SHAPES_END = "<!-- shapes: begin -->\n", "<!-- shapes: end -->\n"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COLLECTIVES = (
     "all_reduce", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "send", "recv",
 )  # fmt: skip
-LETTING_GO = 0.002  # seconds
+RELEASE_SECONDS = 0.002
 NEOX = {
     "num_layers": 4,
     "hidden_size": 256,
@@ -56,8 +56,8 @@ NEOX = {
     "no_weight_tying": True,
     "train_micro_batch_size_per_gpu": 4,
     "padded_vocab_size": 4096,
-    "compile": False,  # the estimate is of what torch saves uncompiled
-    # whole buffers are allocated: keep them in proportion to the model
+    "compile": False,  # the estimate is for uncompiled code
+    # whole buffers are allocated: keep them proportional to the model
     "zero_optimization": {"stage": 0, "reduce_bucket_size": 1_000_000},
 }
 LLAMA = NEOX | {
@@ -137,7 +137,7 @@ SHAPES: dict[str, dict[str, object]] = {
 
 @dataclass
 class Meter:
-    """Bytes allocated within a `measured` block: what was left at its end, and the most at any time."""
+    """Bytes allocated in a `measured` block: net at its end, and at the peak."""
 
     net: int = 0
     peak: int = 0
@@ -145,7 +145,7 @@ class Meter:
 
 @dataclass
 class Figures:
-    """Bytes on one rank. `saved` is None with a pipeline, whose stages run many micro-batches at once."""
+    """Bytes on one rank. `saved` is None with a pipeline, whose stages hold several micro-batches."""
 
     rest: int
     peak: int
@@ -155,7 +155,7 @@ class Figures:
 
 @contextmanager
 def measured() -> Iterator[Meter]:
-    """Count what is allocated in this block."""
+    """Count the memory allocated in this block."""
     meter = Meter()
     gc.collect()
     if torch.cuda.is_available():
@@ -181,7 +181,7 @@ def plan_of(ranks: int, keys: dict[str, object]) -> Plan:
 
 
 def measure(plan: Plan) -> Figures:
-    """Train a few steps under `plan` and count. Collective."""
+    """Measure a few training steps under `plan`. Collective."""
     grid = start_layout(plan.layout)
     try:
         loss, saved = make_loss(plan.model, grid), None
@@ -189,7 +189,7 @@ def measure(plan: Plan) -> Figures:
         if plan.layout.pipe == 1:
             checkpoint = checkpoint_function(plan.engine, grid)
             module = Sequential(gpt_layers(plan.model, grid, 1), plan.engine.recompute_layers, checkpoint)
-            inputs, targets = own_part(batches[0], grid)
+            inputs, targets = context_slice(batches[0], grid)
             saved = _saved(lambda: loss(module(inputs), targets), module.to(grid.device), plan)
             del module
         with measured() as rest:
@@ -205,7 +205,7 @@ def measure(plan: Plan) -> Figures:
 
 def _saved(forward: Callable[[], torch.Tensor], module: torch.nn.Module, plan: Plan) -> int:
     module.to(DTYPES[plan.engine.precision]).train()
-    forward().backward()  # torch sets up its workspaces in the first pass
+    forward().backward()  # torch allocates its workspaces in the first pass
     module.zero_grad(set_to_none=True)
     with measured() as meter:
         result = forward()
@@ -223,34 +223,34 @@ def _batches(plan: Plan, device: torch.device) -> list[tuple[torch.Tensor, tuple
     return batches
 
 
-def be_patient() -> None:
-    """Let gloo's threads let go of a collective's tensors before the caller goes on, so that it frees them itself."""
+def wait_after_collectives() -> None:
+    """Wait after each collective until gloo's threads have released its tensors, so that the caller frees them."""
 
-    def patient(collective: Callable[..., Any]) -> Callable[..., Any]:
+    def waiting(collective: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(collective)
         def call(*arguments: Any, **options: Any) -> Any:
             work = collective(*arguments, **options)
-            time.sleep(LETTING_GO)
+            time.sleep(RELEASE_SECONDS)
             return work
 
         return call
 
     for name in COLLECTIVES:
-        setattr(dist, name, patient(getattr(dist, name)))
+        setattr(dist, name, waiting(getattr(dist, name)))
 
 
 def _rank(rank: int, keys: dict[str, object], world: int, port: int, results: "multiprocessing.SimpleQueue") -> None:  # type: ignore[type-arg]
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in names.items()} | {"OMP_NUM_THREADS": "1"}
     if not torch.cuda.is_available():
-        be_patient()
+        wait_after_collectives()
     results.put(measure(plan_of(world, keys)))
 
 
 def run(world: int, keys: dict[str, object]) -> Figures:
-    """Measure one case on its ranks, in processes of their own; the stage with the largest peak counts.
+    """Measure one case in separate processes; returns the figures of the stage with the largest peak.
 
-    Of the ranks of a stage, which hold the same, the one that counted least: what the profiler misses only adds.
+    Ranks of a stage hold the same; the lowest count is used, because what the profiler misses only adds to it.
     """
     results = multiprocessing.get_context("spawn").SimpleQueue()
     with socket.socket() as probe:
@@ -264,17 +264,17 @@ def run(world: int, keys: dict[str, object]) -> Figures:
 
 
 def estimate(plan: Plan, number: int) -> StageMemory:
-    """What --dry-run would say of a rank of stage `number`, on this machine."""
+    """The estimate of --dry-run for a rank of stage `number` on this machine."""
     return stage_memories(plan, on_cpu=not torch.cuda.is_available())[number]
 
 
 def at_rest(stage: StageMemory) -> int:
-    """The estimate of what a rank holds between steps."""
+    """The estimated memory of a rank between steps."""
     return stage.weights + stage.optimizer + stage.permanent_buffers
 
 
 def layout_row(case: str) -> str:
-    """A line of the table of layouts: estimate, measurement and error of the three figures, in MB."""
+    """A row of the table of layouts: estimate, measurement and error of the three figures, in MB."""
     world, keys = CASES[case]
     figures = run(world, keys)
     stage = estimate(plan_of(world, keys), figures.stage)
@@ -291,7 +291,7 @@ def layout_row(case: str) -> str:
 
 
 def shape_row(case: str) -> str:
-    """A line of the table of shapes: the minimum, its parts, the measured peak and what it is of the minimum, in MB."""
+    """A row of the table of shapes: minimum, its parts and measured peak in MB, and their ratio."""
     keys = SHAPES[case]
     figures, stage = run(1, keys), stage_memories(plan_of(1, keys))[0]
     states = stage.weights + stage.optimizer
@@ -314,9 +314,9 @@ TABLES = {
 
 
 def main() -> None:
-    """Measure every case; with --write, renew the page."""
+    """Measure every case; with --write, update the page."""
     parser = argparse.ArgumentParser(description="estimated and measured memory of small runs")
-    parser.add_argument("--write", action="store_true", help=f"put the tables into {PAGE.name}")
+    parser.add_argument("--write", action="store_true", help=f"write the tables into {PAGE.name}")
     parser.add_argument("--table", choices=TABLES, help="only this one")
     parser.add_argument("cases", nargs="*", help="only these cases")
     arguments = parser.parse_args()

@@ -1,11 +1,11 @@
-"""Preprocessing speed: the fast backend and the tokenizer's own library side by side, jsonl in, .bin/.idx out.
+"""Preprocessing speed of the fast backend and of the tokenizer's own library, from jsonl to .bin/.idx.
 
     python bench/preprocess.py --megabytes 400 --workers 2
 
-Each repetition runs tools/preprocess_data.py once with each backend, as a command and in turns, so that both meet the
-same machine; the clock runs from the start of the process to its end. The reference reads the first part of the corpus
-only (--reference-megabytes), because it takes so long; speeds are per byte of input. Prints a table; the last line is
-one JSON object with the medians, the ratio in each repetition, and peak memory of the largest process.
+Each repetition runs the command tools/preprocess_data.py once with each backend, alternately, and times the whole
+process. The reference reads only the first part of the corpus (--reference-megabytes), because it is slow; speeds are
+per byte of input. Prints a table; the last line is one JSON object with the medians, the ratio in each repetition, and
+the peak memory of the largest process.
 """
 
 import argparse
@@ -27,7 +27,7 @@ TOOL = Path(__file__).resolve().parents[1] / "tools" / "preprocess_data.py"
 
 
 def write_corpus(path: Path, size: int) -> None:
-    """The standard library over and over, each time with its lines turned round and many of its words made new."""
+    """Repeat the standard library, each time with rotated lines and many words changed."""
     chance, texts, written = random.Random(0), list(standard_library_files()), 0
     with path.open("w") as file:
         while written < size:
@@ -67,7 +67,7 @@ def measure(backend: str, corpus: Path, tokenizer: Path, folder: Path, workers: 
 
 
 def same(folder: Path, corpus: Path, tokenizer: Path, workers: int) -> bool:
-    """Whether both backends write the same bytes for the part that the reference reads."""
+    """Whether both backends write the same bytes for the reference's part."""
     for backend in ("auto", "hf"):
         measure(backend, corpus, tokenizer, folder, workers)
     pairs = [
@@ -90,7 +90,7 @@ def main() -> None:
         write_corpus(corpus, int(options.megabytes * 1e6))
         first_part(corpus, part, int(options.reference_megabytes * 1e6))
         train_byte_level_bpe(standard_library_files(), options.vocab_size, str(tokenizer))
-        identical = same(folder, part, tokenizer, options.workers)  # and the comparison is in the cache
+        identical = same(folder, part, tokenizer, options.workers)  # also caches the comparison of the backends
         fast, reference = [], []
         for number in range(options.repetitions):
             load = os.getloadavg()[0]

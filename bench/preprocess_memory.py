@@ -1,10 +1,10 @@
-"""Peak memory of preprocessing documents of 100 MB, as /usr/bin/time -v counts it (Debian: apt install time).
+"""Peak memory of preprocessing documents of 100 MB, by /usr/bin/time -v (Debian: apt install time).
 
     python bench/preprocess_memory.py [--megabytes 100] [--only chinese]
 
-Each case is a run of tools/preprocess_data.py on two documents of one kind. time -v gives the largest process; where
-there are several, the tree is what all of them together have resident, shared pages counted for each, looked at every
-20 ms. Prints a table; the last line is one JSON object.
+Each case is a run of tools/preprocess_data.py on two documents of one kind. time -v reports the largest process. The
+tree is the resident memory of all processes, with shared pages counted for each, sampled every 20 ms. Prints a table;
+the last line is one JSON object.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def source_text(size: int, chance: random.Random) -> str:
 
 
 def chinese(size: int, chance: random.Random) -> str:
-    """Ideographs without a space, some much more frequent than others; three bytes each."""
+    """Ideographs without spaces, with Zipf frequencies; three bytes each."""
     block = "".join(chance.choices(IDEOGRAPHS, [1 / rank for rank in range(1, len(IDEOGRAPHS) + 1)], k=1_000_000))
     turns = (chance.randrange(len(block)) for _ in range(size // 3_000_000 + 1))
     return "".join(block[turn:] + block[:turn] for turn in turns)[: size // 3]
@@ -68,7 +68,7 @@ def make_tokenizers(folder: Path) -> None:
 
 
 def peak(command: list[str]) -> dict[str, float]:
-    """MiB of the largest process and of all together at once, and seconds. Raises RuntimeError if the command fails."""
+    """Peak MiB of the largest process and of the tree, and seconds. Raises RuntimeError if the command fails."""
     process = subprocess.Popen([TIME, "-v", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     parent, most, ended = psutil.Process(process.pid), 0, threading.Event()
 
@@ -91,7 +91,7 @@ def peak(command: list[str]) -> dict[str, float]:
 
 
 def resident(parent: psutil.Process) -> Iterator[int]:
-    """Bytes of each process below `parent`."""
+    """Resident bytes of each descendant of `parent`."""
     try:
         children = parent.children(recursive=True)
     except psutil.Error:
@@ -99,17 +99,19 @@ def resident(parent: psutil.Process) -> Iterator[int]:
     for child in children:
         try:
             yield child.memory_info().rss
-        except psutil.Error:  # it has ended meanwhile
+        except psutil.Error:  # it has ended
             continue
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=100, help="of each of the two documents")
-    parser.add_argument("--only", default="", metavar="WORDS", help="cases whose line has these words, in any case")
+    parser.add_argument(
+        "--only", default="", metavar="WORDS", help="only cases whose row contains these words, ignoring case"
+    )
     options = parser.parse_args()
     if not Path(TIME).exists():
-        parser.error(f"{TIME} is not there; on Debian and Ubuntu: apt install time")
+        parser.error(f"{TIME} does not exist; on Debian and Ubuntu: apt install time")
     figures = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,15 +1,15 @@
-"""Training speed beside compiled Hugging Face Transformers and beside the matrix products alone.
+"""Training speed compared with compiled Hugging Face Transformers and with the matrix products alone.
 
     python bench/train_step.py [--quick] [--shapes neox-6x512 ...] [--rounds 7] [--repeat 3] [--write]
 
 Every contender (bench/contenders.py) is a process with a model of the same shape, fp32 master weights, bf16 compute,
-clipping and fused AdamW. On a CPU, which others may share, they make one step each by turns, so that what else the
-machine does meets all of them; a ratio is formed in each round, and its median and spread over the rounds are printed.
-On a GPU, whose memory one of them may need, they run one after the other; then attention alone at 2k, 8k and 32k, and
-everything ends within --minutes: what did not fit in is named.
+clipping and fused AdamW. On a CPU, which others may share, they run alternately, one step each, so that other load
+affects all of them; a ratio is computed in each round, and its median and spread over the rounds are printed. On a GPU,
+whose memory one of them may need, they run one after the other, followed by attention alone at 2k, 8k and 32k. Nothing
+new starts after --minutes; what was skipped is named.
 
-TFLOP/s count 6 N + 12 L n d T a token (megatron/metrics/flops.py); on a GPU utilization is of the card's peak.
---write puts the tables into bench/results/. The last line is one JSON object.
+TFLOP/s count 6 N + 12 L n d T per token (megatron/metrics/flops.py); utilization is relative to the GPU's peak.
+--write writes the tables into bench/results/. The last line is one JSON object.
 """
 
 import argparse
@@ -40,11 +40,11 @@ LABELS = {
 }
 
 
-def by_turns(keys: dict[str, Any], rounds: int) -> tuple[Seconds, int]:
-    """Seconds of every round for every contender, which are all there at once; peak bytes are not known."""
+def alternately(keys: dict[str, Any], rounds: int) -> tuple[Seconds, int]:
+    """Seconds of every round for all contenders, which run at the same time; peak bytes are unknown (0)."""
     contenders = [Contender(name, keys) for name in NAMES]
     try:
-        for contender in contenders:  # compiling, one after the other
+        for contender in contenders:  # compile one after the other
             _warm_up(contender)
         seconds: Seconds = {name: [] for name in NAMES}
         for number in range(rounds):
@@ -58,9 +58,9 @@ def by_turns(keys: dict[str, Any], rounds: int) -> tuple[Seconds, int]:
 
 
 def one_by_one(keys: dict[str, Any], rounds: int, deadline: float) -> tuple[Seconds, int]:
-    """The same for contenders that have the device to themselves, and the peak bytes of ours.
+    """Seconds of every round for contenders that run one after the other, and Deepy's peak bytes.
 
-    One that does not fit into memory, or for which no time is left, is named and left out.
+    A contender that does not fit into memory or time is named and skipped.
     """
     seconds: Seconds = {}
     peak = 0
@@ -68,7 +68,7 @@ def one_by_one(keys: dict[str, Any], rounds: int, deadline: float) -> tuple[Seco
         if name == "same-malloc":  # a setting of the host's allocator
             continue
         if time.monotonic() > deadline:
-            print(f"  {name:13} left out: no time left", flush=True)
+            print(f"  {name:13} skipped: no time left", flush=True)
             continue
         contender = Contender(name, keys)
         try:
@@ -84,20 +84,20 @@ def one_by_one(keys: dict[str, Any], rounds: int, deadline: float) -> tuple[Seco
 
 
 def _warm_up(contender: Contender) -> None:
-    """The first losses, which must be alike."""
+    """Run the first steps and print their losses, which should be similar."""
     losses = [contender.step()[1] for _ in range(WARM_UP)]
     print(f"  {contender.name:13} ready; first losses {losses[0]:.3f} {losses[-1]:.3f}", flush=True)
 
 
 def ratio(above: list[float], below: list[float]) -> dict[str, Any]:
-    """Median, least and greatest of the quotients of each round."""
+    """Median, minimum and maximum of the quotients of each round."""
     quotients = [a / b for a, b in zip(above, below, strict=True)]
     spread = [round(f(quotients), 3) for f in (min, max)]
     return {"median": round(statistics.median(quotients), 3), "spread": spread}
 
 
 def figures_of(plan: Plan, seconds: Seconds, peak_bytes: int) -> dict[str, Any]:
-    """What the last line says of a shape."""
+    """The figures of a shape in the last line."""
     own = seconds["deepy"]
     tokens, median = plan.batch.tokens_per_step, statistics.median(own)
     flops = flops_per_token(plan.model, plan.batch.sequence_length) * tokens
@@ -144,21 +144,26 @@ def table(name: str, plan: Plan, seconds: Seconds, figures: dict[str, Any]) -> s
 
 
 def machine() -> str:
-    """A line for the head of the tables."""
+    """The line above the tables."""
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    today = datetime.now(UTC).date()
-    load = f"load {os.getloadavg()[0]:.1f}"
-    return f"{today}, {card}, torch {torch.__version__}, commit {commit.stdout.strip() or 'unknown'}, {load}"
+    today, load = datetime.now(UTC).date(), os.getloadavg()[0]
+    return f"{today}, {card}, torch {torch.__version__}, commit {commit()}, load {load:.1f}"
+
+
+def commit() -> str:
+    """The commit of this checkout; "unknown" outside a repository or without git."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def attention(deadline: float) -> str:
-    """The table of bench/attention.py, run in what time is left."""
+    """The table of bench/attention.py, run in the remaining time."""
     left = deadline - time.monotonic()
     if left < 20:
-        return "\nattention alone: left out, no time left"
+        return "\nattention alone: skipped, no time left"
     command = [sys.executable, str(ROOT / "bench" / "attention.py")]
     try:
         return "\n" + subprocess.run(command, capture_output=True, text=True, timeout=left, check=True).stdout
@@ -167,16 +172,16 @@ def attention(deadline: float) -> str:
 
 
 def main() -> None:
-    """Race the shapes and print."""
+    """Measure the shapes and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
     shapes = ON_GPU if on_gpu else ON_CPU
     parser.add_argument("--shapes", nargs="*", default=list(shapes), choices=list(shapes))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--repeat", type=int, default=1, help="races of each shape, each with new processes")
-    parser.add_argument("--minutes", type=float, default=8.0, help="on a GPU, after which nothing new begins")
+    parser.add_argument("--repeat", type=int, default=1, help="repetitions of each shape, with new processes")
+    parser.add_argument("--minutes", type=float, default=8.0, help="on a GPU: start nothing new after this")
     parser.add_argument("--quick", action="store_true", help="the first shape, 3 rounds")
-    parser.add_argument("--write", action="store_true", help="put the tables into bench/results/")
+    parser.add_argument("--write", action="store_true", help="write the tables into bench/results/")
     arguments = parser.parse_args()
     names, rounds = (arguments.shapes[:1], 3) if arguments.quick else (arguments.shapes, arguments.rounds)
     deadline = time.monotonic() + 60 * arguments.minutes
@@ -188,7 +193,7 @@ def main() -> None:
         for name in names:
             print(name, flush=True)
             plan = plan_of(shapes[name])
-            seconds, peak = one_by_one(shapes[name], rounds, deadline) if on_gpu else by_turns(shapes[name], rounds)
+            seconds, peak = one_by_one(shapes[name], rounds, deadline) if on_gpu else alternately(shapes[name], rounds)
             if "deepy" not in seconds:
                 continue
             figures[name].append(figures_of(plan, seconds, peak))
@@ -201,7 +206,7 @@ def main() -> None:
         kind = torch.cuda.get_device_name().replace(" ", "-").lower() if on_gpu else "cpu"
         path = ROOT / "bench" / "results" / f"train-step-{datetime.now(UTC).date()}-{kind}.md"
         path.parent.mkdir(exist_ok=True)
-        with path.open("a") as file:  # what ran earlier that day stays
+        with path.open("a") as file:  # keep earlier runs of the day
             file.write(f"# Training steps\n\n{head}; `python {' '.join(sys.argv)}`\n" + "\n".join(tables) + "\n\n")
         print(f"written: {path.relative_to(ROOT)}")
     print(json.dumps(figures))

@@ -184,7 +184,7 @@ class TrainingEngine:
                 return tuple(move(tensor) for tensor in tensors)
             return tensors.to(self._grid.device, non_blocking=True)
 
-        return map(move, (_context_slice(batch, self._grid) for batch in micro_batches))
+        return map(move, (context_slice(batch, self._grid) for batch in micro_batches))
 
     def _loss_scale(self) -> float | None:
         return float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else None
@@ -197,7 +197,7 @@ def _masters(module: nn.Module, plan: EnginePlan) -> MasterWeights | None:
     return MasterWeights(module, DTYPES[plan.precision], DTYPES[plan.gradient_accumulation_dtype or "fp32"])
 
 
-def _context_slice(batch: MicroBatch, grid: ParallelGrid) -> MicroBatch:
+def context_slice(batch: MicroBatch, grid: ParallelGrid) -> MicroBatch:
     """This rank's context-parallel slice of the sequences in `batch`; document starts stay unsharded.
 
     Loss weights are scaled by the context-parallel size, because the mean over replicas divides by it.

@@ -7,6 +7,7 @@ rate, gradient norm and loss scale are those of the last step.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megatron.engine.phases import PHASES
 from megatron.units import duration, short_number
 
 
@@ -31,10 +32,6 @@ class Interval:
     grad_norm: float | None
     loss_scale: float | None
     skipped_steps: int
-
-
-# phases of a step that wall_clock_breakdown times, as runtime/<name>_seconds, in the order of a step
-PHASES = ("data_wait", "forward", "backward", "optimizer", "pipeline_exchange")
 
 
 def interval_metrics(interval: Interval, work: Workload) -> dict[str, float]:
@@ -63,7 +60,7 @@ def interval_metrics(interval: Interval, work: Workload) -> dict[str, float]:
 def log_line(step: int, last_step: int, metrics: Mapping[str, float], on_gpu: bool) -> str:
     """One line, units in the names: `step 1200/320000 | loss 3.214 | lr 5.9e-04 | ... | ETA 1d 4h`.
 
-    metrics: those of `interval_metrics` and the times of PHASES; missing ones are left out of the line.
+    metrics: those of `interval_metrics` and `runtime/<phase>_seconds` of PHASES; missing ones are left out of the line.
     """
     per_step = metrics["runtime/iteration_time"]
     parts = [

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron.engine.phases import Call
+from megatron.engine.phases import DATA_WAIT, Call
 from megatron.training.hooks.base import NOTHING, FinishedStep, Hook, MicroBatches, Run
 
 
@@ -56,7 +56,7 @@ class Breakdown(Hook):
         """Time the wait for each batch; discard what was timed between two steps (validation)."""
         while True:
             self._watch.seconds.clear()
-            with self._watch.running("data_wait"):
+            with self._watch.running(DATA_WAIT):
                 batch = next(batches)
             yield batch
 
