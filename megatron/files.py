@@ -60,7 +60,9 @@ def refuse_overwriting(outputs: Mapping[str, str | Path], inputs: Mapping[str, s
     for output, target in outputs.items():
         if found := sources.get(_identity(target)):
             name, path = found
-            problems.append(f"{output} ({target}) is {name} ({path}) itself and would overwrite it; choose another file")
+            problems.append(
+                f"{output} ({target}) is {name} ({path}) itself and would overwrite it; choose another file"
+            )
     if problems:
         raise UserError(*problems)
 
