@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Check a configuration and start its ranks: `./deepy.py train.py configs/default.yml num_gpus=2`.
 
-`./deepy.py --help` lists the options. Exit codes: 0 done, 1 the run failed, 2 the command or the configuration is wrong,
+`./deepy.py --help` lists the options. Exit codes: 0 done, 1 the run failed, 2 the command or configuration is wrong,
 130 interrupted before the run started.
 """
 
