@@ -1,1 +1,1 @@
-"""Our models and those of Hugging Face."""
+"""Convert weights between our models and those of Hugging Face, in both directions."""

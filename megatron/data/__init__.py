@@ -1,1 +1,1 @@
-"""Token files, the order in which they are read, and the tools that make them."""
+"""Token files, and the samples and batches that training reads from them."""

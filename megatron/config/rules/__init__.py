@@ -1,1 +1,1 @@
-"""Rules between keys."""
+"""Rules: what the values of several keys require of each other."""
