@@ -1,4 +1,4 @@
-"""Small tasks of every kind for the harness, written to a folder, and one model that the harness and we both know."""
+"""Small tasks of every kind for the harness, written to a folder, and a model that both the harness and we can run."""
 
 import json
 import random
@@ -100,7 +100,7 @@ def write_tasks(folder: Path, tokens: int = 9) -> Path:
 
 
 def requests(folder: Path) -> dict[str, list[Any]]:
-    """Requests of each kind as the harness makes them, and some that no task above leads to."""
+    """Requests of each kind as the harness makes them, and some that no task above makes."""
     questions = [json.loads(line) for line in (folder / "own_choice.jsonl").read_text().splitlines()]
     asked = [(row["question"], f" {choice}") for row in questions for choice in row["choices"]]
     asked += [
@@ -129,11 +129,11 @@ class Weights:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Which reads `vocabulary`."""
+        """The tokenizer in `vocabulary`."""
         return build_tokenizer("HFTokenizer", self.vocabulary)
 
     def plan(self, tensor: int = 1, ranks: int = 1) -> Plan:
-        """What the keys come to on so many ranks."""
+        """The plan that the keys give on `ranks` ranks."""
         keys = self.keys | {"model_parallel_size": tensor, "make_vocab_size_divisible_by": 8}
         return resolve(config_from_flat(keys), ranks, self.tokenizer.vocab_size, inference=True)
 

@@ -1,4 +1,4 @@
-"""A plugin with optimizers that Deepy knows nothing of: one of its own, and some of torch."""
+"""A plugin with optimizers that Deepy does not know: its own ones, and some of torch."""
 
 import torch
 from torch.optim import Optimizer
@@ -37,7 +37,7 @@ class Signs(Optimizer):
 
 
 class WholeNorm(Optimizer):
-    """Steps of a length that depends on the rows of a matrix: no optimizer for pieces of it."""
+    """Steps whose length depends on the rows of a matrix: it cannot work on slices of it."""
 
     def __init__(self, groups, lr):
         super().__init__(groups, {"lr": lr})

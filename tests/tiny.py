@@ -23,7 +23,7 @@ from megatron.training.hooks.base import Run
 SEQUENCE = 16
 GLOBAL_BATCH = 8
 
-# odd sizes on purpose: the vocabulary is no multiple of anything, the padding is real
+# odd sizes on purpose: the vocabulary needs padding
 MODEL = ModelPlan(
     num_layers=4,
     hidden_size=32,

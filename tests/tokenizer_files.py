@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind, trained on the spot: what the tests of tokenizers and of the tools use."""
+"""Small tokenizers of every kind, trained for the tests of tokenizers and tools."""
 
 import base64
 import io

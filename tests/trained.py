@@ -17,7 +17,7 @@ from tests.ranks.run import one_rank
 
 
 def trained_model(grid: ParallelGrid, **model: Any) -> TrainedModel:
-    """On `grid`: bytes as tokens, a context of 16, weights large enough that each prompt goes its own way."""
+    """On `grid`: bytes as tokens, a context of 16, weights large enough that prompts get different continuations."""
     tokenizer = build_tokenizer("CharLevelTokenizer")
     plan = tiny.plan(tensor=grid.size("tensor"), data=grid.size("data"))
     sizes = {"vocab_size": tokenizer.vocab_size, "padded_vocab_size": 264, "init_std": 0.4} | model

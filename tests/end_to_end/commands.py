@@ -1,4 +1,8 @@
-"""The commands that users type, run as they run them: in a folder of their own, as processes."""
+"""The commands that users type, as processes in a folder of their own.
+
+deepy.py is started as users start it, and so are its ranks. Other scripts, which are called often, come from the fork
+server, which saves each of them the import of torch and DeepSpeed.
+"""
 
 import json
 import os
@@ -6,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from tests.forking import BACKEND, run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 # no GPU even where there is one: these tests compare runs of the CPU's arithmetic
@@ -35,17 +41,22 @@ def command(script: str, *words: object) -> list[str]:
 
 def run(folder: Path, script: str, *words: object, expect: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a script of the repository in `folder`, which must end with the exit code `expect`."""
-    done = subprocess.run(
-        command(script, *words),
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=os.environ | ENVIRONMENT,
-        timeout=240,
-        **options,
-    )
+    done = finished(folder, script, *words, **options)
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def finished(
+    folder: Path, script: str, *words: object, timeout: float = 240, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a script of the repository in `folder` to its end. options: of subprocess.run, which then starts it."""
+    environment = os.environ | ENVIRONMENT
+    if script == "deepy.py" or options or BACKEND != "gloo":
+        return subprocess.run(
+            command(script, *words),
+            capture_output=True, text=True, cwd=folder, env=environment, timeout=timeout, **options,
+        )  # fmt: skip
+    return run_script(ROOT / script, [str(word) for word in words], folder, environment, timeout)
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Runs that are looked at, signalled and ended while they go on."""
+"""Commands that tests observe, signal and end while they run."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ PATIENCE = 120.0
 
 @contextmanager
 def started(folder: Path, words: list[str]) -> Iterator["subprocess.Popen[str]"]:
-    """A command that goes on in `folder`; nothing of it is left at the end."""
+    """Start a command in `folder`; kill it at the end if it still runs."""
     process = subprocess.Popen(
         words,
         cwd=folder,
@@ -51,7 +51,7 @@ def wait_for(condition: Callable[[], object], process: "subprocess.Popen[str]") 
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"the condition was not met within {PATIENCE:.0f} s"
         time.sleep(0.05)
 
 

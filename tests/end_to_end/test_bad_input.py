@@ -1,4 +1,4 @@
-"""What is wrong is said in a line or two: exit code 2 before the work, 1 when it happens in a run."""
+"""Bad input: a message of a line or two, and exit code 2 before work begins or 1 in a run."""
 
 import os
 import subprocess
@@ -65,7 +65,10 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = "tasks of the harness"  # which reads 14,000 task files
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.long] * (case == SLOW)) for case in CASES])
 def test_bad_input_is_exit_code_two_and_a_clear_line(folder, case, monkeypatch, capsys):
     """In this process, past the door's `enter`: a process for each case would take minutes."""
     script, words, named = CASES[case]

@@ -1,6 +1,4 @@
-"""Disks that are full, folders that may not be written to, files that are damaged, runs that meet: what is said, with
-which exit code, and that nothing is lost.
-"""
+"""Full disks, read-only folders, damaged files, two runs in one folder: messages, exit codes, and nothing is lost."""
 
 import contextlib
 import os
@@ -59,7 +57,7 @@ def same_end(folder: Path, save: Path) -> bool:
 
 
 def disk_full(folder: Path, disk: Path, script: str, way: str) -> None:
-    """Two checkpoints find room on `disk`, and no third; with more room the run goes on to its end."""
+    """`disk` has room for two checkpoints, not for a third; with more room the run resumes and finishes."""
     save = disk / "run"
     words = ("small", f"save={save}", f"load={save}", f"log_dir={folder / 'logs'}", way)
     done = run(folder, *script.split(), *words, expect=1)
@@ -91,7 +89,7 @@ def as_anybody(*words: object) -> list[str]:
     if os.geteuid() != 0:
         return command(*words)
     if shutil.which("setpriv") is None:
-        pytest.skip("this is root, which no permission binds, and there is no setpriv")
+        pytest.skip("permissions do not bind root, and setpriv is not installed")
     return ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command(*words)]
 
 
@@ -159,7 +157,7 @@ def test_a_run_goes_on_from_the_newest_good_checkpoint_says_so_and_ends_as_it_wo
 @pytest.mark.long
 def test_a_second_run_into_the_same_folder_is_refused_by_name_and_the_first_goes_on(folder):
     words = ("train.py", "small", "save=shared", "load=shared", "checkpoint_factor=100000", "train_iters=100000")
-    words += ("log_interval=20",)  # nobody reads what the first says
+    words += ("log_interval=20",)  # the output of the first is not read
     with deepy(folder, *words) as first:
         wait_for(lambda: steps_done(folder / "shared") > 0, first)
         done = run(folder, "deepy.py", *words, expect=2)

@@ -87,7 +87,7 @@ def test_shares_are_joined_and_shuffled_and_inspected(tmp_path: Path) -> None:
         file.write(b"\xff\xff")
     wrong = run("inspect_dataset.py", mixed, *usual[4:8])
     assert wrong.returncode == 1
-    assert "the id 65,535 is not in the vocabulary" in wrong.stderr and "its SHA-256 is another" in wrong.stderr
+    assert "the id 65,535 is not in the vocabulary" in wrong.stderr and "its SHA-256 differs" in wrong.stderr
 
 
 def test_standard_input_folders_and_tables_are_read(tmp_path: Path) -> None:

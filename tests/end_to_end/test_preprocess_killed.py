@@ -1,8 +1,8 @@
-"""Preprocessing that is killed (signal 9) at random moments and goes on with --resume ends as if nothing had happened.
+"""Preprocessing that is killed (signal 9) at random moments and resumed writes what an undisturbed run writes.
 
 Moments are drawn from a seed: some while the command starts, most of them while it reads, tokenizes and writes. (That
-in which files get their names is too short to be met by chance: see test_data_resume.py.) Backend and workers may
-change from one attempt to the next.
+in which files get their names is too short to be met by chance: see test_preprocessing_resume.py.) Backend and
+workers may change from one attempt to the next.
 """
 
 import gzip
@@ -110,7 +110,7 @@ def noted(journal: Path) -> int:
 
 
 def check(work: Work, seed: int, kills: int, ways: list[list[object]]) -> None:
-    """Kill the work at random moments until it was killed so many times or is done; then let it go on to its end.
+    """Kill the work `kills` times at random moments, or until it is done; then resume it to its end.
 
     ways: backend and workers of the attempts, in turns. Work that was done before any kill met it (the machine is
     faster, or this process slower, than the moments suppose) is begun anew, to be killed at its first checkpoint.

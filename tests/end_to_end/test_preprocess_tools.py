@@ -1,11 +1,10 @@
-"""The tools that make data, as a person runs them."""
+"""The tools that prepare data, as commands."""
 
 import json
 import os
 import pty
 import signal
 import subprocess
-import sys
 import termios
 import time
 import zipfile
@@ -17,17 +16,18 @@ import pytest
 
 from megatron.data.indexed import IndexedDataset
 from megatron.tokenizer.build import build_tokenizer
+from tests.end_to_end import commands
 from tests.tokenizer_files import TEXT, gpt2_files
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def command(tool: str, *arguments: object) -> list[str]:
-    return [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
+    return commands.command(f"tools/{tool}", *arguments)
 
 
-def run(tool: str, *arguments: object, folder: Path = ROOT, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(tool, *arguments), capture_output=True, text=True, cwd=folder, timeout=timeout)
+def run(
+    tool: str, *arguments: object, folder: Path = commands.ROOT, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    return commands.finished(folder, f"tools/{tool}", *arguments, timeout=timeout)
 
 
 @pytest.fixture
@@ -166,11 +166,11 @@ def test_the_standard_library_becomes_a_corpus_once(tmp_path: Path) -> None:
     ]
     assert sorted(path.name for path in files) == names
     second = run("prepare_data.py", "stdlib", folder=tmp_path)
-    assert second.stdout.count("is there already") == 3
+    assert second.stdout.count(" exists") == 3
     assert files == {path: path.stat().st_mtime_ns for path in files}
     (tmp_path / "data" / "stdlib" / "tokenizer.json").unlink()
     third = run("prepare_data.py", "stdlib", folder=tmp_path)
-    assert third.stdout.count("is there already") == 1  # the tokens are of the old tokenizer
+    assert third.stdout.count(" exists") == 1  # the tokens are of the old tokenizer
     check_standard_library(tmp_path / "data" / "stdlib")
 
 
@@ -218,7 +218,7 @@ def test_a_corpus_that_cannot_be_fetched_says_what_would_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, needed: str
 ) -> None:
     for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody answers there
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # no server answers there
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     done = run("prepare_data.py", name, folder=tmp_path)

@@ -14,7 +14,7 @@ wall_clock_breakdown: true
 FILES = (("trace", ".json"), ("kernels", ".txt"), ("memory", ".txt"))
 
 
-def test_a_run_tells_its_dearest_kernels_its_memory_and_its_phases(tmp_path):
+def test_a_run_reports_its_slowest_kernels_its_memory_and_its_phases(tmp_path):
     (tmp_path / "model.yml").write_text(SMALL + KEYS)
     said = run(tmp_path, "deepy.py", "train.py", "model", "log_dir=logs", "train_iters=6", "num_gpus=2").stdout
     folder = tmp_path / "logs" / "profile"

@@ -1,4 +1,4 @@
-"""What a person at a terminal sees, and what a file gets."""
+"""Output to a terminal, and output to a file."""
 
 import os
 import pty

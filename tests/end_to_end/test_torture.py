@@ -1,9 +1,9 @@
-"""Kill a run with signal 9 in the middle of whatever it does: the next one goes on and ends as if nothing had happened.
+"""Kill a run with signal 9 in the middle of any work: the next one resumes and ends as an undisturbed run does.
 
 The run saves after every step and prunes, so that there is much to interrupt. `killer.py` chooses the moment. A step
 whose metrics were written has been saved, but for the last one where the writing is done behind: no other may be lost.
 
-All forty take some twelve minutes on two idle cores: python -m pytest tests/end_to_end/test_torture.py
+All forty take about twelve minutes on two idle cores: python -m pytest tests/end_to_end/test_torture.py
 """
 
 import json
@@ -21,7 +21,7 @@ from megatron.checkpoint.reading import read_tensors
 from tests.end_to_end.commands import ENVIRONMENT, SMALL, command, losses, run
 from tests.end_to_end.killer import ORDER
 
-STEPS = 30
+STEPS = 16
 SAVING = f"""
 train_iters: {STEPS}
 eval_interval: 1000
@@ -55,7 +55,7 @@ def killed_run(folder: Path, save: str, moment: str, seed: int) -> str:
     done = subprocess.run(
         words, cwd=folder, env=os.environ | ENVIRONMENT | order, capture_output=True, text=True, timeout=240
     )
-    assert report.exists() and done.returncode == 1, f"nobody was killed:\n{done.stdout}\n{done.stderr}"
+    assert report.exists() and done.returncode == 1, f"no rank was killed:\n{done.stdout}\n{done.stderr}"
     return report.read_text()
 
 

@@ -28,7 +28,7 @@ def hosts(tmp_path):
 
 @pytest.fixture
 def folder(hosts, tmp_path, monkeypatch):
-    """A folder with a model and a hostfile, and ssh told how to reach the hosts."""
+    """A folder with a model and a hostfile, and the environment with which ssh reaches the hosts."""
     both, keys = hosts
     (tmp_path / "small.yml").write_text(SMALL + "save: run\npipe_parallel_size: 2\n")
     (tmp_path / "hosts").write_text("# two\n" + "".join(f"{host.address} slots=1\n" for host in both))

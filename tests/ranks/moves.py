@@ -101,7 +101,7 @@ class Outcome:
 
 
 def carry_out(move: Move, folder: Path, with_noise: bool = True) -> Outcome:
-    """Train, save, load under the target layout, save again, train on; and beside it the undisturbed runs."""
+    """Train, save, load under the target layout, save again, train on; and train the undisturbed runs."""
     source, target = move.common | move.source, move.common | move.target
     saved, _ = train(folder / "source", source, None, STEPS)
     again, _ = train(folder / "again", target, saved, 0)

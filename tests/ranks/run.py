@@ -3,7 +3,6 @@
 Ranks talk over gloo on the CPU. With RANKS_BACKEND=nccl in the environment each is a GPU, and a test of more ranks than
 there are GPUs is skipped.
 
-Ranks are forked from a server process that has imported torch, so that a test of two ranks costs a tenth of a second.
 A rank that fails ends the others; a rank that hangs is asked for its stack and then killed.
 """
 
@@ -23,24 +22,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 from megatron.parallel.grid import ParallelGrid
+from tests.forking import BACKEND, fork_server
 
-# An engine would import muon, and with it torch._inductor, in each rank (a second), and torch.testing torch._dynamo.
-PRELOADED = [
-    "pytest",
-    "torch",
-    "torch._dynamo",
-    "torch.testing",
-    "torch.distributed.device_mesh",
-    "deepspeed",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    "megatron.checkpoint.store",
-    "megatron.engine.training",
-    "megatron.model.gpt",
-]
-BACKEND = os.environ.get("RANKS_BACKEND", "gloo")
 GRACE_SECONDS = 1.0  # for the other ranks to fail as well, once one has
 
 
@@ -54,10 +39,7 @@ def run_ranks(world: int, body: Callable[..., object], *arguments: object, timeo
     __tracebackhide__ = True  # for pytest: the rank's traceback is what counts
     if not can_run(world):
         pytest.skip(f"{world} ranks over {BACKEND} need as many GPUs, and there are {torch.cuda.device_count()}")
-    if BACKEND == "gloo":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the server inherits it; DeepSpeed looks when it is imported
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = fork_server()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks: list[BaseProcess] = [

@@ -34,7 +34,8 @@ def test_compiled_blocks_and_loss_train_like_plain_ones(tmp_path, layout):
     assert_same(curve(tmp_path, steps=STEPS, **{"engine": COMPILE} | layout), curve(tmp_path, steps=STEPS, **eager))
 
 
-@pytest.mark.parametrize("kv_heads", [pytest.param(4, marks=pytest.mark.long), 2])
+@pytest.mark.long
+@pytest.mark.parametrize("kv_heads", [4, 2])
 def test_blocks_of_queries_attend_like_torchs_kernel(kv_heads):
     torch.manual_seed(0)
     tensors = [torch.randn(2, 256, heads, 8, requires_grad=True) for heads in (4, kv_heads, kv_heads)]

@@ -1,4 +1,4 @@
-"""All ranks end after the same step, whoever is asked."""
+"""All ranks end after the same step, whichever of them gets the signal."""
 
 import os
 import signal
