@@ -222,7 +222,7 @@ def test_an_invalid_surrogate_of_utf_16_is_replaced_and_counted(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (gzip.compress(JSONL), r"is gzip data, not UTF-8 text; rename it to .*\.gz, or decompress it first"),
+        (gzip.compress(JSONL, mtime=0), r"is gzip data, not UTF-8 text; rename it to .*\.gz, or decompress it first"),
         (zstandard.compress(JSONL), r"is Zstandard data.*rename it to .*\.zst"),
         (b"%PDF-1.4\n...", "is a PDF document"),
         (b"PK\3\4...", "is a ZIP archive"),
