@@ -59,7 +59,9 @@ def _as_script(
     os.environ.clear()
     os.environ.update(environment)
     root = Path(__file__).parents[1]
-    sys.path[:] = [str(script.parent), *(entry for entry in sys.path if Path(entry or ".").resolve() != root)]
+    added = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    kept = [entry for entry in sys.path if Path(entry or ".").resolve() != root and entry not in added]
+    sys.path[:] = [str(script.parent), *added, *kept]
     sys.argv[:] = [str(script), *words]
     try:
         runpy.run_path(str(script), run_name="__main__")
