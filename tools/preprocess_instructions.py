@@ -1,11 +1,11 @@
-r"""Tokenize instruction data: only the answers are learned. Writes P_text_document and P_label_document.
+r"""Tokenize instruction data, with labels for the answers only. Writes PREFIX_text_document and PREFIX_label_document.
 
     python tools/preprocess_instructions.py --input a.jsonl --prompt-key question --completion-key answer \
         --tokenizer-type HFTokenizer --vocab-file tokenizer.json --output-prefix data/qa
     python tools/preprocess_instructions.py --input chats.jsonl --messages-key messages \
         --tokenizer-type HFTokenizer --vocab-file model/tokenizer.json --output-prefix data/chats
 
-Messages are written out by the tokenizer's chat template (tokenizer_config.json or chat_template.jinja beside the
+Messages are rendered by the tokenizer's chat template (tokenizer_config.json or chat_template.jinja next to the
 vocabulary, or --chat-template FILE). Train with train_data_paths, train_label_data_paths and, as a rule,
 pack_impl: unpacked or pack_until_overflow with reset_attention_mask: true. --workers, --shard, --resume and the rest
 are those of tools/preprocess_data.py. See docs/data.md.

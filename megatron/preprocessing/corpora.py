@@ -1,29 +1,34 @@
-"""Corpora that `tools/prepare_data.py` knows by name. No torch.
+"""The named corpora of `tools/prepare_data.py`. No torch.
 
-A new one is a `Corpus` and a line in the registry's table.
+To add one, write a `Corpus` and a line in the registry's table.
 """
 
 import io
 import os
 import random
+import shutil
 import sysconfig
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from megatron.errors import RunError, UserError
+from megatron.files import replaced_when_complete
 from megatron.preprocessing.tables import hugging_face_rows
+from megatron.text_files import read_text
 
-WITHOUT_NETWORK = "without a network, stdlib works: it is made of the Python installation"
+WITHOUT_NETWORK = "without a network, stdlib works: it is made from the Python installation"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A named text.
+    """A named corpus.
 
-    documents: yields them, given a folder for what it fetches. vocab_size: of the BPE trained on it.
+    documents: yields its texts; the folder is for downloads. vocab_size: of the BPE that is trained on it.
     """
 
     description: str
@@ -32,10 +37,10 @@ class Corpus:
 
 
 def standard_library_files(folder: Path | None = None) -> Iterator[str]:
-    """The modules of Python's standard library on this machine, each a document, in a random order that never changes.
+    """The modules of Python's standard library on this machine, one document each, shuffled with a fixed seed.
 
-    Shuffled, because a split by document takes the last ones. Left out: installed packages; tests, which some systems
-    do not have; and folders of tables rather than text.
+    They are shuffled because a split by document holds out the last ones. Left out are installed packages, tests, which
+    some systems lack, and folders that hold tables.
     """
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
@@ -54,24 +59,27 @@ def standard_library_files(folder: Path | None = None) -> Iterator[str]:
 def shakespeare(folder: Path) -> Iterator[str]:
     """A megabyte of Shakespeare's plays, as one document."""
     url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-    yield fetched(url, folder / "input.txt").read_text("utf-8")
+    yield read_text(fetched(url, folder / "input.txt"), "the text of tinyshakespeare")
 
 
 def wikipedia_100m(folder: Path) -> Iterator[str]:
-    """The first 100 MB of a dump of the English Wikipedia, a page for a document; nothing of it is lost."""
+    """The first 100 MB of a dump of the English Wikipedia, complete, one document per page."""
     path = fetched("https://mattmahoney.net/dc/enwik8.zip", folder / "enwik8.zip")
-    with zipfile.ZipFile(path) as archive, archive.open("enwik8") as file:
-        page: list[str] = []
-        for line in io.TextIOWrapper(file, "utf-8", "replace", newline=""):
-            if line.strip() == "<page>" and page:
-                yield "".join(page)
-                page = []
-            page.append(line)
-        yield "".join(page)
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("enwik8") as file:
+            page: list[str] = []
+            for line in io.TextIOWrapper(file, "utf-8", "replace", newline=""):
+                if line.strip() == "<page>" and page:
+                    yield "".join(page)
+                    page = []
+                page.append(line)
+            yield "".join(page)
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+        raise RunError(f"{path} is damaged or is not the archive of enwik8; delete it to fetch it again") from error
 
 
 def from_hugging_face(name: str, description: str | None = None, vocab_size: int = 32000) -> Corpus:
-    """A dataset of Hugging Face, NAME[:CONFIG[:SPLIT]], streamed; the texts in its column "text"."""
+    """The texts in the column "text" of a dataset of Hugging Face, NAME[:CONFIG[:SPLIT]], streamed."""
 
     def documents(folder: Path) -> Iterator[str]:
         rows = hugging_face_rows(f"hf:{name}")
@@ -87,17 +95,14 @@ def from_hugging_face(name: str, description: str | None = None, vocab_size: int
 
 
 def fetched(url: str, path: Path) -> Path:
-    """The file at `url`, fetched to `path` unless it is there. Raises RunError that says what would do instead."""
+    """Download `url` to `path` unless that exists. Raises RunError that names the alternatives."""
     if path.exists():
         return path
-    partial = path.with_suffix(".partial")
     try:
-        with urllib.request.urlopen(url, timeout=60) as source, partial.open("wb") as target:
-            while data := source.read(1 << 20):
-                target.write(data)
-    except OSError as error:
+        with urllib.request.urlopen(url, timeout=60) as source, replaced_when_complete(path, "wb") as target:
+            shutil.copyfileobj(source, target)
+    except (OSError, HTTPException) as error:
         raise RunError(f"{url} could not be fetched ({error}); put a copy at {path}; {WITHOUT_NETWORK}") from error
-    partial.replace(path)
     return path
 
 

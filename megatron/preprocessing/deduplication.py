@@ -1,6 +1,6 @@
-"""Exact duplicates, told by a hash of 128 bits of each text, kept beside the output while a run lasts.
+"""Find exact duplicates by a 128-bit hash of each text. The hashes are stored next to the output during a run.
 
-In memory a text costs about 90 bytes.
+They take about 90 bytes of memory per text. No torch.
 """
 
 import os
@@ -15,12 +15,12 @@ HASH_BYTES = 16
 
 
 def text_hash(text: str) -> bytes:
-    """16 bytes that two different texts do not share."""
+    """The 128-bit hash of a text."""
     return blake2b(text.encode(), digest_size=HASH_BYTES).digest()
 
 
 class Duplicates:
-    """The texts seen so far. resume_at: how many there were at a checkpoint of a run that was interrupted."""
+    """The texts seen so far. resume_at: their number at the checkpoint of an interrupted run."""
 
     def __init__(self, path: str, resume_at: int | None = None) -> None:
         self.path = Path(path)
@@ -32,7 +32,7 @@ class Duplicates:
         self._seen = {kept[start : start + HASH_BYTES] for start in range(0, size, HASH_BYTES)}
 
     def first_ones(self, hashes: Sequence[bytes]) -> npt.NDArray[np.bool_]:
-        """Which texts were not seen before; they are from now on."""
+        """Which of these texts are new; they are added."""
         first = np.zeros(len(hashes), bool)
         for number, value in enumerate(hashes):
             if value not in self._seen:
@@ -42,13 +42,13 @@ class Duplicates:
         return first
 
     def checkpoint(self) -> int:
-        """Bring what was seen to the disk. Returns how many texts that are, for `resume_at`."""
+        """Flush the hashes to disk. Returns their number, for `resume_at`."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return len(self._seen)
 
     def close(self, keep: bool) -> None:
-        """End the work; without `keep` the file is deleted."""
+        """Close the file, and delete it unless `keep`."""
         self._file.close()
         if not keep:
             self.path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The files of a run that are not finished yet: one pair for each key, and the hashes of texts. No torch."""
+"""The unfinished files of a run: a pair of token files for each key, and the hashes of texts. No torch."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,7 +13,7 @@ from megatron.preprocessing.journal import Checkpoint
 
 
 class Output:
-    """The pairs of files of a run, one for each key, and what is needed to leave out duplicates."""
+    """Writes the pairs of files of a run, one for each key, without duplicates."""
 
     def __init__(self, job: Job, vocab_size: int, begin: Checkpoint | None) -> None:
         self._job, self._begin = job, begin
@@ -42,7 +42,7 @@ class Output:
         self._duplicates[key].close(self._writers[key].keep)
 
     def add(self, chunk: EncodedChunk) -> None:
-        """Write a chunk's documents; `chunk.totals` is set right for the duplicates among them."""
+        """Write a chunk's documents without duplicates, which are subtracted from `chunk.totals`."""
         for key, writer in self._writers.items():
             ids, sizes = chunk.ids[key], chunk.sizes[key]
             if key in self._duplicates:
@@ -56,7 +56,7 @@ class Output:
     def checkpoint(
         self, place: Checkpoint, totals: Totals, digests: Sequence[str | None], first_seen: list[int]
     ) -> Checkpoint:
-        """Bring everything to the disk; from now on it is kept, whatever ends the run."""
+        """Flush everything to disk and return the checkpoint; from now on the files are kept, also after an error."""
         place.outputs = {key: writer.checkpoint() for key, writer in self._writers.items()}
         place.hashes = {key: duplicates.checkpoint() for key, duplicates in self._duplicates.items()}
         place.totals, place.first_seen = asdict(totals), first_seen

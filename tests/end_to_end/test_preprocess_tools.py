@@ -78,7 +78,7 @@ def test_without_a_terminal_there_is_a_line_each_interval_and_on_one_there_is_a_
         (["--end-of-document-token", "<eod>"], 2, "cannot be chosen"),
         (["--unknown"], 2, "unrecognized arguments: --unknown"),
         (["--jsonl-keys", "body"], 1, 'corpus.jsonl, line 1: no text under the key "body" (keys: text, title)'),
-        (["--jsonl-keys", "a/b"], 2, '"a/b" names a file of the output'),
+        (["--jsonl-keys", "a/b"], 2, '"a/b" is part of a file name'),
         (["--shard", "2/2"], 2, '"2/2" is not INDEX/COUNT, such as 0/8, with INDEX from 0'),
         (["--min-chars", "999"], 1, "has any text under text (60 documents left out for their length)"),
         (["--output-prefix", "/proc/mine"], 2, "/proc/mine"),

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import random
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import zstandard
 from megatron.data.manifest import write_manifest
 from megatron.errors import RunError, UserError
 from megatron.preprocessing.chunks import read_chunks
+from megatron.preprocessing.corpora import wikipedia_100m
 from megatron.preprocessing.documents import parse_chunk, read_texts
 from megatron.preprocessing.sources import Shard, Span, find_inputs, plan_spans
 from megatron.preprocessing.text_streams import NOT_UTF_8, check_inputs
@@ -300,3 +302,42 @@ def test_home_and_variables_are_expanded_in_each_input(tmp_path: Path, monkeypat
     assert find_inputs(f"~/a.jsonl,{tmp_path}/${{NAME}}.jsonl,{paths[2]}") == paths
     with pytest.raises(UserError, match="NOT_SET_HERE is not set"):
         find_inputs("$NOT_SET_HERE/x.jsonl")
+
+
+def test_invalid_text_in_a_table_is_replaced_and_counted(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    values = pyarrow.array([b"good", b"bad \xff", None], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": values}), tmp_path / "x.parquet")
+    (chunk,) = read_chunks(Span(str(tmp_path / "x.parquet")))
+    parsed = parse_chunk(chunk, ["text"])
+    assert (parsed.texts["text"], parsed.repaired) == (["good", "bad \ufffd"], 1)
+    assert "row 3: no text in the column" in parsed.bad_lines[0]
+
+
+def test_a_table_that_is_none_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"x.parquet is not a parquet file, as its name says"):
+        check_inputs([put(tmp_path, "x.parquet", JSONL)])
+
+
+def test_a_failure_without_a_message_is_still_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def fail(*_: object, **__: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(RunError, match=r"the dataset hf:a/b could not be read \(TimeoutError\)"):
+        list(read_chunks(Span("hf:a/b")))
+
+
+@pytest.mark.parametrize("content", [b"no archive", None])
+def test_an_archive_of_a_corpus_that_is_damaged_is_named(tmp_path: Path, content: bytes | None) -> None:
+    if content is None:
+        with zipfile.ZipFile(tmp_path / "enwik8.zip", "w") as archive:
+            archive.writestr("other", "x")
+    else:
+        (tmp_path / "enwik8.zip").write_bytes(content)
+    with pytest.raises(RunError, match=r"enwik8.zip is damaged or is not the archive of enwik8"):
+        list(wikipedia_100m(tmp_path))

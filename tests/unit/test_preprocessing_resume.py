@@ -269,3 +269,25 @@ def test_duplicates_and_lengths_that_are_not_wanted_are_left_out_and_counted(tmp
     assert [bytes(dataset.get(number).astype("u1")).decode() for number in range(len(dataset))] == wanted
     assert (totals.documents, totals.duplicates) == (len(wanted), 2)
     assert totals.filtered == sum(not 5 <= len(text) <= 100 for text in texts)
+
+
+@pytest.mark.parametrize("content", [b"{\n", b"\xff\xfe\n", b"[]\n", b'{"inputs": 1}\n{"unknown": 2}\n'])
+def test_a_damaged_journal_is_refused_with_the_way_out(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "j").write_bytes(content)
+    with pytest.raises(UserError, match=r"j is damaged or of another version.*leave out --resume"):
+        Journal(str(tmp_path / "j"), {"a": 1}).load()
+
+
+@pytest.mark.parametrize("spelling", ["same", "link", "hard link"])
+def test_parts_are_not_overwritten_by_their_union(tmp_path: Path, spelling: str) -> None:
+    preprocess(Job(corpus(tmp_path, files=1, lines=3), str(tmp_path / "a")), BYTES)
+    part = tmp_path / "a_text_document"
+    before = Path(f"{part}.bin").read_bytes()
+    for ending in (".bin", ".idx"):
+        if spelling == "link":
+            Path(tmp_path, f"link{ending}").symlink_to(f"{part}{ending}")
+        if spelling == "hard link":
+            Path(tmp_path, f"hard link{ending}").hardlink_to(f"{part}{ending}")
+    with pytest.raises(UserError, match=r"output .bin .* is the .bin of part 1 .* itself"):
+        merge(open_parts([str(part)]), str(part if spelling == "same" else tmp_path / spelling))
+    assert Path(f"{part}.bin").read_bytes() == before
