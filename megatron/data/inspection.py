@@ -53,16 +53,16 @@ def _index_problems(dataset: IndexedDataset) -> Iterator[str]:
     documents = dataset.document_index
     if len(documents) == 0 or documents[0] != 0 or documents[-1] != len(dataset):
         yield "the document index does not begin with 0 and end with the number of sequences"
-    place = 0
+    offset = 0
     for first in range(0, len(dataset), PIECE):
         sizes = dataset.sizes[first : first + PIECE].astype(np.int64)
         if (sizes <= 0).any():
             yield f"sequence {first + int(np.argmax(sizes <= 0)):,} has no tokens"
-        starts = place + np.cumsum(sizes) - sizes
+        starts = offset + np.cumsum(sizes) - sizes
         found = np.array([dataset.token_start(first), dataset.token_start(first + len(sizes) - 1)])
         if found.tolist() != [int(starts[0]), int(starts[-1])]:
             yield f"sequences {first:,} to {first + len(sizes) - 1:,} are not contiguous"
-        place = int(starts[-1] + sizes[-1])
+        offset = int(starts[-1] + sizes[-1])
 
 
 def _id_problems(dataset: IndexedDataset, tokenizer: Tokenizer) -> Iterator[str]:
@@ -83,5 +83,5 @@ def _manifest_problems(prefix: str) -> Iterator[str]:
 
 
 def _last_ids(dataset: IndexedDataset) -> Ids:
-    places = [dataset.token_start(number + 1) - 1 for number in range(len(dataset))]
-    return np.array([int(dataset.tokens(place, 1)[0]) for place in places])
+    offsets = [dataset.token_start(number + 1) - 1 for number in range(len(dataset))]
+    return np.array([int(dataset.tokens(offset, 1)[0]) for offset in offsets])

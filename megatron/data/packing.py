@@ -79,13 +79,13 @@ class DocumentSamples:
         """Sample number `sample` of the run, [2, s + 1]."""
         row = np.full((2, self.seq_length + 1), PADDING, dtype=np.int64)
         row[1] = NOT_A_LABEL
-        place = 0
+        position = 0
         for document in self.documents_of(sample):
             ids = self._read(self.dataset, document)
-            stop = place + len(ids)
-            row[0, place:stop] = ids
-            row[1, place:stop] = ids if self.labels is None else self._read(self.labels, document)
-            place = stop
+            stop = position + len(ids)
+            row[0, position:stop] = ids
+            row[1, position:stop] = ids if self.labels is None else self._read(self.labels, document)
+            position = stop
         return row
 
     def documents_of(self, sample: int) -> list[int]:

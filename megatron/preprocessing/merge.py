@@ -56,10 +56,10 @@ def merge_shuffled(
     with IndexedWriter(prefix, parts[0].dtype) as writer:
         for numbers in _shuffled_batches(parts, firsts, total, key):
             documents: list[Ids] = [np.empty(0)] * len(numbers)
-            for place in np.argsort(numbers):
-                owner = int(np.searchsorted(firsts, numbers[place], "right")) - 1
-                number = int(numbers[place] - firsts[owner])
-                documents[place] = _read(
+            for position in np.argsort(numbers):
+                owner = int(np.searchsorted(firsts, numbers[position], "right")) - 1
+                number = int(numbers[position] - firsts[owner])
+                documents[position] = _read(
                     parts[owner], parts[owner].token_start(number), int(parts[owner].sizes[number])
                 )
             writer.add_documents(np.concatenate(documents), [len(document) for document in documents])
@@ -70,12 +70,12 @@ def merge_shuffled(
 def _shuffled_batches(parts: Sequence[IndexedDataset], firsts: Ids, total: int, key: int) -> Iterator[list[int]]:
     """The numbers of the documents in their new order, in batches of about SHUFFLED_TOKENS tokens."""
     batch, tokens = list[int](), 0
-    for place in range(total):
-        number = permuted(place, total, key)
+    for position in range(total):
+        number = permuted(position, total, key)
         owner = int(np.searchsorted(firsts, number, "right")) - 1
         batch.append(number)
         tokens += int(parts[owner].sizes[number - firsts[owner]])
-        if tokens >= SHUFFLED_TOKENS or place == total - 1:
+        if tokens >= SHUFFLED_TOKENS or position == total - 1:
             yield batch
             batch, tokens = [], 0
 

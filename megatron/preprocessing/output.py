@@ -54,13 +54,13 @@ class Output:
             writer.add_documents(ids, sizes)
 
     def checkpoint(
-        self, place: Checkpoint, totals: Totals, digests: Sequence[str | None], first_seen: list[int]
+        self, position: Checkpoint, totals: Totals, digests: Sequence[str | None], first_seen: list[int]
     ) -> Checkpoint:
         """Flush everything to disk and return the checkpoint; from now on the files are kept, also after an error."""
-        place.outputs = {key: writer.checkpoint() for key, writer in self._writers.items()}
-        place.hashes = {key: duplicates.checkpoint() for key, duplicates in self._duplicates.items()}
-        place.totals, place.first_seen = asdict(totals), first_seen
-        place.digests = list(digests[: None if place.complete else place.span])
+        position.outputs = {key: writer.checkpoint() for key, writer in self._writers.items()}
+        position.hashes = {key: duplicates.checkpoint() for key, duplicates in self._duplicates.items()}
+        position.totals, position.first_seen = asdict(totals), first_seen
+        position.digests = list(digests[: None if position.complete else position.span])
         for writer in self._writers.values():
             writer.keep = True
-        return place
+        return position

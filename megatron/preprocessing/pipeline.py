@@ -89,8 +89,8 @@ def _run(
     with ExitStack() as stack:
         output = stack.enter_context(Output(job, encoder_of(make_encoder).vocab_size, begin if journal.last else None))
         chunks = stack.enter_context(closing(encoded_chunks(job, reader, make_encoder)))
-        place = Checkpoint(begin.span, begin.offset, begin.line)
-        for place, chunk in chunks:
+        position = Checkpoint(begin.span, begin.offset, begin.line)
+        for position, chunk in chunks:
             if chunk.alarm:
                 raise AlarmError(chunk.alarm)
             if chunk.totals.bad_lines and not job.skip_bad_lines:
@@ -99,10 +99,10 @@ def _run(
             totals.add(chunk.totals)
             first_seen += chunk.first_seen
             del chunk  # before the next one is read: it can be large
-            totals.input_bytes, totals.seconds = reader.done_bytes(place), before + time.monotonic() - started
+            totals.input_bytes, totals.seconds = reader.done_bytes(position), before + time.monotonic() - started
             progress(totals)
             if time.monotonic() - saved >= job.checkpoint_seconds:
-                journal.append(output.checkpoint(place, totals, reader.digests, first_seen))
+                journal.append(output.checkpoint(position, totals, reader.digests, first_seen))
                 saved, first_seen = time.monotonic(), []
         if not totals.documents and job.shard is None:
             what, left_out = "text" if isinstance(job.form, Texts) else "answer", "; ".join(totals.notes())
@@ -110,8 +110,8 @@ def _run(
                 f"no document in {', '.join(job.inputs)} has any {what} under {', '.join(job.keys)}"
                 + (f" ({left_out})" if left_out else "")
             )
-        place.complete = True
-        journal.append(output.checkpoint(place, totals, reader.digests, first_seen))
+        position.complete = True
+        journal.append(output.checkpoint(position, totals, reader.digests, first_seen))
 
 
 def _finish(job: Job, spans: Sequence[Span], make_encoder: EncoderSettings, journal: Journal) -> Totals:

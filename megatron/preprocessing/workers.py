@@ -43,9 +43,9 @@ class Reader:
                 yield Checkpoint(number, chunk.end.offset, chunk.end.line), chunk
             self.digests.append(digest.hexdigest() if digest else None)
 
-    def done_bytes(self, place: Checkpoint) -> int:
+    def done_bytes(self, position: Checkpoint) -> int:
         """Bytes of the files on disk up to a position that was yielded."""
-        return self._bytes_before[place.span] + self._bytes_read.pop((place.span, place.offset), 0)
+        return self._bytes_before[position.span] + self._bytes_read.pop((position.span, position.offset), 0)
 
 
 Pending = deque[tuple[Checkpoint, int, Future[EncodedChunk]]]  # position, size, result
@@ -56,15 +56,15 @@ def encoded_chunks(
 ) -> Generator[tuple[Checkpoint, EncodedChunk]]:
     """Every chunk of `reader` encoded, with the position of its end. Raises RunError when a worker dies."""
     if job.workers <= 1:
-        for place, chunk in reader:
-            yield place, encode_chunk(chunk, job, make_encoder)
+        for position, chunk in reader:
+            yield position, encode_chunk(chunk, job, make_encoder)
         return
     pool = _pool(job, make_encoder)
     pending: Pending = deque()
     try:
-        for place, chunk in reader:
+        for position, chunk in reader:
             with _interrupts_held():
-                pending.append((place, chunk.size, pool.submit(encode_chunk, chunk, job, make_encoder)))
+                pending.append((position, chunk.size, pool.submit(encode_chunk, chunk, job, make_encoder)))
             del chunk
             while _is_full(pending, job):
                 yield _first(pending)
@@ -83,8 +83,8 @@ def _is_full(pending: Pending, job: Job) -> bool:
 
 
 def _first(pending: Pending) -> tuple[Checkpoint, EncodedChunk]:
-    place, _, future = pending.popleft()
-    return place, future.result()
+    position, _, future = pending.popleft()
+    return position, future.result()
 
 
 def _pool(job: Job, make_encoder: EncoderSettings) -> Executor:
