@@ -1,6 +1,5 @@
 """What YAML and `key=value` mean, and what of it is refused."""
 
-import time
 from itertools import pairwise
 
 import pytest
@@ -69,13 +68,12 @@ def test_what_cannot_be_read_is_one_line_with_file_and_line(text, message):
 
 
 @pytest.mark.parametrize("form", ["[{}]", "{{<<: [{}]}}"])
-def test_aliases_that_stand_for_billions_of_values_are_refused_within_two_seconds(form):
+def test_aliases_that_stand_for_billions_of_values_are_refused_before_they_are_followed(form):
+    """Following them would take hours and all memory: that this ends at all is the test."""
     names = "abcdefghijkl"
     lines = ["a: &a " + ("[1, 2]" if form == "[{}]" else "{x: 1}")]
     lines += [f"{k}: &{k} " + form.format(", ".join([f"*{old}"] * 9)) for old, k in pairwise(names)]
-    started = time.perf_counter()
     assert "aliases (*) repeat more than 100,000 values" in problem("\n".join(lines))
-    assert time.perf_counter() - started < 2
 
 
 def test_long_lists_without_aliases_are_no_bomb():
