@@ -11,7 +11,7 @@ from tests.forking import BACKEND, run_script
 pytestmark = pytest.mark.skipif(BACKEND != "gloo", reason="the fork server is one for GPUs")
 SCRIPT = """
 import atexit, os, subprocess, sys
-import neighbour
+import added, neighbour
 atexit.register(print, "at the end")
 print(sys.argv[1:], os.getcwd(), os.environ.get("MINE"), os.environ.get("THEIRS"), __name__, sys.stdin.read() == "")
 print(sys.path[0] == os.path.dirname(__file__), os.path.exists(__file__), flush=True)
@@ -31,7 +31,9 @@ def script(tmp_path):
 
 def test_a_forked_script_does_what_a_started_one_does(tmp_path, script, monkeypatch):
     monkeypatch.setenv("THEIRS", "of the tests")
-    environment = {"PATH": os.environ["PATH"], "MINE": "own"}
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "added.py").write_text("")
+    environment = {"PATH": os.environ["PATH"], "MINE": "own", "PYTHONPATH": str(tmp_path / "modules")}
     forked = run_script(script, ["a", "--b"], tmp_path, environment, timeout=60)
     started = subprocess.run(
         [sys.executable, script, "a", "--b"],
