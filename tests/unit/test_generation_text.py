@@ -158,7 +158,11 @@ def test_a_byte_order_mark_and_the_ends_of_lines_of_windows_are_no_part_of_a_pro
 
 @pytest.mark.parametrize(
     ("content", "kind"),
-    [(gzip.compress(b"good morning", mtime=0), "gzip data"), (b"%PDF-1.7 ", "a PDF document"), (b"a\0b\0c\0d\0", "UTF-16-LE")],
+    [
+        (gzip.compress(b"good morning", mtime=0), "gzip data"),
+        (b"%PDF-1.7 ", "a PDF document"),
+        (b"a\0b\0c\0d\0", "UTF-16-LE"),
+    ],
 )
 def test_a_file_of_prompts_that_is_not_text_is_refused_with_its_kind(file, content, kind):
     with pytest.raises(UserError, match=rf"sample_input_file \(.*prompts.txt\) is {kind}"):
