@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.end_to_end.commands import SMALL, finished, json_lines
+from tests.end_to_end.commands import SMALL, finished, json_lines, run
 
 KEYS = """
 profile: true
