@@ -14,11 +14,11 @@ SHARD ?= 1/1
 help:
 	@echo "make install   set up .venv (the other targets do it when they need it)"
 	@echo "make demo      set up, then prepare data, train, generate and evaluate on this machine"
-	@echo "make test      set up, then run the tests (7 to 8 minutes on 2 cores)"
-	@echo "make test-fast the unit tests only (about 2 minutes)"
-	@echo "make test-all  the long tests as well (an hour and more); SHARD=2/3 runs the second third of them"
-	@echo "make test-long the long tests alone; with SHARD as well. WORKERS=8 where there are more cores"
-	@echo "make check     lint, formatting, types, import rules      make format  mend the first two"
+	@echo "make test      set up, then run the tests (about 6 minutes on 2 cores)"
+	@echo "make test-fast the unit tests only (about a minute)"
+	@echo "make test-all  the long tests as well (about half an hour); SHARD=2/3 runs the second third"
+	@echo "make test-long the long tests alone; SHARD works here too. WORKERS=8 suits a larger machine"
+	@echo "make check     lint, formatting, types, import rules      make format  fix the first two"
 	@echo "make docs      write the pages made from the code         make bench   the benchmarks (quiet machine)"
 	@echo "make lock      renew requirements/ from pyproject.toml"
 
