@@ -98,7 +98,7 @@ def replaced_when_complete(path: Path, mode: str = "w", partial: Path | None = N
 
 
 class FileLock:
-    """The right of one process to write, held as a POSIX record lock on a file. A context manager.
+    """The right of one process to write, held as a POSIX record lock on a file. `with` takes and releases it.
 
     The kernel releases it when the process ends, by signal 9 too, so no stale lock is left. Unlike with flock,
     processes forked from the holder do not keep it.
@@ -159,6 +159,7 @@ class FileLock:
             self._descriptor = None
 
     def __enter__(self) -> Self:
+        self.take()
         return self
 
     def __exit__(self, *_: object) -> None:

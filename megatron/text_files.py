@@ -61,7 +61,7 @@ def what_instead_of_text(head: bytes) -> str | None:
 
 
 def _wide_text(head: bytes) -> str | None:
-    """UTF-16 or UTF-32 without a mark, told by where its zero bytes are; or data with many zero bytes."""
+    """UTF-16 or UTF-32 without a mark, recognized by the positions of zero bytes; or data with many zero bytes."""
     if b"\0" not in head:
         return None
     quarter = len(head) // 4 or 1

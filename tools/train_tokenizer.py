@@ -14,8 +14,7 @@ from megatron.errors import exit_code
 from megatron.files import FileLock, refuse_overwriting
 from megatron.preprocessing.commands import new_parser, output_file, positive, say, with_dashes
 from megatron.preprocessing.documents import read_texts
-from megatron.preprocessing.sources import find_inputs, is_file
-from megatron.preprocessing.text_streams import check_inputs
+from megatron.preprocessing.sources import find_inputs, is_on_disk
 from megatron.tokenizer.base import END_OF_DOCUMENT
 from megatron.tokenizer.train import train_byte_level_bpe
 
@@ -41,17 +40,15 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
 
 def run(arguments: Namespace) -> None:
-    """Check the files, then train and write."""
+    """Train and write."""
     inputs = find_inputs(arguments.input, say)
-    files = [path for path in inputs if is_file(path)]
+    files = [path for path in inputs if is_on_disk(path)]
     refuse_overwriting(
         {"--output": arguments.output}, {f"input {number}": path for number, path in enumerate(files, 1)}
     )
-    check_inputs(files)
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(output.with_name(f"{output.name}.lock"), f"--output ({output})", temporary=True) as lock:
-        lock.take()
+    with FileLock(output.with_name(f"{output.name}.lock"), f"--output ({output})", temporary=True):
         texts = read_texts(inputs, arguments.jsonl_key)
         size = train_byte_level_bpe(
             texts, arguments.vocab_size, str(output), arguments.end_of_document_token, sys.stderr.isatty()

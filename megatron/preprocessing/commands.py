@@ -16,7 +16,7 @@ from megatron.preprocessing.fast_encoding.checked import EncoderSettings
 from megatron.preprocessing.fast_encoding.comparison import CHOICES, choose
 from megatron.preprocessing.job import Job, Texts, Totals
 from megatron.preprocessing.pipeline import preprocess
-from megatron.preprocessing.sources import Shard, find_inputs, input_size, is_file
+from megatron.preprocessing.sources import Shard, find_inputs, input_size, is_on_disk
 from megatron.preprocessing.text_streams import check_inputs
 from megatron.registry import names
 from megatron.tokenizer.build import TokenizerSettings
@@ -114,7 +114,7 @@ def do_work(arguments: Namespace, **settings: Any) -> None:
         checkpoint_seconds=arguments.checkpoint_seconds,
         **settings,
     )
-    inputs = [path for path in job.inputs if is_file(path)]
+    inputs = [path for path in job.inputs if is_on_disk(path)]
     files.refuse_overwriting(
         {"output": manifest_path(job.output_prefix)}, {f"input {number}": path for number, path in enumerate(inputs, 1)}
     )
@@ -149,7 +149,7 @@ def output_locked(*prefixes: str) -> Iterator[None]:
             except OSError as error:
                 raise UserError(f"--output-prefix ({found}): its folder cannot be made: {error.strerror}") from error
             lock = files.FileLock(Path(f"{found}.lock"), f"--output-prefix ({found})", temporary=True)
-            stack.enter_context(lock).take()
+            stack.enter_context(lock)
         yield
 
 

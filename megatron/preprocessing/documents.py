@@ -10,7 +10,7 @@ import orjson
 
 from megatron.errors import RunError
 from megatron.preprocessing.chunks import Chunk, read_chunks
-from megatron.preprocessing.sources import Span, is_file
+from megatron.preprocessing.sources import Span, is_on_disk
 from megatron.preprocessing.text_streams import NOT_UTF_8, check_inputs
 from megatron.text import well_formed
 
@@ -62,7 +62,7 @@ def read_texts(paths: Sequence[str], key: str) -> Iterator[str]:
 
     Raises UserError for an input that is not text, RunError at the first bad line.
     """
-    check_inputs([path for path in paths if is_file(path)])
+    check_inputs([path for path in paths if is_on_disk(path)])
     for path in paths:
         for chunk in read_chunks(Span(path), [key]):
             parsed = parse_chunk(chunk, [key])

@@ -17,7 +17,7 @@ from megatron.preprocessing.fast_encoding.checked import EncoderSettings
 from megatron.preprocessing.job import Job, Texts, Totals
 from megatron.preprocessing.journal import Checkpoint, Journal
 from megatron.preprocessing.output import Output
-from megatron.preprocessing.sources import STANDARD_INPUT, Span, input_size, is_file, plan_spans
+from megatron.preprocessing.sources import STANDARD_INPUT, Span, input_size, is_on_disk, plan_spans
 from megatron.preprocessing.workers import Reader, encoded_chunks
 
 
@@ -73,7 +73,7 @@ def preprocess(
 
 def _work(job: Job, fingerprint: str) -> dict[str, Any]:
     """Everything that the output depends on, in JSON's types."""
-    inputs = [[path, Path(path).stat().st_mtime_ns if is_file(path) else 0, input_size(path)] for path in job.inputs]
+    inputs = [[path, Path(path).stat().st_mtime_ns if is_on_disk(path) else 0, input_size(path)] for path in job.inputs]
     return {"inputs": inputs, "tokenizer": fingerprint, "settings": job.settings()}
 
 

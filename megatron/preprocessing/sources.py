@@ -52,25 +52,25 @@ def find_inputs(names: str, announce: Callable[[str], None] = lambda line: None)
             kinds = ", ".join(ending for ending in ENDINGS if not ending.endswith(COMPRESSIONS[1:]))
             raise UserError(f'input "{name}": no such file, and no file ending in {kinds} in such a folder')
         found += matches
-    wrong = [path for path in found if is_file(path) and not path.endswith(ENDINGS)]
+    wrong = [path for path in found if is_on_disk(path) and not path.endswith(ENDINGS)]
     if wrong:
         raise UserError(*(f"{path}: Deepy reads files ending in {', '.join(ENDINGS)}" for path in wrong))
     return found
 
 
-def is_file(path: str) -> bool:
+def is_on_disk(path: str) -> bool:
     """Whether an input is a file, which can be read again."""
     return path != STANDARD_INPUT and not path.startswith(HUGGING_FACE)
 
 
 def is_splittable(path: str) -> bool:
     """Whether an input is a file of plain lines, which can be read from the middle."""
-    return is_file(path) and path.endswith(LINES) and is_utf8(path)
+    return is_on_disk(path) and path.endswith(LINES) and is_utf8(path)
 
 
 def input_size(path: str) -> int:
     """Bytes on disk; 0 for standard input and datasets of Hugging Face."""
-    return Path(path).stat().st_size if is_file(path) else 0
+    return Path(path).stat().st_size if is_on_disk(path) else 0
 
 
 def plan_spans(inputs: Sequence[str], shard: Shard | None = None) -> list[Span]:
@@ -81,7 +81,7 @@ def plan_spans(inputs: Sequence[str], shard: Shard | None = None) -> list[Span]:
     """
     if shard is None:
         return [Span(path) for path in inputs]
-    if unknown := [path for path in inputs if not is_file(path)]:
+    if unknown := [path for path in inputs if not is_on_disk(path)]:
         raise UserError(f'--shard needs files, whose size is known beforehand; "{unknown[0]}" is not a file')
     total = sum(map(input_size, inputs))
     first, last = (total * number // shard.count for number in (shard.index, shard.index + 1))
@@ -99,7 +99,7 @@ def plan_spans(inputs: Sequence[str], shard: Shard | None = None) -> list[Span]:
 
 
 def _matches(name: str, announce: Callable[[str], None]) -> list[str]:
-    if not is_file(name):
+    if not is_on_disk(name):
         return [name]
     if not name or files.is_file(name):  # an empty name would be the current folder
         return [name] if name else []

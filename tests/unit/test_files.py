@@ -63,8 +63,7 @@ def test_a_lock_is_held_by_one_process_and_given_back_at_its_end(tmp_path):
     code = "import sys, pathlib; from megatron.files import FileLock; FileLock(pathlib.Path(sys.argv[1]), 'it').take()"
     other = [sys.executable, "-c", code, str(tmp_path / "lock")]
     with FileLock(tmp_path / "lock", "it") as lock:
-        lock.take()
-        lock.take()
+        lock.take()  # held already
         refused = subprocess.run(other, capture_output=True, text=True, cwd=Path(__file__).parents[2])
         assert (
             refused.returncode != 0
@@ -79,8 +78,7 @@ def test_a_terminal_or_device_may_be_both_input_and_output():
 
 def test_a_temporary_lock_leaves_no_file_and_is_taken_anew_after_its_deletion(tmp_path):
     path = tmp_path / "lock"
-    with FileLock(path, "it", temporary=True) as lock:
-        lock.take()
+    with FileLock(path, "it", temporary=True):
         assert path.exists()
     assert not path.exists()
     lock = FileLock(path, "it", temporary=True)
@@ -89,5 +87,4 @@ def test_a_temporary_lock_leaves_no_file_and_is_taken_anew_after_its_deletion(tm
     assert not lock._is_at_path(stale)
     os.close(stale)
     with lock:
-        lock.take()
         assert lock._is_at_path(lock._descriptor)
