@@ -1,12 +1,13 @@
 """The training loop. Everything else is set-up (`run.py`) or a hook."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 from megatron.checkpoint.state import TrainState
 from megatron.metrics.writers import MetricWriters
 from megatron.optimizers.schedules import learning_rate
 from megatron.training.hooks.base import FinishedStep, Hook, MicroBatches, Run
+from megatron.training.stopping import StopVote
 
 
 def train_steps(
@@ -15,13 +16,13 @@ def train_steps(
     batches: Iterator[MicroBatches],
     hooks: Sequence[Hook],
     writers: MetricWriters,
-    should_stop: Callable[[], bool] = lambda: False,
+    stop_vote: StopVote | None = None,
 ) -> TrainState:
     """Train from `state` until `run.last_step` steps are done, and return the state there. Collective over all ranks.
 
-    batches: this rank's micro-batches, starting at `state.consumed_samples`. should_stop: called after every step but
-    the last; True ends the run with that step and must be the same on all ranks. After every step the hooks are called
-    in turn, and what they return is written as the step's metrics.
+    batches: this rank's micro-batches, starting at `state.consumed_samples`. stop_vote: is held during every step but
+    the last, and may end the run with that step. After every step the hooks are called in turn, and what they return is
+    written as the step's metrics.
     """
     batch, last_step = run.plan.batch, run.last_step
     with ExitStack() as closing:
@@ -29,10 +30,13 @@ def train_steps(
             closing.callback(hook.close)
             batches = hook.watched(batches)
         while state.step < last_step:
+            vote = stop_vote if state.step + 1 < last_step else None
+            if vote is not None:
+                vote.begin()
             rate = learning_rate(run.plan.schedule, state.step)
             output = run.engine.train_batch(next(batches), step=state.step, learning_rate=rate)
             state = state.after_step(batch.global_size, batch.tokens_per_step)
-            stop = state.step < last_step and should_stop()
+            stop = vote is not None and vote.ends_run()
             metrics: dict[str, float] = {}
             step = FinishedStep(state, output, rate, stop or state.step == last_step, metrics, is_stop=stop)
             for hook in hooks:

@@ -83,7 +83,7 @@ def _train(config: Config, prepared: Prepared, request: StopRequest) -> None:
         with closing(writers_of(run)) as writers:
             run.clock.lap()  # discard the time of the set-up
             with work_begins():
-                state = train_steps(run, state, batches, hooks, writers, vote.after_step)
+                state = train_steps(run, state, batches, hooks, writers, vote)
     stop()
     finish(config, state.step, vote.reason)
 

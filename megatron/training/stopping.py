@@ -54,20 +54,25 @@ class StopRequest:
 
 
 class StopVote:
-    """Collective decision to stop."""
+    """Collective decision to stop, made while a step computes.
+
+    No vote is in flight between steps, when hooks act: torch's profiler, which one of them stops, corrupts memory if a
+    collective is recorded meanwhile.
+    """
 
     def __init__(self, request: StopRequest, device: torch.device) -> None:
-        """Start the first vote. Collective over all ranks."""
         self._request, self._device = request, device
         self.outcome = CONTINUE
-        self._begin()
 
-    def after_step(self) -> bool:
-        """Whether the step just done is the last one; the same on all ranks. Collective."""
+    def begin(self) -> None:
+        """Vote, as a step begins, on whether it is the last one. Collective over all ranks; does not wait."""
+        self._ballot: Tensor = torch.tensor(self._request.vote, device=self._device)
+        self._pending: dist.Work = dist.all_reduce(self._ballot, dist.ReduceOp.MAX, async_op=True)
+
+    def ends_run(self) -> bool:
+        """Whether the step is the last one; the same on all ranks. Waits for the vote that `begin` started."""
         self._pending.wait()
         self.outcome = int(self._ballot)
-        if self.outcome == CONTINUE:
-            self._begin()
         return self.outcome != CONTINUE
 
     @property
@@ -76,7 +81,3 @@ class StopVote:
         if self.outcome == CONTINUE:
             return None
         return "time_limit_minutes" if self.outcome == TIME_LIMIT else signal.Signals(self.outcome).name
-
-    def _begin(self) -> None:
-        self._ballot: Tensor = torch.tensor(self._request.vote, device=self._device)
-        self._pending: dist.Work = dist.all_reduce(self._ballot, dist.ReduceOp.MAX, async_op=True)

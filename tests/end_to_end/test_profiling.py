@@ -2,9 +2,7 @@
 
 import json
 
-import pytest
-
-from tests.end_to_end.commands import SMALL, finished, json_lines, run
+from tests.end_to_end.commands import SMALL, json_lines, run
 
 KEYS = """
 profile: true
@@ -18,11 +16,7 @@ FILES = (("trace", ".json"), ("kernels", ".txt"), ("memory", ".txt"))
 
 def test_a_run_reports_its_slowest_kernels_its_memory_and_its_phases(tmp_path):
     (tmp_path / "model.yml").write_text(SMALL + KEYS)
-    done = finished(tmp_path, "deepy.py", "train.py", "model", "log_dir=logs", "train_iters=6", "num_gpus=2")
-    if done.returncode == 1 and "was ended by SIG" in done.stderr:
-        pytest.skip("torch's profiler crashed on a busy machine, as it does now and then where it stops")
-    assert done.returncode == 0, done.stderr
-    said = done.stdout
+    said = run(tmp_path, "deepy.py", "train.py", "model", "log_dir=logs", "train_iters=6", "num_gpus=2").stdout
     folder = tmp_path / "logs" / "profile"
     files = {f"{kind}_rank_{rank}{end}" for rank in (0, 1) for kind, end in FILES}
     assert {path.name for path in folder.iterdir()} == files
