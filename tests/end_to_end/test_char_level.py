@@ -28,7 +28,7 @@ def test_a_character_model_learns_from_one_text_file_and_writes_two_thousand_cha
     assert said.count("validation at step") == 2
     found = losses(folder / "checkpoints" / "char")
     assert found[150] < 2.0 < 3.0 < found[25]
-    run(folder, "generate.py", ROOT / "configs" / "char.yml", *FEWER)
+    run(folder, "deepy.py", "generate.py", ROOT / "configs" / "char.yml", *FEWER)
     [sample] = json_lines(folder / "samples.txt")
     assert sample["context"] == ""
     assert sample["length"] == 2000 or sample["finished"]

@@ -21,7 +21,7 @@ from megatron.checkpoint.reading import read_tensors
 from tests.end_to_end.commands import ENVIRONMENT, SMALL, command, losses, run
 from tests.end_to_end.killer import ORDER
 
-STEPS = 16
+STEPS = 30
 SAVING = f"""
 train_iters: {STEPS}
 eval_interval: 1000

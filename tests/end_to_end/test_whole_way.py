@@ -111,7 +111,7 @@ def test_prompts_can_be_typed(folder, trained):
 
 
 def test_evaluation_scores_the_held_out_part_and_writes_a_file(folder, trained):
-    said = run(folder, "evaluate.py", "model", "places", "--eval_results_prefix", "mine").stdout
+    said = run(folder, "deepy.py", "evaluate.py", "model", "places", "--eval_results_prefix", "mine").stdout
     [path] = (folder / "run").glob("mine_eval_results_*.json")
     document = json.loads(path.read_text())
     results = document["results"]["valid"]
