@@ -1,7 +1,7 @@
 """End a run early: on a signal, or at its limit of wall-clock time.
 
-All ranks must end after the same step, or the others hang in their next collective. So they vote after each step, by
-an all-reduce of the maximum over one number. It starts when a step is done and is read after the next one, so that it
+All ranks must end after the same step, or the others hang in their next collective. So they vote in each step, by
+an all-reduce of the maximum over one number. It starts when a step begins and is read when the step is done, so that it
 overlaps with the computation and neither host nor device waits. Hence a run ends one step after the one in which the
 signal arrived.
 """
