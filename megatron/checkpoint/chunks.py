@@ -6,7 +6,7 @@ what torch stores: a rectangular block of a global tensor, given by offsets and 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -74,11 +74,11 @@ class LocalChunks:
                 chunk = tensor.narrow(0, at, math.prod(sizes)).view(sizes)
                 self.chunks[torch.Size(offsets)] = chunk[tuple(slice(0, size) for size in kept)]
 
-    def copied_to_host(self) -> "LocalChunks":
-        """A copy in host memory, which later changes of the state do not affect; by chunk, not whole buffers."""
-        copy = LocalChunks(self._size)
-        copy.chunks = {offset: chunk.detach().to("cpu", copy=True) for offset, chunk in self.chunks.items()}
-        return copy
+    def like(self, tensor_for: Callable[[Tensor], Tensor]) -> "LocalChunks":
+        """The same chunks in other tensors: `tensor_for(chunk)` has the shape and type of `chunk`."""
+        other = LocalChunks(self._size)
+        other.chunks = {offset: tensor_for(chunk) for offset, chunk in self.chunks.items()}
+        return other
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(offset, chunk.size()) for offset, chunk in self.chunks.items()]

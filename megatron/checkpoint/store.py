@@ -12,12 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from megatron.checkpoint import folder as folders
 from megatron.checkpoint.chunks import LoadPlanner, LocalChunks, SavePlanner, local_chunks
 from megatron.checkpoint.reading import SafeReader, causes, in_words, tensor_shapes
+from megatron.checkpoint.snapshot import Snapshot
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.writing import Writer
 from megatron.engine.inference import InferenceEngine
@@ -42,13 +44,14 @@ class CheckpointWriter:
     ) -> None:
         """Collective. config: the flat configuration; identity: of tokenizer and data. Each checkpoint holds both.
 
-        asynchronous: `save` copies the state to host memory (12 bytes for each parameter that this rank owns) and
-        returns; a thread writes the copy.
+        asynchronous: `save` queues a copy of the state to host memory and returns; a thread writes the copy. The memory
+        (12 bytes for each parameter that this rank owns) is allocated here and pinned on a GPU: raises UserError where
+        it cannot be.
         """
         self._engine, self._folder = engine, folder
         self._documents = {"config.json": config, "identity.json": identity or {}}
         self._retention = retention or folders.Retention()
-        self.asynchronous = asynchronous
+        self._snapshot = Snapshot(self._owned_chunks(), engine.grid.device) if asynchronous else None
         # a group of its own: collectives of the writing thread must not interleave with those of the training
         self._group = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
@@ -63,23 +66,25 @@ class CheckpointWriter:
         before; checkpoints already on disk stay as they are.
         """
         self.finish()
-        chunks = local_chunks(
-            self._engine.state.fragments(),
-            self._engine.grid,
-            owned_only=True,
-            replicated_over_data=self._engine.state.replicated_over_data,
-        )
+        chunks = self._owned_chunks()
         progress = asdict(state) | {
             "optimizer_updates": self._engine.state.updates,
             "validation_loss": validation_loss,
             "loss_scale": self._engine.state.loss_scale,
         }
-        if not self.asynchronous:
+        if self._snapshot is None:
             self._write(chunks, state.step, progress, is_best)
             return
-        copies = {name: local.copied_to_host() for name, local in chunks.items()}
-        self._thread = threading.Thread(target=self._write_in_background, args=(copies, state.step, progress, is_best))
+        self._snapshot.fill(chunks)
+        self._thread = threading.Thread(
+            target=self._write_in_background, args=(self._snapshot, state.step, progress, is_best)
+        )
         self._thread.start()
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether `save` returns before the checkpoint is on disk."""
+        return self._snapshot is not None
 
     def agree(self, value: bool) -> bool:
         """The `value` of rank 0, so that a decision to save is the same on all ranks. Collective."""
@@ -96,9 +101,17 @@ class CheckpointWriter:
             failure, self._failure = self._failure, None
             raise failure
 
-    def _write_in_background(self, *arguments: Any) -> None:
+    def _owned_chunks(self) -> dict[str, LocalChunks]:
+        state, grid = self._engine.state, self._engine.grid
+        return local_chunks(state.fragments(), grid, owned_only=True, replicated_over_data=state.replicated_over_data)
+
+    def _write_in_background(self, snapshot: Snapshot, *arguments: Any) -> None:
+        device = self._engine.grid.device
         try:
-            self._write(*arguments)
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # a new thread begins with device 0, whatever its process uses
+            snapshot.wait()
+            self._write(snapshot.chunks, *arguments)
         except BaseException as error:  # raised by `finish` in the training thread
             self._failure = error
 

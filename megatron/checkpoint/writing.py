@@ -48,6 +48,10 @@ class Writer(dcp.FileSystemWriter):
     """torch's writer, with the file access above."""
 
     def __init__(self, folder: Path) -> None:
-        """Write into `folder`."""
-        super().__init__(folder)
+        """Write into `folder`, one tensor after the other.
+
+        Copying ahead would gain nothing: memory that is not pinned is copied synchronously, and what is in host memory
+        already would only make the writing thread wait for the kernels of the training.
+        """
+        super().__init__(folder, per_thread_copy_ahead=0)
         self.fs = _Files()

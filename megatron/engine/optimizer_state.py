@@ -79,9 +79,12 @@ class OptimizerState:
 
     @property
     def updates(self) -> int:
-        """Optimizer updates made so far, skipped steps excluded; Adam's bias correction depends on it."""
-        counts = [int(state[name]) for state in self._inner.state.values() for name in self._traits.counters]
-        return counts[0] if counts else 0
+        """Optimizer updates made so far, skipped steps excluded; Adam's bias correction depends on it.
+
+        One count is read, as all are equal: a fused optimizer keeps them on the device, where each read waits.
+        """
+        counts = (state[name] for state in self._inner.state.values() for name in self._traits.counters)
+        return int(next(counts, 0))
 
     @updates.setter
     def updates(self, updates: int) -> None:

@@ -43,7 +43,7 @@ def dry_run(config: Config, plan: Plan, script: str, notes: Sequence[str], on_cp
     lines = [f"{script} would run on {_count(plan.layout.world_size, 'rank')}:", *_layout_lines(plan)]
     lines += _model_lines(plan.model)
     if script == "train.py":
-        lines += [*_cost_lines(plan), *_length_lines(config, plan), *holder_lines(plan)]
+        lines += [*_cost_lines(plan), *_snapshot_lines(config, plan), *_length_lines(config, plan), *holder_lines(plan)]
         lines += memory_lines(plan, config.launcher.gpu_memory, on_cpu)
     else:
         lines += inference_lines(plan, config.launcher.gpu_memory)
@@ -105,6 +105,16 @@ def _cost_lines(plan: Plan) -> list[str]:
         f"({short_number(flops * plan.batch.tokens_per_step, 'FLOP')} per step)",
         f"  checkpoint: {checkpoint_bytes(plan) / 1e9:,.2f} GB",
     ]
+
+
+def _snapshot_lines(config: Config, plan: Plan) -> list[str]:
+    """The host memory that async_save takes. Without ZeRO, the replicas of a rank hold the same state and save none."""
+    if not config.checkpoint.async_save:
+        return []
+    layout = plan.layout
+    savers = layout.pipe * layout.tensor * (layout.replicas if plan.engine.zero_stage else 1)
+    ranks = "each rank" if savers == layout.world_size else f"{savers} of {layout.world_size} ranks"
+    return [f"  async_save: {checkpoint_bytes(plan) / savers / 1e9:,.2f} GB of host memory on {ranks}, pinned on a GPU"]
 
 
 def _length_lines(config: Config, plan: Plan) -> list[str]:

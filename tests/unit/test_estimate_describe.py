@@ -58,6 +58,14 @@ def test_a_dry_run_says_layout_sizes_and_what_it_could_not_check():
         assert part in text
 
 
+def test_a_dry_run_says_what_host_memory_an_asynchronous_save_takes():
+    for zero, said in ((0, "0.02 GB of host memory on 2 of 4 ranks"), (1, "0.01 GB of host memory on each rank")):
+        settings = {"model_parallel_size": 2, "async_save": True, "zero_optimization": {"stage": zero}}
+        config, plan = planned(4, 50304, data_path="there", **settings)
+        assert f"  async_save: {said}, pinned on a GPU\n" in dry_run(config, plan, "train.py", [])
+        assert "async_save" not in dry_run(*planned(4, 50304, model_parallel_size=2), "train.py", [])
+
+
 def test_a_stated_vocabulary_is_used_and_named():
     config, plan = planned(vocab_size=512, padded_vocab_size=512)
     assert "the vocabulary size is assumed to be padded_vocab_size 512" in dry_run(config, plan, "train.py", [])

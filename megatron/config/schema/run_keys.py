@@ -60,7 +60,8 @@ class CheckpointKeys(Group):
     """Save after each validation with the lowest loss so far; the file `best` names the checkpoint, which is kept."""
 
     async_save: bool = False
-    """Copy the state to host memory (12 bytes per parameter, sharded over the ranks) and write it in the background."""
+    """Copy the state to host memory (12 bytes per parameter, sharded over the ranks; allocated at the start, and pinned
+    on a GPU) and write it in the background."""
 
     verify: Literal["quick", "full"] = "quick"
     """Check the sizes of a checkpoint's files before loading (quick), or their hashes too (full)."""
