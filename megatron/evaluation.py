@@ -109,7 +109,9 @@ def negative_log_likelihood(model: TrainedModel, stream: TokenStream, sequence: 
         if number % replicas == rank:
             ids, weights = (tensor.to(model.grid.device) for tensor in windows)
             with torch.inference_mode():
-                total += loss(model.local_logits_of_documents(ids[:, :-1]), (ids[:, 1:], weights)).double()
+                total += loss(
+                    model.engine.logits(model.hidden_of_documents(ids[:, :-1])), (ids[:, 1:], weights)
+                ).double()
     if replicas > 1:
         dist.all_reduce(total, group=model.grid.group("data"))
     return float(total)

@@ -1,6 +1,6 @@
 """Load a trained model for generation and evaluation.
 
-Shapes: b texts, s columns, v vocabulary.
+Shapes: b texts, s columns, h hidden, v vocabulary.
 `find_trained_model` checks the configuration and the checkpoint before the process group starts; `open_trained_model`
 loads the weights.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megatron.checkpoint.folder import find_checkpoint
 from megatron.checkpoint.store import agree_on_checkpoint, load_weights
@@ -32,6 +33,8 @@ from megatron.tokenizer.base import Tokenizer
 
 log = logging.getLogger(__name__)
 
+SMALLEST_WIDTH = 128  # a block of the attention kernels
+
 
 @dataclass(frozen=True)
 class FoundModel:
@@ -44,32 +47,48 @@ class FoundModel:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model with its weights on the ranks of `grid`; each data-parallel replica computes independently."""
+    """A model with its weights on the ranks of `grid`; each data-parallel replica computes independently.
+
+    few_widths: pad sequences to few widths, for each of which kernels are compiled; without a cache only.
+    """
 
     engine: InferenceEngine
     grid: ParallelGrid
     plan: Plan
     tokenizer: Tokenizer
+    few_widths: bool = False
 
     @property
     def context(self) -> int:
         """The context length in tokens."""
         return self.plan.model.max_position_embeddings
 
-    def local_logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """This rank's shard of the logits for int64 tokens [b, s]: [b, s, v/tp]."""
-        return self.engine.forward(tokens, cache)
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The input of the head for int64 tokens [b, s]: [b, s, h]. A cache is continued."""
+        if cache is not None:
+            return self.engine.hidden(tokens, cache)
+        return self.engine.hidden(self._padded(tokens))[:, : tokens.shape[1]]
 
-    def local_logits_of_documents(self, tokens: Tensor) -> Tensor:
-        """`local_logits` of text with several documents, with attention kept within each if the model is trained so."""
-        start = None
-        if self.plan.model.keeps_documents_apart:
-            start = document_starts(tokens, self.tokenizer.end_of_document)
-        return self.engine.forward(tokens, document_start=start)
+    def hidden_of_documents(self, tokens: Tensor) -> Tensor:
+        """`hidden` of text with several documents, with attention kept within each if the model is trained so."""
+        if not self.plan.model.keeps_documents_apart:
+            return self.hidden(tokens)
+        padded = self._padded(tokens)
+        start = document_starts(padded, self.tokenizer.end_of_document)
+        return self.engine.hidden(padded, document_start=start)[:, : tokens.shape[1]]
 
-    def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """All logits for int64 tokens [b, s]: float32 [b, s, v], the same bits on every tensor-parallel rank."""
-        return gather_logits(self.engine.forward(tokens, cache), self.grid, self.plan.model.vocab_size).float()
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """All logits at any positions: [..., h] -> float32 [..., v], the same bits on every tensor-parallel rank."""
+        return gather_logits(self.engine.logits(hidden), self.grid, self.plan.model.vocab_size).float()
+
+    def logits(self, tokens: Tensor, cache: KVCache | None = None, columns: slice = slice(None)) -> Tensor:
+        """`logits_of` the given columns of int64 tokens [b, s]; no other logit is computed."""
+        return self.logits_of(self.hidden(tokens, cache)[:, columns])
+
+    def _padded(self, tokens: Tensor) -> Tensor:
+        """Pad on the right, where no token attends, to one of a few widths: see `few_widths`."""
+        length = tokens.shape[1]
+        return pad(tokens, (0, width_for(length, self.context) - length)) if self.few_widths else tokens
 
     def new_cache(self, padding: Sequence[int], columns: int) -> KVCache:
         """An empty cache for `len(padding)` texts of up to `columns` tokens; padding: columns to ignore on the left."""
@@ -117,4 +136,14 @@ def open_trained_model(found: FoundModel, backend: str | None, timeout_minutes: 
     load_weights(engine, found.checkpoint)
     log.info("%s", found.tokenizer.describe())
     log.info("model: weights of %s in %s", found.checkpoint, found.plan.engine.precision)
-    return TrainedModel(engine, grid, found.plan, found.tokenizer)
+    return TrainedModel(engine, grid, found.plan, found.tokenizer, few_widths=grid.device.type == "cuda")
+
+
+def width_for(length: int, context: int) -> int:
+    """The width to which `length` columns are padded: 128, 256, 384, 512, 768, 1024, 1536, ... or the context.
+
+    Two in each doubling: above 256 columns at most half as many again are computed in vain.
+    """
+    power = max(SMALLEST_WIDTH, 1 << (length - 1).bit_length())
+    width = power // 4 * 3 if length <= power // 4 * 3 and power > 2 * SMALLEST_WIDTH else power
+    return max(length, min(width, context))

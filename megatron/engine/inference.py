@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron.engine.modules import Sequential
 from megatron.engine.optimizer_state import ModuleState
-from megatron.model.layer import Layer, pack
+from megatron.model.layer import Layer, pack, unpack
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.parameter import PlacedParameter
 
@@ -28,13 +28,18 @@ class InferenceEngine:
         return {cast(PlacedParameter, parameter).global_name for parameter in self.module.parameters()}
 
     @torch.inference_mode()
-    def forward(self, tokens: Tensor, cache: Any = None, document_start: Tensor | None = None) -> Tensor:
-        """Tokens [b, s] in, logits [b, s, v/tp] out. With a cache, `tokens` continue the sequences in it.
+    def hidden(self, tokens: Tensor, cache: Any = None, document_start: Tensor | None = None) -> Tensor:
+        """Tokens [b, s] in, the input of the head [b, s, h] out. With a cache, `tokens` continue the sequences in it.
 
         document_start: int32 [b, s], the column in which each token's document begins; None: column 0.
         """
         tokens = tokens.to(self.grid.device)
         if document_start is not None:
             document_start = document_start.to(self.grid.device)
-        logits: Tensor = self.module(pack(tokens, document_start), cache)
+        return unpack(self.module(pack(tokens, document_start), cache, slice(-1)))[0]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head: any positions of `hidden`, [..., h] -> [..., v/tp]."""
+        logits: Tensor = self.module(hidden, layers=slice(-1, None))
         return logits

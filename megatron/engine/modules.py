@@ -39,14 +39,17 @@ class Sequential(nn.Module):
             call = partial(layer.tied_forward, module) if layer.tied_forward else module
             self._calls.append((call, layer.recompute))
 
-    def forward(self, inputs: Any, cache: Any = None) -> Any:
-        """Tokens [b, s] in, logits [b, s, v/tp] out; with a key-value cache in decoding."""
+    def forward(self, inputs: Any, cache: Any = None, layers: slice = slice(None)) -> Any:
+        """Tokens [b, s] in, logits [b, s, v/tp] out; with a key-value cache in decoding.
+
+        layers: which of the layers run, on the input of the first one of these.
+        """
         if cache is not None:
-            for call, _ in self._calls:
+            for call, _ in self._calls[layers]:
                 inputs = call(inputs, cache)
             return inputs
         recompute = self.recompute_layers if self.training else 0
-        for calls, in_checkpoint in _segments(self._calls, recompute):
+        for calls, in_checkpoint in _segments(self._calls[layers], recompute):
             run = partial(_chain, calls)
             inputs = self.checkpoint(run, inputs) if in_checkpoint else run(inputs)
         return inputs

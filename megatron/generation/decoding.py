@@ -86,7 +86,7 @@ class NextLogits:
     def __call__(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """Float32 [b, v] for the current texts, which continue those of the last call by one token each."""
         if self._cache is not None and max(map(len, texts)) <= self._model.context:
-            return self._model.logits(torch.tensor([text[-1:] for text in texts]), self._cache)[:, -1]
+            return self._last(torch.tensor([text[-1:] for text in texts]), self._cache)
         windows = [text[-self._model.context :] for text in texts]
         columns = max(map(len, windows))
         room = min(self._room, self._model.context - columns) if self._use_cache else 0
@@ -94,4 +94,8 @@ class NextLogits:
         cache = self._model.new_cache(padding, columns + room)
         padded = [[0] * empty + list(window) for empty, window in zip(padding, windows, strict=True)]
         self._cache = cache if room else None
-        return self._model.logits(torch.tensor(padded), cache)[:, -1]
+        return self._last(torch.tensor(padded), cache)
+
+    def _last(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+        """The logits of the last column."""
+        return self._model.logits(tokens, cache, slice(-1, None))[:, 0]

@@ -1,7 +1,6 @@
 """How likely a model finds given continuations of given tokens.
 
-Shapes: b rows, s columns (the longest row; shorter ones are padded on the right, where no token attends), n tokens of a
-continuation, v vocabulary. Independent of the harness.
+Shapes: n scored positions or tokens. Rows are padded on the right, where no token attends. Independent of the harness.
 """
 
 from collections.abc import Sequence
@@ -9,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from megatron.inference import TrainedModel
-from megatron.model.gpt import gather_logits
+
+POSITIONS = 1024  # 0.2 GB of fp32 logits at a vocabulary of 50k
 
 Likelihood = tuple[float, bool]  # log-likelihood in nats, and whether greedy decoding gives the same tokens
 
@@ -29,25 +28,39 @@ class Row:
     continuations: tuple[tuple[int, ...], ...]
 
 
-def score_rows(model: TrainedModel, rows: Sequence[Row]) -> list[list[Likelihood]]:
-    """The likelihood of every continuation of every row. Collective over the tensor-parallel group."""
-    width = max(len(row.tokens) for row in rows)
-    tokens = torch.tensor([[*row.tokens, *[0] * (width - len(row.tokens))] for row in rows])
-    local = model.local_logits_of_documents(tokens)
-    return [_score_row(model, row, logits) for row, logits in zip(rows, local, strict=True)]
-
-
 @torch.inference_mode()
-def _score_row(model: TrainedModel, row: Row, local: Tensor) -> list[Likelihood]:
-    """local: this rank's shard of the row's logits, [s, v/tp]. Only the scored positions are gathered."""
-    end = len(row.tokens)
-    asked = local[end - max(map(len, row.continuations)) : end]
-    logits = gather_logits(asked, model.grid, model.plan.model.vocab_size).float()
-    return [_likelihood(logits[len(logits) - len(ids) :], torch.tensor(ids)) for ids in row.continuations]
+def score_rows(model: TrainedModel, rows: Sequence[Row]) -> list[list[Likelihood]]:
+    """The likelihood of every continuation of every row. Collective over the tensor-parallel group.
+
+    Logits are computed of the scored positions only, `POSITIONS` of them at a time.
+    """
+    width = max(len(row.tokens) for row in rows)
+    hidden = model.hidden_of_documents(torch.tensor([[*row.tokens, *[0] * (width - len(row.tokens))] for row in rows]))
+    positions, answers = _positions_and_answers(rows)
+    nats, greedy = torch.zeros(len(answers), dtype=torch.float64), torch.zeros(len(answers), dtype=torch.bool)
+    for number, part in enumerate(positions.split(POSITIONS)):
+        logits = model.logits_of(hidden[part.to(hidden.device).unbind(1)])
+        here = answers[:, 0] // POSITIONS == number
+        position, token = answers[here].to(hidden.device).unbind(1)
+        position = position % POSITIONS
+        nats[here] = logits.log_softmax(-1)[position, token].double().cpu()
+        greedy[here] = (logits.argmax(-1)[position] == token).cpu()
+    lengths = [len(ids) for row in rows for ids in row.continuations]
+    scores = iter(
+        [(float(n.sum()), bool(g.all())) for n, g in zip(nats.split(lengths), greedy.split(lengths), strict=True)]
+    )
+    return [[next(scores) for _ in row.continuations] for row in rows]
 
 
-def _likelihood(logits: Tensor, ids: Tensor) -> Likelihood:
-    """logits: fp32 [n, v]. ids: int64 [n]. The sum is taken in fp64."""
-    ids = ids.to(logits.device)
-    nats = cross_entropy(logits, ids, reduction="none").double().sum()
-    return -float(nats), bool((logits.argmax(dim=-1) == ids).all())
+def _positions_and_answers(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """The scored positions (row, column) [n, 2], each once, and for each token of each continuation its position's
+    number and its id.
+    """
+    positions: list[tuple[int, int]] = []
+    answers: list[tuple[int, int]] = []
+    for number, row in enumerate(rows):
+        end = len(row.tokens)
+        positions += [(number, column) for column in range(end - max(map(len, row.continuations)), end)]
+        for ids in row.continuations:
+            answers += enumerate(ids, start=len(positions) - len(ids))
+    return torch.tensor(positions), torch.tensor(answers)
