@@ -20,7 +20,7 @@ from megatron.checkpoint.store import agree_on_checkpoint, load_weights
 from megatron.config.plan import Plan
 from megatron.config.resolve import resolve
 from megatron.config.schema.config import Config
-from megatron.engine.distributed import start
+from megatron.engine.distributed import choose_matmul_precision, start
 from megatron.engine.inference import InferenceEngine
 from megatron.engine.settings import DTYPES
 from megatron.errors import UserError
@@ -130,12 +130,15 @@ def open_trained_model(found: FoundModel, backend: str | None, timeout_minutes: 
     backend: of torch.distributed, or None for the default. timeout_minutes: of collectives.
     """
     grid = start(tensor=found.plan.layout.tensor, backend=backend, timeout_minutes=timeout_minutes)
+    products = choose_matmul_precision(found.plan.engine, grid.device)
     layers = gpt_layers(found.plan.model, grid, found.plan.engine.seed)
     engine = InferenceEngine(layers, grid, DTYPES[found.plan.engine.precision])
     agree_on_checkpoint(found.checkpoint)
     load_weights(engine, found.checkpoint)
     log.info("%s", found.tokenizer.describe())
     log.info("model: weights of %s in %s", found.checkpoint, found.plan.engine.precision)
+    for line in products:
+        log.info("%s", line)
     return TrainedModel(engine, grid, found.plan, found.tokenizer, few_widths=grid.device.type == "cuda")
 
 

@@ -148,6 +148,7 @@ class EnginePlan:
     fp32_allreduce: bool = False
     compile: bool = False  # blocks and loss, with torch.compile
     deterministic: bool = False
+    fp32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,7 @@ def _engine(config: Config, layout: Layout, batch: BatchPlan, compile: bool) -> 
         gradient_accumulation_dtype=sum_type,
         seed=config.training.seed,
         deterministic=config.training.deterministic,
+        fp32_matmul_precision=config.training.fp32_matmul_precision,
         recompute_selective=keys.checkpoint_activations and keys.recompute_granularity == "selective",
         partition_activations=keys.checkpoint_activations and keys.partition_activations,
         checkpoint_in_cpu=keys.checkpoint_activations and keys.checkpoint_in_cpu,

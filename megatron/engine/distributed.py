@@ -11,7 +11,8 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from megatron.config.plan import Layout
+from megatron.config.plan import EnginePlan, Layout
+from megatron.errors import UserError
 from megatron.parallel.grid import ParallelGrid
 
 
@@ -35,7 +36,7 @@ def start(
 
     pipe, tensor, context: sizes of pipeline, tensor and context parallelism; data parallelism takes the rest of the
     world.
-    backend: by default NCCL if a GPU is visible, gloo otherwise.
+    backend: by default NCCL if a GPU is visible, gloo otherwise. Raises UserError where this rank has no GPU for NCCL.
     """
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
@@ -43,11 +44,16 @@ def start(
         os.environ["MASTER_PORT"] = str(_free_port())
     if dist.is_initialized():  # by the caller, who chose the backend
         backend = dist.get_backend()
-    on_gpu = torch.cuda.is_available() and backend != "gloo"
+    on_gpu = backend == "nccl" or (torch.cuda.is_available() and backend != "gloo")
     if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(_own_gpu())
     if not dist.is_initialized():
-        dist.init_process_group(backend or ("nccl" if on_gpu else "gloo"), timeout=timedelta(minutes=timeout_minutes))
+        backend = backend or ("nccl" if on_gpu else "gloo")
+        # Bound to its device, NCCL connects now, where a failure is a failure of the start, and splits later groups off
+        # this one. Ranks that are not in a new group take part in the split even if that group is a gloo one, of which
+        # the others know nothing: so every gloo group beside NCCL has to hold all ranks.
+        device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else None
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), device_id=device)
     return ParallelGrid.create(pipe, tensor, context, sequence_parallel, device="cuda" if on_gpu else "cpu")
 
 
@@ -64,10 +70,33 @@ def be_deterministic() -> list[str]:
     return ["deterministic: every operation gives the same bits each time"]
 
 
+def choose_matmul_precision(settings: EnginePlan, device: torch.device) -> list[str]:
+    """Decide how products of fp32 matrices are computed from now on. Returns lines for the log, where it matters."""
+    torch.set_float32_matmul_precision(settings.fp32_matmul_precision)
+    if device.type != "cuda" or settings.precision != "fp32":
+        return []
+    if settings.fp32_matmul_precision == "highest":
+        return ["products: fp32 (fp32_matmul_precision: highest); in TF32 (high) they are up to eight times as fast"]
+    return [f"products: TF32 (fp32_matmul_precision: {settings.fp32_matmul_precision})"]
+
+
 def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _own_gpu() -> int:
+    """The index of this rank's GPU. Raises UserError where there is none."""
+    index, visible = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if index < visible:
+        return index
+    among = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+    raise UserError(
+        f"rank {os.environ['RANK']} needs GPU {index} of {socket.gethostname()}, but torch {torch.__version__} sees "
+        f"{visible} there (CUDA_VISIBLE_DEVICES: {among}); start no more ranks than GPUs, or set "
+        "distributed_backend: gloo to compute on the CPU"
+    )
 
 
 def _free_port() -> int:

@@ -19,12 +19,13 @@ from megatron.config.resolve import resolve
 from megatron.config.schema.config import Config
 from megatron.data.build import Sources
 from megatron.data.loader import micro_batches
-from megatron.engine.distributed import be_deterministic, start_layout, stop
+from megatron.engine.distributed import be_deterministic, choose_matmul_precision, start_layout, stop
 from megatron.engine.settings import DTYPES
 from megatron.engine.training import TrainingEngine
 from megatron.errors import RunError, work_begins
 from megatron.estimate.describe import plan_lines
 from megatron.files import refuse_overwriting
+from megatron.launch.protocol.environment import environment_line
 from megatron.launch.protocol.heartbeat import Heartbeat
 from megatron.logging import configure
 from megatron.metrics.writers import METRICS_FILE, MetricWriters, WriterSettings, open_writers
@@ -139,11 +140,12 @@ def set_up(config: Config, prepared: Prepared) -> tuple[Run, TrainState]:
     plan, liveness = prepared.plan, Liveness(Heartbeat.of_this_process())
     nondeterministic = be_deterministic() if plan.engine.deterministic else []
     grid = start_layout(plan.layout, config.launcher.distributed_backend)
+    products = choose_matmul_precision(plan.engine, grid.device)
     check = partial(check_fits, config, plan, prepared.tokenizer)
     checkpoint = agreed(prepared.checkpoint, config.checkpoint, check)
     engine = TrainingEngine(gpt_layers(plan.model, grid, plan.engine.seed), make_loss(plan.model, grid), grid, plan)
     state, beginning = begin(engine, checkpoint, config.checkpoint)
-    for line in [*_description(prepared, grid), *nondeterministic, *_where_files_go(config), beginning]:
+    for line in [*_description(prepared, grid), *products, *nondeterministic, *_where_files_go(config), beginning]:
         log.info("%s", line)
     if checkpoint is not None and not config.checkpoint.finetune:
         for line in resumed_changes(config, plan, checkpoint_config(checkpoint), state):
@@ -155,10 +157,16 @@ def set_up(config: Config, prepared: Prepared) -> tuple[Run, TrainState]:
 
 
 def _description(prepared: Prepared, grid: ParallelGrid) -> list[str]:
-    """Tokenizer, data, layout, batch, model and attention kernels, for the log."""
+    """Tokenizer, data, layout, batch, model, attention kernels and environment, for the log."""
     plan = prepared.plan
     attention = describe_attention(plan.model, grid.device, DTYPES[plan.engine.precision])
-    return [prepared.tokenizer.describe(), *prepared.sources.description, *plan_lines(plan), *attention]
+    return [
+        prepared.tokenizer.describe(),
+        *prepared.sources.description,
+        *plan_lines(plan),
+        *attention,
+        environment_line(os.environ),
+    ]
 
 
 def read_samples(run: Run, state: TrainState) -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.launch.protocol.environment import rank_environment
+from megatron.launch.protocol.environment import environment_line, rank_environment
 
 ROOT = Path(__file__).parents[2]
 SHAPE = """
@@ -117,6 +117,23 @@ def test_what_the_user_has_set_for_threads_and_allocator_stays():
     own = {"OMP_NUM_THREADS": "7", "GLIBC_TUNABLES": "glibc.malloc.check=0"}
     assert rank_environment(own, "cpu", threads=2) == own | {"DS_ACCELERATOR": "cpu"}
     assert rank_environment({}, "cpu", threads=0)["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_rank_on_a_gpu_gets_segments_that_grow_and_the_allocator_of_the_system():
+    assert rank_environment({}, "cuda", threads=2) == {
+        "OMP_NUM_THREADS": "2",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "DS_ACCELERATOR": "cuda",
+    }
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        own = {"OMP_NUM_THREADS": "7", name: "max_split_size_mb:64"}
+        assert rank_environment(own, "cuda", threads=2) == own | {"DS_ACCELERATOR": "cuda"}
+
+
+def test_the_log_names_what_was_set_for_a_rank():
+    line = environment_line(rank_environment({"HOME": "/root"}, "cuda", threads=2))
+    assert line == "environment: OMP_NUM_THREADS=2, PYTORCH_ALLOC_CONF=expandable_segments:True"
+    assert environment_line({}) == "environment: OMP_NUM_THREADS, GLIBC_TUNABLES and PYTORCH_ALLOC_CONF are not set"
 
 
 def test_an_exception_ends_the_other_rank_and_its_traceback_comes_last(start, tmp_path):

@@ -11,9 +11,10 @@ import torch
 from torch.testing import assert_close
 
 from megatron.config.plan import LossScalePlan
-from megatron.engine.distributed import be_deterministic, start_layout
+from megatron.engine.distributed import be_deterministic, choose_matmul_precision, start, start_layout
 from megatron.engine.modules import Sequential
 from megatron.engine.training import TrainingEngine
+from megatron.errors import UserError
 from megatron.model.gpt import gpt_layers, make_loss
 from tests import tiny
 from tests.ranks.moves import allow_fp16_on_cpu, engine_of
@@ -208,6 +209,51 @@ def deterministic_process() -> None:
 
 def test_a_process_that_is_told_to_be_deterministic_is_and_trains():
     run_ranks(1, deterministic_process)
+
+
+def fp32_products() -> None:
+    """torch may compute "high" in fewer bits on this CPU as well, so only what is asked of it is compared."""
+    asked = tiny.plan().engine
+    for device, said in (("cpu", []), ("cuda", ["products: TF32 (fp32_matmul_precision: high)"])):
+        high = replace(asked, fp32_matmul_precision="high")
+        assert choose_matmul_precision(high, torch.device(device)) == said
+        assert torch.get_float32_matmul_precision() == "high"
+        assert choose_matmul_precision(replace(high, precision="bf16"), torch.device(device)) == []
+    [said] = choose_matmul_precision(asked, torch.device("cuda"))
+    assert "products: fp32 (fp32_matmul_precision: highest)" in said
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_fp32_products_are_in_fp32_unless_asked_otherwise_and_a_gpu_says_so():
+    run_ranks(1, fp32_products)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_high_computes_in_tf32_and_highest_in_fp32():
+    """Ones and 1 + 2 ** -20: TF32 drops the last 13 bits of a mantissa, so all products are 1; fp32 keeps them."""
+    asked, device = tiny.plan().engine, torch.device("cuda")
+    left, right = torch.full((256, 256), 1 + 2**-20, device=device), torch.eye(256, device=device)
+    try:
+        for kind, kept in (("high", torch.cuda.get_device_capability() < (8, 0)), ("highest", True)):
+            choose_matmul_precision(replace(asked, fp32_matmul_precision=kind), device)
+            assert torch.equal(left @ right, left) == kept
+    finally:
+        choose_matmul_precision(asked, device)
+
+
+def more_ranks_than_gpus() -> None:
+    torch.distributed.destroy_process_group()
+    os.environ["LOCAL_RANK"] = str(torch.cuda.device_count())
+    with pytest.raises(
+        UserError, match=r"rank 0 needs GPU \d+ of .*, but torch .* sees \d+ there .*start no more ranks"
+    ):
+        start(backend="nccl")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_told_so_before_nccl_is():
+    run_ranks(1, more_ranks_than_gpus)
 
 
 def gradients_by_hand(plan, grid) -> dict[str, torch.Tensor]:

@@ -256,5 +256,11 @@ class TrainingKeys(Group):
     """Bitwise reproducible results on GPUs, at some speed: use deterministic kernels, and fail where an operation has
     none. Results on CPUs are always reproducible."""
 
+    fp32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """How products of fp32 matrices are computed (torch.set_float32_matmul_precision). highest: in fp32; high: in TF32
+    on NVIDIA GPUs since Ampere, which reads 10 of the 23 bits of a mantissa and is up to eight times as fast; medium:
+    as high, and in bfloat16 on CPUs that have it. The default is torch's: with it alone a GPU agrees with a CPU, and a
+    layout with another, to fp32's rounding. With 16-bit weights hardly any product is in fp32."""
+
     exit_interval: PositiveInt | None = None
     """End the run, with a checkpoint, at the first step that is a multiple of this."""

@@ -20,12 +20,20 @@ PREFIXES = (
 )
 NAMES = ("PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "GLIBC_TUNABLES", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 DEEPSPEED_FILE = ".deepspeed_env"
-# Mapping fresh pages is slow: keep freed memory, and use huge pages. One arena only, because glibc's further arenas
-# (one per thread) map large blocks anew each time.
+# Of a rank on the CPU, whose tensors come from malloc. Mapping fresh pages is slow: keep freed memory, and use huge
+# pages. One arena only, because glibc's further arenas (one per thread) map large blocks anew each time. Not for a rank
+# on a GPU: its tensors come from torch's own allocator, while the threads of the backward pass, of pinned memory and of
+# NCCL, and the processes that compile kernels, would share one lock and keep the host memory of a loaded checkpoint.
 ALLOCATOR = ":".join(
     f"glibc.malloc.{setting}"
     for setting in ("arena_max=1", "hugetlb=1", "mmap_threshold=17179869184", "trim_threshold=17179869184")
 )
+
+# torch's allocator on a GPU: one growing segment for each stream instead of many of fixed size, between which memory of
+# different sizes is lost. Any of these names is the user's own setting; torch 2.11 to 2.13 read the first two on CUDA.
+GPU_ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+GPU_ALLOCATOR_NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+USUAL_NAMES = ("OMP_NUM_THREADS", "GLIBC_TUNABLES", *GPU_ALLOCATOR_NAMES)
 
 
 def forwarded_environment(
@@ -54,8 +62,20 @@ def rank_environment(base: Mapping[str, str], accelerator: str, threads: int) ->
 
     accelerator: "cuda" or "cpu". threads: of each rank.
     """
-    usual = {"OMP_NUM_THREADS": str(max(1, threads)), "GLIBC_TUNABLES": ALLOCATOR}
+    usual = {"OMP_NUM_THREADS": str(max(1, threads))}
+    if accelerator == "cpu":
+        usual["GLIBC_TUNABLES"] = ALLOCATOR
+    elif not any(name in base for name in GPU_ALLOCATOR_NAMES):
+        usual |= GPU_ALLOCATOR
     return {**usual, **base, "DS_ACCELERATOR": accelerator}
+
+
+def environment_line(environment: Mapping[str, str]) -> str:
+    """The variables that `rank_environment` sets, as they are in `environment`, for the log."""
+    values = [f"{name}={environment[name]}" for name in USUAL_NAMES if name in environment]
+    if not values:
+        return "environment: OMP_NUM_THREADS, GLIBC_TUNABLES and PYTORCH_ALLOC_CONF are not set"
+    return f"environment: {', '.join(values)}"
 
 
 def _deepspeed_file(folders: Sequence[Path]) -> dict[str, str]:
