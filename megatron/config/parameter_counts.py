@@ -1,4 +1,4 @@
-"""Parameter counts of a model and of one rank, FLOPs per token and checkpoint size.
+"""Parameter counts of a model and of one rank, and checkpoint size.
 
 Arithmetic on sizes, so that --dry-run needs no torch. A test compares it with real models.
 Letters: h hidden size, f feed-forward width, n query heads, g key/value heads, d head size.
@@ -38,10 +38,12 @@ def held_parameters(model: ModelPlan, split: int, layers: Iterable[int]) -> int:
     return sum(counts[layer] for layer in held) - (counts[-1] if shared else 0)
 
 
-def flops_per_token(model: ModelPlan, sequence_length: int) -> float:
-    """FLOPs of one token, forward and backward: 6 N + 12 L n d s, without recomputation (see metrics/flops.py)."""
-    width = model.num_attention_heads * model.head_size
-    return 6.0 * parameter_count(model) + 12.0 * model.num_layers * width * sequence_length
+def product_weights(model: ModelPlan, split: int = 1) -> int:
+    """Weights of a block's matrices, on one of `split` tensor-parallel ranks: each is one multiply-add per token."""
+    queries = model.num_attention_heads * model.head_size
+    fused = queries + 2 * model.num_kv_heads * model.head_size
+    inner = (2 if is_gated(model.activation) else 1) * model.ffn_hidden_size
+    return (fused + queries) * model.hidden_size // split + (inner + model.ffn_hidden_size) * model.hidden_size // split
 
 
 def checkpoint_bytes(plan: Plan) -> int:
@@ -59,16 +61,12 @@ def _norm(model: ModelPlan) -> int:
 
 def _block(model: ModelPlan, split: int) -> int:
     """Parameters of one block on one of `split` tensor-parallel ranks; replicated ones count in full."""
-    hidden, width = model.hidden_size, model.ffn_hidden_size
-    queries = model.num_attention_heads * model.head_size
-    fused = queries + 2 * model.num_kv_heads * model.head_size
-    inner = (2 if is_gated(model.activation) else 1) * width
-    attention = (fused + queries) * hidden // split
-    feed_forward = (inner + width) * hidden // split
+    hidden, fused = model.hidden_size, (model.num_attention_heads + 2 * model.num_kv_heads) * model.head_size
+    inner = (2 if is_gated(model.activation) else 1) * model.ffn_hidden_size
     biases = (fused // split + hidden) * model.bias_in_attention + (inner // split + hidden) * model.bias_in_mlp
     norms = (1 if model.tied_norm else 2) * _norm(model)
     if model.qk_norm == "head":
         norms += 2 * model.head_size
     elif model.qk_norm == "full":
         norms += (model.num_attention_heads + model.num_kv_heads) * model.head_size // split
-    return attention + feed_forward + biases + norms
+    return product_weights(model, split) + biases + norms

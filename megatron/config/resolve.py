@@ -4,7 +4,7 @@ A pure function: the same arguments give the same Plan on every rank. Every deri
 """
 
 from megatron.config.errors import ConfigError
-from megatron.config.parameter_counts import flops_per_token
+from megatron.config.flops import common_flops
 from megatron.config.plan import (
     BatchPlan,
     EnginePlan,
@@ -194,7 +194,7 @@ def _compiles(config: Config, model: ModelPlan, layout: Layout, batch: BatchPlan
         return config.engine.compile
     if config.engine.checkpoint_activations and config.engine.recompute_granularity == "selective":
         return False  # it selects operations, and a compiled block has none
-    flops = flops_per_token(model, batch.sequence_length) * batch.micro_size * batch.sequence_length
+    flops = common_flops(model, batch.sequence_length) * batch.micro_size * batch.sequence_length
     # collectives in a block break its graph and leave little to fuse
     whole = layout.tensor == layout.context == 1 and config.engine.zero_optimization.stage < 3
     return whole and flops / layout.pipe >= WORTH_COMPILING

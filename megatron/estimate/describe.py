@@ -6,7 +6,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from megatron.config.parameter_counts import checkpoint_bytes, embedding_parameters, flops_per_token, parameter_count
+from megatron.config.flops import token_flops
+from megatron.config.parameter_counts import checkpoint_bytes, embedding_parameters, parameter_count
 from megatron.config.plan import ModelPlan, Plan
 from megatron.config.resolve import decay_steps
 from megatron.config.schema.config import Config
@@ -99,10 +100,14 @@ def _model_lines(model: ModelPlan) -> list[str]:
 
 
 def _cost_lines(plan: Plan) -> list[str]:
-    flops = flops_per_token(plan.model, plan.batch.sequence_length)
+    flops, tokens = token_flops(plan), plan.batch.tokens_per_step
+    at_most = " at most" if plan.model.reset_attention_mask else ""
+    recomputed = f"; {short_number(flops.recomputed, 'FLOP')} more recomputed" if flops.recomputed else ""
     return [
-        f"  FLOPs per token: {short_number(flops, 'FLOP')} "
-        f"({short_number(flops * plan.batch.tokens_per_step, 'FLOP')} per step)",
+        f"  FLOPs per token: {short_number(flops.common, 'FLOP')} by the common formula, 6 N + 12 L n d T "
+        f"({short_number(flops.common * tokens, 'FLOP')} per step)",
+        f"  FLOPs per token: {short_number(flops.executed, 'FLOP')}{at_most} executed "
+        f"({short_number(flops.executed * tokens, 'FLOP')} per step){recomputed}",
         f"  checkpoint: {checkpoint_bytes(plan) / 1e9:,.2f} GB",
     ]
 

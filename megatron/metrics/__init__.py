@@ -1,1 +1,1 @@
-"""Metrics of a run: FLOPs, the log line, and writers."""
+"""Metrics of a run: peaks of devices, the log line, and writers."""

@@ -7,16 +7,17 @@ rate, gradient norm and loss scale are those of the last step.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megatron.config.flops import TokenFlops
 from megatron.engine.phases import PHASES
 from megatron.units import duration, short_number
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Work of one step. `flops_per_token` as in `metrics/flops.py`; `peak_flops` of one device, None if unknown."""
+    """Work of one step. `flops` are those of one token; `peak_flops` of one device, None if unknown."""
 
     tokens_per_step: int
-    flops_per_token: float
+    flops: TokenFlops
     ranks: int
     peak_flops: float | None
 
@@ -37,12 +38,17 @@ class Interval:
 def interval_metrics(interval: Interval, work: Workload) -> dict[str, float]:
     """Metrics by name, for all writers.
 
-    runtime/iteration_time is in seconds per step; rates are totals of all ranks, except for
-    runtime/flops_per_sec_per_gpu (FLOP/s of one rank) and runtime/model_flops_utilization (0 to 1).
+    runtime/iteration_time is in seconds per step; rates are totals of all ranks, except for FLOP/s, which are those of
+    one rank. Utilizations are 0 to 1. FLOPs are counted in up to three ways (`config/flops.py`):
+    runtime/flops_per_sec_per_gpu and runtime/model_flops_utilization by the common formula of MFU;
+    runtime/executed_flops_per_sec_per_gpu and runtime/executed_flops_utilization by what the model executes, without
+    recomputation; runtime/hardware_flops_per_sec_per_gpu and runtime/hardware_flops_utilization, only if blocks are
+    recomputed, with what is recomputed.
     """
     seconds = max(interval.seconds, 1e-9)
     tokens_per_second = interval.steps * work.tokens_per_step / seconds
-    flops = tokens_per_second * work.flops_per_token / work.ranks
+    rate, peak = tokens_per_second / work.ranks, work.peak_flops
+    recomputes = work.flops.recomputed > 0
     values: dict[str, float | None] = {
         "train/lm_loss": interval.loss,
         "train/learning_rate": interval.learning_rate,
@@ -51,8 +57,12 @@ def interval_metrics(interval: Interval, work: Workload) -> dict[str, float]:
         "train/skipped_steps": interval.skipped_steps or (None if interval.loss_scale is None else 0),
         "runtime/iteration_time": seconds / interval.steps,
         "runtime/tokens_per_sec": tokens_per_second,
-        "runtime/flops_per_sec_per_gpu": flops,
-        "runtime/model_flops_utilization": flops / work.peak_flops if work.peak_flops else None,
+        "runtime/flops_per_sec_per_gpu": rate * work.flops.common,
+        "runtime/executed_flops_per_sec_per_gpu": rate * work.flops.executed,
+        "runtime/hardware_flops_per_sec_per_gpu": rate * work.flops.hardware if recomputes else None,
+        "runtime/model_flops_utilization": rate * work.flops.common / peak if peak else None,
+        "runtime/executed_flops_utilization": rate * work.flops.executed / peak if peak else None,
+        "runtime/hardware_flops_utilization": rate * work.flops.hardware / peak if peak and recomputes else None,
     }
     return {name: value for name, value in values.items() if value is not None}
 
@@ -82,9 +92,16 @@ def log_line(step: int, last_step: int, metrics: Mapping[str, float], on_gpu: bo
     if timed:
         parts[-1] += f" ({', '.join(timed)})"
     parts.append(f"{short_number(metrics['runtime/tokens_per_sec'])} tokens/s")
-    flops_unit = "FLOP/s/gpu" if on_gpu else "FLOP/s/rank"
-    parts.append(short_number(metrics["runtime/flops_per_sec_per_gpu"], flops_unit))
+    unit = "FLOP/s/gpu" if on_gpu else "FLOP/s/rank"
+    rates = (metrics.get(f"runtime/{way}flops_per_sec_per_gpu") for way in ("", "executed_", "hardware_"))
+    parts.append(_counted(*(None if rate is None else short_number(rate, unit) for rate in rates)))
     if "runtime/model_flops_utilization" in metrics:
-        parts.append(f"MFU {100 * metrics['runtime/model_flops_utilization']:.0f}%")
+        shares = (metrics.get(f"runtime/{way}_flops_utilization") for way in ("model", "executed", "hardware"))
+        parts.append(f"MFU {_counted(*(None if share is None else f'{share:.0%}' for share in shares))}")
     parts.append(f"ETA {duration((last_step - step) * per_step)}")
     return " | ".join(parts)
+
+
+def _counted(common: str | None, executed: str | None, hardware: str | None) -> str:
+    """A figure by the ways of counting FLOPs; `hardware` is None without recomputation."""
+    return f"{common} (executed {executed}{f', with recomputation {hardware}' if hardware else ''})"

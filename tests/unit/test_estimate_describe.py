@@ -3,7 +3,7 @@
 import pytest
 
 from megatron.config.load import config_from_flat, load_config
-from megatron.config.parameter_counts import checkpoint_bytes, flops_per_token, held_parameters, parameter_count
+from megatron.config.parameter_counts import checkpoint_bytes, held_parameters, parameter_count
 from megatron.config.resolve import resolve
 from megatron.estimate.describe import dry_run, print_config
 
@@ -45,7 +45,8 @@ def test_a_dry_run_says_layout_sizes_and_what_it_could_not_check():
         "tokens per step: 32",
         "100 steps, 3.20k tokens",
         f"parameters: {parameter_count(plan.model):,}",
-        "FLOPs per token: ",
+        "FLOPs per token: 15.2 MFLOP by the common formula, 6 N + 12 L n d T (486 MFLOP per step)",
+        "FLOPs per token: 15.2 MFLOP executed (485 MFLOP per step)",
         "checkpoint: 0.03 GB",
         "stage 0, ranks 0-3: embedding, blocks 0 to 3, final norm, head; ",
         "every matrix is sharded over 2 adjacent ranks (tensor parallelism)",
@@ -109,13 +110,11 @@ def test_the_estimate_counts_what_the_model_has(keys):
     assert parameter_count(plan.model) == held - rows
 
 
-def test_a_token_costs_what_the_log_of_a_run_reckons_with():
-    from megatron.metrics.flops import training_flops_per_token
-
-    _, plan = planned()
-    model = plan.model
-    count = parameter_count(model)
-    assert flops_per_token(model, 8) == training_flops_per_token(count, model.num_layers, model.hidden_size, 8)
+def test_a_dry_run_says_what_is_recomputed_and_where_documents_make_it_a_bound():
+    plain = dry_run(*planned(), "train.py", [])
+    assert "FLOP executed" in plain and "recomputed" not in plain
+    apart = dry_run(*planned(reset_attention_mask=True, checkpoint_activations=True), "train.py", [])
+    assert "FLOP at most executed" in apart and "FLOP more recomputed" in apart
 
 
 def test_a_checkpoint_takes_twelve_bytes_a_parameter_with_adam_and_eight_with_sgd():

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from megatron.metrics.flops import peak_flops, training_flops_per_token
+from megatron.config.flops import TokenFlops
 from megatron.metrics.interval import Interval, Workload, interval_metrics, log_line
+from megatron.metrics.peaks import FP16_PEAKS, OTHER_CARDS, PEAKS, peak_flops
 from megatron.units import duration, perplexity, short_number
 
 
@@ -51,57 +52,90 @@ def test_perplexity_of_a_hopeless_loss_is_infinite_and_of_nan_is_nan():
     assert math.isnan(perplexity(math.nan))
 
 
-def test_flops_of_a_token_are_six_per_parameter_and_the_attention_square():
-    assert training_flops_per_token(124_000_000, 12, 768, 1024) == 6 * 124e6 + 12 * 12 * 768 * 1024
-
-
 @pytest.mark.parametrize(
     ("card", "tflops"),
     [
-        ("NVIDIA H200", 989),
-        ("NVIDIA H200 NVL", 836),
-        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H200 NVL", 835.5),
+        ("NVIDIA H100 80GB HBM3", 989.4),
         ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
         ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA A10G", 125),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181.05),
+        ("NVIDIA L40S", 362.05),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2),
+        ("AMD Instinct MI250X", 191.5),
     ],
 )
 def test_the_peak_of_a_known_card_is_found_by_its_name(card, tflops):
-    assert peak_flops(None, card, half_precision=True) == tflops * 1e12
+    assert peak_flops(None, card, "bf16") == peak_flops(None, card, "fp16") == tflops * 1e12
 
 
-def test_a_peak_that_is_not_known_is_not_made_up():
-    assert peak_flops(None, "NVIDIA GeForce GTX 1080", half_precision=True) is None
-    assert peak_flops(None, "", half_precision=True) is None
-    assert peak_flops(None, "NVIDIA H200", half_precision=False) is None
+@pytest.mark.parametrize(
+    ("card", "tflops"), [("Tesla V100-SXM2-16GB", 125), ("Tesla V100-PCIE-32GB", 112), ("Tesla T4", 65)]
+)
+def test_cards_before_ampere_have_a_peak_in_fp16_only(card, tflops):
+    assert peak_flops(None, card, "fp16") == tflops * 1e12
+    assert peak_flops(None, card, "bf16") is None
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        "",
+        "NVIDIA GeForce GTX 1080",
+        "Quadro RTX 6000",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+    ],
+)
+def test_a_peak_that_is_not_known_is_not_made_up(card):
+    assert peak_flops(None, card, "fp16") is None
+
+
+def test_no_card_has_a_known_peak_in_fp32():
+    assert all(peak_flops(None, card, "fp32") is None for card in PEAKS | FP16_PEAKS)
+
+
+def test_no_word_of_a_known_card_excludes_it():
+    assert not OTHER_CARDS & {word for card in PEAKS | FP16_PEAKS for word in card.lower().split()}
 
 
 def test_a_configured_peak_wins():
-    assert peak_flops(100.0, "NVIDIA H200", half_precision=False) == 100e12
+    assert peak_flops(100.0, "NVIDIA H200", "fp32") == 100e12
 
 
 def test_the_log_line_has_units_in_its_names_and_leaves_out_what_is_not_known():
-    work = Workload(tokens_per_step=16384, flops_per_token=4.3e9, ranks=1, peak_flops=989e12)
+    work = Workload(16384, TokenFlops(4.3e9, 3.1e9), ranks=1, peak_flops=989e12)
     interval = Interval(100, 41.2, 3.2142, 5.9e-4, grad_norm=0.831, loss_scale=None, skipped_steps=0)
     line = log_line(1200, 320000, interval_metrics(interval, work), on_gpu=True)
     assert line == (
         "step 1200/320000 | loss 3.214 | lr 5.9e-04 | grad norm 0.83 | 412 ms/step | 39.8k tokens/s "
-        "| 171 TFLOP/s/gpu | MFU 17% | ETA 1d 12h"
+        "| 171 TFLOP/s/gpu (executed 123 TFLOP/s/gpu) | MFU 17% (executed 12%) | ETA 1d 12h"
     )
 
 
 def test_on_a_cpu_the_line_counts_ranks_and_names_no_utilization():
-    work = Workload(tokens_per_step=1000, flops_per_token=1e6, ranks=2, peak_flops=None)
+    work = Workload(1000, TokenFlops(1e6, 8e5), ranks=2, peak_flops=None)
     metrics = interval_metrics(Interval(1, 1.0, 2.0, 1e-3, None, 1024.0, 1), work)
     assert log_line(5, 5, metrics, on_gpu=False) == (
         "step 5/5 | loss 2.000 | lr 1.0e-03 | loss scale 1024 | skipped 1 | 1000 ms/step | 1.00k tokens/s "
-        "| 500 MFLOP/s/rank | ETA 0s"
+        "| 500 MFLOP/s/rank (executed 400 MFLOP/s/rank) | ETA 0s"
     )
-    assert "runtime/model_flops_utilization" not in metrics
+    assert not [name for name in metrics if "utilization" in name]
 
 
 def test_skipped_steps_are_told_with_a_loss_scale_and_wherever_there_were_some():
-    work = Workload(tokens_per_step=1000, flops_per_token=1e6, ranks=2, peak_flops=None)
+    work = Workload(1000, TokenFlops(1e6, 8e5), ranks=2, peak_flops=None)
 
     def told(loss_scale, skipped):
         metrics = interval_metrics(Interval(9, 1.0, 2.0, 1e-3, 1.0, loss_scale, skipped), work)
@@ -111,7 +145,7 @@ def test_skipped_steps_are_told_with_a_loss_scale_and_wherever_there_were_some()
 
 
 def test_metrics_have_the_documented_names_and_units():
-    work = Workload(tokens_per_step=1000, flops_per_token=6e6, ranks=2, peak_flops=1e10)
+    work = Workload(1000, TokenFlops(6e6, 5e6), ranks=2, peak_flops=1e10)
     metrics = interval_metrics(Interval(10, 5.0, 2.0, 1e-3, 0.5, 256.0, 0), work)
     assert metrics == {
         "train/lm_loss": 2.0,
@@ -122,5 +156,16 @@ def test_metrics_have_the_documented_names_and_units():
         "runtime/iteration_time": 0.5,
         "runtime/tokens_per_sec": 2000.0,
         "runtime/flops_per_sec_per_gpu": 6e9,
+        "runtime/executed_flops_per_sec_per_gpu": 5e9,
         "runtime/model_flops_utilization": 0.6,
+        "runtime/executed_flops_utilization": 0.5,
     }
+
+
+def test_with_recomputation_the_line_and_the_metrics_also_say_what_the_hardware_computes():
+    work = Workload(1000, TokenFlops(6e6, 5e6, recomputed=1.5e6), ranks=1, peak_flops=1e10)
+    metrics = interval_metrics(Interval(1, 1.0, 2.0, 1e-3, None, None, 0), work)
+    assert metrics["runtime/executed_flops_utilization"] == 0.5
+    assert metrics["runtime/hardware_flops_per_sec_per_gpu"] == 6.5e9
+    assert metrics["runtime/hardware_flops_utilization"] == 0.65
+    assert "MFU 60% (executed 50%, with recomputation 65%)" in log_line(1, 1, metrics, on_gpu=True)

@@ -9,6 +9,7 @@ import torch
 
 from megatron import registry
 from megatron.checkpoint.state import TrainState
+from megatron.config.flops import TokenFlops
 from megatron.config.plan import SchedulePlan
 from megatron.engine.training import StepOutput
 from megatron.errors import RunError
@@ -20,7 +21,7 @@ from megatron.training.hooks.metrics_log import MetricsLog, mean_loss
 from megatron.training.loop import final_step, train_steps
 from tests import tiny
 
-WORK = Workload(tokens_per_step=100, flops_per_token=1e6, ranks=1, peak_flops=None)
+WORK = Workload(100, TokenFlops(1e6, 8e5), ranks=1, peak_flops=None)
 
 
 def finished(step: int, loss: float = 1.0, norm: float = 1.0, skipped: bool = False, last: bool = False):

@@ -198,6 +198,7 @@ def test_the_log_line_tells_the_phases_in_the_order_of_a_step():
         "train/learning_rate": 1e-3,
         "runtime/tokens_per_sec": 1000.0,
         "runtime/flops_per_sec_per_gpu": 1e12,
+        "runtime/executed_flops_per_sec_per_gpu": 9e11,
     }
     phases = {"runtime/optimizer_seconds": 0.0151, "runtime/forward_seconds": 0.06, "runtime/data_wait_seconds": 0.0}
     assert "200 ms/step (data wait 0.0, forward 60.0, optimizer 15.1) |" in log_line(5, 10, metrics | phases, False)

@@ -114,7 +114,7 @@ class LoggingKeys(Group):
     """Address of a self-hosted Weights & Biases server."""
 
     peak_theoretical_tflops: PositiveFloat | None = None
-    """Peak TFLOP/s of one device; adds MFU to the log line. Unset: known for common GPUs."""
+    """Peak TFLOP/s of one device; adds MFU to the log line. Unset: known in fp16 and bf16 for common GPUs."""
 
 
 class ProfilingKeys(Group):

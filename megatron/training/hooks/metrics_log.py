@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megatron.config.parameter_counts import parameter_count
-from megatron.metrics.flops import peak_flops, training_flops_per_token
+from megatron.config.flops import token_flops
 from megatron.metrics.interval import Interval, Workload, interval_metrics, log_line
+from megatron.metrics.peaks import peak_flops
 from megatron.training.clock import Clock
 from megatron.training.hooks.base import NOTHING, FinishedStep, Hook, Run
 
@@ -57,13 +57,10 @@ def mean_loss(losses: Sequence[float], skipped: Sequence[bool]) -> float:
 
 def workload(run: Run) -> Workload:
     """Tokens and FLOPs of a step, for the rates in the log."""
-    model, batch, device = run.plan.model, run.plan.batch, run.engine.grid.device
-    width = model.num_attention_heads * model.head_size
-    per_token = training_flops_per_token(parameter_count(model), model.num_layers, width, batch.sequence_length)
+    plan, device = run.plan, run.engine.grid.device
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    half_precision = run.plan.engine.precision != "fp32"
-    peak = peak_flops(run.config.logging.peak_theoretical_tflops, card, half_precision)
-    return Workload(batch.tokens_per_step, per_token, run.plan.layout.world_size, peak)
+    peak = peak_flops(run.config.logging.peak_theoretical_tflops, card, plan.engine.precision)
+    return Workload(plan.batch.tokens_per_step, token_flops(plan), plan.layout.world_size, peak)
 
 
 def metrics_log(run: Run) -> MetricsLog:
