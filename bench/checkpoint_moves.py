@@ -14,7 +14,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tests import tiny  # noqa: E402
 from tests.ranks.moves import MOVES, carry_out, describe, layout_name  # noqa: E402
+from tests.ranks.run import can_run  # noqa: E402
 
 PAGE = ROOT / "docs" / "checkpoints.md"
 BEGIN, END = "<!-- moves: begin -->\n", "<!-- moves: end -->\n"
@@ -27,6 +29,9 @@ def main() -> None:
     chosen = parser.parse_args().moves
     rows = ["| from | to | of | state | next loss | 4 losses | noise |", "|---|---|---|---|---|---|---|"]
     for move in [MOVES[number] for number in chosen] or MOVES:
+        if not can_run(ranks := max(tiny.ranks_of(settings) for settings in (move.source, move.target))):
+            print(f"skipped: {move} needs {ranks} GPUs", file=sys.stderr, flush=True)
+            continue
         with tempfile.TemporaryDirectory() as folder:
             outcome = carry_out(move, Path(folder))
         state = "same bits" if outcome.same_bits else "DIFFERS"

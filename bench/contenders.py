@@ -9,6 +9,7 @@ products: only the matrix products of a step, into preallocated buffers: the upp
 
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from torch.optim import Optimizer  # noqa: E402
 from megatron.config.load import config_from_flat  # noqa: E402
 from megatron.config.plan import ModelPlan, Plan  # noqa: E402
 from megatron.config.resolve import resolve  # noqa: E402
+from megatron.estimate.memory import fits, stage_memories  # noqa: E402
 from megatron.launch.protocol.environment import rank_environment  # noqa: E402
 
 VOCABULARY = 50304
@@ -74,6 +76,19 @@ Step = Callable[[], float]
 def plan_of(keys: dict[str, Any]) -> Plan:
     """The plan for one rank."""
     return resolve(config_from_flat(keys), 1, VOCABULARY)
+
+
+def free_gpu_memory() -> float | None:
+    """Free memory of the GPU in GiB; None on a CPU, whose memory others may give back."""
+    return torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else None
+
+
+def why_too_large(plan: Plan, gpu_memory: float | None) -> str | None:
+    """Why a shape is skipped: its estimated peak does not fit into `gpu_memory` GiB; None if it fits."""
+    peak = stage_memories(plan)[0].peak
+    if gpu_memory is None or fits(peak, gpu_memory):
+        return None
+    return f"its estimated peak of {peak / 2**30:.1f} GiB does not fit into {gpu_memory:.1f} GiB"
 
 
 def batch_of(plan: Plan, device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -240,7 +255,7 @@ def serve(contender: str, keys: dict[str, Any]) -> None:
 
 
 class ContenderError(Exception):
-    """A contender ended; with the end of its output."""
+    """A contender ended or did not answer in time; with the end of its output."""
 
 
 class Contender:
@@ -257,19 +272,27 @@ class Contender:
             command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
         )
 
-    def step(self) -> list[float]:
-        """Seconds, loss and peak bytes on the device of one step. Raises ContenderError."""
+    def step(self, limit: float) -> list[float]:
+        """Seconds, loss and peak bytes on the device of one step.
+
+        Raises ContenderError if the process ends, or gives no answer within `limit` seconds and is killed.
+        """
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             self.process.stdin.write("\n")
             self.process.stdin.flush()
+            # an answer is one line, so nothing is left in the buffer before it
+            if not select.select([self.process.stdout], [], [], limit)[0]:
+                raise self._error(f"was killed, because a step took more than {limit:.0f} s")
             answer: list[float] = json.loads(self.process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
-            self.process.communicate()
-            self._errors.seek(0)
-            error = self._errors.read().strip()
-            raise ContenderError(f"{self.name} failed: ...{error[-1500:]}") from None
+            raise self._error("failed") from None
         return answer
+
+    def _error(self, what: str) -> ContenderError:
+        self.end()
+        self._errors.seek(0)
+        return ContenderError(f"{self.name} {what}: ...{self._errors.read().strip()[-1500:]}")
 
     def end(self) -> None:
         """End the process."""

@@ -14,6 +14,7 @@ import argparse
 import gc
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -299,6 +300,11 @@ def shape_row(case: str) -> str:
     return f"| {case} | {' | '.join(f'{size / 1e6:.1f}' for size in sizes)} | {figures.peak / stage.least:.2f} |\n"
 
 
+def ranks_of(case: str) -> int:
+    """How many ranks a case of either table takes."""
+    return CASES[case][0] if case in CASES else 1
+
+
 LAYOUT_HEAD = (
     "| case | at rest: estimated | measured | error | saved: estimated | measured | error "
     "| peak: estimated | measured | error |\n|---|---|---|---|---|---|---|---|---|---|\n"
@@ -318,6 +324,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="estimated and measured memory of small runs")
     parser.add_argument("--write", action="store_true", help=f"write the tables into {PAGE.name}")
     parser.add_argument("--table", choices=TABLES, help="only this one")
+    # a GPU holds one rank
+    most = torch.cuda.device_count() if torch.cuda.is_available() else None
+    parser.add_argument("--ranks", type=int, default=most, help="skip cases of more ranks; default: the number of GPUs")
     parser.add_argument("cases", nargs="*", help="only these cases")
     arguments = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, gloo"
@@ -328,6 +337,9 @@ def main() -> None:
         table = f"On {device}, torch {torch.__version__.split('+')[0]}; in MB (10^6 bytes).\n\n{head}"
         print(table, end="", flush=True)
         for case in chosen:
+            if arguments.ranks is not None and ranks_of(case) > arguments.ranks:
+                print(f"skipped: {case} needs {ranks_of(case)} ranks of {arguments.ranks}", file=sys.stderr, flush=True)
+                continue
             line = row(case)
             print(line, end="", flush=True)
             table += line

@@ -6,10 +6,12 @@ Every contender (bench/contenders.py) is a process with a model of the same shap
 clipping and fused AdamW. On a CPU, which others may share, they run alternately, one step each, so that other load
 affects all of them; a ratio is computed in each round, and its median and spread over the rounds are printed. On a GPU,
 whose memory one of them may need, they run one after the other, followed by attention alone at 2k, 8k and 32k. Nothing
-new starts after --minutes; what was skipped is named.
+new starts after --minutes. A shape whose estimated peak does not fit into the GPU's free memory (--gpu-memory) is
+skipped, a contender that takes more than --limit seconds for a step is killed, and both are named.
 
-TFLOP/s count 6 N + 12 L n d T per token (megatron/metrics/flops.py); utilization is relative to the GPU's peak.
---write writes the tables into bench/results/. The last line is one JSON object.
+TFLOP/s are given in two ways (megatron/config/flops.py): by the common formula of MFU, 6 N + 12 L n d T per token, and
+as executed. Utilization is relative to the GPU's peak. --write writes the tables into bench/results/. The last line is
+one JSON object.
 """
 
 import argparse
@@ -19,16 +21,28 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import torch
-from contenders import NAMES, ON_CPU, ON_GPU, ROOT, Contender, ContenderError, plan_of
+from contenders import (
+    NAMES,
+    ON_CPU,
+    ON_GPU,
+    ROOT,
+    Contender,
+    ContenderError,
+    free_gpu_memory,
+    plan_of,
+    why_too_large,
+)
 
-from megatron.config.parameter_counts import flops_per_token
+from megatron.config.flops import token_flops
 from megatron.config.plan import Plan
 from megatron.estimate.memory import stage_memories
-from megatron.metrics.flops import peak_flops
+from megatron.metrics.peaks import peak_flops
 
 WARM_UP = 3
 Seconds = dict[str, list[float]]
@@ -40,27 +54,39 @@ LABELS = {
 }
 
 
-def alternately(keys: dict[str, Any], rounds: int) -> tuple[Seconds, int]:
-    """Seconds of every round for all contenders, which run at the same time; peak bytes are unknown (0)."""
+def alternately(keys: dict[str, Any], rounds: int, limit: float) -> tuple[Seconds, int]:
+    """Seconds of every round for all contenders, which run at the same time; peak bytes are unknown (0).
+
+    A contender that fails, or takes more than `limit` seconds for a step, is named and left out.
+    """
     contenders = [Contender(name, keys) for name in NAMES]
+    seconds: Seconds = {name: [] for name in NAMES}
+
+    def attempt(run: Callable[[Contender], object], contender: Contender) -> None:
+        if contender.name in seconds:
+            try:
+                run(contender)
+            except ContenderError as error:
+                print(f"  {error}", flush=True)
+                del seconds[contender.name]
+
     try:
         for contender in contenders:  # compile one after the other
-            _warm_up(contender)
-        seconds: Seconds = {name: [] for name in NAMES}
+            attempt(partial(_warm_up, limit=limit), contender)
         for number in range(rounds):
-            turn = contenders[number % len(contenders) :] + contenders[: number % len(contenders)]
-            for contender in turn:
-                seconds[contender.name].append(contender.step()[0])
+            for contender in contenders[number % len(contenders) :] + contenders[: number % len(contenders)]:
+                attempt(lambda chosen: seconds[chosen.name].append(chosen.step(limit)[0]), contender)
         return seconds, 0
     finally:
         for contender in contenders:
             contender.end()
 
 
-def one_by_one(keys: dict[str, Any], rounds: int, deadline: float) -> tuple[Seconds, int]:
+def one_by_one(keys: dict[str, Any], rounds: int, limit: float, deadline: float) -> tuple[Seconds, int]:
     """Seconds of every round for contenders that run one after the other, and Deepy's peak bytes.
 
-    A contender that does not fit into memory or time is named and skipped.
+    A contender that fails, for example for lack of memory, or takes more than `limit` seconds for a step, is named and
+    left out, and so are those for which no time is left.
     """
     seconds: Seconds = {}
     peak = 0
@@ -72,8 +98,8 @@ def one_by_one(keys: dict[str, Any], rounds: int, deadline: float) -> tuple[Seco
             continue
         contender = Contender(name, keys)
         try:
-            _warm_up(contender)
-            answers = [contender.step() for _ in range(rounds)]
+            _warm_up(contender, limit)
+            answers = [contender.step(limit) for _ in range(rounds)]
             seconds[name] = [answer[0] for answer in answers]
             peak = int(answers[-1][2]) if name == "deepy" else peak
         except ContenderError as error:
@@ -83,9 +109,9 @@ def one_by_one(keys: dict[str, Any], rounds: int, deadline: float) -> tuple[Seco
     return seconds, peak
 
 
-def _warm_up(contender: Contender) -> None:
+def _warm_up(contender: Contender, limit: float) -> None:
     """Run the first steps and print their losses, which should be similar."""
-    losses = [contender.step()[1] for _ in range(WARM_UP)]
+    losses = [contender.step(limit)[1] for _ in range(WARM_UP)]
     print(f"  {contender.name:13} ready; first losses {losses[0]:.3f} {losses[-1]:.3f}", flush=True)
 
 
@@ -100,7 +126,10 @@ def figures_of(plan: Plan, seconds: Seconds, peak_bytes: int) -> dict[str, Any]:
     """The figures of a shape in the last line."""
     own = seconds["deepy"]
     tokens, median = plan.batch.tokens_per_step, statistics.median(own)
-    flops = flops_per_token(plan.model, plan.batch.sequence_length) * tokens
+    rates = {
+        "tflops": token_flops(plan).common * tokens / median / 1e12,
+        "executed_tflops": token_flops(plan).executed * tokens / median / 1e12,
+    }
     pairs = {
         "over_transformers": ("transformers", "deepy"),
         "over_transformers_same_malloc": ("same-malloc", "deepy"),
@@ -112,10 +141,11 @@ def figures_of(plan: Plan, seconds: Seconds, peak_bytes: int) -> dict[str, Any]:
         for name, (above, below) in pairs.items()
         if above in seconds and below in seconds
     }
-    figures |= {"tokens_per_second": round(tokens / median, 1), "tflops": round(flops / median / 1e12, 4)}
+    figures |= {"tokens_per_second": round(tokens / median, 1)} | {name: round(r, 4) for name, r in rates.items()}
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    if card and (peak := peak_flops(None, card, half_precision=True)):
-        figures["utilization"] = round(flops / median / peak, 4)
+    if peak := peak_flops(None, card, plan.engine.precision):
+        figures["utilization"] = round(rates["tflops"] * 1e12 / peak, 4)
+        figures["executed_utilization"] = round(rates["executed_tflops"] * 1e12 / peak, 4)
     if peak_bytes:
         estimate = stage_memories(plan)[0].peak
         figures |= {"peak_gib": round(peak_bytes / 2**30, 2), "estimated_gib": round(estimate / 2**30, 2)}
@@ -124,20 +154,22 @@ def figures_of(plan: Plan, seconds: Seconds, peak_bytes: int) -> dict[str, Any]:
 
 def table(name: str, plan: Plan, seconds: Seconds, figures: dict[str, Any]) -> str:
     """A shape's tables, in Markdown."""
-    tokens = plan.batch.tokens_per_step
-    flops = flops_per_token(plan.model, plan.batch.sequence_length) * tokens
-    lines = ["", f"### {name}", "", "| | ms a step [least, most] | tokens/s | TFLOP/s |", "|---|---|---|---|"]
+    tokens, flops = plan.batch.tokens_per_step, token_flops(plan)
+    lines = ["", f"### {name}", ""]
+    lines += ["| | ms a step [least, most] | tokens/s | TFLOP/s | executed |", "|---|---|---|---|---|"]
     for contender, values in seconds.items():
         median = statistics.median(values)
-        rates = "" if contender == "products" else f"{tokens / median:,.0f} | {flops / median / 1e12:.2f}"
+        rates = " | ".join(f"{way * tokens / median / 1e12:.2f}" for way in (flops.common, flops.executed))
+        cells = " | | " if contender == "products" else f"{tokens / median:,.0f} | {rates}"
         spread = f"[{min(values) * 1e3:,.1f}, {max(values) * 1e3:,.1f}]"
-        lines.append(f"| {contender} | {median * 1e3:,.1f} {spread} | {rates or '|'} |")
+        lines.append(f"| {contender} | {median * 1e3:,.1f} {spread} | {cells} |")
     lines += ["", "| ratio | median [spread] |", "|---|---|"]
     for key, label in LABELS.items():
         if key in figures:
             lines.append(f"| {label} | {figures[key]['median']} {figures[key]['spread']} |")
     if "utilization" in figures:
-        lines.append(f"| share of the card's peak (MFU) | {figures['utilization']} |")
+        lines.append(f"| share of the card's peak by the common formula (MFU) | {figures['utilization']} |")
+        lines.append(f"| share of the card's peak executed | {figures['executed_utilization']} |")
     if "peak_gib" in figures:
         lines.append(f"| peak memory, GiB (estimated) | {figures['peak_gib']} ({figures['estimated_gib']}) |")
     return "\n".join(lines)
@@ -155,7 +187,7 @@ def commit() -> str:
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (FileNotFoundError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
@@ -167,8 +199,10 @@ def attention(deadline: float) -> str:
     command = [sys.executable, str(ROOT / "bench" / "attention.py")]
     try:
         return "\n" + subprocess.run(command, capture_output=True, text=True, timeout=left, check=True).stdout
-    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+    except subprocess.TimeoutExpired as error:
         return f"\nattention alone: {error}"
+    except subprocess.CalledProcessError as error:
+        return f"\nattention alone: {error}\n{error.stderr[-1500:]}"
 
 
 def main() -> None:
@@ -180,6 +214,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeat", type=int, default=1, help="repetitions of each shape, with new processes")
     parser.add_argument("--minutes", type=float, default=8.0, help="on a GPU: start nothing new after this")
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds of a step, the compiling first one too")
+    parser.add_argument("--gpu-memory", type=float, default=free_gpu_memory(), help="GiB; default: what is free")
     parser.add_argument("--quick", action="store_true", help="the first shape, 3 rounds")
     parser.add_argument("--write", action="store_true", help="write the tables into bench/results/")
     arguments = parser.parse_args()
@@ -192,8 +228,11 @@ def main() -> None:
     for _ in range(arguments.repeat):
         for name in names:
             print(name, flush=True)
-            plan = plan_of(shapes[name])
-            seconds, peak = one_by_one(shapes[name], rounds, deadline) if on_gpu else alternately(shapes[name], rounds)
+            plan, keys, limit = plan_of(shapes[name]), shapes[name], arguments.limit
+            if reason := why_too_large(plan, arguments.gpu_memory):
+                print(f"  skipped: {reason}", flush=True)
+                continue
+            seconds, peak = one_by_one(keys, rounds, limit, deadline) if on_gpu else alternately(keys, rounds, limit)
             if "deepy" not in seconds:
                 continue
             figures[name].append(figures_of(plan, seconds, peak))
