@@ -1,8 +1,8 @@
-"""Gradient norm, clip and skipped updates where DeepSpeed does not handle them.
+"""Gradient norm, clip and skipped updates.
 
-Without ZeRO, DeepSpeed's clip ignores what replicated parameters of later pipeline stages contribute, so norm and clip
-are ours. Under every optimizer, an update from gradients that are not finite is skipped; all ranks agree because they
-judge by the same global norm.
+The clip is ours under every optimizer: DeepSpeed's reads the norm on the host, and without ZeRO it ignores what
+replicated parameters of later pipeline stages contribute, so that there the norm is ours too. An update from gradients
+that are not finite is skipped; all ranks agree because they judge by the same global norm.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,60 +20,45 @@ from megatron.parallel.parameter import PlacedParameter
 _SPLIT_OVER: tuple[Axis, ...] = ("tensor", "pipe")  # the axes along which ranks hold different parameters
 
 
-def skip_if_not_finite(optimizer: Optimizer, norm: Callable[[], Tensor | float], on_device: bool) -> None:
-    """Skip every step of `optimizer`, its step count included, for which `norm()` is not finite.
+def clip_and_skip(optimizer: Optimizer, norm: Callable[[], Tensor | float], maximum: float, on_device: bool) -> None:
+    """Before each step of `optimizer`, clip its gradients by the global norm `norm()`; skip it if that is not finite.
 
-    on_device: the optimizer reads `found_inf`, as torch's fused optimizers do, and the host does not synchronize.
-    For any other optimizer the gradients are set to None, which synchronizes once a step.
+    A skipped step is not counted by the optimizer.
+    maximum: the largest norm; 0: no clip. on_device: the optimizer divides gradients by `grad_scale` as it reads them
+    and obeys `found_inf`, as torch's fused optimizers do, and the host does not wait for the device. For any other
+    optimizer the gradients of a skipped step are set to None, which makes the host wait once a step.
     """
 
     def before_step(*_: object) -> None:
-        finite = torch.as_tensor(norm(), dtype=torch.float32).isfinite()
+        total = torch.as_tensor(norm(), dtype=torch.float32)
+        excess = torch.clamp((total + 1e-6) / maximum, min=1.0) if maximum else None
+        stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if on_device:
             # on the device of the parameters: the host if they are offloaded
-            devices = [parameter.device for group in optimizer.param_groups for parameter in group["params"]]
-            cast(Any, optimizer).found_inf = finite.logical_not().float().to(devices[0] if devices else finite.device)
-        elif not finite:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
+            device, fused = stepped[0].device if stepped else total.device, cast(Any, optimizer)
+            fused.found_inf = total.isfinite().logical_not().float().to(device)
+            if excess is not None:
+                fused.grad_scale = excess.to(device)
+        elif not total.isfinite():
+            for parameter in stepped:
+                parameter.grad = None
+        elif excess is not None:
+            torch._foreach_mul_([p.grad for p in stepped if p.grad is not None], 1.0 / excess)
 
     optimizer.register_step_pre_hook(before_step)
 
 
-class GradientClip:
-    """Clips gradients just before each optimizer step and keeps the norm."""
+class GradientNorm:
+    """Computes the global gradient norm just before each optimizer step and keeps it."""
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        weights: Sequence[nn.Parameter],
-        grid: ParallelGrid,
-        maximum: float,
-        on_device: bool = False,
-    ) -> None:
-        """Attach to `optimizer`, whose gradients are clipped by the norm of the gradients of `weights`, the model's.
-
-        maximum: the largest norm; 0 disables the clip (the norm is still computed).
-        on_device: the optimizer divides gradients by its `grad_scale` as it reads them, as torch's fused ones do.
-        """
-        self.norm = torch.zeros((), device=grid.device)  # of the last step, before the clip
-        self._optimizer, self._weights = optimizer, weights
-        self._grid = grid
-        self._maximum = maximum
-        self._divides = cast(Any, optimizer) if on_device else None
+    def __init__(self, optimizer: Optimizer, weights: Sequence[nn.Parameter], grid: ParallelGrid) -> None:
+        """Attach to `optimizer`. weights: the model's, on this rank."""
+        self.value = torch.zeros((), device=grid.device)  # of the last step, before the clip
+        self._weights, self._grid = weights, grid
         optimizer.register_step_pre_hook(self._before_step)
 
     def _before_step(self, *_: object) -> None:
-        self.norm = self._global_norm()
-        if self._maximum == 0:
-            return
-        excess = torch.clamp((self.norm + 1e-6) / self._maximum, min=1.0)
-        if self._divides:
-            self._divides.grad_scale = excess
-        else:
-            stepped = (p for group in self._optimizer.param_groups for p in group["params"])
-            torch._foreach_mul_([p.grad for p in stepped if p.grad is not None], 1.0 / excess)
+        self.value = self._global_norm()
 
     def _global_norm(self) -> Tensor:
         """The 2-norm over each element of the model once. All-reduces over the tensor and pipe axes."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -56,6 +57,42 @@ def skip_extensions(deepspeed: Any) -> None:
     On a CPU the shared-memory collectives would otherwise compile for a minute at the first start on each machine.
     """
     deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+
+
+def keep_norms_on_the_device() -> None:
+    """Stop the ZeRO optimizers from copying and reading gradient norms, for each of which the host waits.
+
+    They replace a norm that is not finite by a constant from the host, and read on the host whether they did.
+    `clipping.py` judges norms on the device instead.
+    """
+    from deepspeed.runtime import bf16_optimizer, utils
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    for module in (utils, stage_1_and_2):
+        module.mask_nan_or_inf_with_val_inplace = lambda norm, device=None, val=-1.0: None
+    for module in (bf16_optimizer, stage_1_and_2, stage3):
+        module.is_invalid_grad_norm = lambda norm: False
+
+
+def keep_loss_on_the_device(engine: Any) -> None:
+    """Let a pipeline's stages receive the loss into new memory of the device, instead of a copy of zeros on the host.
+
+    Its timers go as well: they keep two CUDA events for each step, which nothing reads.
+    """
+    from deepspeed.utils.timer import NoopTimer
+
+    def loss_of_the_step() -> Tensor:
+        """The mean over micro-batches and replicas, from the last stage."""
+        loss = torch.empty((), device=engine.device)
+        if engine.is_last_stage():
+            loss.copy_(engine.total_loss / engine.gradient_accumulation_steps())
+            if engine.is_data_parallel:
+                dist.all_reduce(loss, group=engine.mpu.get_data_parallel_group())
+                loss /= engine.dp_world_size
+        dist.broadcast(loss, engine._loss_stage_global_rank(), group=engine.grid.get_pipe_parallel_group())
+        return loss
+
+    engine.timers, engine._aggregate_total_loss = NoopTimer(), loss_of_the_step
 
 
 class LossScaler:

@@ -20,10 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.config.plan import EnginePlan, Plan
-from megatron.engine.clipping import GradientClip, skip_if_not_finite
+from megatron.engine.clipping import GradientNorm, clip_and_skip
 from megatron.engine.compiling import compiled, compiled_blocks
 from megatron.engine.deepspeed_internals import (
     disable_gradient_averaging,
+    keep_loss_on_the_device,
+    keep_norms_on_the_device,
     skip_extensions,
     whole_numel,
     zero_gradient_norm,
@@ -103,16 +105,18 @@ class TrainingEngine:
                 mpu=None if self._pipelined else ModelParallelUnit(grid),
                 dist_init_required=False,
             )
+        if self._pipelined:
+            keep_loss_on_the_device(self._engine)
         if masters:
             masters.attach(optimizer)
         self._norm: Callable[[], Tensor | float] = partial(zero_gradient_norm, self._engine.optimizer)
         if plan.engine.zero_stage == 0:
             weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
-            clip = GradientClip(optimizer, weights, grid, plan.optimizer.gradient_clipping, traits.on_device)
-            self._norm = lambda: clip.norm
+            norm = GradientNorm(optimizer, weights, grid)
+            self._norm = lambda: norm.value
             if grid.size("replica") == 1:
                 disable_gradient_averaging(self._engine)
-        skip_if_not_finite(optimizer, self._norm, traits.on_device)
+        clip_and_skip(optimizer, self._norm, plan.optimizer.gradient_clipping, traits.on_device)
         self.state = OptimizerState(self._engine.optimizer, optimizer, traits, masters)
 
     @property
@@ -224,6 +228,7 @@ def _import_deepspeed(grid: ParallelGrid) -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # and of the pipeline's exchange of activations, whose gradients DeepSpeed sends back itself
     warnings.filterwarnings("ignore", message="c10d::broadcast_: an autograd kernel was not registered")
+    keep_norms_on_the_device()
     if on_cpu:
         skip_extensions(deepspeed)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False, dist_init_required=False)

@@ -22,6 +22,7 @@ class ParallelGrid:
     mesh: DeviceMesh
     replicas: DeviceMesh  # the same ranks as pipe x replica x tensor
     sequence_parallel: bool = False  # tensor-parallel ranks shard the sequence between the matrices
+    host_group: dist.ProcessGroup | None = None  # all ranks, for tensors in host memory; None: the default group
 
     @classmethod
     def create(
@@ -43,7 +44,9 @@ class ParallelGrid:
         replicas = mesh
         if context > 1:
             replicas = init_device_mesh(device, (pipe, world // (pipe * tensor), tensor), mesh_dim_names=REPLICA_AXES)
-        return cls(mesh, replicas, sequence_parallel and tensor > 1)
+        # NCCL moves tensors of GPUs only, and what it moves the host must wait for
+        host = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" and world > 1 else None
+        return cls(mesh, replicas, sequence_parallel and tensor > 1, host)
 
     def size(self, axis: Axis) -> int:
         """Number of ranks along `axis`."""
@@ -59,6 +62,17 @@ class ParallelGrid:
         """The process group of this rank along `axis`."""
         mesh, name = self._mesh_of(axis)
         return mesh.get_group(name)
+
+    def sum_over_data(self, number: int) -> int:
+        """The sum of `number` over the data-parallel replicas, whose ranks all have the same one. No device waits.
+
+        One all-reduce over all ranks in host memory.
+        """
+        if self.size("data") == 1:
+            return number
+        total = torch.tensor(number)
+        dist.all_reduce(total, group=self.host_group)
+        return int(total) * self.size("data") // self.mesh.size()
 
     def own_tokens(self, length: int) -> slice:
         """The columns of this rank's `length` tokens in the whole sequence."""

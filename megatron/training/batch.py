@@ -14,8 +14,6 @@ A sample is s + 1 ids, each the label of its predecessor; or two rows of s + 1, 
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron.data.windows import NOT_A_LABEL
@@ -48,24 +46,33 @@ class BatchBuilder:
     def build(self, samples: Sequence[Tensor], counted: Sequence[Tensor] | None = None) -> tuple[list[MicroBatch], int]:
         """Split this rank's samples into tokens and shifted labels, and compute the weights of the labels.
 
-        samples: one int64 [b, s + 1] or [b, 2, s + 1] per accumulation step. counted: bool [b] for each, False for a
-        sample that only pads the batch; default: all True.
-        Returns the micro-batches and the number of unmasked labels in the global batch. One all-reduce over the data
-        axis if labels can be masked, none otherwise.
+        samples: one int64 [b, s + 1] or [b, 2, s + 1] per accumulation step, in host memory. counted: bool [b] for
+        each, False for a sample that only pads the batch; default: all True.
+        Returns the micro-batches, on the device, and the number of unmasked labels in the global batch. If labels can
+        be masked, they are counted in host memory, with one all-reduce there; nothing waits for the device.
         """
-        pairs = [_tokens_and_labels(ids) for ids in samples]
-        masks = [self._mask(*pair, None if counted is None else counted[i]) for i, pair in enumerate(pairs)]
-        replicas = self._grid.size("data")
-        if self._masked_token is None and counted is None and samples[0].dim() == 2:
-            total = replicas * sum(mask.numel() for mask in masks)
-        else:
-            total = self._sum_over_replicas(sum(int(mask.sum()) for mask in masks))
-        weight = len(samples) * replicas / max(total, 1)
-        batches: list[MicroBatch] = [
-            (self._inputs(tokens), (labels.clamp(min=0), mask * weight))  # the loss needs a valid id everywhere
-            for (tokens, labels), mask in zip(pairs, masks, strict=True)
-        ]
-        return batches, total
+        kept = [None] * len(samples) if counted is None else counted
+        total = self._count(samples, kept)
+        weight = len(samples) * self._grid.size("data") / max(total, 1)
+        return [self._micro_batch(*pair, weight) for pair in zip(samples, kept, strict=True)], total
+
+    def _count(self, samples: Sequence[Tensor], counted: Sequence[Tensor | None]) -> int:
+        """Unmasked labels in the global batch."""
+        if self._masked_token is None and counted[0] is None and samples[0].dim() == 2:
+            return self._grid.size("data") * sum(_tokens_and_labels(ids)[1].numel() for ids in samples)
+        masks = (self._mask(*_tokens_and_labels(ids), kept) for ids, kept in zip(samples, counted, strict=True))
+        return self._grid.sum_over_data(sum(int(mask.sum()) for mask in masks))
+
+    def _micro_batch(self, ids: Tensor, counted: Tensor | None, weight: float) -> MicroBatch:
+        """On the device. Whole samples are copied, once, and cut there: slices would need another copy on the host."""
+        tokens, labels = _tokens_and_labels(self._on_device(ids))
+        mask = self._mask(tokens, labels, None if counted is None else self._on_device(counted))
+        return self._inputs(tokens), (labels.clamp(min=0), mask * weight)  # the loss needs a valid id everywhere
+
+    def _on_device(self, host: Tensor) -> Tensor:
+        """A copy that the host does not wait for, which takes page-locked memory."""
+        device = self._grid.device
+        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
     def _inputs(self, tokens: Tensor) -> LayerInput:
         """Input of the model: tokens [b, s] and, if it keeps documents apart, where they begin."""
@@ -74,17 +81,11 @@ class BatchBuilder:
         return tokens, document_starts(tokens, self._document_end)
 
     def _mask(self, tokens: Tensor, labels: Tensor, counted: Tensor | None) -> Tensor:
-        """Loss mask, 1 for a label that counts: [b, s] float32."""
-        mask = (labels != NOT_A_LABEL).float()
+        """Loss mask, True for a label that counts: [b, s]."""
+        mask = labels != NOT_A_LABEL
         if self._masked_token is not None:
-            mask[tokens == self._masked_token] = 0
-        return mask if counted is None else mask * counted[:, None]
-
-    def _sum_over_replicas(self, count: int) -> int:
-        total = torch.tensor(count, device=self._grid.device)
-        if self._grid.size("data") > 1:
-            dist.all_reduce(total, group=self._grid.group("data"))
-        return int(total)
+            mask &= tokens != self._masked_token
+        return mask if counted is None else mask & counted[:, None]
 
 
 def _tokens_and_labels(ids: Tensor) -> tuple[Tensor, Tensor]:

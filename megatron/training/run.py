@@ -77,7 +77,7 @@ def _train(config: Config, prepared: Prepared, request: StopRequest) -> None:
     """Set the process group up, train, and report how the run ended. Collective."""
     with request.listening():
         run, state = set_up(config, prepared)
-        vote = StopVote(request, run.engine.grid.device)
+        vote = StopVote(request, run.engine.grid.host_group)
         batches = training_batches(read_samples(run, state), BatchBuilder.of(run), run.plan.batch.accumulation_steps)
         batches = run.liveness.watched(batches, state.step)
         hooks = build_hooks(run)

@@ -1,9 +1,8 @@
 """End a run early: on a signal, or at its limit of wall-clock time.
 
 All ranks must end after the same step, or the others hang in their next collective. So they vote in each step, by
-an all-reduce of the maximum over one number. It starts when a step begins and is read when the step is done, so that it
-overlaps with the computation and neither host nor device waits. Hence a run ends one step after the one in which the
-signal arrived.
+an all-reduce of the maximum over one number in host memory, which no device takes part in. It starts when a step begins
+and is read when the host has launched the step. Hence a run ends one step after the one in which the signal arrived.
 """
 
 import logging
@@ -60,18 +59,22 @@ class StopVote:
     collective is recorded meanwhile.
     """
 
-    def __init__(self, request: StopRequest, device: torch.device) -> None:
-        self._request, self._device = request, device
+    def __init__(self, request: StopRequest, group: dist.ProcessGroup | None = None) -> None:
+        """group: all ranks, for tensors in host memory; None: the default group."""
+        self._request, self._group = request, group
+        self._pending: dist.Work | None = None
         self.outcome = CONTINUE
 
     def begin(self) -> None:
         """Vote, as a step begins, on whether it is the last one. Collective over all ranks; does not wait."""
-        self._ballot: Tensor = torch.tensor(self._request.vote, device=self._device)
-        self._pending: dist.Work = dist.all_reduce(self._ballot, dist.ReduceOp.MAX, async_op=True)
+        self._ballot: Tensor = torch.tensor(self._request.vote)
+        if dist.get_world_size() > 1:
+            self._pending = dist.all_reduce(self._ballot, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def ends_run(self) -> bool:
         """Whether the step is the last one; the same on all ranks. Waits for the vote that `begin` started."""
-        self._pending.wait()
+        if self._pending is not None:
+            self._pending.wait()
         self.outcome = int(self._ballot)
         return self.outcome != CONTINUE
 

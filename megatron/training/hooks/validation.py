@@ -69,11 +69,21 @@ class Validation(Hook):
         return metrics
 
     def losses(self) -> dict[str, float]:
-        """The loss of each dataset by name; the name is "" if the split is not a blend. Collective over all ranks."""
-        return {
-            corpus.name: self._loss_of(corpus.source, samples)
-            for corpus, samples in zip(self._corpora, self._samples, strict=True)
-        }
+        """The loss of each dataset by name; the name is "" if the split is not a blend. Collective over all ranks.
+
+        The device is read once, at the end.
+        """
+        batches = [
+            (corpus.name, *self._evaluate(*batch))
+            for corpus, size in zip(self._corpora, self._samples, strict=True)
+            for batch in self._batches(corpus.source, size)
+        ]
+        means = torch.stack([mean for *_, mean in batches]).tolist() if batches else []
+        totals = {corpus.name: (0.0, 0) for corpus in self._corpora}
+        for (name, labels, _), mean in zip(batches, means, strict=True):
+            total, count = totals[name]
+            totals[name] = (total + labels * mean, count + labels)
+        return {name: total / count if count else math.nan for name, (total, count) in totals.items()}
 
     def loss(self) -> float:
         """The loss of the split: the mean over the labels of all samples, in nats per token. Collective."""
@@ -82,15 +92,11 @@ class Validation(Hook):
     def _mean(self, losses: Mapping[str, float]) -> float:
         return sum(corpus.weight * losses[corpus.name] for corpus in self._corpora)
 
-    def _loss_of(self, source: SampleSource, size: int) -> float:
-        """Mean over the labels of the first `size` samples."""
-        total, labels = 0.0, 0
-        for samples, counted in self._batches(source, size):
-            self._liveness.begin("validation")
-            batches, count = self._builder.build(samples, counted)
-            total += count * float(self._engine.evaluate_batch(batches))
-            labels += count
-        return total / labels if labels else math.nan
+    def _evaluate(self, samples: Sequence[Tensor], counted: Sequence[Tensor]) -> tuple[int, Tensor]:
+        """The number of labels of a global batch, and their mean loss, still on the device."""
+        self._liveness.begin("validation")
+        batches, labels = self._builder.build(samples, counted)
+        return labels, self._engine.evaluate_batch(batches)
 
     def _batches(self, source: SampleSource, size: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """This rank's micro-batches of each global batch, and which of their samples count.
