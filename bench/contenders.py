@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,6 +30,9 @@ from megatron.config.plan import ModelPlan, Plan  # noqa: E402
 from megatron.config.resolve import resolve  # noqa: E402
 from megatron.estimate.memory import fits, stage_memories  # noqa: E402
 from megatron.launch.protocol.environment import rank_environment  # noqa: E402
+
+if TYPE_CHECKING:
+    from megatron.engine.training import TrainingEngine
 
 VOCABULARY = 50304
 NEOX = {"gpt_j_residual": True, "pos_emb": "rotary", "rotary_pct": 0.25, "no_weight_tying": True}
@@ -100,14 +103,19 @@ def batch_of(plan: Plan, device: torch.device) -> tuple[Tensor, tuple[Tensor, Te
     return ids[:, :-1].contiguous(), (ids[:, 1:].contiguous(), weights)
 
 
-def deepy(plan: Plan, device: torch.device) -> Step:
-    """A step of Deepy."""
+def engine_of(plan: Plan) -> "TrainingEngine":
+    """Deepy's engine."""
     from megatron.engine.distributed import start
     from megatron.engine.training import TrainingEngine
     from megatron.model.gpt import gpt_layers, make_loss
 
     grid = start()
-    engine = TrainingEngine(gpt_layers(plan.model, grid, 1), make_loss(plan.model, grid), grid, plan)
+    return TrainingEngine(gpt_layers(plan.model, grid, 1), make_loss(plan.model, grid), grid, plan)
+
+
+def deepy(plan: Plan, device: torch.device) -> Step:
+    """A step of Deepy."""
+    engine = engine_of(plan)
     batch, count = batch_of(plan, device), iter(range(10**9))
     return lambda: float(engine.train_batch([batch], step=next(count), learning_rate=RATE).loss)
 

@@ -16,12 +16,13 @@ one JSON object.
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -82,7 +83,9 @@ def alternately(keys: dict[str, Any], rounds: int, limit: float) -> tuple[Second
             contender.end()
 
 
-def one_by_one(keys: dict[str, Any], rounds: int, limit: float, deadline: float) -> tuple[Seconds, int]:
+def one_by_one(
+    keys: dict[str, Any], rounds: int, limit: float, deadline: float = math.inf, names: Sequence[str] = NAMES
+) -> tuple[Seconds, int]:
     """Seconds of every round for contenders that run one after the other, and Deepy's peak bytes.
 
     A contender that fails, for example for lack of memory, or takes more than `limit` seconds for a step, is named and
@@ -90,7 +93,7 @@ def one_by_one(keys: dict[str, Any], rounds: int, limit: float, deadline: float)
     """
     seconds: Seconds = {}
     peak = 0
-    for name in NAMES:
+    for name in names:
         if name == "same-malloc":  # a setting of the host's allocator
             continue
         if time.monotonic() > deadline:

@@ -1,0 +1,116 @@
+"""Time and memory of a training step when one setting is changed, in one process.
+
+    python -m bench.gpu_steps.ablations [--quick]
+
+Each variant is built anew, and its ratio is to the first one. What a rule or a missing package refuses is said in its
+row; exit code 1 if a variant fails in any other way.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from contenders import batch_of, engine_of, plan_of
+
+from bench.gpu_steps.common import DEVICE, ON_CARD, free, keys_of, record, seconds_of
+from megatron.config.plan import Plan
+from megatron.engine import training
+from megatron.engine.distributed import stop
+from megatron.engine.settings import deepspeed_settings
+from megatron.errors import UserError
+from megatron.model.attention import describe_attention
+
+WARM_UP, ROUNDS = 3, 5
+Change = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs from the shape's usual configuration: keys, or something in the process."""
+
+    name: str
+    keys: dict[str, Any] = field(default_factory=dict)
+    change: Change = nullcontext
+
+
+def with_throughput_timer() -> AbstractContextManager[Any]:
+    """DeepSpeed's timer, which waits for the device twice in each micro-batch."""
+
+    def settings(plan: Plan) -> dict[str, Any]:
+        return deepspeed_settings(plan) | {"timers": {"throughput": {"enabled": True}}}
+
+    return mock.patch.object(training, "deepspeed_settings", settings)
+
+
+VARIANTS = (
+    Variant("as it is"),
+    Variant("not compiled", {"compile": False}),
+    Variant("flash-attn", {"attention_config": [[["flash"], "all"]]}),
+    Variant("FlexAttention, documents apart", {"reset_attention_mask": True}),
+    Variant("DeepSpeed's throughput timer", change=with_throughput_timer),
+    Variant("all activations recomputed", {"checkpoint_activations": True}),
+    Variant("selective recomputation", {"checkpoint_activations": True, "recompute_granularity": "selective"}),
+)
+QUICK = ("as it is", "DeepSpeed's throughput timer", "selective recomputation")
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    base, failed, usual = keys_of("neox-350M", quick), 0, 0.0
+    print("| variant | ms a step [least, most] | tokens/s | time over the first | peak, GiB | attention |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for variant in VARIANTS:
+        if quick and variant.name not in QUICK:
+            continue
+        try:
+            plan = plan_of(base | variant.keys)
+            with variant.change():
+                seconds = measure(plan)
+        except UserError as error:
+            print(f"| {variant.name} | refused: {str(error).splitlines()[-1].strip()} | | | | |", flush=True)
+        except Exception as error:
+            failed = 1
+            print(
+                f"| {variant.name} | failed: {type(error).__name__}: {str(error).splitlines()[0]} | | | | |", flush=True
+            )
+        else:
+            median = statistics.median(seconds)
+            usual = usual or median
+            peak = torch.cuda.max_memory_allocated() / 2**30 if ON_CARD else 0.0
+            spread = f"{median * 1e3:,.1f} [{min(seconds) * 1e3:,.1f}, {max(seconds) * 1e3:,.1f}]"
+            rate = plan.batch.tokens_per_step / median
+            kernel = describe_attention(plan.model, DEVICE, torch.bfloat16)[0].partition(": ")[2]
+            print(
+                f"| {variant.name} | {spread} | {rate:,.0f} | {median / usual:.3f} | {peak:.2f} | {kernel} |",
+                flush=True,
+            )
+            record(variant=variant.name, seconds=seconds, peak_gib=round(peak, 3), attention=kernel)
+        finally:
+            stop()
+            free()
+    return failed
+
+
+def measure(plan: Plan) -> list[float]:
+    """Seconds of each round."""
+    engine, batch = engine_of(plan), batch_of(plan, DEVICE)
+
+    def step(number: int) -> None:
+        engine.train_batch([batch], step=number, learning_rate=1e-4)
+
+    for number in range(WARM_UP):
+        step(number)
+    return [seconds_of(lambda: step(WARM_UP)) for _ in range(ROUNDS)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

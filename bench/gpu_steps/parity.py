@@ -1,0 +1,212 @@
+"""Losses of small models on this device against those on the CPU, over 20 steps of Adam.
+
+    python -m bench.gpu_steps.parity [--quick]
+
+Every case has the weights and batches of its model in fp32 on the CPU, with which its losses are compared. Bounds:
+
+fp32      1e-4: ten times the gap between eager and compiled code on a CPU, which round at different places as another
+          device does. TF32 would exceed it: its products have two bits more than bf16's, whose gap is 1e-2.
+16 bit    Twice the gap between bf16 and fp32 on the CPU, and at least 0.01, as argued in tests/ranks/layouts.py.
+dropout   Other devices draw other masks: recomputation is compared with none on the same device, to 1e-4.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from contenders import engine_of
+
+from bench.gpu_steps.common import free, record
+from megatron.config.load import config_from_flat
+from megatron.config.plan import Plan
+from megatron.config.resolve import resolve
+from megatron.engine.distributed import stop
+from megatron.model.layer import pack
+from megatron.model.positions import document_starts
+
+Keys = dict[str, Any]
+VOCABULARY, END_OF_DOCUMENT, STEPS, RATE = 251, 0, 20, 1e-2
+FP32_BOUND, ROUNDING = 1e-4, 0.01
+NEOX: Keys = {
+    "num_layers": 2,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "seq_length": 256,
+    "train_micro_batch_size_per_gpu": 4,
+    "pos_emb": "rotary",
+    "no_weight_tying": True,
+    "compile": False,
+}
+GROUPED = NEOX | {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "no_weight_tying": False}
+APART = {"reset_attention_mask": True, "reset_position_ids": True}
+WINDOW = {"attention_config": [[["global", "local"], 1]], "sliding_window_width": 100}
+DROPOUT = NEOX | {"attention_dropout": 0.1, "hidden_dropout": 0.1}
+BF16, FP16, COMPILED = {"precision": "bfloat16"}, {"precision": "fp16"}, {"compile": True}
+RECOMPUTED = {"checkpoint_activations": True}
+SELECTIVE = RECOMPUTED | {"recompute_granularity": "selective"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and how it is trained; `like`: on the same device, instead of the CPU in fp32."""
+
+    name: str
+    model: Keys
+    how: Keys = field(default_factory=dict)
+    like: Keys | None = None
+
+    @property
+    def keys(self) -> Keys:
+        """All keys."""
+        return self.model | self.how
+
+
+CASES = (
+    Case("fp32", NEOX),
+    Case("fp32, compiled", NEOX, COMPILED),
+    Case("bf16", NEOX, BF16),
+    Case("bf16, compiled", NEOX, BF16 | COMPILED),
+    Case("bf16, accumulation 2", NEOX, BF16 | {"gradient_accumulation_steps": 2, "train_micro_batch_size_per_gpu": 2}),
+    Case("bf16, ZeRO 3", NEOX, BF16 | {"zero_optimization": {"stage": 3}}),
+    Case("fp16", NEOX, FP16),
+    Case("grouped queries, fp32", GROUPED),
+    Case("grouped queries, bf16, compiled", GROUPED, BF16 | COMPILED),
+    Case("grouped queries, bf16, selective recomputation", GROUPED, BF16 | SELECTIVE),
+    Case("documents apart, fp32", NEOX | APART),
+    Case("documents apart, grouped queries, bf16", GROUPED | APART, BF16),
+    Case("documents apart, grouped queries, bf16, compiled", GROUPED | APART, BF16 | COMPILED),
+    Case("window, bf16", NEOX | WINDOW, BF16),
+    Case("dropout, recomputation", DROPOUT, RECOMPUTED, like={}),
+    Case("dropout, selective recomputation", DROPOUT, SELECTIVE, like={}),
+    Case("dropout, bf16, compiled, recomputation", DROPOUT, BF16 | COMPILED | RECOMPUTED, like=BF16 | COMPILED),
+)
+QUICK = ("fp32, compiled", "bf16", "documents apart, grouped queries, bf16", "dropout, recomputation")
+QUICK_KEYS = {"hidden_size": 64, "seq_length": 64}
+
+
+def bound(case: Case, on_cpu: dict[str, list[float]]) -> float:
+    """How far the losses of a case may be from those it is compared with; argued above."""
+    if case.like is not None or "precision" not in case.how:
+        return FP32_BOUND
+    return max(ROUNDING, 2 * gap(on_cpu[_name(case.model | BF16)], on_cpu[_name(case.model)]))
+
+
+def gap(one: list[float], other: list[float]) -> float:
+    """The largest difference of two curves."""
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+def trained(keys: Keys) -> list[float] | str:
+    """The losses of `train`, or the error: a case that fails leaves the others."""
+    try:
+        return train(keys)
+    except Exception as error:
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    finally:
+        stop()
+        free()
+
+
+def train(keys: Keys) -> list[float]:
+    """The losses of 20 steps on this process's device."""
+    plan = resolve(config_from_flat(keys), 1, VOCABULARY)
+    if plan.engine.precision == "fp16" and not torch.cuda.is_available():
+        from tests.ranks.moves import allow_fp16_on_cpu
+
+        allow_fp16_on_cpu()
+    engine = engine_of(plan)
+    return [
+        float(engine.train_batch(batches(step, plan), step=step, learning_rate=RATE * 0.95**step).loss)
+        for step in range(STEPS)
+    ]
+
+
+def batches(step: int, plan: Plan) -> list[Any]:
+    """The micro-batches of a step: samples of several documents, in which each second token can be learned."""
+    samples, length = plan.batch.global_size, plan.batch.sequence_length
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(1, VOCABULARY, (samples, length + 1), generator=generator)
+    ids[:, 1::2] = (ids[:, 0 : length - 1 : 2] * 3 + 1) % VOCABULARY
+    ids[torch.rand(ids.shape, generator=generator) < 0.02] = END_OF_DOCUMENT
+    weight = plan.batch.accumulation_steps / (samples * length)
+    found = []
+    for part in ids.split(plan.batch.micro_size):
+        tokens, labels = part[:, :-1].contiguous(), part[:, 1:].contiguous()
+        start = document_starts(tokens, END_OF_DOCUMENT) if plan.model.keeps_documents_apart else None
+        found.append((pack(tokens, start), (labels, torch.full(labels.shape, weight))))
+    return found
+
+
+def _name(keys: Keys) -> str:
+    return json.dumps(keys, sort_keys=True)
+
+
+def _curves(wanted: list[Keys], folder: Path, on_cpu: bool) -> "tuple[subprocess.Popen[bytes], Path]":
+    """Start a process that trains everything `wanted`."""
+    file, names = folder / f"{on_cpu}.jsonl", folder / f"{on_cpu}.json"
+    names.write_text(json.dumps(wanted))
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if on_cpu else {}
+    command = [sys.executable, "-m", "bench.gpu_steps.parity", "--train", str(names), str(file)]
+    return subprocess.Popen(command, env=os.environ | hidden, stdout=subprocess.DEVNULL), file
+
+
+def main() -> int:
+    """Compare and print; exit code 1 if a case is out of its bound."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--train", nargs=2, type=Path, help=argparse.SUPPRESS)  # in the processes started here
+    arguments = parser.parse_args()
+    if arguments.train:
+        with arguments.train[1].open("w", buffering=1) as file:
+            for keys in json.loads(arguments.train[0].read_text()):
+                file.write(json.dumps([_name(keys), trained(keys)]) + "\n")
+        return 0
+    cases = CASES
+    if arguments.quick:
+        cases = tuple(
+            Case(case.name, case.model | QUICK_KEYS, case.how, case.like) for case in CASES if case.name in QUICK
+        )
+    return compare(cases)
+
+
+def compare(cases: tuple[Case, ...]) -> int:
+    """Train `cases` on the CPU and on this device at the same time, and print the table."""
+    models = [case.model for case in cases if case.like is None]
+    wanted = [*models, *(case.model | BF16 for case in cases if case.like is None and "precision" in case.how)]
+    own = [case.keys for case in cases] + [case.model | case.like for case in cases if case.like is not None]
+    with TemporaryDirectory() as name:
+        started = [_curves(_unique(keys), Path(name), on_cpu) for keys, on_cpu in ((wanted, True), (own, False))]
+        ended = [process.wait() for process, _ in started]
+        on_cpu, here = (dict(map(json.loads, file.read_text().splitlines())) for _, file in started)
+    print("| case | loss at the end | largest gap of 20 losses | bound | holds |\n|---|---|---|---|---|")
+    holding = []
+    for case in cases:
+        found = here.get(_name(case.keys), "not trained")
+        like = on_cpu.get(_name(case.model)) if case.like is None else here.get(_name(case.model | case.like))
+        expected = like or "nothing to compare with"
+        if failure := next((curve for curve in (found, expected) if not isinstance(curve, list)), None):
+            print(f"| {case.name} | {failure} | | | NO |")
+            holding.append(False)
+            continue
+        apart, allowed = gap(found, expected), bound(case, on_cpu)
+        holding.append(apart <= allowed)  # False for NaN
+        print(f"| {case.name} | {found[-1]:.4f} | {apart:.1e} | {allowed:.1e} | {'yes' if holding[-1] else 'NO'} |")
+        record(case=case.name, losses=found, expected=expected, gap=apart, bound=allowed)
+    return int(any(ended) or not all(holding))
+
+
+def _unique(wanted: list[Keys]) -> list[Keys]:
+    return list({_name(keys): keys for keys in wanted}.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Versions, the cards, and the kernels that would be chosen here for each kind of attention."""
+
+import platform
+import sys
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from contenders import plan_of
+
+from bench.gpu_steps.common import DEVICE, ON_CARD, keys_of, record
+from megatron import registry
+from megatron.estimate.describe import plan_lines
+from megatron.model.attention import describe_attention
+
+PACKAGES = (
+    "torch", "deepspeed", "triton", "transformers", "flash-attn", "flash-attn-3", "liger-kernel", "torchao",
+    "nvidia-ml-py", "numpy", "pydantic",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Print three tables."""
+    found = {name: _version(name) for name in PACKAGES}
+    found |= {"python": sys.version.split()[0], "kernel": platform.release(), "CUDA of torch": str(torch.version.cuda)}
+    if ON_CARD:
+        driver, nccl = torch.cuda.driver_version() if hasattr(torch.cuda, "driver_version") else _driver(), ""
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        found |= {"driver": str(driver), "cuDNN": str(torch.backends.cudnn.version()), "NCCL": nccl}
+    print("| | version |\n|---|---|")
+    for name, value in found.items():
+        print(f"| {name} | {value} |")
+    record(**found)
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        memory, processors = round(card.total_memory / 2**30, 1), card.multi_processor_count
+        print(
+            f"\nGPU {index}: {card.name}, compute capability {card.major}.{card.minor}, {memory} GiB, {processors} SMs"
+        )
+        record(gpu=index, name=card.name, capability=f"{card.major}.{card.minor}", gib=memory, processors=processors)
+    plan = plan_of(keys_of("neox-350M", quick=False))
+    print("\nWhat a run of 350M would log at its start:\n\n```")
+    print("\n".join(plan_lines(plan)))
+    for kind in registry.names("attention_backend"):
+        model = replace(plan.model, attention_kinds=(kind,) * plan.model.num_layers, sliding_window=1024)
+        print("\n".join(describe_attention(model, DEVICE, torch.bfloat16)))
+    apart = replace(plan.model, reset_attention_mask=True)
+    print("documents kept apart: " + "\n".join(describe_attention(apart, DEVICE, torch.bfloat16)))
+    print("```")
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _driver() -> str:
+    """The driver's version, as its kernel module states it."""
+    try:
+        with open("/proc/driver/nvidia/version", encoding="utf-8") as file:  # noqa: PTH123
+            return file.readline().split("  ")[1].strip()
+    except (OSError, IndexError):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    main()
