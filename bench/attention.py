@@ -1,6 +1,6 @@
 """Forward and backward of causal attention with each registered backend that can run here.
 
-    python bench/attention.py [--lengths 2048 8192 32768] [--rounds 10]
+    python bench/attention.py [--lengths 2048 8192 32768] [--rounds 10] [--quick]
 
 bf16, 16 heads of 128 (8 of 64 on a CPU), 32,768 tokens in total (2,048 on a CPU) for every length. TFLOP/s count
 the FLOPs of causal attention: half of 4 s^2 d per head forward, 2.5 times that backward. Prints a Markdown table.
@@ -50,7 +50,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", nargs="*", type=int, default=[2048, 8192, 32768] if on_gpu else [512, 2048])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--quick", action="store_true", help="256 tokens, 1 round")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.lengths, arguments.rounds = [256], 1
     device = torch.device("cuda" if on_gpu else "cpu")
     heads, size, tokens = (16, 128, 32768) if on_gpu else (8, 64, 2048)
     print("### Attention alone, forward and backward\n")

@@ -30,6 +30,11 @@ from types import FrameType
 from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from megatron.launch.accelerators import cores  # noqa: E402
+from megatron.launch.protocol.environment import rank_environment  # noqa: E402
+
 CACHE = ROOT / "build" / "gpu-proof-cache"
 QUICK_SECONDS = 300  # limit of each step with --quick: a slow CPU is no failure
 STOPPED = "the command was stopped"
@@ -49,6 +54,7 @@ class Step:
     seconds: int  # budget on an H100
     gpus: int = 1  # fewer: the step is skipped
     is_text: bool = False  # it prints neither Markdown nor figures
+    as_rank: bool = False  # in the environment that deepy.py gives its ranks
 
 
 def _module(name: str, *words: str) -> tuple[str, ...]:
@@ -65,14 +71,14 @@ STEPS = (
     Step("125M", "Training step, 125M", _module("throughput", "neox-125M", "{quick}"), 60),
     Step("1.3B", "Training step, 1.3B", _module("throughput", "neox-1.3B", "{quick}"), 75),
     Step("350M", "Training step, 350M", _module("throughput", "neox-350M", "{quick}"), 60),
-    Step("loop", "Synchronizations, idle time and kernels of train.py", _module("loop", "{quick}"), 60),
+    Step("loop", "Synchronizations, idle time and kernels of train.py", _module("loop", "{quick}"), 60, as_rank=True),
     Step("commands", "Train, resume, generate, evaluate", _module("commands"), 90),
-    Step("parity", "Losses on the CPU and on this device", _module("parity", "{quick}"), 75),
+    Step("parity", "Losses on the CPU and on this device", _module("parity", "{quick}"), 100, as_rank=True),
     Step("tests", "Tests that need a GPU", _pytest("-m", "gpu", "{gpu-tests}"), 60, is_text=True),
-    Step("ablations", "One setting changed at a time, 350M", _module("ablations", "{quick}"), 120),
+    Step("ablations", "One change at a time, 350M", _module("ablations", "{quick}"), 120, as_rank=True),
     Step("attention", "Attention alone", ("bench/attention.py", "{quick}"), 60),
     Step("contenders", "Compiled Transformers, bare loop", _module("throughput", "neox-350M", "--all", "{quick}"), 120),
-    Step("decoding", "Decoding", _module("decoding", "{quick}"), 60),
+    Step("decoding", "Decoding", _module("decoding", "{quick}"), 60, as_rank=True),
     Step("scaling", "Scaling over GPUs", _module("scaling", "{quick}"), 120, gpus=2),
     Step(
         "ranks", "The tests of ranks over NCCL", _pytest("-m", "not long", "{ranks}"), 400, gpus=2,
@@ -166,7 +172,7 @@ def run(step: Step, report: Report, quick: bool, on_card: bool) -> Outcome:
     limit, began = QUICK_SECONDS if quick else step.seconds, time.monotonic()
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            [sys.executable, *_words(step, quick)], cwd=ROOT, env=_environment(on_card), text=True, bufsize=1,
+            [sys.executable, *_words(step, quick)], cwd=ROOT, env=_environment(step, on_card), text=True, bufsize=1,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
         )  # fmt: skip
         assert process.stdout is not None
@@ -202,12 +208,13 @@ def gpu_tests() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
 
 
-def _environment(on_card: bool) -> dict[str, str]:
+def _environment(step: Step, on_card: bool) -> dict[str, str]:
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(CACHE / "inductor"), "TRITON_CACHE_DIR": str(CACHE / "triton")}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # ranks of tests are GPUs; on a CPU several processes share the cores
     usual = caches | ({"RANKS_BACKEND": "nccl"} if on_card else {"OMP_NUM_THREADS": "1"})
-    return {**usual, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    environment = {**usual, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    return rank_environment(environment, "cuda" if on_card else "cpu", cores()) if step.as_rank else environment
 
 
 def _copy(output: TextIO, step: Step, report: Report) -> None:
