@@ -127,9 +127,11 @@ def bare(plan: Plan, device: torch.device) -> Step:
     from megatron.engine.master_weights import MasterWeights
     from megatron.engine.modules import Sequential
     from megatron.model.gpt import gpt_layers, make_loss
+    from megatron.parallel.initial_values import initialise
 
     grid = start()
     model = Sequential(compiled_blocks(gpt_layers(plan.model, grid, 1))).to(device).train()
+    initialise(model)
     masters = MasterWeights(model, torch.bfloat16)
     optimizer = _adamw(masters.masters)
     masters.attach(optimizer)

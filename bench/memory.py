@@ -39,6 +39,7 @@ from megatron.engine.training import TrainingEngine, context_slice
 from megatron.estimate.describe import assumed_vocabulary
 from megatron.estimate.memory import StageMemory, stage_memories
 from megatron.model.gpt import gpt_layers, make_loss
+from megatron.parallel.initial_values import initialise
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "estimates.md"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
@@ -190,6 +191,7 @@ def measure(plan: Plan) -> Figures:
         if plan.layout.pipe == 1:
             checkpoint = checkpoint_function(plan.engine, grid)
             module = Sequential(gpt_layers(plan.model, grid, 1), plan.engine.recompute_layers, checkpoint)
+            initialise(module)
             inputs, targets = context_slice(batches[0], grid)
             saved = _saved(lambda: loss(module(inputs), targets), module.to(grid.device), plan)
             del module

@@ -131,8 +131,7 @@ def open_trained_model(found: FoundModel, backend: str | None, timeout_minutes: 
     """
     grid = start(tensor=found.plan.layout.tensor, backend=backend, timeout_minutes=timeout_minutes)
     products = choose_matmul_precision(found.plan.engine, grid.device)
-    layers = gpt_layers(found.plan.model, grid, found.plan.engine.seed)
-    engine = InferenceEngine(layers, grid, DTYPES[found.plan.engine.precision])
+    engine = InferenceEngine(gpt_layers(found.plan.model, grid, seed=None), grid, DTYPES[found.plan.engine.precision])
     agree_on_checkpoint(found.checkpoint)
     load_weights(engine, found.checkpoint)
     log.info("%s", found.tokenizer.describe())

@@ -1,12 +1,12 @@
 """Chunks of named global tensors, in the form that torch.distributed.checkpoint reads and writes.
 
 A fragment is what the engine holds: consecutive elements of this rank's tensor-parallel shard, flattened. A chunk is
-what torch stores: a rectangular block of a global tensor, given by offsets and sizes. A fragment is at most
-2 * ndim - 1 chunks (the tail of a row, whole rows, the head of a row), each of them a view, so nothing is gathered.
+what torch stores: a rectangular block of a global tensor, given by offsets and sizes. A fragment consists of a few
+chunks, each of them a view, so nothing is gathered.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,27 +28,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from megatron.engine.deepspeed_internals import is_tied_copy
 from megatron.engine.optimizer_state import Fragment
 from megatron.parallel.grid import ParallelGrid
-from megatron.parallel.parameter import PlacedParameter
-
-
-def chunks_of_fragment(start: int, numel: int, shape: Sequence[int]) -> Iterator[tuple[list[int], list[int], int]]:
-    """Cut elements [start, start + numel) of a row-major tensor into chunks: (offsets, sizes, first element)."""
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    position, end = start, start + numel
-    while position < end:
-        offsets = [position // stride % size for stride, size in zip(strides, shape, strict=True)]
-        axis, count = _largest_chunk(offsets, shape, strides, end - position)
-        yield offsets, [1] * axis + [count, *shape[axis + 1 :]], position - start
-        position += count * strides[axis]
-
-
-def _largest_chunk(offsets: Sequence[int], shape: Sequence[int], strides: Sequence[int], left: int) -> tuple[int, int]:
-    """The outermost axis along which the chunk at `offsets` can extend within `left` elements, and its length there."""
-    for axis in range(len(shape)):
-        count = min(left // strides[axis], shape[axis] - offsets[axis])
-        if count and not any(offsets[axis + 1 :]):
-            return axis, count
-    raise AssertionError("the last axis has stride 1, so a chunk of one element always fits")
+from megatron.parallel.parameter import PlacedParameter, global_chunks
 
 
 class LocalChunks:
@@ -61,18 +41,6 @@ class LocalChunks:
     def size(self) -> torch.Size:
         """Shape of the global tensor."""
         return self._size
-
-    def add(self, fragment: Fragment, tensor: Tensor, origin: Sequence[int]) -> None:
-        """Add the chunks of `fragment`, whose elements are `tensor` [numel], in a shard whose offsets are `origin`.
-
-        What exceeds the global shape is padding of the vocabulary and is left out.
-        """
-        for in_shard, sizes, at in chunks_of_fragment(fragment.start, fragment.numel, fragment.shape):
-            offsets = [offset + base for offset, base in zip(in_shard, origin, strict=True)]
-            kept = [max(0, min(n, end - begin)) for n, end, begin in zip(sizes, self._size, offsets, strict=True)]
-            if math.prod(kept):
-                chunk = tensor.narrow(0, at, math.prod(sizes)).view(sizes)
-                self.chunks[torch.Size(offsets)] = chunk[tuple(slice(0, size) for size in kept)]
 
     def like(self, tensor_for: Callable[[Tensor], Tensor]) -> "LocalChunks":
         """The same chunks in other tensors: `tensor_for(chunk)` has the shape and type of `chunk`."""
@@ -114,12 +82,10 @@ def local_chunks(
         parameter = cast(PlacedParameter, fragment.parameter)
         if owned_only and not _owns(parameter, grid, replicated_over_data):
             continue
-        origin = [0] * len(fragment.shape)
-        if parameter.shard_dim is not None:
-            origin[parameter.shard_dim] = parameter.shard_start
         for kind, tensor in fragment.tensors.items():
             name = f"{parameter.global_name}/{kind}"
-            found.setdefault(name, LocalChunks(parameter.global_shape)).add(fragment, tensor, origin)
+            local = found.setdefault(name, LocalChunks(parameter.global_shape))
+            local.chunks |= {torch.Size(at): chunk for at, chunk in global_chunks(parameter, fragment.start, tensor)}
     return {name: local for name, local in found.items() if local.chunks}
 
 

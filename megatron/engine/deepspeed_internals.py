@@ -28,11 +28,6 @@ def is_tied_copy(parameter: nn.Parameter) -> bool:
     return bool(getattr(parameter, "ds_pipe_replicated", False))
 
 
-def whole_numel(parameter: nn.Parameter) -> int:
-    """Elements of this rank's parameter before ZeRO 3 partitions it."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
 def zero_gradient_norm(optimizer: Any) -> Tensor | float:
     """The global gradient norm that a ZeRO optimizer computed for its latest step; inf after an overflow."""
     norm: Tensor | float = optimizer._global_grad_norm
@@ -121,8 +116,7 @@ class Location:
     """Where an optimizer keeps consecutive elements of a parameter: `flat[at : at + numel]` of a stepped tensor."""
 
     parameter: nn.Parameter
-    shape: tuple[int, ...]  # of this rank's tensor-parallel shard
-    start: int  # of the elements in the flattened shard
+    start: int  # of the elements in this rank's tensor-parallel shard, flattened
     numel: int
     flat: Tensor
     at: int
@@ -187,7 +181,7 @@ class _Flat:
                 mapping = parameter._hp_mapping
                 if mapping is not None:  # None: another data rank holds all of it
                     shard, at = mapping.lp_fragment_address, mapping.hp_fragment_address.start
-                    yield Location(parameter, tuple(parameter.shape), shard.start, shard.numel, flat, at)
+                    yield Location(parameter, shard.start, shard.numel, flat, at)
 
     def push(self) -> None:
         """As DeepSpeed's `update_lp_params`, in slices: gloo gathers into a copy of everything that is gathered."""
@@ -225,7 +219,7 @@ class _Stage3:
                 numel = min(partition, parameter.ds_numel - start)  # the last partition is padded
                 if numel > 0:
                     flat = zero.fp32_partitioned_groups_flat[group]
-                    yield Location(parameter, tuple(parameter.ds_shape), start, numel, flat, at)
+                    yield Location(parameter, start, numel, flat, at)
 
     def push(self) -> None:
         zero = self._zero

@@ -1,12 +1,13 @@
 """The forward pass of a list of layers for generation and evaluation, without DeepSpeed and gradients."""
 
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from megatron.engine.modules import Sequential
-from megatron.engine.optimizer_state import ModuleState
+from megatron.engine.modules import Sequential, cast_parameters
+from megatron.engine.optimizer_state import ModuleState, draw_initial_values
 from megatron.model.layer import Layer, pack, unpack
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.parameter import PlacedParameter
@@ -16,9 +17,11 @@ class InferenceEngine:
     """The whole model on this rank, or its tensor-parallel shard."""
 
     def __init__(self, layers: list[Layer], grid: ParallelGrid, dtype: torch.dtype = torch.float32) -> None:
-        """Build `layers` with weights of `dtype` on the grid's device."""
-        self.module = Sequential(layers).to(device=grid.device, dtype=dtype).eval().requires_grad_(False)
+        """Build `layers` with weights of `dtype` on the grid's device; draw them if `layers` have a seed."""
+        module = Sequential(layers, prepare=partial(cast_parameters, dtype=dtype))
+        self.module = module.to(grid.device).eval().requires_grad_(False)
         self.state = ModuleState(self.module)
+        draw_initial_values(self.module, self.state)
         self.grid = grid
         self.dtype = dtype
 

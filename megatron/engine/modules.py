@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from megatron.engine.recompute import Checkpoint, recompute_all
@@ -14,15 +15,22 @@ from megatron.model.layer import Layer
 from megatron.parallel.grid import ParallelGrid
 
 Call = Callable[..., Any]
+Prepare = Callable[[nn.Module], object]
 
 
 class Sequential(nn.Module):
     """All layers in sequence, on one rank."""
 
-    def __init__(self, layers: list[Layer], recompute_layers: int = 0, checkpoint: Checkpoint = recompute_all) -> None:
+    def __init__(
+        self,
+        layers: list[Layer],
+        recompute_layers: int = 0,
+        checkpoint: Checkpoint = recompute_all,
+        prepare: Prepare = lambda module: None,
+    ) -> None:
         """Build every layer. recompute_layers: N > 0 recomputes groups of N blocks in the backward pass.
 
-        checkpoint: runs a group whose activations are recomputed.
+        checkpoint: runs a group whose activations are recomputed. prepare: applied to each module as it is built.
         """
         super().__init__()
         self.layers = nn.ModuleList()
@@ -33,6 +41,7 @@ class Sequential(nn.Module):
             module = tied.get(layer.tied) if layer.tied else None
             if module is None:
                 module = layer.build()
+                prepare(module)
                 self.layers.append(module)
                 if layer.tied:
                     tied[layer.tied] = module
@@ -62,10 +71,16 @@ def pipeline_module(
     partition_method: str,
     recompute_layers: int,
     checkpoint: Checkpoint = recompute_all,
+    prepare: Prepare = lambda module: None,
 ) -> nn.Module:
-    """This rank's stage of `layers`, as DeepSpeed's PipelineModule."""
+    """This rank's stage of `layers`, as DeepSpeed's PipelineModule; arguments as of `Sequential`."""
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    def build(layer: Layer) -> nn.Module:
+        module = layer.build()
+        prepare(module)
+        return module
 
     # `build` builds our layer, where DeepSpeed's would call a class with arguments
     class Spec(LayerSpec):
@@ -74,7 +89,7 @@ def pipeline_module(
             self.layer = layer
 
         def build(self, log: bool = False) -> nn.Module:
-            return self.layer.build()
+            return build(self.layer)
 
     class TiedSpec(TiedLayerSpec):
         def __init__(self, layer: Layer) -> None:
@@ -82,7 +97,7 @@ def pipeline_module(
             self.layer = layer
 
         def build(self, log: bool = False) -> nn.Module:
-            return self.layer.build()
+            return build(self.layer)
 
     module: nn.Module = PipelineModule(
         [TiedSpec(layer) if layer.tied else Spec(layer) for layer in layers],
@@ -96,6 +111,12 @@ def pipeline_module(
         checkpointable_layers=sorted({layer.module_class.__name__ for layer in layers if layer.recompute}),
     )
     return module
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Make the parameters of `module` `dtype`; buffers stay as they are."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _chain(calls: list[Call], inputs: Any) -> Any:

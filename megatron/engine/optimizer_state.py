@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from megatron.engine.deepspeed_internals import Location, LossScaler, Partitions, zero_partitions
 from megatron.engine.master_weights import MasterWeights
 from megatron.optimizers.traits import OptimizerTraits
+from megatron.parallel.initial_values import draw
+from megatron.parallel.parameter import PlacedParameter
 
 MASTER = "fp32"
 
@@ -24,7 +26,6 @@ class Fragment:
     """`numel` consecutive elements of this rank's flattened shard of `parameter`, with all state kept for them."""
 
     parameter: nn.Parameter
-    shape: tuple[int, ...]  # of this rank's tensor-parallel shard
     start: int
     numel: int
     tensors: dict[str, Tensor]  # "fp32" and the optimizer's moments: views [numel] of the live state
@@ -40,10 +41,17 @@ class ModuleState:
 
     def fragments(self) -> list[Fragment]:
         """One fragment for each parameter, with its weight only."""
-        return [Fragment(p, tuple(p.shape), 0, p.numel(), {MASTER: p.detach().view(-1)}) for p in self._parameters]
+        return [Fragment(p, 0, p.numel(), {MASTER: p.detach().view(-1)}) for p in self._parameters]
 
     def finish_loading(self) -> None:
         """Do nothing: the views are the weights."""
+
+
+def draw_initial_values(module: nn.Module, state: "ModuleState | OptimizerState") -> None:
+    """Draw the weights of `module` into its `state`, as a checkpoint is loaded, if they have a seed. Collective."""
+    if any(cast(PlacedParameter, parameter).seed is not None for parameter in module.parameters()):
+        draw((found.parameter, found.start, found.tensors[MASTER]) for found in state.fragments())
+        state.finish_loading()
 
 
 class OptimizerState:
@@ -69,7 +77,7 @@ class OptimizerState:
         """All state of this rank, as live views: writing to them changes the optimizer (see `finish_loading`)."""
         self._create_missing_state()
         return [
-            Fragment(found.parameter, found.shape, found.start, found.numel, self._views(found))
+            Fragment(found.parameter, found.start, found.numel, self._views(found))
             for found in self._partitions.locations()
         ]
 
@@ -125,7 +133,7 @@ class _Unsharded:
     def locations(self) -> Iterator[Location]:
         for stepped in self.stepped():
             weight = self._masters.weight_of(cast(nn.Parameter, stepped)) if self._masters else stepped
-            yield Location(cast(nn.Parameter, weight), tuple(weight.shape), 0, weight.numel(), stepped, 0)
+            yield Location(cast(nn.Parameter, weight), 0, weight.numel(), stepped, 0)
 
     def push(self) -> None:
         if self._masters:

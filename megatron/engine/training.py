@@ -27,13 +27,12 @@ from megatron.engine.deepspeed_internals import (
     keep_loss_on_the_device,
     keep_norms_on_the_device,
     skip_extensions,
-    whole_numel,
     zero_gradient_norm,
 )
 from megatron.engine.master_weights import MasterWeights
 from megatron.engine.model_parallel_unit import ModelParallelUnit
-from megatron.engine.modules import Sequential, pipeline_module
-from megatron.engine.optimizer_state import OptimizerState
+from megatron.engine.modules import Sequential, cast_parameters, pipeline_module
+from megatron.engine.optimizer_state import OptimizerState, draw_initial_values
 from megatron.engine.phases import FORWARD, Timed, time_phases
 from megatron.engine.recompute import checkpoint_function
 from megatron.engine.settings import DTYPES, deepspeed_settings
@@ -76,7 +75,7 @@ class TrainingEngine:
     def __init__(
         self, layers: list[Layer], loss: Callable[[Tensor, Targets], Tensor], grid: ParallelGrid, plan: Plan
     ) -> None:
-        """Build the part of `layers` on this rank. Collective over all ranks.
+        """Build the part of `layers` on this rank, and draw its weights if `layers` have a seed. Collective.
 
         loss: (logits [b, s, v/tp], targets) -> the sum over tokens of weight * negative log likelihood. The weights
         of a global batch sum to accumulation steps * data-parallel size, so that DeepSpeed's mean over micro-batches
@@ -89,11 +88,20 @@ class TrainingEngine:
         self._accumulation = plan.batch.accumulation_steps
         self._pipelined = plan.layout.pipe > 1
         recompute, checkpoint = plan.engine.recompute_layers, checkpoint_function(plan.engine, grid)
+        settings, unit = deepspeed_settings(plan), ModelParallelUnit(grid)
+
+        def prepare(module: nn.Module) -> None:
+            """Before the next layer is built, so that no rank holds the whole model in fp32, or under ZeRO 3 at all."""
+            cast_parameters(module, DTYPES[plan.engine.precision])
+            if plan.engine.zero_stage == 3:
+                replicas = unit.get_data_parallel_group()
+                deepspeed.zero.Init(module, replicas, config_dict_or_path=settings, mpu=unit)
+
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints during set-up
             module: nn.Module = (
-                pipeline_module(layers, loss, grid, plan.engine.partition_method, recompute, checkpoint)
+                pipeline_module(layers, loss, grid, plan.engine.partition_method, recompute, checkpoint, prepare)
                 if self._pipelined
-                else Sequential(layers, recompute, checkpoint).to(grid.device)
+                else Sequential(layers, recompute, checkpoint, prepare).to(grid.device)
             )
             masters = _masters(module, plan.engine)
             traits = traits_of(plan.optimizer)
@@ -101,8 +109,8 @@ class TrainingEngine:
             self._engine, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=optimizer,
-                config=deepspeed_settings(plan),
-                mpu=None if self._pipelined else ModelParallelUnit(grid),
+                config=settings,
+                mpu=None if self._pipelined else unit,
                 dist_init_required=False,
             )
         if self._pipelined:
@@ -118,6 +126,7 @@ class TrainingEngine:
                 disable_gradient_averaging(self._engine)
         clip_and_skip(optimizer, self._norm, plan.optimizer.gradient_clipping, traits.on_device)
         self.state = OptimizerState(self._engine.optimizer, optimizer, traits, masters)
+        draw_initial_values(module, self.state)
 
     @property
     def grid(self) -> ParallelGrid:
@@ -131,7 +140,7 @@ class TrainingEngine:
 
     def parameters_on_rank(self) -> int:
         """Elements of the parameters this rank computes with (ZeRO 3: before they are partitioned)."""
-        return sum(whole_numel(p) for p in self._engine.module.parameters())
+        return sum(math.prod(cast(PlacedParameter, p).shard_shape) for p in self._engine.module.parameters())
 
     def time_phases(self, timed: Timed) -> None:
         """Wrap the functions of a training step (and an evaluation) in `timed(phase, function)`."""

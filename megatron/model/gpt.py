@@ -19,16 +19,17 @@ from megatron.model.positions import PositionEmbedding
 from megatron.parallel.collectives import gather_from_group
 from megatron.parallel.cross_entropy import vocab_parallel_nll
 from megatron.parallel.grid import ParallelGrid
-from megatron.parallel.parameter import name_and_initialise
+from megatron.parallel.parameter import name_parameters
 from megatron.registry import resolve
 
 Targets = tuple[Tensor, Tensor]  # labels [b, s] int64, loss weights [b, s] fp32
 
 
-def gpt_layers(model: ModelPlan, grid: ParallelGrid, seed: int) -> list[Layer]:
+def gpt_layers(model: ModelPlan, grid: ParallelGrid, seed: int | None) -> list[Layer]:
     """The layers of the whole model, in order; memory is allocated when a layer is built.
 
-    seed: with a parameter's name it determines the initial value, the same under every layout.
+    seed: with a parameter's name it determines the initial value, the same under every layout. An engine draws it;
+    None: the values are loaded, and zero until then.
     """
     kind: PositionEmbedding = resolve("position_embedding", model.position_embedding)
     rotation = kind.at_attention(model, grid) if kind.at_attention else None
@@ -47,9 +48,9 @@ def gpt_layers(model: ModelPlan, grid: ParallelGrid, seed: int) -> list[Layer]:
     return [first, *blocks, layer(FinalNorm, ""), last]
 
 
-def _build(module_class: type[nn.Module], name: str, seed: int, *arguments: Any) -> nn.Module:
+def _build(module_class: type[nn.Module], name: str, seed: int | None, *arguments: Any) -> nn.Module:
     module = module_class(*arguments)
-    name_and_initialise(module, name, seed)
+    name_parameters(module, name, seed)
     return module
 
 

@@ -1,7 +1,8 @@
 """Init methods: normal distributions with different standard deviations.
 
 Biases always start at zero and norm weights at one. An init method maps the model plan to a function that fills a
-tensor; sizes are of the whole model, so that tensor parallelism does not change the distribution.
+whole tensor, or any part of it if the function is `Independent`; sizes are of the whole model, so that tensor
+parallelism does not change the distribution.
 """
 
 import math
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron.config.plan import ModelPlan
+from megatron.parallel.initial_values import Independent
 from megatron.parallel.parameter import Initialiser
 from megatron.registry import resolve
 
@@ -46,7 +48,7 @@ def wang_init(model: ModelPlan) -> Initialiser:
 
 
 def _gaussian(standard_deviation: float) -> Initialiser:
-    def initialise(tensor: Tensor, generator: torch.Generator) -> None:
+    def fill(tensor: Tensor, generator: torch.Generator) -> None:
         tensor.normal_(0, standard_deviation, generator=generator)
 
-    return initialise
+    return Independent(fill)

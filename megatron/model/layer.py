@@ -28,7 +28,7 @@ class Layer:
     """How to build one module, called as `module(inputs, cache=None)`. Layers with the same `tied` share one module."""
 
     module_class: type[nn.Module]  # the class of the module; a pipeline balances its stages by class names
-    build: Callable[[], nn.Module]  # makes the module, with named and initialised parameters
+    build: Callable[[], nn.Module]  # makes the module, with named parameters that are zero
     tied: str | None = None  # if one rank has several layers of this key, the first one's module serves all
     tied_forward: Callable[[nn.Module, LayerInput], Tensor] | None = None  # replaces the module's own forward
     recompute: bool = False  # a pure function of its input and the random state: may be recomputed in backward

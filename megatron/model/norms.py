@@ -4,18 +4,13 @@ Shapes: b micro-batch, s sequence (or this rank's part of it), h hidden. Hidden 
 Statistics are computed in fp32 for every input type (torch's kernels do so).
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.parallel.grid import ParallelGrid
-from megatron.parallel.layers import replicated_parameter, zeros
+from megatron.parallel.initial_values import ones, zeros
+from megatron.parallel.layers import replicated_parameter
 from megatron.parallel.parameter import new_parameter
-
-
-def ones(tensor: Tensor, _: torch.Generator) -> None:
-    """Initialise with ones."""
-    tensor.fill_(1)
 
 
 class LayerNorm(nn.Module):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.plan import ModelPlan
-from megatron.model.norms import ones
 from megatron.parallel.collectives import copy_to_group, reduce_from_group
 from megatron.parallel.grid import ParallelGrid
+from megatron.parallel.initial_values import ones
 from megatron.parallel.parameter import new_parameter
 
 

@@ -29,10 +29,15 @@ def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) ->
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if _is_matrix(p)], "weight_decay": weight_decay},
+        {"params": [p for p in trained if not _is_matrix(p)], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    """Its own shape says nothing under ZeRO 3, which keeps partitions elsewhere."""
+    return len(getattr(parameter, "global_shape", parameter.shape)) > 1
 
 
 def adamw(groups: Sequence[dict[str, Any]], plan: OptimizerPlan) -> Optimizer:

@@ -24,12 +24,8 @@ from megatron.parallel.collectives import (
     scatter_sequence,
 )
 from megatron.parallel.grid import ParallelGrid
+from megatron.parallel.initial_values import zeros
 from megatron.parallel.parameter import Initialiser, new_parameter
-
-
-def zeros(tensor: Tensor, _: torch.Generator) -> None:
-    """Initialise with zeros."""
-    tensor.zero_()
 
 
 class ColumnParallelLinear(nn.Module):

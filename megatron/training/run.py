@@ -143,7 +143,8 @@ def set_up(config: Config, prepared: Prepared) -> tuple[Run, TrainState]:
     products = choose_matmul_precision(plan.engine, grid.device)
     check = partial(check_fits, config, plan, prepared.tokenizer)
     checkpoint = agreed(prepared.checkpoint, config.checkpoint, check)
-    engine = TrainingEngine(gpt_layers(plan.model, grid, plan.engine.seed), make_loss(plan.model, grid), grid, plan)
+    seed = plan.engine.seed if checkpoint is None else None
+    engine = TrainingEngine(gpt_layers(plan.model, grid, seed), make_loss(plan.model, grid), grid, plan)
     state, beginning = begin(engine, checkpoint, config.checkpoint)
     for line in [*_description(prepared, grid), *products, *nondeterministic, *_where_files_go(config), beginning]:
         log.info("%s", line)

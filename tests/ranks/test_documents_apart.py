@@ -18,6 +18,7 @@ from megatron.engine.modules import Sequential
 from megatron.engine.training import TrainingEngine
 from megatron.model.gpt import gpt_layers, make_loss
 from megatron.parallel.grid import ParallelGrid
+from megatron.parallel.initial_values import initialise
 from megatron.training.batch import BatchBuilder
 from tests import tiny
 from tests.models import random_tensor
@@ -48,6 +49,7 @@ def alone(model: ModelPlan, grid: ParallelGrid) -> tuple[float, dict[str, Tensor
         Sequential(gpt_layers(replace(model, **dict.fromkeys(APART, False)), grid, 1234)),
         make_loss(model, grid),
     )
+    initialise(module)
     documents = []
     for row in samples():
         cuts = (torch.nonzero(row[:-1] == END).flatten() + 1).tolist()

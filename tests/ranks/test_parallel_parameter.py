@@ -7,7 +7,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from megatron.parallel.grid import ParallelGrid
-from megatron.parallel.parameter import load_whole, name_and_initialise, new_parameter
+from megatron.parallel.initial_values import initialise
+from megatron.parallel.parameter import load_whole, name_parameters, new_parameter
 from tests.ranks.run import one_rank, run_ranks
 
 
@@ -29,14 +30,16 @@ class Mixed(nn.Module):
 def whole_values(seed: int = 3) -> dict[str, torch.Tensor]:
     with one_rank() as grid:
         module = Mixed(grid)
-        name_and_initialise(module, "part", seed)
+        name_parameters(module, "part", seed)
+        initialise(module)
         return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
 
 def slices_body(whole: dict[str, torch.Tensor]) -> None:
     grid = ParallelGrid.create(tensor=dist.get_world_size())
     module = Mixed(grid)
-    name_and_initialise(module, "part", seed=3)
+    name_parameters(module, "part", seed=3)
+    initialise(module)
     for name, parameter in module.named_parameters():
         dim = parameter.shard_dim
         expected = whole[name] if dim is None else whole[name].chunk(grid.size("tensor"), dim)[grid.rank("tensor")]
@@ -67,7 +70,7 @@ def test_first_values_depend_on_the_seed_and_on_the_name():
 def test_a_tensor_of_the_wrong_shape_is_refused():
     with one_rank() as grid:
         module = Mixed(grid)
-        name_and_initialise(module, "part", seed=3)
+        name_parameters(module, "part", seed=3)
         with pytest.raises(ValueError, match=r"part.rows is \(8, 6\), not \(6, 8\)"):
             load_whole(module.rows, torch.zeros(6, 8))
 

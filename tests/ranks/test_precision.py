@@ -16,6 +16,7 @@ from megatron.engine.modules import Sequential
 from megatron.engine.training import TrainingEngine
 from megatron.errors import UserError
 from megatron.model.gpt import gpt_layers, make_loss
+from megatron.parallel.initial_values import initialise
 from tests import tiny
 from tests.ranks.moves import allow_fp16_on_cpu, engine_of
 from tests.ranks.run import run_ranks
@@ -31,7 +32,7 @@ def build(plan):
 def masters(engine) -> dict[str, torch.Tensor]:
     """The fp32 master of every parameter that this rank holds whole."""
     fragments = engine.state.fragments()
-    return {r.parameter.global_name: r.tensors["fp32"].clone() for r in fragments if r.numel == math.prod(r.shape)}
+    return {r.parameter.global_name: r.tensors["fp32"].clone() for r in fragments if r.numel == math.prod(r.parameter.shard_shape)}
 
 
 def first_update(precision: str, zero: int) -> None:
@@ -47,7 +48,7 @@ def first_update(precision: str, zero: int) -> None:
         name = fragment.parameter.global_name
         gradient = fragment.tensors["exp_avg"] / (1 - plan.optimizer.betas[0])  # of the one step there was
         wanted = torch.nn.Parameter(before[name].clone())
-        decay = plan.optimizer.weight_decay if len(fragment.shape) > 1 else 0.0
+        decay = plan.optimizer.weight_decay if len(fragment.parameter.shard_shape) > 1 else 0.0
         adamw = torch.optim.AdamW([wanted], lr=RATE, betas=plan.optimizer.betas, eps=1e-8, weight_decay=decay)
         wanted.grad = gradient
         adamw.step()
@@ -259,6 +260,7 @@ def test_a_rank_without_a_gpu_of_its_own_is_told_so_before_nccl_is():
 def gradients_by_hand(plan, grid) -> dict[str, torch.Tensor]:
     """bf16 gradients of this rank's micro-batches, summed in fp32, and divided by their number."""
     module = Sequential(gpt_layers(plan.model, grid, plan.engine.seed)).to(torch.bfloat16).train()
+    initialise(module)
     loss, batches = make_loss(plan.model, grid), tiny.micro_batches(0, plan, grid.rank("data"))
     sums = {p.global_name: torch.zeros(p.shape) for p in module.parameters()}
     for inputs, targets in batches:

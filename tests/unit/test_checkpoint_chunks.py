@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from megatron.checkpoint.chunks import LocalChunks, chunks_of_fragment, tiles
-from megatron.engine.optimizer_state import Fragment
+from megatron.checkpoint.chunks import tiles
+from megatron.parallel.parameter import chunks_of_fragment, global_chunks
 
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 
@@ -44,10 +44,10 @@ def test_chunks_are_views_of_the_fragment_and_leave_out_padding(fragment, true_r
     shape, start, numel = fragment
     true_rows = min(true_rows, shape[0])
     flat = torch.zeros(numel)
-    local = LocalChunks([true_rows, *shape[1:]])
-    held = Fragment(torch.nn.Parameter(torch.zeros(shape)), tuple(shape), start, numel, {})
-    local.add(held, flat, origin=[0] * len(shape))
-    for chunk in local.chunks.values():
+    parameter = torch.nn.Parameter(torch.zeros(shape))
+    placement = {"global_shape": (true_rows, *shape[1:]), "shard_shape": tuple(shape), "shard_dim": None}
+    vars(parameter).update(placement, shard_start=0)
+    for _, chunk in global_chunks(parameter, start, flat):
         chunk.fill_(1.0)
     true_elements = true_rows * math.prod(shape[1:])
     inside = max(0, min(start + numel, true_elements) - start)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron.model.block import TransformerBlock
-from megatron.parallel.parameter import name_and_initialise
+from megatron.parallel.parameter import name_parameters
 from tests.models import random_tensor, randomise, small
 from tests.ranks.run import one_rank
 
@@ -19,7 +19,7 @@ def grid():
 
 def make(grid, **changes) -> TransformerBlock:
     block = TransformerBlock(small(**changes), grid, 0, None).eval()
-    name_and_initialise(block, "block", seed=1)
+    name_parameters(block, "block", seed=1)
     randomise(block)
     return block
 

@@ -5,6 +5,7 @@ import torch
 
 from megatron.config.parameter_counts import parameter_count
 from megatron.model.gpt import gather_logits, gpt_layers, make_loss
+from megatron.parallel.initial_values import initialise
 from megatron.registry import names
 from tests.models import VARIETY, build, random_tokens, small
 from tests.ranks.run import one_rank
@@ -59,6 +60,8 @@ def test_a_tied_head_alone_on_its_stage_has_the_same_weight_and_no_positions(gri
     first, *_, last = gpt_layers(VARIETY["gpt2"], grid, seed=1)
     assert first.tied == last.tied is not None
     embedding, head = first.build(), last.build()
+    for module in (embedding, head):
+        initialise(module)
     assert torch.equal(embedding.weight, head.weight)
     assert {parameter.global_name for parameter in head.parameters()} == {"embedding.weight"}
 

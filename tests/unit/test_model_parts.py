@@ -8,7 +8,8 @@ from torch import Tensor
 
 from megatron.errors import UserError
 from megatron.model.positions import LearnedTable, RotaryTable
-from megatron.parallel.parameter import name_and_initialise
+from megatron.parallel.initial_values import initialise
+from megatron.parallel.parameter import name_parameters
 from megatron.registry import names, resolve
 from tests.models import random_tensor, randomise, small
 from tests.ranks.run import one_rank
@@ -53,7 +54,8 @@ NORMS = {
 @pytest.mark.parametrize("name", names("norm"))
 def test_a_norm_computes_its_formula(grid, name, dtype):
     norm = resolve("norm", name)(32, 0.01, grid)
-    name_and_initialise(norm, "norm", seed=1)
+    name_parameters(norm, "norm", seed=1)
+    initialise(norm)
     x = 3 + random_tensor((2, 5, 32), 0)
     torch.testing.assert_close(norm(x), NORMS[name](x))
     randomise(norm)
@@ -127,7 +129,8 @@ def test_rotary_positions_refuse_a_part_that_cannot_be_paired(grid, fraction):
 
 def test_learned_positions_add_the_vector_of_each_position(grid):
     table = LearnedTable(small(), grid)
-    name_and_initialise(table, "positions", seed=1)
+    name_parameters(table, "positions", seed=1)
+    initialise(table)
     hidden = random_tensor((2, 4, 32), 0)
     torch.testing.assert_close(table(hidden), hidden + table.weight[:4])
     positions = torch.tensor([[3, 0, 1, 2], [5, 6, 7, 8]])
