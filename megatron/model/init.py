@@ -6,6 +6,7 @@ parallelism does not change the distribution.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,7 +49,8 @@ def wang_init(model: ModelPlan) -> Initialiser:
 
 
 def _gaussian(standard_deviation: float) -> Initialiser:
-    def fill(tensor: Tensor, generator: torch.Generator) -> None:
-        tensor.normal_(0, standard_deviation, generator=generator)
+    return Independent(partial(_normal, standard_deviation=standard_deviation))
 
-    return Independent(fill)
+
+def _normal(tensor: Tensor, generator: torch.Generator, standard_deviation: float) -> None:
+    tensor.normal_(0, standard_deviation, generator=generator)

@@ -37,8 +37,11 @@ class Independent:
         self.fill(tensor, generator)
 
 
-zeros = Independent(lambda tensor, _: tensor.zero_())
-ones = Independent(lambda tensor, _: tensor.fill_(1))
+def _fill(tensor: Tensor, _: torch.Generator, value: float) -> None:
+    tensor.fill_(value)
+
+
+zeros, ones = Independent(partial(_fill, value=0)), Independent(partial(_fill, value=1))
 
 
 def initialise(module: nn.Module) -> None:

@@ -32,7 +32,11 @@ def build(plan):
 def masters(engine) -> dict[str, torch.Tensor]:
     """The fp32 master of every parameter that this rank holds whole."""
     fragments = engine.state.fragments()
-    return {r.parameter.global_name: r.tensors["fp32"].clone() for r in fragments if r.numel == math.prod(r.parameter.shard_shape)}
+    return {
+        r.parameter.global_name: r.tensors["fp32"].clone()
+        for r in fragments
+        if r.numel == math.prod(r.parameter.shard_shape)
+    }
 
 
 def first_update(precision: str, zero: int) -> None:
