@@ -31,12 +31,8 @@ def build(plan):
 
 def masters(engine) -> dict[str, torch.Tensor]:
     """The fp32 master of every parameter that this rank holds whole."""
-    fragments = engine.state.fragments()
-    return {
-        r.parameter.global_name: r.tensors["fp32"].clone()
-        for r in fragments
-        if r.numel == math.prod(r.parameter.shard_shape)
-    }
+    whole = [held for held in engine.state.fragments() if held.numel == math.prod(held.parameter.shard_shape)]
+    return {held.parameter.global_name: held.tensors["fp32"].clone() for held in whole}
 
 
 def first_update(precision: str, zero: int) -> None:
