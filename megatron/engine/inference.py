@@ -1,5 +1,6 @@
 """The forward pass of a list of layers for generation and evaluation, without DeepSpeed and gradients."""
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from megatron.engine.modules import Sequential, cast_parameters
 from megatron.engine.optimizer_state import ModuleState, draw_initial_values
-from megatron.model.layer import Layer, pack, unpack
+from megatron.model.attention_backends import kernels_for_decoding
+from megatron.model.layer import Layer, Masking, pack, unpack
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.parameter import PlacedParameter
 
@@ -39,7 +41,8 @@ class InferenceEngine:
         tokens = tokens.to(self.grid.device)
         if document_start is not None:
             document_start = document_start.to(self.grid.device)
-        return unpack(self.module(pack(tokens, document_start), cache, slice(-1)))[0]
+        with nullcontext() if cache is None else kernels_for_decoding():
+            return unpack(self.module(pack(tokens, Masking(document_start)), cache, slice(-1)))[0]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

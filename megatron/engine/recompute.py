@@ -11,7 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from megatron.config.plan import EnginePlan
 from megatron.parallel.grid import ParallelGrid
@@ -20,14 +25,24 @@ Checkpoint = Callable[..., Any]  # (function, *inputs) -> function(*inputs); onl
 recompute_all: Checkpoint = partial(checkpoint, use_reentrant=False)
 
 # Expensive operations, whose results are stored: attention kernels, and matrix products except plain attention's (bmm).
-_STORED = [
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-]
+# By name, because the packages register theirs when they are imported, and higher-order operators have no overloads.
+_STORED = {
+    "aten::mm",
+    "aten::addmm",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "flash_attn::_flash_attn_forward",  # flash-attn 2.7 and later
+    "flash_attn_3::_flash_attn_forward",  # FlashAttention-3: its operator, or in older versions its kernel
+    "flash_attn_3::fwd",
+    "flex_attention",
+    "inductor_compiled_code",  # FlexAttention, compiled: nothing else is where operations are selected
+}
+
+
+def _policy(_: SelectiveCheckpointContext, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation.name() in _STORED else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def checkpoint_function(plan: EnginePlan, grid: ParallelGrid) -> Checkpoint:
@@ -35,7 +50,7 @@ def checkpoint_function(plan: EnginePlan, grid: ParallelGrid) -> Checkpoint:
     run = recompute_all
     if plan.recompute_selective:
         run = partial(
-            checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, _STORED)
+            checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, _policy)
         )
     # with sequence parallelism the inputs are partitioned already
     partitioned = plan.partition_activations and grid.size("tensor") > 1 and not grid.sequence_parallel
@@ -52,7 +67,10 @@ def checkpoint_function(plan: EnginePlan, grid: ParallelGrid) -> Checkpoint:
 
 
 class _Storage:
-    """Hooks that store a tensor partitioned over the tensor-parallel group, in host memory, or both."""
+    """Hooks that store a tensor partitioned over the tensor-parallel group, in host memory, or both.
+
+    Integers (what masks attention) stay as they are: all blocks share them.
+    """
 
     def __init__(self, grid: ParallelGrid | None, in_cpu: bool) -> None:
         """grid: None: do not partition."""
@@ -60,8 +78,10 @@ class _Storage:
 
     def pack(self, tensor: Tensor) -> tuple[Tensor, torch.Size, torch.device, bool]:
         """The stored part, and what `unpack` needs: shape, device, whether it is partitioned."""
+        if not tensor.is_floating_point():
+            return tensor.detach(), tensor.shape, tensor.device, False
         kept, ranks = tensor.detach(), self.grid.size("tensor") if self.grid else 1
-        partitioned = self.grid is not None and tensor.is_floating_point() and tensor.numel() % ranks == 0
+        partitioned = self.grid is not None and tensor.numel() % ranks == 0
         if partitioned and self.grid is not None:
             kept = kept.reshape(ranks, -1)[self.grid.rank("tensor")].clone()
         if self.in_cpu:

@@ -218,10 +218,10 @@ def context_slice(batch: MicroBatch, grid: ParallelGrid) -> MicroBatch:
     ranks = grid.size("context")
     if ranks == 1:
         return batch
-    (tokens, document_start), (labels, weights) = unpack(batch[0]), batch[1]
+    (tokens, masking), (labels, weights) = unpack(batch[0]), batch[1]
     length = labels.shape[1] // ranks
     part = slice(grid.rank("context") * length, (grid.rank("context") + 1) * length)
-    return pack(tokens[:, part], document_start), (labels[:, part], weights[:, part] * ranks)
+    return pack(tokens[:, part], masking), (labels[:, part], weights[:, part] * ranks)
 
 
 def _import_deepspeed(grid: ParallelGrid) -> Any:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.plan import AttentionKind, ModelPlan
-from megatron.model.attention_backends import Attend
+from megatron.model.attention_backends import Attend, FlexAttention, Visible, block_windows
+from megatron.model.block_mask import block_mask
 from megatron.model.cache import KVCache, Positions
 from megatron.model.init import weight_initialisers
+from megatron.model.layer import NO_MASKING, Masking
 from megatron.model.positions import Rotation, positions_in_documents
 from megatron.model.query_key_norm import query_key_norm
 from megatron.parallel.collectives import exchange
@@ -37,39 +39,51 @@ class Attention(nn.Module):
         self.norm = query_key_norm(model, grid)
         self.dense = RowParallelLinear(width, model.hidden_size, bias, output_init, grid)
         self.attend: Attend = resolve("attention_backend", kind)(model, grid.device)
+        self.by_blocks: tuple[int, int | None] | None = None  # the number and the size of the window
+        if isinstance(self.attend, FlexAttention):
+            self.by_blocks = block_windows(model, grid.device).index(self.attend.window), self.attend.window
         self.index, self.rotation, self.dropout, self.grid = index, rotation, model.attention_dropout, grid
         self.kv_heads = model.num_kv_heads // grid.size("tensor")
         self.queries_per_key = model.num_attention_heads // model.num_kv_heads
         self.head_size = model.head_size
         self.reset_mask, self.reset_positions = model.reset_attention_mask, model.reset_position_ids
 
-    def forward(self, hidden: Tensor, cache: KVCache | None = None, document_start: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, cache: KVCache | None = None, masking: Masking = NO_MASKING) -> Tensor:
         """Attend over `hidden` [b, s, h], the same on every tensor-parallel rank; returns [b, s, h].
 
         With context parallelism `hidden` is this rank's part of the sequence, and each rank computes its part of the
         heads over the whole sequence (Ulysses, https://arxiv.org/abs/2309.14509).
-        document_start: int32 [b, s], the column in which each token's document begins; None: column 0.
+        masking: of the whole sequence.
         One all-reduce forward (in `self.dense`), one backward (in `self.query_key_value`).
         """
-        output: Tensor = self.dense(self.heads(hidden, cache, document_start))
+        output: Tensor = self.dense(self.heads(hidden, cache, masking))
         return output
 
-    def heads(self, hidden: Tensor, cache: KVCache | None = None, document_start: Tensor | None = None) -> Tensor:
+    def heads(self, hidden: Tensor, cache: KVCache | None = None, masking: Masking = NO_MASKING) -> Tensor:
         """The output of this rank's heads before the output projection: [b, s, h] -> [b, s, n*d]."""
-        query, key, value = self._query_key_value(hidden, cache, document_start)
-        positions = None
+        query, key, value = self._query_key_value(hidden, cache, masking.document_start)
+        visible = self._visible(masking, query.shape[1], hidden.device)
         if cache is not None:
             key, value = cache.append(self.index, key, value)
-            positions = cache.visibility()
-        elif document_start is not None and self.reset_mask:
-            columns = torch.arange(query.shape[1], device=hidden.device).unsqueeze(0)
-            positions = Positions(columns, columns, document_start)
+            visible = cache.visibility()
         if not (self.training and self.dropout):
-            mixed = self.attend(query, key, value, positions, 0.0)
+            mixed = self.attend(query, key, value, visible, 0.0)
         else:
             with own_stream(self.grid):
-                mixed = self.attend(query, key, value, positions, self.dropout)
+                mixed = self.attend(query, key, value, visible, self.dropout)
         return exchange(mixed, 1, 2, self.grid.group("context")).flatten(2)
+
+    def _visible(self, masking: Masking, length: int, device: torch.device) -> Visible:
+        """What the queries of whole sequences see."""
+        first = masking.document_start if self.reset_mask else None
+        if self.by_blocks is not None and masking.counts is not None and masking.indices is not None:
+            number, window = self.by_blocks
+            if first is not None or window is not None:  # else no block would be skipped
+                return block_mask(masking.counts[number], masking.indices[number], first, window, length)
+        if first is None:
+            return None
+        columns = torch.arange(length, device=device).unsqueeze(0)
+        return Positions(columns, columns, first)
 
     def _query_key_value(
         self, hidden: Tensor, cache: KVCache | None, document_start: Tensor | None

@@ -7,33 +7,49 @@ A backend is `build(model, device) -> Attend`.
 
 import contextlib
 from collections.abc import Callable
-from typing import Protocol
+from functools import cache, partial
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megatron.config.plan import ModelPlan
 from megatron.model.cache import Positions
-from megatron.model.document_mask import document_blocks
+from megatron.registry import resolve
 
 _SDPA = "torch's scaled_dot_product_attention"
 QUERY_BLOCK, MOST_BLOCKS = 128, 16
 SMALLEST_FLEX_HEAD = 16  # on a GPU
+MOST_SHAPES = (
+    64  # that FlexAttention is compiled for: widths x windows x micro-batch sizes; then it would run uncompiled
+)
 HOPPER = (9, 0)  # the architecture of FlashAttention-3
 _FLASH_TYPES = (torch.float16, torch.bfloat16)
+_KERNELS = {
+    SDPBackend.CUDNN_ATTENTION: "cuDNN",
+    SDPBackend.FLASH_ATTENTION: "flash",
+    SDPBackend.EFFICIENT_ATTENTION: "memory-efficient",
+    SDPBackend.MATH: "plain",
+}
+# cuDNN builds a graph for each number of keys, which changes with each token that is decoded
+kernels_for_decoding = partial(
+    sdpa_kernel, [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+)
+
+# What queries see: all keys up to their own, of which they are the last (None); by position; or by block, where that
+# is how the kernel computes.
+Visible = Positions | BlockMask | None
 
 
 class Attend(Protocol):
     """An attention kernel for one layer."""
 
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions | None, dropout: float
-    ) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible, dropout: float) -> Tensor:
         """Query [b, s, n, d], key and value [b, k, g, d] -> [b, s, n, d].
 
-        positions: None: the queries are the last of the keys and see all keys up to their own.
         dropout: probability of dropping an attention weight.
         """
         ...
@@ -44,33 +60,52 @@ class Attend(Protocol):
 
 
 class ScaledDotProduct:
-    """torch's scaled_dot_product_attention, which chooses a flash, memory-efficient or plain kernel."""
+    """torch's scaled_dot_product_attention, which chooses a cuDNN, flash, memory-efficient or plain kernel."""
 
-    def __init__(self, window: int | None = None, reason: str = "") -> None:
-        """window: keys that a query sees, its own included; None: all before it. reason: for `describe`."""
-        self.window, self.reason = window, reason
+    def __init__(
+        self, window: int | None = None, reason: str = "", kernel: Callable[[torch.dtype], str] | None = None
+    ) -> None:
+        """window: keys that a query sees, its own included; None: all before it.
+
+        For `describe`: the reason, and the kernel that torch chooses for a type.
+        """
+        self.window, self.reason, self.kernel = window, reason, kernel
 
     def describe(self, dtype: torch.dtype) -> str:
         """Say what computes; see `Attend`."""
+        kernel = f" ({self.kernel(dtype)} kernel)" if self.kernel else ""
         window = f" with a window of {self.window} tokens" if self.window else ""
-        return _SDPA + window + (f", because {self.reason}" if self.reason else "")
+        return _SDPA + kernel + window + (f", because {self.reason}" if self.reason else "")
 
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions | None, dropout: float
-    ) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible, dropout: float) -> Tensor:
         """Attend; see `Attend`."""
+        assert not isinstance(visible, BlockMask)
         queries, keys = query.shape[1], key.shape[1]
-        if positions is None and (queries not in (1, keys) or (self.window or keys) < keys):
+        if visible is None and (queries not in (1, keys) or (self.window or keys) < keys):
             columns = torch.arange(keys, device=query.device).unsqueeze(0)
-            positions = Positions(columns[:, keys - queries :], columns)
+            visible = Positions(columns[:, keys - queries :], columns)
+        mask = visible.visible(self.window) if visible else None
+        grouped = query.shape[2] != key.shape[2]
+        if grouped and queries == 1:
+            # the queries that share a key are its queries, so that any kernel can take them
+            query = query.unflatten(2, (key.shape[2], -1)).squeeze(1).transpose(1, 2)
+            return self._mix(query, key, value, mask, False, dropout).transpose(1, 2).flatten(1, 2).unsqueeze(1)
+        if grouped and (mask is not None or (query.is_cuda and query.dtype not in _FLASH_TYPES)):
+            # the memory-efficient kernel takes masks and fp32, but only as many keys as queries (torch 2.11)
+            key, value = (tensor.repeat_interleave(query.shape[2] // key.shape[2], 2) for tensor in (key, value))
+        return self._mix(query, key, value, mask, mask is None and queries > 1, dropout)
+
+    @staticmethod
+    def _mix(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         mixed = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            attn_mask=positions.visible(self.window) if positions else None,
+            query,
+            key,
+            value,
+            attn_mask=mask,
             dropout_p=dropout,
-            is_causal=positions is None and queries > 1,
-            enable_gqa=query.shape[2] != key.shape[2],
+            is_causal=causal,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
         return mixed.transpose(1, 2)
 
@@ -86,14 +121,12 @@ class QueryBlocks(ScaledDotProduct):
         """Say what computes; see `Attend`."""
         return f"{super().describe(dtype)}, compiled: blocks of {QUERY_BLOCK} queries"
 
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions | None, dropout: float
-    ) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible, dropout: float) -> Tensor:
         """Attend; see `Attend`."""
         length = query.shape[1]
         fits = length == key.shape[1] and length % QUERY_BLOCK == 0 and length <= MOST_BLOCKS * QUERY_BLOCK
-        if not (fits and positions is None and not dropout and torch.compiler.is_compiling()):
-            return super().__call__(query, key, value, positions, dropout)
+        if not (fits and visible is None and not dropout and torch.compiler.is_compiling()):
+            return super().__call__(query, key, value, visible, dropout)
         share = query.shape[2] // key.shape[2]
         key, value = (tensor.repeat_interleave(share, 2) if share > 1 else tensor for tensor in (key, value))
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
@@ -131,12 +164,10 @@ class FlashAttention(ScaledDotProduct):
             return f"{_SDPA}, because flash-attn needs fp16 or bf16 and this is {str(dtype).removeprefix('torch.')}"
         return f"flash_attn_func {self.source}"
 
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions | None, dropout: float
-    ) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible, dropout: float) -> Tensor:
         """Attend; see `Attend`."""
-        if positions is not None or query.dtype not in _FLASH_TYPES:
-            return super().__call__(query, key, value, positions, dropout)
+        if visible is not None or query.dtype not in _FLASH_TYPES:
+            return super().__call__(query, key, value, visible, dropout)
         same_bits = torch.are_deterministic_algorithms_enabled()
         return self.function(query, key, value, dropout_p=dropout, causal=True, deterministic=same_bits)
 
@@ -146,12 +177,10 @@ class FlashAttention3(FlashAttention):
 
     source = "of FlashAttention-3"
 
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions | None, dropout: float
-    ) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible, dropout: float) -> Tensor:
         """Attend; see `Attend`."""
-        if positions is not None or query.dtype not in _FLASH_TYPES or dropout:
-            return ScaledDotProduct.__call__(self, query, key, value, positions, dropout)
+        if visible is not None or query.dtype not in _FLASH_TYPES or dropout:
+            return ScaledDotProduct.__call__(self, query, key, value, visible, dropout)
         same_bits = torch.are_deterministic_algorithms_enabled()
         mixed: Tensor | tuple[Tensor, Tensor] = self.function(query, key, value, causal=True, deterministic=same_bits)
         return mixed[0] if isinstance(mixed, tuple) else mixed  # some versions also return the softmax's log-sum-exp
@@ -160,43 +189,47 @@ class FlashAttention3(FlashAttention):
 class FlexAttention(ScaledDotProduct):
     """torch's FlexAttention (https://arxiv.org/abs/2412.05496) within documents or a window.
 
-    It skips blocks that no query sees and needs no s x s mask. Everything else uses scaled_dot_product_attention.
+    It skips blocks that no query sees and needs no s x s mask. Without a block mask (in decoding, or where it would
+    skip nothing) scaled_dot_product_attention computes.
     """
 
     def __init__(self, window: int | None = None, compiled: bool = True) -> None:
         """window: keys that a query sees, its own included. compiled: False computes all s x s scores, for tests."""
         super().__init__(window)
-        self.function = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+        self.function: Any = _compiled_flex_attention() if compiled else flex_attention
 
     def describe(self, dtype: torch.dtype) -> str:
         """Say what computes; see `Attend`."""
         return f"torch's FlexAttention{f' with a window of {self.window} tokens' if self.window else ''}"
 
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions | None, dropout: float
-    ) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible, dropout: float) -> Tensor:
         """Attend; see `Attend`. Dropout is not supported."""
-        first = self._first_seen(query, key, positions)
-        if first is None:
-            return super().__call__(query, key, value, positions, dropout)
+        if not isinstance(visible, BlockMask):
+            return super().__call__(query, key, value, visible, dropout)
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        blocks = document_blocks(first, self.window)
-        mixed: Tensor = self.function(query, key, value, block_mask=blocks, enable_gqa=query.shape[1] != key.shape[1])
+        mixed: Tensor = self.function(query, key, value, block_mask=visible, enable_gqa=query.shape[1] != key.shape[1])
         return mixed.transpose(1, 2)
 
-    def _first_seen(self, query: Tensor, key: Tensor, positions: Positions | None) -> Tensor | None:
-        """The first key that each query sees, ignoring the window, [b, s]; None: this kernel would skip nothing."""
-        if positions is not None:
-            return positions.first
-        # each length of a prompt would compile again; training has one length
-        if self.window is None or not torch.is_grad_enabled() or key.shape[1] <= self.window:
-            return None
-        return torch.zeros(query.shape[:2], dtype=torch.int32, device=query.device)
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Any]:
+    """One function for all layers, compiled for each shape and window."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
+    # wrapped, so that selective recomputation sees it as one operation, whose results it can store
+    options: Any = {"wrap_inductor_compiled_regions": True}
+    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False, options=options)
+    return compiled
+
+
+def block_windows(model: ModelPlan, device: torch.device) -> tuple[int | None, ...]:
+    """The windows of the model's layers that attend by blocks; None: all earlier tokens."""
+    kernels = [resolve("attention_backend", kind)(model, device) for kind in dict.fromkeys(model.attention_kinds)]
+    return tuple(dict.fromkeys(kernel.window for kernel in kernels if isinstance(kernel, FlexAttention)))
 
 
 def global_attention(model: ModelPlan, device: torch.device) -> Attend:
     """Attention to all earlier tokens, by torch."""
-    return _by_blocks(model, device) or (QueryBlocks() if device.type == "cpu" else ScaledDotProduct())
+    return _by_blocks(model, device) or _by_torch(model, device)
 
 
 def local_attention(model: ModelPlan, device: torch.device) -> Attend:
@@ -205,25 +238,53 @@ def local_attention(model: ModelPlan, device: torch.device) -> Attend:
 
 
 def flash_attention(model: ModelPlan, device: torch.device) -> Attend:
-    """Attention to all earlier tokens, by the package flash-attn if it can run, otherwise by torch."""
+    """Attention to all earlier tokens, by the fastest kernel for the GPU.
+
+    On Hopper FlashAttention-3 if it is installed, else torch's cuDNN kernel if it can run (about twice as fast as
+    flash-attn 2, https://github.com/pytorch/pytorch/issues/142132); elsewhere the package flash-attn; else torch's.
+    """
     if (attend := _by_blocks(model, device)) is not None:
         return attend
     if device.type != "cuda":
-        return QueryBlocks(reason=f"flash-attn needs a GPU and this is the {device.type.upper()}")
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return ScaledDotProduct(reason=f"flash-attn needs Ampere or newer, not {torch.cuda.get_device_name(device)}")
+        return _by_torch(model, device, f"flash-attn needs a GPU and this is the {device.type.upper()}")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return _by_torch(model, device, f"flash-attn needs Ampere or newer, not {torch.cuda.get_device_name(device)}")
     if model.head_size > 256:
-        return ScaledDotProduct(reason=f"flash-attn takes heads of at most 256 and these are {model.head_size}")
-    if torch.cuda.get_device_capability(device) == HOPPER and not model.attention_dropout:
+        return _by_torch(model, device, f"flash-attn takes heads of at most 256 and these are {model.head_size}")
+    if capability == HOPPER and not model.attention_dropout:
         with contextlib.suppress(ImportError):
             from flash_attn_interface import flash_attn_func as flash_attn_3_func
 
             return FlashAttention3(flash_attn_3_func)
+    if torch_kernel(model, device, torch.bfloat16) == SDPBackend.CUDNN_ATTENTION:
+        return _by_torch(model, device, "cuDNN is faster than flash-attn 2 on this GPU")
     try:
         from flash_attn import flash_attn_func
     except ImportError as error:  # not installed, or built for another torch
-        return ScaledDotProduct(reason=f"flash-attn cannot be imported: {error}")
+        return _by_torch(model, device, f"flash-attn cannot be imported: {error}")
     return FlashAttention(flash_attn_func)
+
+
+def _by_torch(model: ModelPlan, device: torch.device, reason: str = "") -> ScaledDotProduct:
+    """Attention to all earlier tokens by torch."""
+    if device.type != "cuda":
+        return QueryBlocks(reason=reason)
+    return ScaledDotProduct(reason=reason, kernel=lambda dtype: _KERNELS[torch_kernel(model, device, dtype)])
+
+
+def torch_kernel(model: ModelPlan, device: torch.device, dtype: torch.dtype) -> SDPBackend:
+    """The kernel that torch itself chooses to train with causal attention: it knows its own limits.
+
+    cuDNN's are, in torch 2.11 to 2.13: Hopper or Blackwell, cuDNN 9.15.1, heads of at most 128 and a multiple of 8,
+    dropout in sixteenths, and no deterministic algorithms.
+    """
+    query, key = (
+        torch.empty(1, count, QUERY_BLOCK, model.head_size, dtype=dtype, device=device, requires_grad=True)
+        for count in (model.num_attention_heads, model.num_kv_heads)
+    )
+    grouped = model.num_attention_heads != model.num_kv_heads
+    return SDPBackend(torch._fused_sdp_choice(query, key, key, None, model.attention_dropout, True, enable_gqa=grouped))
 
 
 def _by_blocks(model: ModelPlan, device: torch.device, window: int | None = None) -> Attend | None:

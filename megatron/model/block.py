@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megatron.config.plan import ModelPlan
 from megatron.model.attention import Attention
 from megatron.model.cache import KVCache
-from megatron.model.layer import LayerInput, pack, unpack
+from megatron.model.layer import LayerInput, Masking, pack, unpack
 from megatron.model.mlp import MLP
 from megatron.model.positions import Rotation
 from megatron.parallel.grid import ParallelGrid
@@ -50,25 +50,25 @@ class TransformerBlock(nn.Module):
         self.dropout, self.grid = model.hidden_dropout, grid
 
     def forward(self, inputs: LayerInput, cache: KVCache | None = None) -> LayerInput:
-        """[b, s, h] -> [b, s, h], the same on every tensor-parallel rank; document starts are forwarded.
+        """[b, s, h] -> [b, s, h], the same on every tensor-parallel rank; `Masking` is forwarded.
 
         With sequence parallelism the hidden states are this rank's part of the sequence, [b, s/tp, h].
         """
-        hidden, document_start = unpack(inputs)
+        hidden, masking = unpack(inputs)
         if self.parallel:
-            hidden = hidden + self._drop(self._both_branches(hidden, cache, document_start))
+            hidden = hidden + self._drop(self._both_branches(hidden, cache, masking))
         elif self.norms_on_outputs:
-            hidden = hidden + self._drop(self.post_attention_norm(self.attention(hidden, cache, document_start)))
+            hidden = hidden + self._drop(self.post_attention_norm(self.attention(hidden, cache, masking)))
             hidden = hidden + self._drop(self.post_mlp_norm(self.mlp(hidden)))
         else:
-            hidden = hidden + self._drop(self.attention(self.input_norm(hidden), cache, document_start))
+            hidden = hidden + self._drop(self.attention(self.input_norm(hidden), cache, masking))
             hidden = hidden + self._drop(self.mlp(self.post_attention_norm(hidden)))
-        return pack(hidden, document_start)
+        return pack(hidden, masking)
 
-    def _both_branches(self, hidden: Tensor, cache: KVCache | None, document_start: Tensor | None) -> Tensor:
+    def _both_branches(self, hidden: Tensor, cache: KVCache | None, masking: Masking) -> Tensor:
         """The sum of attention and feed-forward layer, both of `hidden`."""
         normed = self.input_norm(hidden)
-        heads = self.attention.heads(normed, cache, document_start)
+        heads = self.attention.heads(normed, cache, masking)
         wide = self.mlp.wide(normed if self.one_norm else self.post_attention_norm(hidden))
         return row_parallel_sum((self.attention.dense, heads), (self.mlp.down, wide))
 

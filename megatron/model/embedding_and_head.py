@@ -3,12 +3,15 @@
 Shapes: b micro-batch, s sequence, h hidden, v vocabulary in memory, tp tensor-parallel ranks.
 """
 
+import torch
 from torch import Tensor, nn
 
 from megatron.config.plan import ModelPlan
+from megatron.model.attention_backends import block_windows
+from megatron.model.block_mask import block_lists
 from megatron.model.cache import KVCache
 from megatron.model.init import weight_initialisers
-from megatron.model.layer import LayerInput, pack, unpack
+from megatron.model.layer import LayerInput, Masking, pack, unpack
 from megatron.model.positions import PositionEmbedding, positions_in_documents
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.layers import VocabParallelEmbedding
@@ -25,16 +28,17 @@ class Embedding(VocabParallelEmbedding):
         super().__init__(model.vocab_size, model.padded_vocab_size, model.hidden_size, init, grid)
         self.positions = kind.at_embedding(model, grid) if kind and kind.at_embedding else None
         self.dropout, self.max_positions = model.hidden_dropout, model.max_position_embeddings
-        self.reset_positions = model.reset_position_ids
+        self.reset_mask, self.reset_positions = model.reset_attention_mask, model.reset_position_ids
+        self.block_windows = block_windows(model, grid.device)
 
     def forward(self, inputs: LayerInput, cache: KVCache | None = None) -> LayerInput:  # type: ignore[override]
         """Token ids [b, s] int64 -> [b, s, h]. With a cache the tokens are its next step.
 
         With context parallelism the tokens are this rank's part, [b, s/cp]; with sequence parallelism the result is
-        its part of those, [b, s/cp/tp, h]. Document starts stay unsharded.
+        its part of those, [b, s/cp/tp, h]. `Masking` stays unsharded.
         Raises ValueError for more tokens, padding included, than max_position_embeddings.
         """
-        tokens, document_start = unpack(inputs)
+        tokens, masking = unpack(inputs)
         if cache is not None:
             cache.begin_step(tokens.shape[1])
         length = tokens.shape[1] * self.grid.size("context") if cache is None else cache.length
@@ -43,10 +47,23 @@ class Embedding(VocabParallelEmbedding):
         hidden = super().forward(tokens)
         if self.positions is not None:
             positions = None if cache is None else cache.positions
-            if document_start is not None and self.reset_positions:
-                positions = positions_in_documents(document_start)[:, self.grid.own_tokens(hidden.shape[1])]
+            if masking.document_start is not None and self.reset_positions:
+                positions = positions_in_documents(masking.document_start)[:, self.grid.own_tokens(hidden.shape[1])]
             hidden = self.positions(hidden, positions)
-        return pack(dropout(hidden, self.dropout, self.training, self.grid), document_start)
+        if cache is None:
+            masking = self._with_blocks(masking, length, tokens.device)
+        return pack(dropout(hidden, self.dropout, self.training, self.grid), masking)
+
+    def _with_blocks(self, masking: Masking, length: int, device: torch.device) -> Masking:
+        """Add the lists of blocks, if a layer attends by blocks and would skip any; see `block_mask.py`."""
+        first = masking.document_start if self.reset_mask else None
+        if first is None and all(window is None or window >= length for window in self.block_windows):
+            return masking
+        if not self.block_windows:
+            return masking
+        if first is None:
+            first = torch.zeros(1, length, dtype=torch.int32, device=device)
+        return Masking(masking.document_start, *block_lists(first, self.block_windows))
 
 
 def embedding_logits(embedding: nn.Module, inputs: LayerInput, cache: KVCache | None = None) -> Tensor:
@@ -75,6 +92,6 @@ class FinalNorm(nn.Module):
         self.final_norm: nn.Module = resolve("norm", model.norm)(model.hidden_size, model.norm_epsilon, grid)
 
     def forward(self, inputs: LayerInput, cache: KVCache | None = None) -> LayerInput:
-        """[b, s, h] -> [b, s, h]; document starts are forwarded, as a pipeline sends one form between stages."""
-        hidden, document_start = unpack(inputs)
-        return pack(self.final_norm(hidden), document_start)
+        """[b, s, h] -> [b, s, h]; `Masking` is forwarded, as a pipeline sends one form between stages."""
+        hidden, masking = unpack(inputs)
+        return pack(self.final_norm(hidden), masking)

@@ -5,22 +5,42 @@ Shapes: b micro-batch, s sequence, h hidden.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-# What layers pass on: hidden states [b, s, h] (token ids [b, s] int64 before the first layer, logits after the last).
-# Where documents are kept apart, also the column in which each token's document begins, int32 [b, s].
-LayerInput = Tensor | tuple[Tensor, Tensor]
+# What layers pass on: hidden states [b, s, h] (token ids [b, s] int64 before the first layer, logits after the last),
+# and the tensors of `Masking` that there are. A pipeline sends tensors only.
+LayerInput = Tensor | tuple[Tensor, ...]
 
 
-def unpack(inputs: LayerInput) -> tuple[Tensor, Tensor | None]:
-    """The hidden states, and the document starts or None."""
-    return inputs if isinstance(inputs, tuple) else (inputs, None)
+class Masking(NamedTuple):
+    """What the blocks need to know of a micro-batch to mask attention; the same tensors for all of them.
+
+    w attention windows of the model that are computed by blocks, c blocks in a sequence; see `block_mask.py`.
+    """
+
+    document_start: Tensor | None = None  # int32 [b, s], the column in which each token's document begins; None: 0
+    counts: Tensor | None = None  # int32 [w, 4, b or 1, 1, c]
+    indices: Tensor | None = None  # int32 [w, 4, b or 1, 1, c, c]
 
 
-def pack(hidden: Tensor, document_start: Tensor | None) -> LayerInput:
+NO_MASKING = Masking()
+
+
+def unpack(inputs: LayerInput) -> tuple[Tensor, Masking]:
+    """The hidden states, and what masks attention."""
+    if isinstance(inputs, Tensor):
+        return inputs, NO_MASKING
+    hidden, *tensors = inputs
+    by_blocks = len(tensors) > 1
+    return hidden, Masking(tensors[0] if len(tensors) != 2 else None, *(tensors[-2:] if by_blocks else ()))
+
+
+def pack(hidden: Tensor, masking: Masking) -> LayerInput:
     """The inverse of `unpack`."""
-    return hidden if document_start is None else (hidden, document_start)
+    tensors = [tensor for tensor in masking if tensor is not None]
+    return (hidden, *tensors) if tensors else hidden
 
 
 @dataclass(frozen=True)

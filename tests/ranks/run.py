@@ -66,11 +66,12 @@ def can_run(world: int) -> bool:
 
 
 @contextmanager
-def one_rank() -> Iterator[ParallelGrid]:
+def one_rank(device: str = "cpu") -> Iterator[ParallelGrid]:
     """A grid of this process alone, for tests that need no second rank."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield ParallelGrid.create()
+        yield ParallelGrid.create(device=device)
     finally:
         dist.destroy_process_group()
 

@@ -20,7 +20,7 @@ from megatron.model.gpt import gpt_layers, make_loss
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.initial_values import initialise
 from megatron.training.batch import BatchBuilder
-from tests import tiny
+from tests import flex, tiny
 from tests.models import random_tensor
 from tests.ranks.run import one_rank, run_ranks
 
@@ -31,6 +31,7 @@ MODELS = {
     "rotary": {},
     "learned": {"position_embedding": "learned", "tied_embeddings": True},
     "local": {"attention_kinds": ("local", "global") * 2, "sliding_window": 3, "num_kv_heads": 2},
+    "by blocks": {"attention_kinds": ("flex", "local_flex") * 2, "sliding_window": 3, "num_kv_heads": 2},
     "parallel": {"parallel_residual": True, "position_embedding": "none"},
 }
 
@@ -80,7 +81,8 @@ def packed(model: dict, layout: dict) -> tuple[float, float, list[tuple[torch.nn
 
 
 def compare(model: dict, layout: dict, loss: float, gradients: dict[str, Tensor]) -> None:
-    trained, evaluated, found = packed(model | APART, layout)
+    with flex.registered():
+        trained, evaluated, found = packed(model | APART, layout)
     assert abs(trained - loss) < TOLERANCE and abs(evaluated - loss) < TOLERANCE
     tensor = layout.get("tensor", 1)
     for parameter, gradient in found:
@@ -104,7 +106,7 @@ LAYOUTS = [
 
 
 def check(model: dict, layout: dict) -> None:
-    with one_rank() as grid:
+    with one_rank() as grid, flex.registered():
         loss, gradients = alone(replace(tiny.MODEL, **model), grid)
     run_ranks(tiny.ranks_of(layout), compare, model, layout, loss, gradients, timeout=180)
 

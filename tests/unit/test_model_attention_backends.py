@@ -1,14 +1,32 @@
 """Every kernel of attention against a softmax written out in fp64, and what the start-up line says."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron.engine.modules import Sequential
+from megatron.model import attention_backends
 from megatron.model.attention import describe_attention
-from megatron.model.attention_backends import FlashAttention, FlashAttention3, flash_attention
+from megatron.model.attention_backends import (
+    HOPPER,
+    FlashAttention,
+    FlashAttention3,
+    ScaledDotProduct,
+    flash_attention,
+    torch_kernel,
+)
 from megatron.model.cache import Positions
+from megatron.model.gpt import gpt_layers
+from megatron.model.positions import document_starts
 from megatron.registry import names, resolve
-from tests.models import small
+from tests.models import random_tokens, small
+from tests.ranks.run import one_rank
+from tests.trained import one_rank_model
 
 CPU = torch.device("cpu")
 WINDOW = 4
@@ -29,8 +47,8 @@ def order(queries: int, keys: int, window: int | None) -> Tensor:
     return (other <= place) & (other > place - (window or keys))
 
 
-def heads(batch: int, length: int, count: int, seed: int) -> Tensor:
-    return torch.randn(batch, length, count, 8, generator=torch.Generator().manual_seed(seed))
+def heads(batch: int, length: int, count: int, seed: int, size: int = 8) -> Tensor:
+    return torch.randn(batch, length, count, size, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("kv_heads", [6, 3, 1])
@@ -96,16 +114,124 @@ def test_flash_attention_3_is_called_as_its_interface_says_and_without_dropout(w
     assert flash.describe(torch.bfloat16) == "flash_attn_func of FlashAttention-3"
 
 
+@pytest.mark.parametrize("queries", [1, 4, 9])
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_kernel_gets_fewer_keys_than_queries_together_with_a_mask(monkeypatch, masked, queries):
+    compute, calls = F.scaled_dot_product_attention, []
+
+    def noted(query, key, value, attn_mask, enable_gqa, **options):
+        calls.append((attn_mask is not None, enable_gqa))
+        return compute(query, key, value, attn_mask=attn_mask, enable_gqa=enable_gqa, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    query, key, value = heads(2, queries, 6, 0), heads(2, 9, 2, 1), heads(2, 9, 2, 2)
+    places = torch.arange(9)[None]
+    ScaledDotProduct()(query, key, value, Positions(places[:, 9 - queries :], places) if masked else None, 0.0)
+    assert calls == [(masked or queries == 4, not masked and queries == 9)]
+
+
+def test_one_query_sees_all_keys_also_where_as_many_heads_share_a_key_as_there_are_keys():
+    query, key, value = heads(2, 1, 6, 0), heads(2, 3, 2, 1), heads(2, 3, 2, 2)
+    expected = written_out(query, key, value, order(1, 3, None)).float()
+    torch.testing.assert_close(ScaledDotProduct()(query, key, value, None, 0.0), expected)
+
+
+def test_decoding_leaves_cudnn_out_and_everything_else_does_not():
+    enabled = []
+    with one_rank_model() as model:
+        block = model.engine.module.layers[1]
+        block.register_forward_pre_hook(lambda *_: enabled.append(torch.backends.cuda.cudnn_sdp_enabled()))
+        model.hidden(torch.arange(5)[None], model.new_cache([0], 8))
+        model.hidden(torch.arange(5)[None])
+    assert enabled == [False, True] and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_torch_says_which_kernel_it_chooses():
+    assert torch_kernel(small(num_kv_heads=2), CPU, torch.bfloat16) == SDPBackend.FLASH_ATTENTION
+
+
+@pytest.mark.parametrize(
+    ("capability", "chosen", "installed", "found"),
+    [
+        ((9, 0), "CUDNN", ["flash_attn"], "(cuDNN kernel), because cuDNN is faster than flash-attn 2"),
+        ((9, 0), "CUDNN", ["flash_attn", "flash_attn_interface"], "of FlashAttention-3"),
+        # deterministic algorithms, heads of more than 128, an old cuDNN: torch knows
+        ((9, 0), "FLASH", ["flash_attn"], "of the package flash-attn"),
+        ((9, 0), "FLASH", [], "(flash kernel), because flash-attn cannot be imported"),
+        ((8, 0), "FLASH", ["flash_attn", "flash_attn_interface"], "of the package flash-attn"),
+        ((10, 0), "CUDNN", ["flash_attn"], "(cuDNN kernel), because cuDNN is faster than flash-attn 2"),
+        ((7, 5), "EFFICIENT", ["flash_attn"], "(memory-efficient kernel), because flash-attn needs Ampere"),
+    ],
+    ids=["hopper", "hopper-fa3", "hopper-no-cudnn", "hopper-nothing", "ampere", "blackwell", "turing"],
+)
+def test_flash_is_the_fastest_kernel_for_the_gpu(monkeypatch, capability, chosen, installed, found):
+    kernel = getattr(SDPBackend, f"{chosen}_ATTENTION")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(attention_backends, "torch_kernel", lambda model, device, dtype: kernel)
+    for name in ("flash_attn", "flash_attn_interface"):
+        package = SimpleNamespace(flash_attn_func=flash_attn_func) if name in installed else None
+        monkeypatch.setitem(sys.modules, name, package)
+    assert found in flash_attention(small(), torch.device("cuda")).describe(torch.bfloat16)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+STEPS = {
+    "plain": {},
+    "grouped queries": {"num_kv_heads": 2},
+    "grouped queries, documents": {"num_kv_heads": 2, "reset_attention_mask": True, "reset_position_ids": True},
+    "window": {"attention_kinds": ("local", "global") * 2, "sliding_window": 130},
+    "flash": {"attention_kinds": ("flash",) * 4},
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+@pytest.mark.parametrize("name", STEPS)
+def test_no_step_of_training_computes_plain_attention(name, device):
+    sizes = {"hidden_size": 256, "head_size": 64, "num_layers": 4, "attention_kinds": ("global",) * 4}
+    model = small(**sizes | STEPS[name], max_position_embeddings=256)
+    with one_rank(device) as grid:
+        module = Sequential(gpt_layers(model, grid, seed=1)).to(grid.device, torch.bfloat16)
+        tokens = random_tokens(model, 2, 256).to(grid.device)
+        inputs = (tokens, document_starts(tokens, 7)) if model.reset_attention_mask else tokens
+        with torch.profiler.profile(acc_events=True) as profile:
+            module(inputs).float().logsumexp(-1).mean().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert not {"aten::_scaled_dot_product_attention_math", "aten::_softmax", "aten::_safe_softmax"} & names
+    assert device == "cuda" or "aten::_scaled_dot_product_flash_attention_for_cpu" in names
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_package_flash_attn_agrees_on_a_gpu():
-    pytest.importorskip("flash_attn", reason="flash-attn is not installed")
+@needs_gpu
+@pytest.mark.parametrize("kernel", [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION], ids=["flash", "cudnn"])
+@pytest.mark.parametrize(("queries", "keys"), [(256, 256), (300, 300), (1, 300)])
+def test_the_kernels_of_a_gpu_agree_with_fp64_gradients_too(kernel, queries, keys):
+    shapes = ((queries, 8, 0), (keys, 2, 1), (keys, 2, 2))
+    inputs = [heads(2, length, count, seed, size=64).bfloat16() for length, count, seed in shapes]
+    exact = [tensor.double().requires_grad_() for tensor in inputs]
+    expected = written_out(*exact, order(queries, keys, None))
+    slopes = torch.autograd.grad(expected.square().sum(), exact)
+    on_gpu = [tensor.cuda().requires_grad_() for tensor in inputs]
+    with sdpa_kernel(kernel):  # raises where torch would not run it
+        found = ScaledDotProduct()(*on_gpu, None, 0.0)
+        found_slopes = torch.autograd.grad(found.float().square().sum(), on_gpu)
+    # bf16 keeps 8 bits: results are averages of values around one, gradients sums of such products
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=0.02, atol=0.02)
+    for slope, wanted in zip(found_slopes, slopes, strict=True):
+        assert (slope.cpu().double() - wanted).norm() <= 0.02 * wanted.norm()
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_the_kernel_for_flash_agrees_on_a_gpu():
     cuda = torch.device("cuda")
-    flash = flash_attention(small(), cuda)
-    assert isinstance(flash, FlashAttention)
-    query, key, value = (heads(2, 9, count, 0).bfloat16().to(cuda) for count in (6, 2, 2))
-    expected = written_out(query, key, value, order(9, 9, None).to(cuda)).bfloat16()
-    torch.testing.assert_close(flash(query, key, value, None, 0.0), expected, rtol=0.02, atol=0.02)
+    flash = flash_attention(small(head_size=64), cuda)
+    if torch.cuda.get_device_capability() == HOPPER:
+        assert "flash-attn" not in flash.describe(torch.bfloat16).split(", because")[0], "FlashAttention-3 or cuDNN"
+    query, key, value = (heads(2, 9, count, 0, size=64).bfloat16() for count in (6, 2, 2))
+    expected = written_out(query, key, value, order(9, 9, None)).bfloat16()
+    found = flash(query.to(cuda), key.to(cuda), value.to(cuda), None, 0.0)
+    torch.testing.assert_close(found.cpu(), expected, rtol=0.02, atol=0.02)
 
 
 def test_the_start_up_line_names_the_kernel_and_the_reason():

@@ -13,8 +13,8 @@ from megatron.model.attention_backends import (
     global_attention,
     local_attention,
 )
+from megatron.model.block_mask import BLOCK, block_lists, block_mask
 from megatron.model.cache import Positions
-from megatron.model.document_mask import BLOCK, document_blocks
 from megatron.model.positions import document_starts, positions_in_documents
 from tests.models import small
 from tests.unit.test_model_attention_backends import CPU, WINDOW, heads, written_out
@@ -42,6 +42,11 @@ def within(first):
     return Positions(places, places, first)
 
 
+def blocks_within(first, window):
+    [counts], [indices] = block_lists(first, [window])
+    return block_mask(counts, indices, first, window, first.shape[1])
+
+
 @pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("length", [40, 128, 300, 512])
 def test_within_documents_a_query_sees_the_tokens_of_its_document_up_to_itself(length, window):
@@ -53,21 +58,18 @@ def test_within_documents_a_query_sees_the_tokens_of_its_document_up_to_itself(l
         seen = seen & (places[None, None, :] > places[None, :, None] - window)
     expected = written_out(query, key, value, seen[:, None]).float()
     torch.testing.assert_close(ScaledDotProduct(window)(query, key, value, within(first), 0.0), expected)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            FlexAttention(window, compiled=False)(query, key, value, within(first), 0.0), expected
-        )
+    found = FlexAttention(window, compiled=False)(query, key, value, blocks_within(first, window), 0.0)
+    torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("window", [1, 70, 300])
+@pytest.mark.parametrize("window", [1, 70, 299])
 def test_within_a_window_a_query_sees_the_last_tokens_by_blocks_too(window):
     query, key, value = (heads(2, 300, count, seed) for count, seed in ((4, 0), (2, 1), (2, 2)))
-    attend = FlexAttention(window, compiled=False)
-    found = attend(query, key, value, None, 0.0)
+    [counts], [indices] = block_lists(torch.zeros(1, 300, dtype=torch.int32), [window])  # one for all of the batch
+    found = FlexAttention(window, compiled=False)(
+        query, key, value, block_mask(counts, indices, None, window, 300), 0.0
+    )
     torch.testing.assert_close(found, ScaledDotProduct(window)(query, key, value, None, 0.0))
-    assert (attend._first_seen(query, key, None) is None) == (window == 300), "all of it is seen: nothing to spare"
-    with torch.no_grad():
-        assert attend._first_seen(query, key, None) is None, "each length of a prompt would be compiled for itself"
 
 
 @settings(deadline=None, max_examples=30)
@@ -75,7 +77,7 @@ def test_within_a_window_a_query_sees_the_last_tokens_by_blocks_too(window):
 @example(length=641, seed=76, window=None)  # one query in the last block, which does not see the first ones
 def test_the_mask_by_blocks_is_the_one_that_torch_makes_of_all_pairs(length, seed, window):
     first = documents(length, seed)
-    blocks = document_blocks(first, window)
+    blocks = blocks_within(first, window)
     dense = create_block_mask(blocks.mask_mod, 2, None, length, length, device="cpu", BLOCK_SIZE=BLOCK)
     for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
         assert torch.equal(getattr(blocks, name), getattr(dense, name)), name
@@ -107,12 +109,13 @@ def test_a_window_takes_no_dense_mask_on_a_gpu():
 @pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("length", [256, 300])
 def test_attention_within_documents_agrees_on_a_gpu_gradients_too(length, window):
-    positions = within(documents(length, 0).cuda())
+    first = documents(length, 0).cuda()
     inputs = [
         heads(2, length, count, seed).repeat(1, 1, 1, 4).cuda().requires_grad_()
         for count, seed in ((4, 0), (2, 1), (2, 2))
     ]
-    wanted, found = (attend(*inputs, positions, 0.0) for attend in (ScaledDotProduct(window), FlexAttention(window)))
+    wanted = ScaledDotProduct(window)(*inputs, within(first), 0.0)
+    found = FlexAttention(window)(*inputs, blocks_within(first, window), 0.0)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
     slopes = [torch.autograd.grad(output.square().sum(), inputs) for output in (wanted, found)]
     torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-2, atol=1e-2)

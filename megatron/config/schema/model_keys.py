@@ -161,7 +161,8 @@ class ModelKeys(Group):
 
     attention_config: AttentionConfig = None
     """Attention of each layer, as [[kinds, repetitions], ...]: [[["global", "local"], 6]] is 12 alternating layers;
-    "all" repeats over all layers. Kinds: global (torch's SDPA), flash (the package flash-attn), local (sliding window).
+    "all" repeats over all layers. Kinds: global (torch's SDPA), flash (the fastest kernel for the GPU: FlashAttention-3
+    on Hopper if installed, else cuDNN's in torch's SDPA; the package flash-attn elsewhere), local (sliding window).
     Unset: all global."""
 
     sliding_window_width: PositiveInt | None = None
