@@ -192,12 +192,11 @@ def schedule_of(config: Config) -> SchedulePlan:
 def _compiles(config: Config, model: ModelPlan, layout: Layout, batch: BatchPlan) -> bool:
     if config.engine.compile is not None:
         return config.engine.compile
-    if config.engine.checkpoint_activations and config.engine.recompute_granularity == "selective":
-        return False  # it selects operations, and a compiled block has none
+    keys = config.engine
+    if keys.recompute_granularity == "selective" and (keys.partition_activations or keys.checkpoint_in_cpu):
+        return False
     flops = common_flops(model, batch.sequence_length) * batch.micro_size * batch.sequence_length
-    # collectives in a block break its graph and leave little to fuse
-    whole = layout.tensor == layout.context == 1 and config.engine.zero_optimization.stage < 3
-    return whole and flops / layout.pipe >= WORTH_COMPILING
+    return flops / (layout.pipe * layout.tensor * layout.context) >= WORTH_COMPILING
 
 
 def _engine(config: Config, layout: Layout, batch: BatchPlan, compile: bool) -> EnginePlan:

@@ -45,13 +45,20 @@ def _policy(_: SelectiveCheckpointContext, operation: Any, *__: Any, **___: Any)
     return CheckpointPolicy.MUST_SAVE if operation.name() in _STORED else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def _policy_of_compiled_code(
+    context: SelectiveCheckpointContext, operation: Any, *_: Any, **__: Any
+) -> CheckpointPolicy:
+    """Store random numbers too: compiled code does not restore the generators when it recomputes."""
+    random = torch.Tag.nondeterministic_seeded in getattr(operation, "tags", ())
+    return CheckpointPolicy.MUST_SAVE if random else _policy(context, operation)
+
+
 def checkpoint_function(plan: EnginePlan, grid: ParallelGrid) -> Checkpoint:
     """The function that runs a group of recomputed blocks as `plan` requires."""
     run = recompute_all
     if plan.recompute_selective:
-        run = partial(
-            checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, _policy)
-        )
+        policy = _policy_of_compiled_code if plan.compile else _policy
+        run = partial(checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, policy))
     # with sequence parallelism the inputs are partitioned already
     partitioned = plan.partition_activations and grid.size("tensor") > 1 and not grid.sequence_parallel
     if not (partitioned or plan.checkpoint_in_cpu):

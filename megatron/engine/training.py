@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megatron.config.plan import EnginePlan, Plan
 from megatron.engine.clipping import GradientNorm, clip_and_skip
-from megatron.engine.compiling import compiled, compiled_blocks
+from megatron.engine.compiling import compiled, compiled_blocks, gather_whole_blocks
 from megatron.engine.deepspeed_internals import (
     disable_gradient_averaging,
     keep_loss_on_the_device,
@@ -82,12 +82,14 @@ class TrainingEngine:
         and replicas is the mean over the tokens.
         """
         deepspeed = _import_deepspeed(grid)
+        recompute, checkpoint = plan.engine.recompute_layers, checkpoint_function(plan.engine, grid)
         if plan.engine.compile:
-            layers, loss = compiled_blocks(layers), compiled(loss)
+            within = checkpoint if recompute and plan.engine.recompute_selective else None
+            layers, loss = compiled_blocks(layers, within), compiled(loss)
+            recompute = 0 if within else recompute
         self._grid, self._loss, self._seed = grid, loss, plan.engine.seed
         self._accumulation = plan.batch.accumulation_steps
         self._pipelined = plan.layout.pipe > 1
-        recompute, checkpoint = plan.engine.recompute_layers, checkpoint_function(plan.engine, grid)
         settings, unit = deepspeed_settings(plan), ModelParallelUnit(grid)
 
         def prepare(module: nn.Module) -> None:
@@ -103,6 +105,8 @@ class TrainingEngine:
                 if self._pipelined
                 else Sequential(layers, recompute, checkpoint, prepare).to(grid.device)
             )
+            if plan.engine.compile and plan.engine.zero_stage == 3:
+                gather_whole_blocks(deepspeed, module, layers)
             masters = _masters(module, plan.engine)
             traits = traits_of(plan.optimizer)
             optimizer = build_optimizer(masters.masters if masters else module.parameters(), plan.optimizer)

@@ -2,6 +2,7 @@
 
 Shapes: b micro-batch, s sequence, p ranks of the group.
 In a group of one rank each function returns its input.
+The collectives are torch's functional ones, which torch.compile records in its graph and can fuse with matrix products.
 """
 
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+_functional = torch.ops._c10d_functional
 
 
 def copy_to_group(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -60,17 +63,21 @@ def exchange(tensor: Tensor, split: int, join: int, group: dist.ProcessGroup) ->
 def all_gather_sequence(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[b, s/p, ...] of each rank -> [b, s, ...] on every rank. Not differentiable."""
     ranks = dist.get_world_size(group)
-    parts = part.new_empty((ranks, *part.shape))
-    dist.all_gather_into_tensor(parts.flatten(0, 1), part.contiguous(), group=group)
-    return parts.transpose(0, 1).flatten(1, 2)
+    parts = _finished(_functional.all_gather_into_tensor(part.contiguous(), ranks, group.group_name))
+    return torch.cat(parts.chunk(ranks), dim=1)  # as torch's fusion of gather and matrix product expects it
 
 
 def reduce_scatter_sequence(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Each rank's summand [b, s, ...] -> this rank's part of the sum, [b, s/p, ...]. Not differentiable."""
-    parts = whole.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1).contiguous()
-    mine = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(mine, parts.flatten(0, 1), group=group)
-    return mine
+    ranks = dist.get_world_size(group)
+    parts = torch.cat(whole.chunk(ranks, dim=1))  # as torch's fusion of matrix product and scatter expects it
+    return _finished(_functional.reduce_scatter_tensor(parts, "sum", ranks, group.group_name))
+
+
+def _finished(result: Tensor) -> Tensor:
+    """The result of a functional collective, for use on the current stream."""
+    finished: Tensor = _functional.wait_tensor(result)
+    return finished
 
 
 class _CopyToGroup(torch.autograd.Function):
@@ -99,9 +106,9 @@ class _GatherFromGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group, ctx.width = group, tensor.shape[-1]
-        parts = [tensor.new_empty(tensor.shape) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, tensor.contiguous(), group=group)
-        return torch.cat(parts, dim=-1)
+        ranks = dist.get_world_size(group)
+        parts = _finished(_functional.all_gather_into_tensor(tensor.contiguous(), ranks, group.group_name))
+        return torch.cat(parts.chunk(ranks), dim=-1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -145,13 +152,12 @@ class _Exchange(torch.autograd.Function):
 
 
 def _exchanged(tensor: Tensor, split: int, join: int, group: dist.ProcessGroup) -> Tensor:
-    parts = torch.stack(tensor.chunk(dist.get_world_size(group), split))
-    received = torch.empty_like(parts)
-    dist.all_to_all_single(received, parts, group=group)
-    return torch.cat(received.unbind(), join)
+    ranks = dist.get_world_size(group)
+    parts = torch.cat(tensor.chunk(ranks, split))
+    rows = [parts.shape[0] // ranks] * ranks
+    received = _finished(_functional.all_to_all_single(parts, rows, rows, group.group_name))
+    return torch.cat(received.chunk(ranks), join)
 
 
 def _all_reduced(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    summed = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(summed, group=group)
-    return summed
+    return _finished(_functional.all_reduce(tensor.contiguous(), "sum", group.group_name))

@@ -9,12 +9,24 @@ import torch
 from megatron.config.load import config_from_flat
 from megatron.config.resolve import resolve
 from megatron.engine.compiling import compiled
+from megatron.engine.distributed import start_layout
 from megatron.model.attention_backends import QueryBlocks, ScaledDotProduct
+from megatron.model.gpt import gpt_layers
+from tests import tiny
+from tests.ranks.run import run_ranks
 from tests.ranks.test_layouts import DROPOUT, assert_same, curve
 
 COMPILE = {"compile": True}
+SELECTIVE = COMPILE | {"recompute_selective": True}
+HIDDEN_DROPOUT = {"hidden_dropout": 0.1}
 STEPS = 5
 LAYOUTS = [
+    {"tensor": 2, "sequence_parallel": True, "model": HIDDEN_DROPOUT},
+    {"data": 2, "zero": 3},
+    {"data": 2, "zero": 3, "recompute": 1},
+    {"data": 2, "zero": 3, "recompute": 1, "engine": SELECTIVE},
+    {"recompute": 2, "engine": SELECTIVE, "model": HIDDEN_DROPOUT},
+    {"tensor": 2, "sequence_parallel": True, "recompute": 1, "engine": SELECTIVE},
     {"tensor": 2, "sequence_parallel": True},
     {"pipe": 2},
     {"data": 2, "zero": 1, "recompute": 1, "model": DROPOUT},
@@ -34,6 +46,32 @@ def test_compiled_blocks_and_loss_train_like_plain_ones(tmp_path, layout):
     assert_same(curve(tmp_path, steps=STEPS, **{"engine": COMPILE} | layout), curve(tmp_path, steps=STEPS, **eager))
 
 
+def whole_graphs_body(layouts: list[dict[str, object]]) -> None:
+    for layout in layouts:
+        plan = tiny.plan(**layout)
+        grid = start_layout(plan.layout)
+        block = gpt_layers(plan.model, grid, 1)[1].build()
+        hidden = torch.randn(2, plan.batch.sequence_length, plan.model.hidden_size)[:, grid.own_tokens(4)]
+        hidden.requires_grad_()
+        results = []
+        for forward in (block, torch.compile(block.forward, fullgraph=True, dynamic=False, backend="aot_eager")):
+            torch.manual_seed(1)
+            output = forward(hidden)
+            results.append([output, *torch.autograd.grad(output.square().sum(), [hidden, *block.parameters()])])
+        for compiled_one, plain in zip(*results, strict=True):
+            assert torch.equal(compiled_one, plain), layout
+
+
+def test_a_block_that_is_split_over_ranks_is_one_graph_of_the_same_operations():
+    """Recorded without graph breaks (else torch raises) and run without fusing anything: the same bits."""
+    layouts = [
+        {"tensor": 2, "model": {"qk_norm": "full", "activation": "swiglu"}},
+        {"tensor": 2, "sequence_parallel": True, "model": {"parallel_residual": True}},
+        {"context": 2},
+    ]
+    run_ranks(2, whole_graphs_body, layouts, timeout=120)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_blocks_of_queries_attend_like_torchs_kernel(kv_heads):
@@ -50,8 +88,16 @@ def test_blocks_of_queries_attend_like_torchs_kernel(kv_heads):
 def test_compiling_is_on_where_a_micro_batch_is_work_enough_unless_it_is_said():
     small = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32}
     large = small | {"hidden_size": 512, "seq_length": 1024}
-    zero_3 = {"zero_optimization": {"stage": 3}}
-    tensor_2 = {"model_parallel_size": 2}
-    cases = (small, large, large | zero_3, large | tensor_2, small | COMPILE, large | {"compile": False})
-    plans = [resolve(config_from_flat(keys), 2, 50304) for keys in cases]
-    assert [plan.engine.compile for plan in plans] == [False, True, False, False, True, False]
+    selective = {"checkpoint_activations": True, "recompute_granularity": "selective"}
+    cases: list[tuple[dict[str, object], bool]] = [
+        (small, False),
+        (large, True),
+        (large | {"zero_optimization": {"stage": 3}}, True),
+        (large | {"model_parallel_size": 2}, True),
+        (small | COMPILE, True),
+        (large | {"compile": False}, False),
+        (large | selective, True),
+        (large | selective | {"checkpoint_in_cpu": True}, False),
+    ]
+    for keys, expected in cases:
+        assert resolve(config_from_flat(keys), 2, 50304).engine.compile is expected, keys

@@ -122,11 +122,17 @@ BROKEN = [
             "checkpoint_activations": True,
             "zero_optimization": {"stage": 3},
         },
-        "recompute_granularity (selective) excludes zero_optimization.stage 3",
+        "recompute_granularity (selective) with zero_optimization.stage 3 needs compile (true), not unset",
     ),
     (
-        {"recompute_granularity": "selective", "checkpoint_activations": True, "compile": True},
-        "recompute_granularity (selective) and compile (true) exclude each other",
+        {
+            "recompute_granularity": "selective",
+            "checkpoint_activations": True,
+            "compile": True,
+            "partition_activations": True,
+            "checkpoint_in_cpu": True,
+        },
+        "with compile (true) excludes partition_activations (true) and checkpoint_in_cpu (true)",
     ),
     (
         {"pipe_partition_method": "best"},

@@ -61,29 +61,34 @@ def _zero_allows_pipeline(config: Config) -> Iterator[str]:
         )
 
 
-@rule(RUN_RULES, "checkpoint_activations", "recompute_granularity", "compile", "zero_optimization")
+@rule(
+    RUN_RULES,
+    "checkpoint_activations",
+    "recompute_granularity",
+    "compile",
+    "zero_optimization",
+    "partition_activations",
+    "checkpoint_in_cpu",
+)
 def _selection_has_operations(config: Config) -> Iterator[str]:
     keys = config.engine
-    if keys.recompute_granularity == "selective" and not keys.checkpoint_activations:
+    if keys.recompute_granularity != "selective":
+        return
+    if not keys.checkpoint_activations:
         yield "recompute_granularity (selective) needs checkpoint_activations (false); set it to true"
-    elif keys.recompute_granularity == "selective" and keys.compile:
+    elsewhere = [f"{name} (true)" for name in ("partition_activations", "checkpoint_in_cpu") if getattr(keys, name)]
+    if keys.compile and elsewhere:
         yield (
-            "recompute_granularity (selective) and compile (true) exclude each other: it selects operations, and "
-            "a compiled block is a single one; keep one of them"
+            f"recompute_granularity (selective) with compile (true) excludes {' and '.join(elsewhere)}: compiled code "
+            "stores the results that it keeps on the device; leave it out, or use compile false or "
+            "recompute_granularity full"
         )
-    elif keys.recompute_granularity == "selective" and keys.zero_optimization.stage == 3:
+    if keys.zero_optimization.stage == 3 and not keys.compile:
+        unset = "unset" if keys.compile is None else "false"
         yield (
-            "recompute_granularity (selective) excludes zero_optimization.stage 3, which releases weights that kept "
-            "results still need; use stage 0 to 2, or recompute_granularity full"
-        )
-
-
-@rule(RUN_RULES, "compile", "zero_optimization")
-def _compiling_leaves_weights_in_place(config: Config) -> Iterator[str]:
-    if config.engine.compile and config.engine.zero_optimization.stage == 3:
-        yield (
-            "compile (true) excludes zero_optimization.stage 3, which gathers weights between the operations that "
-            "the compiler fuses; use stage 0 to 2, or compile false"
+            f"recompute_granularity (selective) with zero_optimization.stage 3 needs compile (true), not {unset}: "
+            "without it stage 3 releases weights that stored results still need; or use stage 0 to 2, or "
+            "recompute_granularity full"
         )
 
 

@@ -211,7 +211,8 @@ class EngineKeys(Group):
 
     recompute_granularity: Literal["full", "selective"] = "full"
     """With checkpoint_activations: full stores only the input of each group of blocks; selective also stores the
-    results of matrix products and attention, which are expensive to recompute. Not with compile or ZeRO 3."""
+    results of matrix products and attention, which are expensive to recompute. With ZeRO 3 it needs compile. Compiled
+    blocks are recomputed one by one, and not with partition_activations or checkpoint_in_cpu."""
 
     partition_activations: bool = False
     """With checkpoint_activations: shard stored activations over the tensor-parallel ranks, and gather them for use."""
@@ -221,7 +222,7 @@ class EngineKeys(Group):
 
     compile: bool | None = None
     """Compile blocks and loss with torch.compile. Unset: if a micro-batch is large enough to benefit (10^11 FLOPs per
-    rank) and blocks are not split over ranks. Not with ZeRO 3."""
+    rank)."""
 
 
 class BatchKeys(Group):
