@@ -92,6 +92,7 @@ def plan(
                 partition_method="type:transformer",
                 recompute_layers=recompute,
                 gradient_accumulation_dtype="fp32" if precision == "bf16" and accumulation > 1 else None,
+                fp32_allreduce=precision == "bf16" and accumulation > 1,
                 seed=1234,
             ),
             **(engine or {}),

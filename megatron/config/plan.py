@@ -145,7 +145,8 @@ class EnginePlan:
     recompute_selective: bool = False  # store the results of matrix products and attention
     partition_activations: bool = False  # shard stored activations over the tensor-parallel ranks
     checkpoint_in_cpu: bool = False  # store activations in host memory
-    fp32_allreduce: bool = False
+    fp32_allreduce: bool = False  # replicas average 16-bit gradients in fp32
+    asked_stage: int | None = None  # of ZeRO, in the configuration
     compile: bool = False  # blocks and loss, with torch.compile
     deterministic: bool = False
     fp32_matmul_precision: Literal["highest", "high", "medium"] = "highest"

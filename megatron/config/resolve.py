@@ -5,6 +5,8 @@ A pure function: the same arguments give the same Plan on every rank. Every deri
 
 from megatron.config.errors import ConfigError
 from megatron.config.flops import common_flops
+from megatron.config.gradient_reduction import stage_for_whole_sums
+from megatron.config.parameter_counts import MOMENTS, held_parameters, layer_parameters
 from megatron.config.plan import (
     BatchPlan,
     EnginePlan,
@@ -38,7 +40,7 @@ def resolve(config: Config, world_size: int, vocab_size: int, *, inference: bool
     if problems:
         raise ConfigError(f"the configuration for {world_size} ranks", problems)
     model = _model(config, vocab_size, rows)
-    engine = _engine(config, layout, batch, _compiles(config, model, layout, batch))
+    engine = _engine(config, model, layout, batch, _compiles(config, model, layout, batch))
     return Plan(layout, batch, model, _optimizer(config), schedule_of(config), engine)
 
 
@@ -199,14 +201,22 @@ def _compiles(config: Config, model: ModelPlan, layout: Layout, batch: BatchPlan
     return flops / (layout.pipe * layout.tensor * layout.context) >= WORTH_COMPILING
 
 
-def _engine(config: Config, layout: Layout, batch: BatchPlan, compile: bool) -> EnginePlan:
+def _engine(config: Config, model: ModelPlan, layout: Layout, batch: BatchPlan, compile: bool) -> EnginePlan:
     precision, keys = resolve_precision(config.precision), config.engine
     sum_type = config.precision.data_types.grad_accum_dtype
     if sum_type is None and precision == "bf16" and batch.accumulation_steps > 1:
         sum_type = "fp32"  # bf16 sums have a relative error of 2 ** -9
+    stage = _stage_that_runs(config, precision, layout.replicas)
+    whole_sums = stage == 1 and precision == "bf16" and sum_type == "fp32"
+    if whole_sums and keys.zero_optimization.offload_optimizer.device == "none":
+        parameters = held_parameters(model, layout.tensor, range(len(layer_parameters(model))))
+        moments = MOMENTS.get(config.optimizer.optimizer.type, 2)
+        stage = stage_for_whole_sums(parameters, moments, layout, batch, config.launcher.gpu_memory)
+    in_fp32 = precision != "fp32" and sum_type == "fp32"
     return EnginePlan(
         precision=precision,
-        zero_stage=_stage_that_runs(config, precision, layout.replicas),
+        zero_stage=stage,
+        asked_stage=keys.zero_optimization.stage,
         zero_options=keys.zero_optimization.model_dump(exclude={"stage"}, exclude_defaults=True),
         loss_scale=_loss_scale(config) if precision == "fp16" else None,
         partition_method=config.parallelism.pipe_partition_method,
@@ -218,7 +228,7 @@ def _engine(config: Config, layout: Layout, batch: BatchPlan, compile: bool) -> 
         recompute_selective=keys.checkpoint_activations and keys.recompute_granularity == "selective",
         partition_activations=keys.checkpoint_activations and keys.partition_activations,
         checkpoint_in_cpu=keys.checkpoint_activations and keys.checkpoint_in_cpu,
-        fp32_allreduce=keys.fp32_allreduce,
+        fp32_allreduce=in_fp32 if keys.fp32_allreduce is None else keys.fp32_allreduce,
         compile=compile,
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from megatron.config.flops import token_flops
+from megatron.config.gradient_reduction import reduction_line
 from megatron.config.parameter_counts import checkpoint_bytes, embedding_parameters, parameter_count
 from megatron.config.plan import ModelPlan, Plan
 from megatron.config.resolve import decay_steps
@@ -44,7 +45,13 @@ def dry_run(config: Config, plan: Plan, script: str, notes: Sequence[str], on_cp
     lines = [f"{script} would run on {_count(plan.layout.world_size, 'rank')}:", *_layout_lines(plan)]
     lines += _model_lines(plan.model)
     if script == "train.py":
-        lines += [*_cost_lines(plan), *_snapshot_lines(config, plan), *_length_lines(config, plan), *holder_lines(plan)]
+        lines += [
+            *_reduction_lines(plan),
+            *_cost_lines(plan),
+            *_snapshot_lines(config, plan),
+            *_length_lines(config, plan),
+            *holder_lines(plan),
+        ]
         lines += memory_lines(plan, config.launcher.gpu_memory, on_cpu)
     else:
         lines += inference_lines(plan, config.launcher.gpu_memory)
@@ -52,8 +59,8 @@ def dry_run(config: Config, plan: Plan, script: str, notes: Sequence[str], on_cp
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """Layout, batch and model, for the log at the start of a run."""
-    return [line.strip() for line in (*_layout_lines(plan), *_model_lines(plan.model))]
+    """Layout, batch, model and reduction of gradients, for the log at the start of a run."""
+    return [line.strip() for line in (*_layout_lines(plan), *_model_lines(plan.model), *_reduction_lines(plan))]
 
 
 def _derived(config: Config, plan: Plan) -> dict[str, Any]:
@@ -97,6 +104,11 @@ def _model_lines(model: ModelPlan) -> list[str]:
         f"  parameters: {total:,} ({short_number(total)}; {short_number(total - embedding)} without embeddings); "
         "active per token: all",
     ]
+
+
+def _reduction_lines(plan: Plan) -> list[str]:
+    line = reduction_line(plan)
+    return [f"  {line}"] if line else []
 
 
 def _cost_lines(plan: Plan) -> list[str]:

@@ -6,6 +6,7 @@ what the model's operations save for the backward pass. `docs/estimates.md` comp
 
 from dataclasses import dataclass, replace
 
+from megatron.config.gradient_reduction import overlaps, reduces_whole_sums
 from megatron.config.parameter_counts import MOMENTS, held_parameters, layer_parameters
 from megatron.config.pipeline_stages import layer_classes, stage_layers
 from megatron.config.plan import Plan
@@ -112,6 +113,8 @@ def _peak(plan: Plan, memory: StageMemory, passing: int, on_cpu: bool) -> int:
     """The largest of five moments of a step. passing: bytes of temporary buffers."""
     stage, several = plan.engine.zero_stage, plan.batch.accumulation_steps > 1
     averaging, passing = (passing, 0) if stage == 0 else (0, passing)  # without ZeRO after all gradients are computed
+    if reduces_whole_sums(plan.engine):
+        averaging, passing = passing, 2 * memory.parameters
     gradients = 0 if _keeps_gradients(plan, stage) else memory.gradients
     # in addition to the current micro-batch: gradients of earlier ones, and gathered weights
     held = gradients + passing if several else passing if stage == 3 else 0
@@ -191,16 +194,29 @@ def _buffers(plan: Plan, parameters: int, stage: int) -> int:
     if stage == 3:
         live = _option(plan, "stage3_max_live_parameters") + _option(plan, "stage3_prefetch_bucket_size")
         return min(parameters, live) * WIDTH[plan.engine.precision] if plan.layout.replicas > 1 else 0
-    return _buckets(plan, parameters)
+    if reduces_whole_sums(plan.engine):  # the gradients beside their sums, and a copy of the sums if they are small
+        return parameters * (2 + (4 if parameters < WHOLE_BUCKET and plan.layout.replicas > 1 else 0))
+    return _buckets(plan, parameters) + _sent_in_fp32(plan, parameters)
 
 
 def _buckets(plan: Plan, parameters: int) -> int:
-    """Bytes of buckets of reduce_bucket_size elements, two if communication overlaps the backward pass."""
-    size = _option(plan, "reduce_bucket_size") * _accumulator(plan)
+    """Bytes of buckets of reduce_bucket_size elements, two if communication overlaps the backward pass.
+
+    ZeRO 1 collects sums in them, ZeRO 2 and 3 the gradients of a micro-batch, in ZeRO 3 as they are sent.
+    """
+    width = _accumulator(plan) if plan.engine.zero_stage == 1 else WIDTH[plan.engine.precision]
+    if plan.engine.zero_stage == 3 and plan.engine.fp32_allreduce:
+        width = 4
+    size = _option(plan, "reduce_bucket_size") * width
     if plan.engine.zero_options.get("contiguous_gradients", True) is False:
-        return min(parameters * _accumulator(plan), size)
-    overlap = plan.engine.zero_options.get("overlap_comm") is True
-    return size * (2 if overlap and plan.layout.pipe == 1 and plan.engine.zero_stage < 3 else 1)
+        return min(parameters * width, size)
+    return size * (2 if overlaps(plan) and plan.engine.zero_stage < 3 else 1)
+
+
+def _sent_in_fp32(plan: Plan, parameters: int) -> int:
+    """Bytes of a bucket's copy in fp32, if ZeRO 1 or 2 sends that instead of the bucket."""
+    narrow = plan.engine.fp32_allreduce and plan.engine.precision != "fp32"
+    return 4 * min(parameters, _option(plan, "reduce_bucket_size")) if narrow and plan.layout.replicas > 1 else 0
 
 
 def _keeps_gradients(plan: Plan, stage: int) -> bool:

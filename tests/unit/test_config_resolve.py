@@ -8,6 +8,7 @@ from megatron.config.errors import ConfigError
 from megatron.config.load import config_from_flat
 from megatron.config.plan import BatchPlan, Layout, LossScalePlan
 from megatron.config.resolve import resolve
+from megatron.engine.settings import deepspeed_settings
 
 SHAPE = {"num_layers": 4, "hidden_size": 48, "num_attention_heads": 12, "seq_length": 8}
 
@@ -211,3 +212,42 @@ def test_zero_stages_that_share_with_nobody_are_not_run(world_size, keys, stage)
 )
 def test_bf16_gradients_of_several_micro_batches_are_summed_in_fp32_unless_told_otherwise(keys, summed_in):
     assert plan(**keys).engine.gradient_accumulation_dtype == summed_in
+
+
+BF16_SUMS = {"precision": "bfloat16", "gradient_accumulation_steps": 4, "zero_optimization": {"stage": 1}}
+ONE = {"gradient_accumulation_steps": 1, "data_types": {"grad_accum_dtype": "fp32"}}
+
+
+@pytest.mark.parametrize(
+    ("keys", "in_fp32"),
+    [
+        (BF16_SUMS, True),
+        (BF16_SUMS | {"fp32_allreduce": False}, False),
+        (BF16_SUMS | {"gradient_accumulation_steps": 1}, False),
+        (BF16_SUMS | {"gradient_accumulation_steps": 1, "fp32_allreduce": True}, True),
+    ],
+)
+def test_replicas_average_gradients_in_the_type_of_their_sums_unless_told_otherwise(keys, in_fp32):
+    found = plan(2, **keys)
+    assert found.engine.fp32_allreduce is in_fp32
+    assert deepspeed_settings(found)["communication_data_type"] == ("fp32" if in_fp32 else "bf16")
+
+
+@pytest.mark.parametrize(
+    ("keys", "stage"),
+    [
+        (BF16_SUMS, 1),
+        (BF16_SUMS | ONE, 2),
+        (BF16_SUMS | {"gradient_accumulation_steps": 1}, 1),
+        (BF16_SUMS | ONE | {"pipe_parallel_size": 2}, 1),
+        (BF16_SUMS | {"gpu_memory": 1}, 1),
+        (BF16_SUMS | {"gpu_memory": 1e-4}, 2),
+        (
+            BF16_SUMS | {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}, "gpu_memory": 1e-4},
+            1,
+        ),
+    ],
+)
+def test_zero_1_runs_as_2_where_whole_sums_send_nothing_less_or_do_not_fit(keys, stage):
+    found = plan(4, **keys)
+    assert (found.engine.zero_stage, found.engine.asked_stage) == (stage, 1)

@@ -5,7 +5,7 @@ import pytest
 from megatron.config.load import config_from_flat, load_config
 from megatron.config.parameter_counts import checkpoint_bytes, held_parameters, parameter_count
 from megatron.config.resolve import resolve
-from megatron.estimate.describe import dry_run, print_config
+from megatron.estimate.describe import dry_run, plan_lines, print_config
 
 SHAPE = {"num_layers": 4, "hidden_size": 48, "num_attention_heads": 12, "seq_length": 8, "train_iters": 100}
 
@@ -57,6 +57,36 @@ def test_a_dry_run_says_layout_sizes_and_what_it_could_not_check():
         "checkpoint: elsewhere",
     ):
         assert part in text
+
+
+def test_a_run_says_how_its_gradients_are_reduced_and_what_that_costs():
+    bf16 = {"precision": "bfloat16", "num_layers": 1, "hidden_size": 4096, "num_attention_heads": 32}
+    zero_1 = bf16 | {"train_batch_size": 16, "zero_optimization": {"stage": 1, "overlap_comm": True}}
+
+    def said(world=4, **keys):
+        config, plan = planned(world, **keys)
+        lines = [line for line in plan_lines(plan) if line.startswith("gradients: ")]
+        assert all(f"  {line}" in dry_run(config, plan, "train.py", []) for line in lines)
+        return lines
+
+    # P = 205.6 million parameters: 2 x 3/4 x 4 P = 1.23 GB, 6 P, 4 P / 4
+    assert said(**zero_1, train_micro_batch_size_per_gpu=1) == [
+        "gradients: averaged over 4 replicas in fp32, once a step, after the backward pass: each rank sends 1.23 GB; "
+        "ZeRO 2 would send 4 times as much; ZeRO 1 keeps 1.23 GB of gradients instead of 0.21 GB; overlap_comm has no "
+        "effect here"
+    ]
+    assert said(**zero_1, train_micro_batch_size_per_gpu=1, gpu_memory=1) == [
+        "gradients: averaged over 4 replicas in fp32, for each of 4 micro-batches, during the backward pass: each rank "
+        "sends 4.93 GB; ZeRO 2 instead of 1 sends 4 times as much, but stage 1 would not fit, and keeps 0.21 GB of "
+        "fp32 sums"
+    ]
+    assert said(**zero_1) == [
+        "gradients: averaged over 4 replicas in bf16, once a step, during the backward pass: each rank sends 0.62 GB"
+    ]
+    assert said(**bf16 | {"zero_optimization": {"stage": 3}}) == [
+        "gradients: averaged over 4 replicas in bf16, once a step, during the backward pass: each rank sends 0.31 GB"
+    ]
+    assert said(1, **zero_1) == []
 
 
 def test_a_dry_run_says_what_host_memory_an_asynchronous_save_takes():

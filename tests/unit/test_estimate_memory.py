@@ -66,7 +66,9 @@ def test_states_are_sharded_stage_by_stage():
     assert bytes_per_parameter(4, precision="bfloat16", data_types={"grad_accum_dtype": "bf16"}) == [2, 2, 12]
     stage = {"precision": "bfloat16", "zero_optimization": {"stage": 1}}
     assert bytes_per_parameter(4, **stage) == [2, 2, 12 / 4]
-    assert bytes_per_parameter(4, **stage, data_types={"grad_accum_dtype": "fp32"}) == [2, 4, 12 / 4]
+    summed = {"data_types": {"grad_accum_dtype": "fp32"}}
+    assert bytes_per_parameter(4, **stage, **summed, train_micro_batch_size_per_gpu=1) == [2, 4, 12 / 4], "whole sums"
+    assert bytes_per_parameter(4, **stage, **summed) == [2, 1, 12 / 4], "one micro-batch: stage 1 runs as stage 2"
     assert bytes_per_parameter(4, precision="fp16") == [2, 2, 12 / 4], "stage 0 runs as stage 1"
     assert bytes_per_parameter(1, optimizer={"type": "SGD"}) == [4, 4, 4]
 

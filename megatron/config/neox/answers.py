@@ -442,7 +442,7 @@ REFUSED: tuple[tuple[tuple[str, ...], Answer], ...] = (
     (("scheduler",), Answer("refused", "write lr_decay_style, warmup and min_lr")),
     (
         ("communication_data_type",),
-        Answer("refused", "gradients are reduced in their own format, or in fp32 with fp32_allreduce: true"),
+        Answer("refused", "gradients are reduced in the format of their sums; fp32_allreduce chooses fp32 or 16 bits"),
     ),
     (
         ("prescale_gradients", "gradient_predivide_factor"),

@@ -115,7 +115,7 @@ class DataTypes(Group):
 
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Type in which gradients of micro-batches are accumulated. Unset: fp32 with bf16 weights, else that of the
-    weights. The all-reduce over replicas stays in 16 bits unless fp32_allreduce is set."""
+    weights. Replicas average their gradients in fp32 too, unless fp32_allreduce is false."""
 
 
 class PrecisionKeys(Group):
@@ -149,7 +149,8 @@ class ZeroKeys(Group):
 
     stage: Annotated[WholeNumber, Field(ge=0, le=3)] = 0
     """0: off; 1: optimizer states, 2: and gradients, 3: and parameters are sharded over data-parallel ranks.
-    2 and 3 exclude a pipeline. 1 and 2 run as 0 with a single replica."""
+    2 and 3 exclude a pipeline. 1 and 2 run as 0 with a single replica. 1 runs as 2 with bf16 gradients summed in fp32
+    if there is one micro-batch, or if whole sums would not fit gpu_memory; the start-up lines say so."""
 
     allgather_partitions: bool = True
     """Collect updated parameters by all-gather instead of broadcasts."""
@@ -158,7 +159,8 @@ class ZeroKeys(Group):
     """Elements gathered at a time."""
 
     overlap_comm: bool | None = None
-    """Overlap the reduction of gradients with the backward pass. Unset: in stage 3 only."""
+    """Reduce gradients during the backward pass. Unset: in stage 3 only. No effect in stage 0, with a pipeline, and in
+    stage 1 with bf16 gradients summed in fp32, which are reduced once, after the last backward pass."""
 
     reduce_scatter: bool = True
     """Average gradients by reduce-scatter instead of all-reduce."""
@@ -197,8 +199,9 @@ class ZeroKeys(Group):
 class EngineKeys(Group):
     """Memory and speed."""
 
-    fp32_allreduce: bool = False
-    """All-reduce 16-bit gradients in fp32: twice the traffic, less rounding."""
+    fp32_allreduce: bool | None = None
+    """Average 16-bit gradients over replicas in fp32: twice the traffic, less rounding. Unset: where the gradients of
+    micro-batches are summed in fp32."""
 
     zero_optimization: ZeroKeys = ZeroKeys()
     """Sharding of optimizer states, gradients and parameters."""
