@@ -4,7 +4,7 @@
 #       --volume "$PWD/data:/deepy/data" --volume "$PWD/checkpoints:/deepy/checkpoints" deepy ./deepy.py train.py configs
 # See docs/container.md.
 
-# The CUDA that torch's wheel is built with: flash-attn, DeepSpeed and torch.compile compile with this image's nvcc.
+# The CUDA that torch's wheel is built with: DeepSpeed and flash-attn compile with this image's nvcc.
 FROM nvidia/cuda:13.0.2-devel-ubuntu24.04
 
 # Python with its headers, for torch.compile; ssh, pdsh and ip for jobs on several nodes. Their versions are Ubuntu's.
@@ -24,9 +24,12 @@ COPY --chown=10001 requirements requirements
 RUN python3 -m venv .venv \
     && pip install -r requirements/build.txt \
     && pip install --no-build-isolation -r requirements/run.txt
-# flash-attn is compiled, which takes long and needs about 4 GB of memory per job.
+RUN pip install --no-build-isolation -r requirements/gpu.txt
+# flash-attn is compiled, which takes long and needs about 4 GB of memory per job: only on request, for Ampere.
+ARG FLASH_ATTENTION=0
 ARG MAX_JOBS=4
-RUN MAX_JOBS=$MAX_JOBS pip install --no-build-isolation -r requirements/gpu.txt
+RUN test "$FLASH_ATTENTION" = 0 \
+    || MAX_JOBS=$MAX_JOBS pip install --no-build-isolation -r requirements/flash.txt
 
 COPY --chown=10001 . .
 RUN pip install --no-build-isolation --constraint requirements/dev.txt --editable ".[logging,corpora,eval,convert]"

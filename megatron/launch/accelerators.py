@@ -1,12 +1,12 @@
 """The GPUs and cores of this machine, determined without importing torch, which takes seconds."""
 
 import os
-import re
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from megatron.errors import UserError
+from megatron.launch.nvml import find_gpus
+from megatron.launch.torch_build import installed_torch
 
 # The value of CUDA_VISIBLE_DEVICES that hides all GPUs from a rank on the CPU.
 NO_GPU = "-1"
@@ -16,13 +16,17 @@ def visible_gpus(environment: Mapping[str, str], backend: str | None = None) -> 
     """Indices (or UUIDs) of the GPUs that ranks may use; none where torch was built without CUDA or with gloo."""
     if environment.get("DS_ACCELERATOR") == "cpu" or backend == "gloo":
         return []
-    if not _torch_has_cuda():
+    torch = installed_torch()
+    if torch is None or torch.cuda is None:
         return []
     named = environment.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip() not in ("", NO_GPU)]
-    found = sorted(int(path.name[6:]) for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit())
-    return [str(index) for index in range(len(found))]
+    found = find_gpus()
+    if found is not None and not found.problem:
+        return [str(index) for index in range(len(found.gpus))]
+    files = [path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()]
+    return [str(index) for index in range(len(files))]
 
 
 def devices_of_slots(slots: Sequence[int], gpus: Sequence[str]) -> tuple[str, ...]:
@@ -40,13 +44,3 @@ def devices_of_slots(slots: Sequence[int], gpus: Sequence[str]) -> tuple[str, ..
 def cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _torch_has_cuda() -> bool:
-    """Whether the installed torch was built for CUDA, read from its files."""
-    spec = find_spec("torch")
-    if spec is None or spec.origin is None:
-        return False
-    version = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
-    match = re.search(r"^cuda\b.*?=\s*(.+)$", version, re.MULTILINE)
-    return match is not None and match[1].strip() != "None"

@@ -71,6 +71,11 @@ class NodeStates:
         return any(record.gone or record.problem or first_failure(record.ranks) for record in self.records)
 
     @property
+    def all_ready(self) -> bool:
+        """Whether every agent has written a record, and none a problem: they can start their ranks."""
+        return all(node.record is not None and not node.record.problem for node in self._nodes)
+
+    @property
     def all_ended(self) -> bool:
         """Whether every agent has written its last record."""
         return all(node.ended for node in self._nodes)

@@ -100,6 +100,8 @@ class Supervisor:
         deadline = float("inf")
         while self._group.poll() is None and time.monotonic() < deadline and not self._signals.urgent:
             self._nodes.update()
+            if self._nodes.all_ready and not self._orders.given.start:
+                self._order(start=True)
             if self._signals.received and self._orders.given.stop is None:
                 if self._stops_at_once():
                     break

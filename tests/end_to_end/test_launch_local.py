@@ -123,16 +123,21 @@ def test_a_rank_on_a_gpu_gets_segments_that_grow_and_the_allocator_of_the_system
     assert rank_environment({}, "cuda", threads=2) == {
         "OMP_NUM_THREADS": "2",
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "DS_ACCELERATOR": "cuda",
     }
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         own = {"OMP_NUM_THREADS": "7", name: "max_split_size_mb:64"}
-        assert rank_environment(own, "cuda", threads=2) == own | {"DS_ACCELERATOR": "cuda"}
+        added = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "DS_ACCELERATOR": "cuda"}
+        assert rank_environment(own, "cuda", threads=2) == own | added
 
 
 def test_the_log_names_what_was_set_for_a_rank():
     line = environment_line(rank_environment({"HOME": "/root"}, "cuda", threads=2))
-    assert line == "environment: OMP_NUM_THREADS=2, PYTORCH_ALLOC_CONF=expandable_segments:True"
+    assert (
+        line
+        == "environment: OMP_NUM_THREADS=2, PYTORCH_ALLOC_CONF=expandable_segments:True, CUDA_DEVICE_ORDER=PCI_BUS_ID"
+    )
     assert environment_line({}) == "environment: OMP_NUM_THREADS, GLIBC_TUNABLES and PYTORCH_ALLOC_CONF are not set"
 
 

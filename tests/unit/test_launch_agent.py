@@ -24,6 +24,7 @@ def job(tmp_path):
         backend=None,
         master_address=None,
         master_port=None,
+        max_gpu_memory_in_use=0.1,
         remote=True,
     )
 

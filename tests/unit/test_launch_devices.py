@@ -9,6 +9,7 @@ from megatron.launch.accelerators import devices_of_slots, visible_gpus
 from megatron.launch.devices import local_slots
 from megatron.launch.hosts import parse_filter, problem_with_host, read_hostfile, read_hosts
 from megatron.launch.planning import planned_ranks
+from megatron.launch.torch_build import TorchBuild, installed_torch
 
 SHAPE = {"num_layers": 4, "hidden_size": 48, "num_attention_heads": 12, "seq_length": 8}
 
@@ -17,7 +18,7 @@ SHAPE = {"num_layers": 4, "hidden_size": 48, "num_attention_heads": 12, "seq_len
 def machine(monkeypatch, tmp_path):
     """A machine of two cores without a GPU and without a hostfile, whatever this one has."""
     monkeypatch.setattr(devices, "cores", lambda: 2)
-    monkeypatch.setattr(accelerators, "_torch_has_cuda", lambda: True)
+    monkeypatch.setattr(accelerators, "installed_torch", lambda: TorchBuild(tmp_path, "2.13.0", (13, 0)))
     monkeypatch.setattr(hosts, "USUAL_HOSTFILE", tmp_path / "no_hostfile")
 
 
@@ -69,16 +70,18 @@ def test_gpus_are_left_alone_where_the_cpu_is_asked_for():
     assert devices_of(GPUS | {"DS_ACCELERATOR": "cpu"}) == ("-1", "-1")
 
 
-def test_a_torch_without_cuda_uses_no_gpu(monkeypatch):
-    monkeypatch.setattr(accelerators, "_torch_has_cuda", lambda: False)
+def test_a_torch_without_cuda_uses_no_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(accelerators, "installed_torch", lambda: TorchBuild(tmp_path, "2.13.0+cpu", None))
     assert devices_of(GPUS) == ("-1", "-1")
 
 
-def test_what_the_installed_torch_was_built_for_is_read_from_its_files(monkeypatch):
+def test_what_the_installed_torch_was_built_for_is_read_from_its_files():
     import torch
 
-    monkeypatch.undo()
-    assert accelerators._torch_has_cuda() == (torch.version.cuda is not None)
+    build = installed_torch()
+    assert build.version == torch.__version__
+    assert (build.cuda and f"{build.cuda[0]}.{build.cuda[1]}") == torch.version.cuda
+    assert build.has_nccl() == torch.distributed.is_nccl_available()
 
 
 @pytest.mark.parametrize(

@@ -254,6 +254,10 @@ class LauncherKeys(Group):
     gpu_memory: PositiveFloat | None = None
     """Memory of one device in GiB, such as 80: --dry-run then reports whether the run fits."""
 
+    max_gpu_memory_in_use: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The largest share of a GPU's memory that other processes may hold when a run starts; beyond it the run is refused
+    before its ranks start. 1: not checked."""
+
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """Communication backend. Unset: nccl on GPUs, gloo otherwise."""
 

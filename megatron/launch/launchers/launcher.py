@@ -79,6 +79,7 @@ def make_job(launch: LaunchSpec, config: Config, script: Path, log_folder: Path 
         backend=keys.distributed_backend,
         master_address=launch.master,
         master_port=keys.master_port,
+        max_gpu_memory_in_use=keys.max_gpu_memory_in_use,
         remote=launch.remote,
     )
 

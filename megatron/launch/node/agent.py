@@ -22,13 +22,14 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-# This file is run by its path: its folder must not shadow other modules, and the package must be importable.
+# This file is run by its path, with -P: its folder is not searched for modules, and the package must be importable.
 ROOT = str(Path(__file__).resolve().parents[3])
 if __name__ == "__main__":
-    sys.path[0] = ROOT
+    sys.path.insert(0, ROOT)
 
 from megatron.errors import RunError, UserError, exit_code  # noqa: E402
 from megatron.launch.accelerators import cores, devices_of_slots, visible_gpus  # noqa: E402
+from megatron.launch.gpu_checks import check_gpus  # noqa: E402
 from megatron.launch.node import rank  # noqa: E402
 from megatron.launch.node.network import free_port, interface_towards  # noqa: E402
 from megatron.launch.process_group import StopSignals, start_group, stop_group  # noqa: E402
@@ -48,12 +49,15 @@ from megatron.launch.protocol.records import (  # noqa: E402
 
 POLL_SECONDS = 0.02
 BEAT_SECONDS = 1.0
-RENDEZVOUS_SECONDS = 60.0
 # A rank writes its stacks from a signal handler, which takes a moment on a busy machine.
 STACKS_SECONDS = 1.0
 GRACE_SECONDS = 5.0
 # DeepSpeed's launcher polls its ranks once a second and then exits by itself.
 EXIT_SECONDS = 3.0
+
+
+class _EndedEarlyError(Exception):
+    """The run ended before its ranks were started."""
 
 
 class Agent:
@@ -76,9 +80,12 @@ class Agent:
     def run(self, signals: StopSignals) -> None:
         """Start the ranks and return after they have ended."""
         try:
-            command, environment = self._prepare()
+            command, environment = self._prepare(signals)
         except UserError as error:
             self._write(problem=str(error))
+            return
+        except _EndedEarlyError:
+            self._write(code=0)
             return
         stdin = subprocess.DEVNULL if self._connected else None
         group = start_group(command, environment, if_parent_dies=signal.SIGKILL, stdin=stdin)
@@ -114,12 +121,14 @@ class Agent:
             return True
         return os.getppid() != self._parent
 
-    def _prepare(self) -> tuple[list[str], dict[str, str]]:
+    def _prepare(self, signals: StopSignals) -> tuple[list[str], dict[str, str]]:
         """The command of DeepSpeed's launcher, which runs `rank.py SCRIPT` on each device, and its environment."""
         job, node = self._job, self._record.node
         gpus = visible_gpus(os.environ, job.backend)
         devices = devices_of_slots(job.slots[node], gpus)
-        address, port = self._rendezvous()
+        for warning in check_gpus(os.environ, job.backend, devices if gpus else (), job.max_gpu_memory_in_use):
+            print(f"warning: {self._record.host}: {warning}", file=sys.stderr, flush=True)
+        address, port = self._rendezvous(signals)
         # Of other nodes only the number of devices matters here.
         world = {f"node{other}": list(slots) for other, slots in enumerate(job.slots)} | {f"node{node}": devices}
         environment = rank_environment(os.environ, "cuda" if gpus else "cpu", cores() // len(devices))
@@ -137,20 +146,24 @@ class Agent:
         ]
         return command, environment
 
-    def _rendezvous(self) -> tuple[str, int]:
-        """Address and port of rank 0; node 0 chooses the port, which is free there. Raises UserError after a minute."""
+    def _rendezvous(self, signals: StopSignals) -> tuple[str, int]:
+        """Address and port of rank 0, once every node is ready; node 0 chooses the port, which is free there.
+
+        A node is ready when it has written a record without a problem. Raises _EndedEarlyError.
+        """
         job = self._job
         if self._record.node == 0:
             self._write(port=job.master_port or free_port())
         else:
             self._write()
-        deadline = time.monotonic() + RENDEZVOUS_SECONDS
-        while (first := read_node(self._folder, 0)) is None or not first.port:
-            if time.monotonic() > deadline or read_orders(self._folder).end is not None:
-                raise UserError(f"node 0 ({job.hosts[0]}) did not start within {RENDEZVOUS_SECONDS:.0f} seconds")
-            time.sleep(0.1)
+        while True:
+            orders, first = read_orders(self._folder), read_node(self._folder, 0)
+            if orders.end is not None or signals.urgent or self._launcher_is_gone():
+                raise _EndedEarlyError
+            if orders.start and first is not None and first.port:
+                return job.master_address or first.host, first.port
+            time.sleep(POLL_SECONDS)
             self._beat()
-        return job.master_address or first.host, first.port
 
     def _update_record(self) -> None:
         """Write changes of the ranks into the node's record, and a beat every second."""

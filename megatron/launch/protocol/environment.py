@@ -33,7 +33,9 @@ ALLOCATOR = ":".join(
 # different sizes is lost. Any of these names is the user's own setting; torch 2.11 to 2.13 read the first two on CUDA.
 GPU_ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 GPU_ALLOCATOR_NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-USUAL_NAMES = ("OMP_NUM_THREADS", "GLIBC_TUNABLES", *GPU_ALLOCATOR_NAMES)
+# GPUs are counted as nvidia-smi and the checks before the start count them, not with the fastest card first.
+GPU_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+USUAL_NAMES = ("OMP_NUM_THREADS", "GLIBC_TUNABLES", *GPU_ALLOCATOR_NAMES, *GPU_ORDER)
 
 
 def forwarded_environment(
@@ -65,8 +67,9 @@ def rank_environment(base: Mapping[str, str], accelerator: str, threads: int) ->
     usual = {"OMP_NUM_THREADS": str(max(1, threads))}
     if accelerator == "cpu":
         usual["GLIBC_TUNABLES"] = ALLOCATOR
-    elif not any(name in base for name in GPU_ALLOCATOR_NAMES):
-        usual |= GPU_ALLOCATOR
+    else:
+        usual |= GPU_ORDER
+        usual |= {} if any(name in base for name in GPU_ALLOCATOR_NAMES) else GPU_ALLOCATOR
     return {**usual, **base, "DS_ACCELERATOR": accelerator}
 
 

@@ -24,6 +24,7 @@ class JobSpec:
     backend: str | None
     master_address: str | None  # None: the host name that node 0 reports
     master_port: int | None
+    max_gpu_memory_in_use: float  # the largest share of a GPU's memory that other processes may hold
     remote: bool  # nodes may be other machines than the launcher's
 
     @property
@@ -38,8 +39,9 @@ class JobSpec:
 
 @dataclass(frozen=True)
 class Orders:
-    """What agents have to do. `stop` and `end` are given once and not withdrawn; `stacks` counts up."""
+    """What agents have to do. `start`, `stop` and `end` are given once and not withdrawn; `stacks` counts up."""
 
+    start: bool = False  # start the ranks: every node is ready
     stop: str | None = None  # end at the next step boundary: the name of the signal that requested it
     stacks: int = 0  # number of requests for the stacks of all ranks
     end: float | None = None  # end all processes now: seconds between SIGTERM and SIGKILL
