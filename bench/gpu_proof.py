@@ -76,7 +76,7 @@ STEPS = (
     Step("parity", "Losses on the CPU and on this device", _module("parity", "{quick}"), 100, as_rank=True),
     Step("tests", "Tests that need a GPU", _pytest("-m", "gpu", "{gpu-tests}"), 60, is_text=True),
     Step("ablations", "One change at a time, 350M", _module("ablations", "{quick}"), 120, as_rank=True),
-    Step("attention", "Attention alone", ("bench/attention.py", "{quick}"), 60),
+    Step("attention", "Attention alone", ("bench/attention.py", "{quick}"), 90),
     Step("contenders", "Compiled Transformers, bare loop", _module("throughput", "neox-350M", "--all", "{quick}"), 120),
     Step("decoding", "Decoding", _module("decoding", "{quick}"), 60, as_rank=True),
     Step("scaling", "Scaling over GPUs", _module("scaling", "{quick}"), 120, gpus=2),
@@ -251,7 +251,9 @@ def _summary(outcomes: Sequence[Outcome], report: Report, gpus: int) -> int:
     report.line("\n## Summary\n\n| step | result | seconds | budget | |\n|---|---|---|---|---|")
     for outcome in outcomes:
         report.line(outcome.row())
-    again = [outcome.step.name for outcome in outcomes if outcome.result != "passed" and outcome.step.gpus <= gpus]
+    again = [
+        outcome.step.name for outcome in outcomes if outcome.result != "passed" and outcome.step.gpus <= max(1, gpus)
+    ]
     if again:
         report.line(f"\nWhat did not pass or run: `python bench/gpu_proof.py --only {' '.join(again)}`")
     report.line(f"\nwritten: {report.path} and {report.path.with_suffix('.jsonl').name}\n")

@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 from contenders import batch_of, engine_of, plan_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.gpu_steps.common import DEVICE, ON_CARD, free, keys_of, record, seconds_of
 from megatron.config.plan import Plan
@@ -25,6 +26,8 @@ from megatron.engine.distributed import stop
 from megatron.engine.settings import deepspeed_settings
 from megatron.errors import UserError
 from megatron.model.attention import describe_attention
+from megatron.model.layer import NO_MASKING, Masking, pack
+from megatron.model.positions import document_starts
 
 WARM_UP, ROUNDS = 3, 5
 Change = Callable[[], AbstractContextManager[Any]]
@@ -39,6 +42,11 @@ class Variant:
     change: Change = nullcontext
 
 
+def only(kernel: SDPBackend) -> Change:
+    """Of scaled_dot_product_attention."""
+    return lambda: sdpa_kernel(kernel)
+
+
 def with_throughput_timer() -> AbstractContextManager[Any]:
     """DeepSpeed's timer, which waits for the device twice in each micro-batch."""
 
@@ -51,8 +59,10 @@ def with_throughput_timer() -> AbstractContextManager[Any]:
 VARIANTS = (
     Variant("as it is"),
     Variant("not compiled", {"compile": False}),
-    Variant("flash-attn", {"attention_config": [[["flash"], "all"]]}),
-    Variant("FlexAttention, documents apart", {"reset_attention_mask": True}),
+    Variant("attention kind flash", {"attention_config": [[["flash"], "all"]]}),
+    Variant("torch's flash kernel", change=only(SDPBackend.FLASH_ATTENTION)),
+    Variant("torch's cuDNN kernel", change=only(SDPBackend.CUDNN_ATTENTION)),
+    Variant("documents kept apart", {"reset_attention_mask": True}),
     Variant("DeepSpeed's throughput timer", change=with_throughput_timer),
     Variant("all activations recomputed", {"checkpoint_activations": True}),
     Variant("selective recomputation", {"checkpoint_activations": True, "recompute_granularity": "selective"}),
@@ -102,7 +112,10 @@ def main() -> int:
 
 def measure(plan: Plan) -> list[float]:
     """Seconds of each round."""
-    engine, batch = engine_of(plan), batch_of(plan, DEVICE)
+    engine, (tokens, targets) = engine_of(plan), batch_of(plan, DEVICE)
+    # each token id is as likely as another: about one document in 500 tokens
+    starts = document_starts(torch.where(tokens % 500 == 0, 0, tokens), 0)
+    batch = pack(tokens, Masking(starts) if plan.model.keeps_documents_apart else NO_MASKING), targets
 
     def step(number: int) -> None:
         engine.train_batch([batch], step=number, learning_rate=1e-4)

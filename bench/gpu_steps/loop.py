@@ -24,13 +24,13 @@ import torch
 from contenders import VOCABULARY
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.gpu_steps.common import ON_CARD, keys_of, record, synchronize
 from megatron.config.load import config_from_flat
 from megatron.training.hooks.base import NOTHING, FinishedStep, Hook, MicroBatches, Run
 from megatron.training.hooks.profile_tables import kernel_table
 from megatron.training.run import train
+from tests.ranks.synchronizations import Waits
 
 DEEPY_REGISTRY = {"hook": {"observing": "bench.gpu_steps.loop:observing"}}
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,11 +39,10 @@ COUNTED, PROFILED, TIMED = range(6, 9), range(10, 12), range(13, 21)  # steps, c
 FUSED = re.compile(r"flash|fmha|sdpa|flex", re.IGNORECASE)
 HIDDEN = r"gpu_steps/loop\.py|/warnings\.py|torch/_dynamo/|_python_dispatch\.py"  # frames of the count itself
 PLAIN = "aten::_scaled_dot_product_attention_math"
-READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}
 
 
 class Synchronizations:
-    """Counts where the host waits for the device: on a GPU as CUDA reports it, on a CPU the reads of tensors."""
+    """Counts where the host waits for the device: on a GPU as CUDA reports it, on a CPU the reads."""
 
     def __init__(self) -> None:
         self.places: Counter[str] = Counter()
@@ -60,7 +59,7 @@ class Synchronizations:
         """Count in this block."""
         with ExitStack() as stack:
             if not ON_CARD:
-                stack.enter_context(_Reads(self.seen))
+                self.places = stack.enter_context(Waits()).found
                 yield
                 return
             stack.enter_context(warnings.catch_warnings())
@@ -74,7 +73,7 @@ class Synchronizations:
             yield
 
     def _warned(self, message: object, *others: object, **options: object) -> None:
-        if "synchronizing" in str(message):
+        if "called a synchronizing" in str(message):
             self.seen()
 
     def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,17 +83,6 @@ class Synchronizations:
             return function(*arguments, **options)
 
         return call
-
-
-class _Reads(TorchDispatchMode):
-    def __init__(self, seen: Callable[[], None]) -> None:
-        super().__init__()
-        self._seen = seen
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.name().partition(".")[0] in READS:
-            self._seen()
-        return function(*args, **(kwargs or {}))
 
 
 class Observing(Hook):

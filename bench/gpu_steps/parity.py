@@ -29,7 +29,7 @@ from megatron.config.load import config_from_flat
 from megatron.config.plan import Plan
 from megatron.config.resolve import resolve
 from megatron.engine.distributed import stop
-from megatron.model.layer import pack
+from megatron.model.layer import NO_MASKING, Masking, pack
 from megatron.model.positions import document_starts
 
 Keys = dict[str, Any]
@@ -141,8 +141,9 @@ def batches(step: int, plan: Plan) -> list[Any]:
     found = []
     for part in ids.split(plan.batch.micro_size):
         tokens, labels = part[:, :-1].contiguous(), part[:, 1:].contiguous()
-        start = document_starts(tokens, END_OF_DOCUMENT) if plan.model.keeps_documents_apart else None
-        found.append((pack(tokens, start), (labels, torch.full(labels.shape, weight))))
+        apart = plan.model.keeps_documents_apart
+        masking = Masking(document_starts(tokens, END_OF_DOCUMENT)) if apart else NO_MASKING
+        found.append((pack(tokens, masking), (labels, torch.full(labels.shape, weight))))
     return found
 
 

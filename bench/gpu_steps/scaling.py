@@ -23,8 +23,8 @@ EVERY, STEPS = 5, 15  # the rate is that of the last EVERY steps
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ZeRO 1": {"zero_optimization": {"stage": 1}},
     "ZeRO 2": {"zero_optimization": {"stage": 2}},
-    "ZeRO 3": {"zero_optimization": {"stage": 3}, "compile": False},
-    "tensor 2, sequence parallel": {"model_parallel_size": 2, "sequence_parallel": True, "compile": False},
+    "ZeRO 3": {"zero_optimization": {"stage": 3}},
+    "tensor 2, sequence parallel": {"model_parallel_size": 2, "sequence_parallel": True},
     "pipeline 2, accumulation 4": {"pipe_parallel_size": 2, "gradient_accumulation_steps": 4},
 }
 

@@ -1,9 +1,11 @@
 """Versions, the cards, and the kernels that would be chosen here for each kind of attention."""
 
+import os
 import platform
 import sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from contenders import plan_of
@@ -11,6 +13,8 @@ from contenders import plan_of
 from bench.gpu_steps.common import DEVICE, ON_CARD, keys_of, record
 from megatron import registry
 from megatron.estimate.describe import plan_lines
+from megatron.launch.accelerators import cores
+from megatron.launch.protocol.environment import environment_line, rank_environment
 from megatron.model.attention import describe_attention
 
 PACKAGES = (
@@ -24,9 +28,8 @@ def main() -> None:
     found = {name: _version(name) for name in PACKAGES}
     found |= {"python": sys.version.split()[0], "kernel": platform.release(), "CUDA of torch": str(torch.version.cuda)}
     if ON_CARD:
-        driver, nccl = torch.cuda.driver_version() if hasattr(torch.cuda, "driver_version") else _driver(), ""
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
-        found |= {"driver": str(driver), "cuDNN": str(torch.backends.cudnn.version()), "NCCL": nccl}
+        found |= {"driver": _driver(), "cuDNN": str(torch.backends.cudnn.version()), "NCCL": nccl}
     print("| | version |\n|---|---|")
     for name, value in found.items():
         print(f"| {name} | {value} |")
@@ -40,6 +43,7 @@ def main() -> None:
         record(gpu=index, name=card.name, capability=f"{card.major}.{card.minor}", gib=memory, processors=processors)
     plan = plan_of(keys_of("neox-350M", quick=False))
     print("\nWhat a run of 350M would log at its start:\n\n```")
+    print(environment_line(rank_environment(os.environ, DEVICE.type, cores())))
     print("\n".join(plan_lines(plan)))
     for kind in registry.names("attention_backend"):
         model = replace(plan.model, attention_kinds=(kind,) * plan.model.num_layers, sliding_window=1024)
@@ -59,9 +63,8 @@ def _version(name: str) -> str:
 def _driver() -> str:
     """The driver's version, as its kernel module states it."""
     try:
-        with open("/proc/driver/nvidia/version", encoding="utf-8") as file:  # noqa: PTH123
-            return file.readline().split("  ")[1].strip()
-    except (OSError, IndexError):
+        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
+    except OSError:
         return "unknown"
 
 

@@ -6,15 +6,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from bench import gpu_proof
+from bench.attention import attention, documents
 from bench.gpu_proof import STEPS, Step, main
 from bench.gpu_steps.loop import covered
 from bench.gpu_steps.parity import FP32_BOUND, Case, bound
+from megatron.model.attention_backends import ScaledDotProduct
+from tests import flex, tiny
 from tests.end_to_end.commands import ENVIRONMENT, ROOT, json_lines
+
+LENGTH, WINDOW, CPU = 300, 70, torch.device("cpu")
 
 ROW = 'print("| a | row |"); print(\'{"tokens": 3}\', flush=True)'
 
@@ -104,6 +112,26 @@ def test_a_case_in_16_bits_may_be_off_by_what_rounding_does_and_others_hardly():
     assert bound(Case("fp32", model), curves) == FP32_BOUND
     curves[json.dumps(dict(sorted((model | {"precision": "bfloat16"}).items())))] = [1.5, 2.0]
     assert bound(Case("bf16", model, {"precision": "bfloat16"}), curves) == 1.0
+
+
+def test_attention_alone_computes_the_same_by_blocks_as_with_a_mask():
+    plain = replace(tiny.MODEL, head_size=8)
+    for model in (replace(plain, reset_attention_mask=True), replace(plain, sliding_window=WINDOW)):
+        first, pairs = documents(2, LENGTH, model.reset_attention_mask, model.sliding_window, CPU)
+        query, key, value = (torch.randn(2, LENGTH, heads, 8) for heads in (4, 2, 2))
+        wanted = attention(ScaledDotProduct(model.sliding_window), model, first)(query, key, value)
+        found = attention(flex.on_cpu(model.sliding_window), model, first)(query, key, value)
+        torch.testing.assert_close(found, wanted)
+        mask = order(first, model.sliding_window)
+        assert pairs == int(mask.sum())
+
+
+def order(first: Tensor, window: int | None) -> Tensor:
+    """Which keys each query sees, written out."""
+    columns = torch.arange(LENGTH)
+    query, key = columns[:, None], columns[None, :]
+    seen = (key <= query) & (key >= first[:, :, None])
+    return seen if window is None else seen & (key > query - window)
 
 
 def test_versions_and_chosen_kernels_are_written(tmp_path):
