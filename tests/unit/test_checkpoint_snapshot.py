@@ -5,16 +5,15 @@ import torch
 
 from megatron.checkpoint.chunks import LocalChunks
 from megatron.checkpoint.snapshot import Snapshot
-from megatron.engine.optimizer_state import Fragment
 from tests.operations import Operations
 
 
 def state_on(device: torch.device) -> tuple[dict[str, LocalChunks], list[torch.Tensor]]:
-    """Chunks of two tensors, and the tensors: one whole in fp32, and rows 1 to 3 of a bf16 one without its padding."""
-    whole, rows = torch.randn(5, device=device), torch.randn(12, device=device).bfloat16()
-    state = {"whole": LocalChunks([5]), "rows": LocalChunks([3, 4])}
-    state["whole"].add(Fragment(torch.nn.Parameter(whole), (5,), 0, 5, {}), whole, [0])
-    state["rows"].add(Fragment(torch.nn.Parameter(rows), (3, 4), 0, 12, {}), rows, [1, 0])
+    """Chunks of two tensors, and the tensors: all of one in fp32, and the first two rows of a bf16 one of three."""
+    whole, rows = torch.randn(5, device=device), torch.randn(3, 4, device=device).bfloat16()
+    state = {"whole": LocalChunks([5]), "rows": LocalChunks([4, 4])}
+    state["whole"].chunks = {torch.Size([0]): whole}
+    state["rows"].chunks = {torch.Size([1, 0]): rows[:2]}
     return state, [whole, rows]
 
 
