@@ -89,6 +89,7 @@ class ModelPlan:
     rope_scaling: RopeScaling | None = None
     reset_attention_mask: bool = False  # tokens attend only to their own document
     reset_position_ids: bool = False  # positions restart at each document
+    float8: bool = False  # the products of the blocks' linear layers
 
     @property
     def keeps_documents_apart(self) -> bool:

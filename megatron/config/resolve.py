@@ -39,7 +39,7 @@ def resolve(config: Config, world_size: int, vocab_size: int, *, inference: bool
     batch = _batch(config, layout.data, inference, problems)
     if problems:
         raise ConfigError(f"the configuration for {world_size} ranks", problems)
-    model = _model(config, vocab_size, rows)
+    model = _model(config, vocab_size, rows, inference)
     engine = _engine(config, model, layout, batch, _compiles(config, model, layout, batch))
     return Plan(layout, batch, model, _optimizer(config), schedule_of(config), engine)
 
@@ -114,7 +114,7 @@ def _share(whole: int, other: dict[str, int], data: int, problems: list[str]) ->
     return max(1, whole // unit)
 
 
-def _model(config: Config, vocab_size: int, rows: int) -> ModelPlan:
+def _model(config: Config, vocab_size: int, rows: int, inference: bool) -> ModelPlan:
     keys = config.model
     return ModelPlan(
         num_layers=keys.num_layers,
@@ -149,6 +149,7 @@ def _model(config: Config, vocab_size: int, rows: int) -> ModelPlan:
         rope_scaling=_rope_scaling(config),
         reset_attention_mask=config.data.reset_attention_mask,
         reset_position_ids=config.data.reset_position_ids,
+        float8=config.precision.precision_linear == "float8" and not inference,
     )
 
 

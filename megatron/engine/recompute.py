@@ -29,6 +29,7 @@ recompute_all: Checkpoint = partial(checkpoint, use_reentrant=False)
 _STORED = {
     "aten::mm",
     "aten::addmm",
+    "aten::_scaled_mm",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",

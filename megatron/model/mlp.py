@@ -23,9 +23,9 @@ class MLP(nn.Module):
         init, output_init = weight_initialisers(model)
         activation: Activation = resolve("activation", model.activation)
         self.function = activation.function
-        self.up = ColumnParallelLinear(hidden, width, bias, init, grid)
-        self.gate = ColumnParallelLinear(hidden, width, bias, init, grid) if activation.gated else None
-        self.down = RowParallelLinear(width, hidden, bias, output_init, grid)
+        self.up = ColumnParallelLinear(hidden, width, bias, init, grid, model.float8)
+        self.gate = ColumnParallelLinear(hidden, width, bias, init, grid, model.float8) if activation.gated else None
+        self.down = RowParallelLinear(width, hidden, bias, output_init, grid, model.float8)
         self.grid = grid
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -38,6 +38,6 @@ class MLP(nn.Module):
         if self.gate is None:
             return self.function(self.up(hidden))
         gate, up = column_parallel(
-            hidden, self.grid, (self.gate.weight, self.gate.bias), (self.up.weight, self.up.bias)
+            hidden, self.grid, (self.gate.weight, self.gate.bias), (self.up.weight, self.up.bias), float8=self.up.float8
         )
         return self.function(gate) * up

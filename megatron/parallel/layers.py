@@ -26,23 +26,34 @@ from megatron.parallel.collectives import (
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.initial_values import zeros
 from megatron.parallel.parameter import Initialiser, new_parameter
+from megatron.parallel.products import gradient_of_inputs, gradient_of_weight, linear
 
 
 class ColumnParallelLinear(nn.Module):
     """A linear layer with sharded outputs: each rank computes o/tp of them."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, initialise: Initialiser, grid: ParallelGrid) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        bias: bool,
+        initialise: Initialiser,
+        grid: ParallelGrid,
+        float8: bool = False,
+    ) -> None:
         super().__init__()
-        self.grid = grid
+        self.grid, self.float8 = grid, float8
         self.weight = new_parameter((outputs, inputs), 0, initialise, grid)
         self.bias = new_parameter((outputs,), 0, zeros, grid) if bias else None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[b, s, i], the same on every rank ([b, s/tp, i] with sequence parallelism) -> [b, s, o/tp]."""
-        return column_parallel(inputs, self.grid, (self.weight, self.bias))[0]
+        return column_parallel(inputs, self.grid, (self.weight, self.bias), float8=self.float8)[0]
 
 
-def column_parallel(inputs: Tensor, grid: ParallelGrid, *layers: tuple[Tensor, Tensor | None]) -> list[Tensor]:
+def column_parallel(
+    inputs: Tensor, grid: ParallelGrid, *layers: tuple[Tensor, Tensor | None], float8: bool = False
+) -> list[Tensor]:
     """Several column-parallel layers, each a weight [o/tp, i] and a bias, of the same inputs with shared communication.
 
     inputs: [b, s, i], the same on every rank; [b, s/tp, i] with sequence parallelism.
@@ -52,39 +63,48 @@ def column_parallel(inputs: Tensor, grid: ParallelGrid, *layers: tuple[Tensor, T
     group = grid.group("tensor")
     if grid.sequence_parallel:
         flat = [tensor for layer in layers for tensor in layer]
-        return list(_GatheredLinear.apply(inputs, group, *flat))
+        return list(_GatheredLinear.apply(inputs, group, float8, *flat))
     inputs = copy_to_group(inputs, group)
-    return [F.linear(inputs, weight, bias) for weight, bias in layers]
+    return [linear(inputs, weight, bias, float8) for weight, bias in layers]
 
 
 class _GatheredLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup, *flat: Any) -> tuple[Tensor, ...]:
-        ctx.group = group
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup, float8: bool, *flat: Any) -> tuple[Tensor, ...]:
+        ctx.group, ctx.float8 = group, float8
         ctx.save_for_backward(part, *flat[::2])
         whole = all_gather_sequence(part, group)
-        return tuple(F.linear(whole, weight, bias) for weight, bias in zip(flat[::2], flat[1::2], strict=True))
+        return tuple(linear(whole, weight, bias, float8) for weight, bias in zip(flat[::2], flat[1::2], strict=True))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         part, *weights = ctx.saved_tensors
         whole = all_gather_sequence(part, ctx.group).flatten(0, -2)
-        inputs = sum_of([gradient @ weight for gradient, weight in zip(gradients, weights, strict=True)])
-        results: list[Tensor | None] = [reduce_scatter_sequence(inputs, ctx.group), None]
+        pairs = zip(gradients, weights, strict=True)
+        inputs = sum_of([gradient_of_inputs(gradient, weight, ctx.float8) for gradient, weight in pairs])
+        results: list[Tensor | None] = [reduce_scatter_sequence(inputs, ctx.group), None, None]
         for number, gradient in enumerate(gradients):
-            rows = gradient.flatten(0, -2)
-            results.append(rows.t() @ whole if ctx.needs_input_grad[2 + 2 * number] else None)
-            results.append(rows.sum(0) if ctx.needs_input_grad[3 + 2 * number] else None)
+            rows, wanted = gradient.flatten(0, -2), ctx.needs_input_grad[3 + 2 * number : 5 + 2 * number]
+            results.append(gradient_of_weight(rows, whole, ctx.float8) if wanted[0] else None)
+            results.append(rows.sum(0) if wanted[1] else None)
         return tuple(results)
 
 
 class RowParallelLinear(nn.Module):
     """A linear layer with sharded inputs: each rank has i/tp of them."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, initialise: Initialiser, grid: ParallelGrid) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        bias: bool,
+        initialise: Initialiser,
+        grid: ParallelGrid,
+        float8: bool = False,
+    ) -> None:
         super().__init__()
-        self.grid = grid
+        self.grid, self.float8 = grid, float8
         self.weight = new_parameter((outputs, inputs), 1, initialise, grid)
         self.bias = new_parameter((outputs,), None, zeros, grid) if bias else None
 
@@ -99,7 +119,7 @@ def row_parallel_sum(*branches: tuple[RowParallelLinear, Tensor]) -> Tensor:
     One all-reduce (or reduce-scatter) forward for all. The sum of the biases is added after it: torch 2.13's inductor
     cannot compile the backward of two bf16 biases with the same gradient.
     """
-    partial = sum_of([F.linear(inputs, layer.weight) for layer, inputs in branches])
+    partial = sum_of([linear(inputs, layer.weight, None, layer.float8) for layer, inputs in branches])
     grid = branches[0][0].grid
     whole = sum_over_ranks(partial, grid)
     biases = [layer.bias for layer, _ in branches if layer.bias is not None]

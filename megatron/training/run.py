@@ -32,6 +32,7 @@ from megatron.metrics.writers import METRICS_FILE, MetricWriters, WriterSettings
 from megatron.model.attention import describe_attention
 from megatron.model.gpt import gpt_layers, make_loss
 from megatron.parallel.grid import ParallelGrid
+from megatron.parallel.products import check_float8
 from megatron.resources import check_same_model, open_data, open_tokenizer
 from megatron.tokenizer.base import Tokenizer
 from megatron.training.batch import BatchBuilder, training_batches
@@ -141,6 +142,8 @@ def set_up(config: Config, prepared: Prepared) -> tuple[Run, TrainState]:
     nondeterministic = be_deterministic() if plan.engine.deterministic else []
     grid = start_layout(plan.layout, config.launcher.distributed_backend)
     products = choose_matmul_precision(plan.engine, grid.device)
+    if plan.model.float8:
+        check_float8(grid.device)
     check = partial(check_fits, config, plan, prepared.tokenizer)
     checkpoint = agreed(prepared.checkpoint, config.checkpoint, check)
     seed = plan.engine.seed if checkpoint is None else None

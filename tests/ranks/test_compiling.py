@@ -66,8 +66,7 @@ def test_a_block_that_is_split_over_ranks_is_one_graph_of_the_same_operations():
     """Recorded without graph breaks (else torch raises) and run without fusing anything: the same bits."""
     layouts = [
         {"tensor": 2, "model": {"qk_norm": "full", "activation": "swiglu"}},
-        {"tensor": 2, "sequence_parallel": True, "model": {"parallel_residual": True}},
-        {"context": 2},
+        {"tensor": 2, "sequence_parallel": True, "model": {"float8": True}},
     ]
     run_ranks(2, whole_graphs_body, layouts, timeout=120)
 

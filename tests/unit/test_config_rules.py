@@ -134,6 +134,16 @@ BROKEN = [
         },
         "with compile (true) excludes partition_activations (true) and checkpoint_in_cpu (true)",
     ),
+    ({"precision_linear": "float8", "seq_length": 16}, "precision_linear (float8) needs weights in bfloat16, not fp32"),
+    (
+        {
+            "precision_linear": "float8",
+            "precision": "bfloat16",
+            "seq_length": 16,
+            "ffn_hidden_size": 72,
+        },
+        "ffn_hidden_size (72) must be divisible by 16; 80 would work, or leave precision_linear out",
+    ),
     (
         {"pipe_partition_method": "best"},
         '("best") must be "type:REGEX", "parameters" or "uniform"',

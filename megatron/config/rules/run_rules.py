@@ -13,7 +13,7 @@ from megatron.config.rules.data_rules import DATA_RULES
 from megatron.config.rules.model_rules import MODEL_RULES
 from megatron.config.rules.rule import Rule, rule
 from megatron.config.schema.config import Config
-from megatron.config.widths import feed_forward_width, is_gated, neox_gated_width
+from megatron.config.widths import feed_forward_width, head_size, is_gated, neox_gated_width, round_up
 from megatron.config.yaml_file import show
 
 RUN_RULES: list[Rule] = []
@@ -90,6 +90,46 @@ def _selection_has_operations(config: Config) -> Iterator[str]:
             "without it stage 3 releases weights that stored results still need; or use stage 0 to 2, or "
             "recompute_granularity full"
         )
+
+
+@rule(RUN_RULES, "precision_linear", "precision", "bf16", "fp16")
+def _float8_has_bfloat16_weights(config: Config) -> Iterator[str]:
+    weights = resolve_precision(config.precision)
+    if config.precision.precision_linear and weights != "bf16":
+        yield f"precision_linear (float8) needs weights in bfloat16, not {weights}; set precision: bfloat16"
+
+
+@rule(
+    RUN_RULES,
+    "precision_linear",
+    "hidden_size",
+    "num_attention_heads",
+    "num_kv_heads",
+    "ffn_hidden_size",
+    "activation",
+    "seq_length",
+    "model_parallel_size",
+    "context_parallel_size",
+)
+def _float8_has_fitting_widths(config: Config) -> Iterator[str]:
+    """The kernels take multiples of 16 along each operand's contiguous dimension."""
+    if not config.precision.precision_linear:
+        return
+    model, keys = config.model, config.parallelism
+    split, heads = ("model_parallel_size", keys.model_parallel_size), model.num_attention_heads
+    widths = (
+        ("hidden_size", model.hidden_size, ("", 1)),
+        ("num_attention_heads x head size", heads * head_size(model), split),
+        ("width of queries, keys and values", (heads + 2 * (model.num_kv_heads or heads)) * head_size(model), split),
+        ("ffn_hidden_size", feed_forward_width(model), split),
+        ("seq_length", model.seq_length, ("context_parallel_size", keys.context_parallel_size)),
+    )
+    for name, width, (key, ranks) in widths:
+        if width % (16 * ranks):
+            yield (
+                f"precision_linear (float8): {name} ({width}){f' / {key} ({ranks})' if ranks > 1 else ''} must be "
+                f"divisible by 16; {round_up(width, 16 * ranks)} would work, or leave precision_linear out"
+            )
 
 
 @rule(RUN_RULES, "data_types", "precision", "bf16", "fp16")

@@ -124,6 +124,12 @@ class PrecisionKeys(Group):
     precision: Literal["fp32", "fp16", "bfloat16"] | None = None
     """Format of weights and activations. Unset: from fp16 and bf16, else fp32."""
 
+    precision_linear: Literal["float8"] | None = None
+    """float8: the matrix products of the blocks' linear layers in float8, forward and backward, each tensor scaled by
+    its largest element; meant for large layers with compile, which fuses the casts. Weights and checkpoints stay as
+    they are, and generation and evaluation do not use it. Needs precision bfloat16, a GPU of compute capability 8.9 or
+    above, and widths divisible by 16. Unset: in the format of the weights."""
+
     fp16: Fp16Keys = Fp16Keys()
     """fp16 and its loss scale."""
 
