@@ -12,7 +12,7 @@ from megatron.engine.recompute import checkpoint_function
 from megatron.model.gpt import gpt_layers, make_loss
 from megatron.model.positions import document_starts
 from tests import flex, tiny
-from tests.models import random_tokens, small
+from tests.models import random_tokens, randomise, small
 from tests.ranks.run import one_rank
 
 LENGTH, WINDOW, END = 300, 70, 7
@@ -47,6 +47,7 @@ def step(kinds: dict, apart: bool, recompute: str) -> tuple[float, float, Counte
         plan = replace(tiny.plan().engine, recompute_selective=recompute == "selective")
         layers = gpt_layers(model, grid, seed=1)
         module = Sequential(layers, 0 if recompute == "none" else 1, checkpoint_function(plan, grid)).train()
+        randomise(module)
         tokens = random_tokens(model, 2, LENGTH)
         with Executed() as executed:
             logits = module((tokens, document_starts(tokens, END)) if apart else tokens)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron.engine.modules import Sequential
 from megatron.model import attention_backends
 from megatron.model.attention import describe_attention
 from megatron.model.attention_backends import (
@@ -21,10 +20,9 @@ from megatron.model.attention_backends import (
     torch_kernel,
 )
 from megatron.model.cache import Positions
-from megatron.model.gpt import gpt_layers
 from megatron.model.positions import document_starts
 from megatron.registry import names, resolve
-from tests.models import random_tokens, small
+from tests.models import build, random_tokens, small
 from tests.ranks.run import one_rank
 from tests.trained import one_rank_model
 
@@ -191,7 +189,7 @@ def test_no_step_of_training_computes_plain_attention(name, device):
     sizes = {"hidden_size": 256, "head_size": 64, "num_layers": 4, "attention_kinds": ("global",) * 4}
     model = small(**sizes | STEPS[name], max_position_embeddings=256)
     with one_rank(device) as grid:
-        module = Sequential(gpt_layers(model, grid, seed=1)).to(grid.device, torch.bfloat16)
+        module = build(model, grid).to(grid.device, torch.bfloat16)
         tokens = random_tokens(model, 2, 256).to(grid.device)
         inputs = (tokens, document_starts(tokens, 7)) if model.reset_attention_mask else tokens
         with torch.profiler.profile(acc_events=True) as profile:
