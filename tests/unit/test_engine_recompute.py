@@ -39,19 +39,23 @@ class Executed(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-def step(kinds: dict, apart: bool, recompute: str) -> tuple[float, float, Counter[str]]:
+def step(kinds: dict, apart: bool, recompute: str, device: str = "cpu") -> tuple[float, float, Counter[str]]:
     """Loss, sum of the gradients' sizes, and operations of one step of three layers."""
-    sizes = {"sliding_window": WINDOW, "max_position_embeddings": LENGTH, "num_kv_heads": 2}
+    sizes = {"hidden_size": 64, "head_size": 16, "num_kv_heads": 2}
+    sizes |= {"sliding_window": WINDOW, "max_position_embeddings": LENGTH}
     model = small(**sizes, **kinds, reset_attention_mask=apart, reset_position_ids=apart)
-    with one_rank() as grid, flex.registered():
+    with one_rank(device) as grid, flex.registered():
         plan = replace(tiny.plan().engine, recompute_selective=recompute == "selective")
         layers = gpt_layers(model, grid, seed=1)
         module = Sequential(layers, 0 if recompute == "none" else 1, checkpoint_function(plan, grid)).train()
         randomise(module)
-        tokens = random_tokens(model, 2, LENGTH)
+        module.to(grid.device)
+        tokens = random_tokens(model, 2, LENGTH).to(grid.device)
         with Executed() as executed:
             logits = module((tokens, document_starts(tokens, END)) if apart else tokens)
-            loss = make_loss(model, grid)(logits, (tokens, torch.full(tokens.shape, 1 / tokens.numel())))
+            loss = make_loss(model, grid)(
+                logits, (tokens, torch.full(tokens.shape, 1 / tokens.numel(), device=grid.device))
+            )
             loss.backward()
         size = sum(parameter.grad.double().abs().sum() for parameter in module.parameters())
         return float(loss.detach()), float(size), executed.count
@@ -71,6 +75,18 @@ def test_the_lists_of_blocks_are_made_once_for_all_layers_and_attention_is_compu
     # fp32, sums in another order: gaps seen are 1e-7 of the loss and 1e-9 of the gradients
     assert loss == pytest.approx(dense_loss, rel=1e-6)
     assert size == pytest.approx(dense_size, rel=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("recompute", "times"), [("none", 1), ("selective", 1), ("full", 2)])
+def test_compiled_attention_by_blocks_is_computed_as_often_as_asked_on_a_gpu(recompute, times):
+    loss, size, executed = step(DENSE, True, recompute, "cuda")
+    assert executed["inductor_compiled_code"] == 3 * times + 3, "forward and backward of three layers"
+    plain_loss, plain_size, _ = step(DENSE, True, "none")
+    # fp32 without TF32, sums in another order
+    assert loss == pytest.approx(plain_loss, rel=1e-4)
+    assert size == pytest.approx(plain_size, rel=1e-3)
 
 
 @torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=())
