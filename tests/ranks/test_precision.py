@@ -11,10 +11,9 @@ import torch
 from torch.testing import assert_close
 
 from megatron.config.plan import LossScalePlan
-from megatron.engine.distributed import be_deterministic, choose_matmul_precision, start, start_layout
+from megatron.engine.distributed import be_deterministic, choose_matmul_precision, start_layout
 from megatron.engine.modules import Sequential
 from megatron.engine.training import TrainingEngine
-from megatron.errors import UserError
 from megatron.model.gpt import gpt_layers, make_loss
 from megatron.parallel.initial_values import initialise
 from tests import tiny
@@ -242,20 +241,6 @@ def test_on_a_gpu_high_computes_in_tf32_and_highest_in_fp32():
             assert torch.equal(left @ right, left) == kept
     finally:
         choose_matmul_precision(asked, device)
-
-
-def more_ranks_than_gpus() -> None:
-    torch.distributed.destroy_process_group()
-    os.environ["LOCAL_RANK"] = str(torch.cuda.device_count())
-    with pytest.raises(
-        UserError, match=r"rank 0 needs GPU \d+ of .*, but torch .* sees \d+ there .*start no more ranks"
-    ):
-        start(backend="nccl")
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-
-
-def test_a_rank_without_a_gpu_of_its_own_is_told_so_before_nccl_is():
-    run_ranks(1, more_ranks_than_gpus)
 
 
 def gradients_by_hand(plan, grid) -> dict[str, torch.Tensor]:
