@@ -16,7 +16,7 @@ class MasterWeights:
     def __init__(self, module: nn.Module, weight_type: torch.dtype, gradient_type: torch.dtype = torch.float32) -> None:
         """Round the weights of `module` to `weight_type`; buffers stay as they are.
 
-        gradient_type: of accumulated gradients. Masters start as the rounded weights, as under ZeRO.
+        gradient_type: of accumulated gradients. Masters start as the rounded weights, until they are drawn or loaded.
         """
         self.weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
         for weight in self.weights:

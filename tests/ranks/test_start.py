@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.store import CheckpointWriter
 from megatron.config.load import config_from_flat
+from megatron.engine import training
 from megatron.engine.settings import DTYPES
 from megatron.inference import find_trained_model, open_trained_model
-from megatron.optimizers.build import build_optimizer
 from megatron.parallel import initial_values
 from megatron.parallel.parameter import global_chunks
 from megatron.training.identity import identity_of
@@ -145,29 +145,41 @@ class LiveTensors(TorchDispatchMode):
 
 
 SIXTEEN_LAYERS = {"num_layers": 16, "attention_kinds": ("global",) * 16, "hidden_size": 128, "ffn_hidden_size": 512}
-RANKS = 4
 
 
-def holds_its_part_alone(precision: str) -> None:
-    peaks = []
+def holds_its_part_alone(settings: dict[str, Any]) -> None:
+    built = []
 
-    def build_optimizer_and_note(*arguments: Any) -> Any:
-        peaks.append(live.peak)  # the modules are built
-        return build_optimizer(*arguments)
+    def note_and_make_masters(*arguments: Any) -> Any:
+        built.append(live.peak)
+        return make_masters(*arguments)
 
-    buffers = {"zero_options": {"reduce_bucket_size": 1000}}
-    with LiveTensors() as live, patch("megatron.engine.training.build_optimizer", build_optimizer_and_note):
-        engine, _ = engine_of({"data": RANKS, "zero": 3, "precision": precision, "model": SIXTEEN_LAYERS} | buffers)
+    buffers = {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000}
+    make_masters = training._masters
+    with LiveTensors() as live, patch.object(training, "_masters", note_and_make_masters):
+        engine, plan = engine_of(settings | {"model": SIXTEEN_LAYERS, "zero_options": buffers})
     parameters = list(engine._engine.module.parameters())
-    model, weight = engine.parameters_on_rank(), torch.finfo(DTYPES[precision]).bits // 8
+    model, weight = engine.parameters_on_rank(), torch.finfo(DTYPES[plan.engine.precision]).bits // 8
     layer = sum(math.prod(p.shard_shape) for p in parameters if p.global_name.startswith("blocks.0."))
-    building = layer * (4 + weight)  # zeros in fp32, and the same in the type of the weights
+    part = model / settings["data"] if settings["zero"] == 3 else model
     small = 100_000  # partitions that do not divide, the rotary table, scalars
-    assert peaks[0] < model * weight / RANKS + building + small
-    # weights, masters, two moments, gradients
-    assert live.peak < model * (weight + 4 + 8 + weight) / RANKS + small
+    # a layer is zeros in fp32, and then in the type of the weights
+    assert built[0] < part * weight + layer * (4 + weight) + small
+    assert live.peak < sum(live.sizes.values()) + small
+    if settings["zero"] == 3:  # weights, masters, two moments, gradients
+        assert live.peak < part * (weight + 4 + 8 + weight) + small
 
 
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.long)])
-def test_under_zero_3_no_rank_ever_holds_more_than_its_part_and_one_layer(precision):
-    run_ranks(RANKS, holds_its_part_alone, precision, timeout=120)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"data": 1, "zero": 0, "precision": "bf16"},
+        {"data": 4, "zero": 3, "precision": "bf16"},
+        pytest.param({"data": 4, "zero": 3, "precision": "fp32"}, marks=pytest.mark.long),
+        pytest.param({"data": 2, "zero": 1, "precision": "bf16"}, marks=pytest.mark.long),
+        pytest.param({"data": 2, "zero": 2, "precision": "fp16"}, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_a_start_takes_no_more_memory_than_what_it_leaves_and_under_zero_3_no_rank_holds_the_model(settings):
+    run_ranks(settings["data"], holds_its_part_alone, settings, timeout=120)

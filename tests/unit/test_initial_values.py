@@ -115,6 +115,16 @@ def test_values_are_rounded_to_the_type_of_their_place():
     assert torch.equal(elements, values(parameter).bfloat16())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_on_a_gpu_are_those_on_a_cpu(dtype):
+    parameter = placed((1500, 1100), 1, 200, 500)
+    elements = torch.zeros(parameter.numel(), dtype=dtype, device="cuda")
+    draw([(parameter, 0, elements)])
+    assert torch.equal(elements.cpu(), values(parameter).to(dtype))
+
+
 def test_threads_change_no_value_and_torch_keeps_its_own(small_cells):
     before = torch.get_num_threads()
     try:
