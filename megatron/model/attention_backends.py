@@ -90,8 +90,8 @@ class ScaledDotProduct:
             # the queries that share a key are its queries, so that any kernel can take them
             query = query.unflatten(2, (key.shape[2], -1)).squeeze(1).transpose(1, 2)
             return self._mix(query, key, value, mask, False, dropout).transpose(1, 2).flatten(1, 2).unsqueeze(1)
-        if grouped and (mask is not None or (query.is_cuda and query.dtype not in _FLASH_TYPES)):
-            # the memory-efficient kernel takes masks and fp32, but only as many keys as queries (torch 2.11)
+        if grouped and query.is_cuda and (mask is not None or query.dtype not in _FLASH_TYPES):
+            # the memory-efficient kernel takes masks and fp32, but in torch 2.11 only as many keys as queries
             key, value = (tensor.repeat_interleave(query.shape[2] // key.shape[2], 2) for tensor in (key, value))
         return self._mix(query, key, value, mask, mask is None and queries > 1, dropout)
 

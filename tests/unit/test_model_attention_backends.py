@@ -112,9 +112,14 @@ def test_flash_attention_3_is_called_as_its_interface_says_and_without_dropout(w
     assert flash.describe(torch.bfloat16) == "flash_attn_func of FlashAttention-3"
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("queries", [1, 4, 9])
 @pytest.mark.parametrize("masked", [False, True])
-def test_no_kernel_gets_fewer_keys_than_queries_together_with_a_mask(monkeypatch, masked, queries):
+def test_on_a_gpu_no_kernel_gets_fewer_keys_than_queries_together_with_a_mask(monkeypatch, device, masked, queries):
     compute, calls = F.scaled_dot_product_attention, []
 
     def noted(query, key, value, attn_mask, enable_gqa, **options):
@@ -122,10 +127,15 @@ def test_no_kernel_gets_fewer_keys_than_queries_together_with_a_mask(monkeypatch
         return compute(query, key, value, attn_mask=attn_mask, enable_gqa=enable_gqa, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
-    query, key, value = heads(2, queries, 6, 0), heads(2, 9, 2, 1), heads(2, 9, 2, 2)
-    places = torch.arange(9)[None]
-    ScaledDotProduct()(query, key, value, Positions(places[:, 9 - queries :], places) if masked else None, 0.0)
-    assert calls == [(masked or queries == 4, not masked and queries == 9)]
+    shapes = ((queries, 6), (9, 2), (9, 2))
+    query, key, value = (heads(2, length, count, count).bfloat16().to(device) for length, count in shapes)
+    places = torch.arange(9, device=device)[None]
+    visible = Positions(places[:, 9 - queries :], places) if masked else None
+    found = ScaledDotProduct()(query, key, value, visible, 0.0)
+    needs_mask = masked or queries == 4
+    assert calls == [(needs_mask, queries > 1 and not (needs_mask and device == "cuda"))]
+    expected = written_out(query, key, value, order(queries, 9, None).to(device)).bfloat16()
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)  # bf16 keeps 8 bits
 
 
 def test_one_query_sees_all_keys_also_where_as_many_heads_share_a_key_as_there_are_keys():
@@ -173,7 +183,6 @@ def test_flash_is_the_fastest_kernel_for_the_gpu(monkeypatch, capability, chosen
     assert found in flash_attention(small(), torch.device("cuda")).describe(torch.bfloat16)
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 STEPS = {
     "plain": {},
     "grouped queries": {"num_kv_heads": 2},
@@ -183,7 +192,7 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", STEPS)
 def test_no_step_of_training_computes_plain_attention(name, device):
     sizes = {"hidden_size": 256, "head_size": 64, "num_layers": 4, "attention_kinds": ("global",) * 4}
