@@ -19,8 +19,12 @@ BACKEND = os.environ.get("RANKS_BACKEND", "gloo")  # of the ranks of tests; nccl
 
 def fork_server() -> ForkServerContext:
     """The context of multiprocessing that forks from the server."""
-    if BACKEND == "gloo":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the server inherits it; DeepSpeed reads it at its import
+    # the server inherits these; DeepSpeed reads the first at its import
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if BACKEND == "gloo" else "cuda")
+    if BACKEND != "gloo":
+        # imports ask whether there is a GPU: torch then asks NVML, as a process cannot use CUDA if the one that it was
+        # forked from has initialised it
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
     return context

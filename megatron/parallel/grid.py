@@ -26,7 +26,7 @@ class ParallelGrid:
 
     @classmethod
     def create(
-        cls, pipe: int = 1, tensor: int = 1, context: int = 1, sequence_parallel: bool = False, device: str = "cpu"
+        cls, pipe: int = 1, tensor: int = 1, context: int = 1, sequence_parallel: bool = False, *, device: str
     ) -> "ParallelGrid":
         """Arrange the ranks of the process group; the data axis takes the rest.
 

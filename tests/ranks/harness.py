@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 from megatron.harness import team as team_module
 from megatron.harness.team import Team
-from megatron.parallel.grid import ParallelGrid
 from tests.harness_tasks import Weights
+from tests.ranks.run import make_grid
 
 
 def assert_answers(weights: Weights, tensor: int, work: list[tuple[Any, list[Any], list[Any]]]) -> None:
@@ -17,7 +17,7 @@ def assert_answers(weights: Weights, tensor: int, work: list[tuple[Any, list[Any
     work: functions, batches, and the answers of one rank.
     """
     team_module.BATCHES_PER_ROUND = 2  # so that there are many rounds, and a last one that is not full
-    team = Team(weights.on(ParallelGrid.create(tensor=tensor)))
+    team = Team(weights.on(make_grid(tensor=tensor)))
     if dist.get_rank() != 0:
         team.serve()
         return

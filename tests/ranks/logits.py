@@ -6,14 +6,14 @@ from torch import Tensor
 
 from megatron.config.plan import ModelPlan
 from megatron.model.gpt import gather_logits
-from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.parameter import load_state
 from tests.models import build
+from tests.ranks.run import make_grid
 
 
 def assert_logits(model: ModelPlan, state: dict[str, Tensor], tokens: Tensor, expected: Tensor) -> None:
     """The model with the parameters `state`, cut over all ranks, gives `expected` within 1e-4 of its largest logit."""
-    grid = ParallelGrid.create(tensor=dist.get_world_size())
+    grid = make_grid(tensor=dist.get_world_size())
     module = build(model, grid).eval()
     load_state(module, state)
     with torch.no_grad():

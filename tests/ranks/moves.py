@@ -18,7 +18,7 @@ from megatron.engine.training import TrainingEngine
 from megatron.model.gpt import gpt_layers, make_loss
 from megatron.optimizers.schedules import learning_rate
 from tests import tiny
-from tests.ranks.run import run_ranks
+from tests.ranks.run import deterministic_on_gpu, run_ranks
 
 Settings = dict[str, Any]  # of tests.tiny.plan
 STEPS = 4  # before the move, and again after it
@@ -146,6 +146,7 @@ def run_steps(engine: TrainingEngine, plan: Any, state: TrainState, steps: int) 
 
 def segment(folder: str, settings: Settings, load: str | None, steps: int) -> None:
     """On a rank: train `steps` more steps from `load` (or from scratch) and save into `folder`."""
+    deterministic_on_gpu()  # a run that was resumed is compared bit by bit
     engine, plan = engine_of(settings)
     state = load_checkpoint(engine, Path(load)) if load else TrainState()
     state, losses = run_steps(engine, plan, state, steps)

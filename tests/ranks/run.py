@@ -1,7 +1,9 @@
 """Run a function on several ranks of this machine, and say clearly which rank failed and how.
 
 Ranks talk over gloo on the CPU. With RANKS_BACKEND=nccl in the environment each is a GPU, and a test of more ranks than
-there are GPUs is skipped.
+there are GPUs is skipped, so that `RANKS_BACKEND=nccl pytest tests/ranks` is of use with a single GPU. What one process
+computes as a reference (`one_rank`) comes from the CPU all the same. Products of fp32 matrices are in fp32 there too,
+not in TF32, so the bounds hold for both: a GPU sums in another order, as layouts do, and its exp differs in a bit.
 
 A rank that fails ends the others; a rank that hangs is asked for its stack and then killed.
 """
@@ -22,7 +24,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map_only
 
+from megatron.engine.distributed import be_deterministic
 from megatron.parallel.grid import ParallelGrid
 from tests.forking import BACKEND, fork_server
 
@@ -32,7 +36,8 @@ GRACE_SECONDS = 1.0  # for the other ranks to fail as well, once one has
 def run_ranks(world: int, body: Callable[..., object], *arguments: object, timeout: float = 60) -> None:
     """Run `body(*arguments)` on `world` ranks, in an initialised process group.
 
-    body: a function at the top of a module, which every rank imports: no place for slow imports.
+    body: a function at the top of a module, which every rank imports: no place for slow imports. The tensors among its
+    arguments arrive on the rank's device; those that it makes itself it has to put there (`own_device`).
     timeout: seconds until ranks that still run count as hung.
     Raises AssertionError with the traceback of every rank that failed and the stack of every rank that hung.
     """
@@ -65,6 +70,22 @@ def can_run(world: int) -> bool:
     return BACKEND != "nccl" or world <= torch.cuda.device_count()
 
 
+def own_device() -> torch.device:
+    """The device of this rank: over nccl, its GPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if BACKEND == "nccl" else torch.device("cpu")
+
+
+def deterministic_on_gpu() -> None:
+    """Let each operation of this rank give the same bits each time, for tests that compare bits; a CPU does anyway."""
+    if BACKEND == "nccl":
+        be_deterministic()
+
+
+def make_grid(pipe: int = 1, tensor: int = 1, context: int = 1, sequence_parallel: bool = False) -> ParallelGrid:
+    """The ranks of a test on their devices, arranged as by `ParallelGrid.create`."""
+    return ParallelGrid.create(pipe, tensor, context, sequence_parallel, device=own_device().type)
+
+
 @contextmanager
 def one_rank(device: str = "cpu") -> Iterator[ParallelGrid]:
     """A grid of this process alone, for tests that need no second rank."""
@@ -86,8 +107,10 @@ def _rank(body: Callable[..., object], arguments: tuple[object, ...], rank: int,
         try:
             if BACKEND == "nccl":
                 torch.cuda.set_device(rank)
-            dist.init_process_group(BACKEND, init_method=f"file://{folder}/store", rank=rank, world_size=world)
-            body(*arguments)
+            bound = own_device() if BACKEND == "nccl" else None  # as in a run (engine/distributed.py)
+            store = f"file://{folder}/store"
+            dist.init_process_group(BACKEND, init_method=store, rank=rank, world_size=world, device_id=bound)
+            body(*tree_map_only(torch.Tensor, lambda tensor: tensor.to(own_device()), arguments))
             dist.barrier()
             dist.destroy_process_group()
         except BaseException:

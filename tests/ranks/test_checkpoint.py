@@ -25,7 +25,7 @@ from megatron.model.gpt import gpt_layers
 from tests import tiny
 from tests.operations import Operations
 from tests.ranks.moves import MOVES, TIED, Move, carry_out, different_tensors, engine_of, run_steps, tensors, train
-from tests.ranks.run import run_ranks
+from tests.ranks.run import own_device, run_ranks
 
 MODEL = {"tied_embeddings": True, "hidden_dropout": 0.1}
 
@@ -88,7 +88,8 @@ def every_element_has_one_owner(settings: dict) -> None:
     engine, plan = engine_of(settings)
     replicated = engine.state.replicated_over_data
     owned = local_chunks(engine.state.fragments(), engine.grid, owned_only=True, replicated_over_data=replicated)
-    count = torch.tensor(sum(chunk.numel() for local in owned.values() for chunk in local.chunks.values()))
+    elements = sum(chunk.numel() for local in owned.values() for chunk in local.chunks.values())
+    count = torch.tensor(elements, device=own_device())
     torch.distributed.all_reduce(count)
     assert int(count) == 3 * parameter_count(plan.model)  # the master and two moments
 
@@ -116,7 +117,7 @@ def test_inference_takes_the_weights_of_any_training_layout(tmp_path):
     saved, _ = train(tmp_path / "source", {"pipe": 2, "data": 2, "zero": 1}, None, 2)
     run_ranks(2, inference_logits, str(saved), str(tmp_path / "whole.pt"), {"tensor": 2})
     stored = tensors(saved)
-    taken = torch.load(tmp_path / "whole.pt", weights_only=False)
+    taken = torch.load(tmp_path / "whole.pt", map_location="cpu", weights_only=False)
     assert taken and all(torch.equal(value, stored[f"{name}/fp32"]) for name, value in taken.items())
 
 

@@ -51,8 +51,8 @@ def whole_graphs_body(layouts: list[dict[str, object]]) -> None:
         plan = tiny.plan(**layout)
         grid = start_layout(plan.layout)
         block = gpt_layers(plan.model, grid, 1)[1].build()
-        hidden = torch.randn(2, plan.batch.sequence_length, plan.model.hidden_size)[:, grid.own_tokens(4)]
-        hidden.requires_grad_()
+        whole = torch.randn(2, plan.batch.sequence_length, plan.model.hidden_size).to(grid.device)
+        hidden = whole[:, grid.own_tokens(4)].requires_grad_()
         results = []
         for forward in (block, torch.compile(block.forward, fullgraph=True, dynamic=False, backend="aot_eager")):
             torch.manual_seed(1)

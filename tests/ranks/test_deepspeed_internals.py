@@ -10,7 +10,7 @@ from torch import nn
 from megatron.engine import deepspeed_internals, phases
 from tests import tiny
 from tests.ranks.moves import allow_fp16_on_cpu, engine_of
-from tests.ranks.run import run_ranks
+from tests.ranks.run import BACKEND, run_ranks
 
 ZERO = {
     "DeepSpeedZeroOptimizer": {"zero": 2},
@@ -107,6 +107,7 @@ def no_extension_is_compatible() -> None:
     assert "__compatible_ops__" in vars(deepspeed.ops) and not deepspeed.ops.__compatible_ops__["anything"]
 
 
+@pytest.mark.skipif(BACKEND == "nccl", reason="it is about a CPU")
 def test_no_extension_counts_as_compatible_on_a_cpu():
     run_ranks(1, no_extension_is_compatible)
 

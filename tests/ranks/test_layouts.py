@@ -17,7 +17,7 @@ from megatron.engine.training import TrainingEngine
 from megatron.model.gpt import gpt_layers, make_loss
 from megatron.optimizers.schedules import learning_rate
 from tests import tiny
-from tests.ranks.run import run_ranks
+from tests.ranks.run import deterministic_on_gpu, run_ranks
 
 STEPS = 20
 TOLERANCE = 1e-5
@@ -25,6 +25,7 @@ TOLERANCE = 1e-5
 
 def train(file: str, steps: int, settings: dict) -> None:
     """Train on this rank; rank 0 writes what it saw."""
+    deterministic_on_gpu()  # recomputation has to change no bit
     plan = tiny.plan(**settings)
     grid = start_layout(plan.layout)
     engine = TrainingEngine(gpt_layers(plan.model, grid, plan.engine.seed), make_loss(plan.model, grid), grid, plan)

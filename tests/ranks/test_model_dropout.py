@@ -11,23 +11,25 @@ from megatron.model.gpt import make_loss
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.parameter import load_whole
 from tests.models import VARIETY, build, random_tensor, random_tokens, small
-from tests.ranks.run import one_rank, run_ranks
+from tests.ranks.run import deterministic_on_gpu, make_grid, one_rank, run_ranks
 
 DROPOUT = {"attention_dropout": 0.2, "hidden_dropout": 0.1}
 
 
 def step(model: ModelPlan, grid: ParallelGrid, recompute_layers: int, seed: int = 3) -> dict[str, Tensor]:
     """The loss and all gradients of a training step."""
-    module, ids = build(model, grid, recompute_layers).train(), random_tokens(model, batch=2, length=13)
+    module = build(model, grid, recompute_layers).train()
+    ids = random_tokens(model, batch=2, length=13).to(grid.device)
     torch.manual_seed(seed)
-    loss = make_loss(model, grid)(module(ids[:, :-1]), (ids[:, 1:], torch.ones(2, 12)))
+    loss = make_loss(model, grid)(module(ids[:, :-1]), (ids[:, 1:], torch.ones(2, 12, device=grid.device)))
     loss.backward()
     return {"loss": loss.detach()} | {p.global_name: p.grad for p in module.parameters()}
 
 
 def recompute_body(model: ModelPlan) -> None:
+    deterministic_on_gpu()
     for sequence_parallel in (False, True)[: dist.get_world_size()]:
-        grid = ParallelGrid.create(tensor=dist.get_world_size(), sequence_parallel=sequence_parallel)
+        grid = make_grid(tensor=dist.get_world_size(), sequence_parallel=sequence_parallel)
         plain = step(model, grid, recompute_layers=0)
         for layers in (1, 2):
             again = step(model, grid, recompute_layers=layers)
@@ -43,9 +45,9 @@ def test_recomputation_is_bit_equal(tp, dropout, kind):
 
 
 def replicas_body(model: ModelPlan) -> None:
-    grid = ParallelGrid.create(tensor=dist.get_world_size())
+    grid = make_grid(tensor=dist.get_world_size())
     module = build(model, grid).train()
-    hidden = random_tokens(model, batch=2, length=13)
+    hidden = random_tokens(model, batch=2, length=13).to(grid.device)
     torch.manual_seed(3)
     for layer in list(module.layers)[:-1]:  # embedding, blocks, final norm: whole on every rank
         hidden = layer(hidden)
@@ -61,14 +63,15 @@ def test_with_dropout_the_hidden_state_stays_the_same_on_all_ranks(parallel_resi
 
 def twin_heads_body(model: ModelPlan) -> None:
     """Give both ranks' heads the same weights: only their dropout can tell them apart."""
-    grid = ParallelGrid.create(tensor=dist.get_world_size())
+    grid = make_grid(tensor=dist.get_world_size())
     attention = Attention(model, grid, 0, "global", None)
     half = random_tensor((48, 32), 1)
     load_whole(attention.query_key_value.weight, torch.cat([half, half]))
     load_whole(attention.query_key_value.bias, torch.zeros(96))
     results = {}
     for mode in ("train", "eval"):
-        mine = attention.train(mode == "train").heads(random_tensor((2, 7, 32), 2)).detach().contiguous()
+        hidden = random_tensor((2, 7, 32), 2).to(grid.device)
+        mine = attention.train(mode == "train").heads(hidden).detach().contiguous()
         first, second = (torch.empty_like(mine) for _ in range(2))
         dist.all_gather([first, second], mine)
         results[mode] = torch.equal(first, second)

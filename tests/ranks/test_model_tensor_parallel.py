@@ -15,7 +15,7 @@ from megatron.model.cache import KVCache
 from megatron.model.gpt import gather_logits, make_loss
 from megatron.parallel.grid import ParallelGrid
 from tests.models import VARIETY, build, random_tokens
-from tests.ranks.run import one_rank, run_ranks
+from tests.ranks.run import make_grid, one_rank, run_ranks
 
 TOLERANCE = 2e-5
 
@@ -27,8 +27,8 @@ def assert_near(actual: Tensor, expected: Tensor, name: str) -> None:
 
 def run(model: ModelPlan, grid: ParallelGrid) -> tuple[Tensor, Tensor, dict[str, torch.nn.Parameter]]:
     """Logits of the true vocabulary, the loss, and the parameters with their gradients."""
-    module, ids = build(model, grid), random_tokens(model, batch=3, length=13)  # 12 tokens: divisible by 4
-    weights = torch.rand(3, 12, generator=torch.Generator().manual_seed(2))
+    module, ids = build(model, grid), random_tokens(model, batch=3, length=13).to(grid.device)  # 12 tokens: 4 x 3
+    weights = torch.rand(3, 12, generator=torch.Generator().manual_seed(2)).to(grid.device)
     logits = module(ids[:, :-1])
     loss = make_loss(model, grid)(logits, (ids[:, 1:], weights))
     loss.backward()
@@ -38,7 +38,7 @@ def run(model: ModelPlan, grid: ParallelGrid) -> tuple[Tensor, Tensor, dict[str,
 
 def compare(model: ModelPlan, logits: Tensor, loss: Tensor, gradients: dict[str, Tensor]) -> None:
     for sequence_parallel in (False, True):
-        grid = ParallelGrid.create(tensor=dist.get_world_size(), sequence_parallel=sequence_parallel)
+        grid = make_grid(tensor=dist.get_world_size(), sequence_parallel=sequence_parallel)
         compare_on(grid, model, logits, loss, gradients)
 
 
@@ -74,10 +74,10 @@ def test_four_ranks_compute_what_one_computes():
 
 
 def decode_body(model: ModelPlan, expected: Tensor) -> None:
-    grid = ParallelGrid.create(tensor=dist.get_world_size())
-    module, tokens = build(model, grid).eval(), random_tokens(model, batch=2, length=12)
+    grid = make_grid(tensor=dist.get_world_size())
+    module, tokens = build(model, grid).eval(), random_tokens(model, batch=2, length=12).to(grid.device)
     kv_heads, padding = model.num_kv_heads // grid.size("tensor"), torch.tensor([0, 3])
-    cache = KVCache(3, 2, 12, kv_heads, model.head_size, torch.float32, torch.device("cpu"), padding)
+    cache = KVCache(3, 2, 12, kv_heads, model.head_size, torch.float32, grid.device, padding)
     with torch.inference_mode():
         steps = [gather_logits(module(part, cache), grid, model.vocab_size) for part in tokens.split([6, 1, 1, 4], 1)]
     assert_near(torch.cat(steps, dim=1)[:, 3:], expected, "logits")
@@ -94,7 +94,7 @@ def test_decoding_on_two_ranks_equals_reading_everything_on_one(name):
 
 
 def padding_body(model: ModelPlan) -> None:
-    grid = ParallelGrid.create(tensor=dist.get_world_size())
+    grid = make_grid(tensor=dist.get_world_size())
     _, _, parameters = run(model, grid)
     for name in ("embedding.weight", "head.weight"):
         weight = parameters[name]

@@ -7,24 +7,23 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from megatron.parallel import cross_entropy
-from megatron.parallel.grid import ParallelGrid
-from tests.ranks.run import run_ranks
+from tests.ranks.run import make_grid, run_ranks
 
 TP = pytest.mark.parametrize("tp", [1, 2, 4])
 
 
 def loss_body(vocab_size: int, padded_size: int, dtype: torch.dtype, chunk: int) -> None:
     cross_entropy._CHUNK_ELEMENTS = chunk
-    grid = ParallelGrid.create(tensor=dist.get_world_size())
-    whole = (torch.randn(3, 7, vocab_size) * 5).to(dtype)
+    grid = make_grid(tensor=dist.get_world_size())
+    whole = (torch.randn(3, 7, vocab_size) * 5).to(grid.device, dtype)
     padded = F.pad(whole, (0, padded_size - vocab_size), value=float("-inf"))
     width = padded_size // grid.size("tensor")
     start = grid.rank("tensor") * width
     mine = padded[..., start : start + width].clone().requires_grad_()
     theirs = whole.float().requires_grad_()
-    labels = torch.randint(0, vocab_size, (3, 7))
-    labels[0, :2] = torch.tensor([0, vocab_size - 1])
-    weights = torch.rand(3, 7)
+    labels = torch.randint(0, vocab_size, (3, 7)).to(grid.device)
+    labels[0, :2] = torch.tensor([0, vocab_size - 1], device=grid.device)
+    weights = torch.rand(3, 7).to(grid.device)
 
     losses = cross_entropy.vocab_parallel_nll(mine, labels, grid.group("tensor"), start)
     expected = F.cross_entropy(theirs.flatten(0, 1), labels.flatten(), reduction="none").view(3, 7)
@@ -50,12 +49,13 @@ def test_the_loss_does_not_depend_on_how_tokens_are_chunked(chunk):
 
 
 def huge_logits_body() -> None:
-    grid = ParallelGrid.create(tensor=dist.get_world_size())
-    logits = torch.full((1, 1, 4), 1e4 if grid.rank("tensor") else -1e4, requires_grad=True)
-    label = torch.tensor([[7]])  # on the last rank
+    grid = make_grid(tensor=dist.get_world_size())
+    value = 1e4 if grid.rank("tensor") else -1e4
+    logits = torch.full((1, 1, 4), value, device=grid.device, requires_grad=True)
+    label = torch.tensor([[7]], device=grid.device)  # on the last rank
     loss = cross_entropy.vocab_parallel_nll(logits, label, grid.group("tensor"), 4 * grid.rank("tensor"))
     loss.sum().backward()
-    assert_close(loss, torch.full((1, 1), 4.0).log())
+    assert_close(loss, torch.full_like(loss, 4.0).log())
     assert logits.grad.isfinite().all()
 
 

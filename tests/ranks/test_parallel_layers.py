@@ -21,13 +21,13 @@ from megatron.parallel.layers import (
     zeros,
 )
 from megatron.parallel.parameter import load_whole
-from tests.ranks.run import run_ranks
+from tests.ranks.run import make_grid, own_device, run_ranks
 
 TP = pytest.mark.parametrize("tp", [1, 2, 4])
 
 
 def all_ranks() -> ParallelGrid:
-    return ParallelGrid.create(tensor=dist.get_world_size())
+    return make_grid(tensor=dist.get_world_size())
 
 
 def part(whole: Tensor, dim: int, grid: ParallelGrid) -> Tensor:
@@ -35,7 +35,7 @@ def part(whole: Tensor, dim: int, grid: ParallelGrid) -> Tensor:
 
 
 def leaf(*shape: int) -> Tensor:
-    return torch.randn(shape).requires_grad_()
+    return torch.randn(shape).to(own_device()).requires_grad_()
 
 
 def copy_of(tensor: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def load_linear(layer: nn.Module, full: nn.Linear) -> None:
 
 def column_body(bias: bool) -> None:
     grid = all_ranks()
-    full, layer = nn.Linear(8, 12, bias=bias), ColumnParallelLinear(8, 12, bias, zeros, grid)
+    full, layer = nn.Linear(8, 12, bias=bias).to(grid.device), ColumnParallelLinear(8, 12, bias, zeros, grid)
     load_linear(layer, full)
     inputs = leaf(5, 3, 8)
     mine, theirs = copy_of(inputs), copy_of(inputs)
@@ -99,7 +99,7 @@ def test_column_parallel_linear_equals_a_plain_linear(tp, bias):
 
 def row_body(bias: bool) -> None:
     grid = all_ranks()
-    full, layer = nn.Linear(8, 12, bias=bias), RowParallelLinear(8, 12, bias, zeros, grid)
+    full, layer = nn.Linear(8, 12, bias=bias).to(grid.device), RowParallelLinear(8, 12, bias, zeros, grid)
     load_linear(layer, full)
     inputs = leaf(5, 3, 8)
     mine, theirs = copy_of(part(inputs, -1, grid)), copy_of(inputs)
@@ -122,11 +122,11 @@ def test_row_parallel_linear_equals_a_plain_linear(tp, bias):
 def row_sum_body(biases: tuple[bool, bool]) -> None:
     grid = all_ranks()
     widths = (8, 16)
-    fulls = [nn.Linear(width, 12, bias=bias) for width, bias in zip(widths, biases, strict=True)]
+    fulls = [nn.Linear(width, 12, bias=bias).to(grid.device) for width, bias in zip(widths, biases, strict=True)]
     layers = [RowParallelLinear(width, 12, bias, zeros, grid) for width, bias in zip(widths, biases, strict=True)]
     for layer, full in zip(layers, fulls, strict=True):
         load_linear(layer, full)
-    inputs = [torch.randn(5, 3, width) for width in widths]
+    inputs = [torch.randn(5, 3, width).to(grid.device) for width in widths]
     out = row_parallel_sum(*((layer, part(x, -1, grid)) for layer, x in zip(layers, inputs, strict=True)))
     expected = sum(full(x) for full, x in zip(fulls, inputs, strict=True))
     assert_close(out, expected)
@@ -146,11 +146,11 @@ def test_a_sum_of_row_parallel_layers_keeps_every_branch_and_every_bias(tp, bias
 
 def embedding_body(vocab_size: int, padded_size: int) -> None:
     grid = all_ranks()
-    full = nn.Embedding(vocab_size, 6)
+    full = nn.Embedding(vocab_size, 6).to(grid.device)
     table = VocabParallelEmbedding(vocab_size, padded_size, 6, zeros, grid)
     load_whole(table.weight, full.weight)
-    tokens = torch.randint(0, vocab_size, (3, 11))
-    tokens[0, :2] = torch.tensor([0, vocab_size - 1])
+    tokens = torch.randint(0, vocab_size, (3, 11)).to(grid.device)
+    tokens[0, :2] = torch.tensor([0, vocab_size - 1], device=grid.device)
     table(tokens).square().sum().backward()
     full(tokens).square().sum().backward()
     assert_close(table(tokens), full(tokens))
@@ -166,7 +166,7 @@ def test_vocab_parallel_embedding_equals_a_plain_embedding(tp, sizes):
 
 def logits_body(vocab_size: int, padded_size: int) -> None:
     grid = all_ranks()
-    full = nn.Linear(6, vocab_size, bias=False)
+    full = nn.Linear(6, vocab_size, bias=False).to(grid.device)
     table = VocabParallelEmbedding(vocab_size, padded_size, 6, zeros, grid)
     load_whole(table.weight, full.weight)
     hidden = leaf(3, 5, 6)

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.initial_values import initialise
 from megatron.parallel.parameter import load_whole, name_parameters, new_parameter
-from tests.ranks.run import one_rank, run_ranks
+from tests.ranks.run import make_grid, one_rank, run_ranks
 
 
 def gaussian(tensor: torch.Tensor, generator: torch.Generator) -> None:
@@ -36,7 +36,7 @@ def whole_values(seed: int = 3) -> dict[str, torch.Tensor]:
 
 
 def slices_body(whole: dict[str, torch.Tensor]) -> None:
-    grid = ParallelGrid.create(tensor=dist.get_world_size())
+    grid = make_grid(tensor=dist.get_world_size())
     module = Mixed(grid)
     name_parameters(module, "part", seed=3)
     initialise(module)
@@ -76,7 +76,7 @@ def test_a_tensor_of_the_wrong_shape_is_refused():
 
 
 def uneven_body() -> None:
-    grid = ParallelGrid.create(tensor=2)
+    grid = make_grid(tensor=2)
     with pytest.raises(ValueError, match="7 is not divisible by 2"):
         new_parameter((7, 2), 0, gaussian, grid)
 

@@ -5,9 +5,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.random import own_stream
-from tests.ranks.run import run_ranks
+from tests.ranks.run import make_grid, run_ranks
 
 
 def gathered(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -17,14 +16,14 @@ def gathered(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def streams_body() -> None:
-    grid = ParallelGrid.create(tensor=dist.get_world_size())
+    grid = make_grid(tensor=dist.get_world_size())
     torch.manual_seed(7)
-    shared = torch.rand(100)
+    shared = torch.rand(100, device=grid.device)
     with own_stream(grid):
-        own = torch.rand(100)
+        own = torch.rand(100, device=grid.device)
     with own_stream(grid):
-        next_own = torch.rand(100)
-    after = torch.rand(100)
+        next_own = torch.rand(100, device=grid.device)
+    after = torch.rand(100, device=grid.device)
     first, second = gathered(shared)
     assert torch.equal(first, second)
     first, second = gathered(own)
@@ -39,7 +38,7 @@ def test_an_own_stream_differs_by_rank_and_leaves_the_shared_one_alike():
 
 
 def recompute_body() -> None:
-    grid = ParallelGrid.create(tensor=dist.get_world_size())
+    grid = make_grid(tensor=dist.get_world_size())
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         x = F.dropout(x.sin(), 0.5)
@@ -49,9 +48,9 @@ def recompute_body() -> None:
     gradients = []
     for recompute in (False, True):
         torch.manual_seed(7)
-        x = torch.arange(64.0).requires_grad_()
+        x = torch.arange(64.0, device=grid.device).requires_grad_()
         y = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
-        torch.rand(5)  # the generator moves on between forward and backward
+        torch.rand(5, device=grid.device)  # the generator moves on between forward and backward
         y.sum().backward()
         gradients.append(x.grad)
     assert torch.equal(*gradients)

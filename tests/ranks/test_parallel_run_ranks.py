@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks.run import run_ranks
+from tests.ranks.run import own_device, run_ranks
 
 
 def everyone_adds_one() -> None:
-    total = torch.ones(())
+    total = torch.ones((), device=own_device())
     dist.all_reduce(total)
     assert total == dist.get_world_size()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._pytree import tree_map_only
 
 from megatron.config.plan import LossScalePlan
 from megatron.engine.distributed import be_deterministic, choose_matmul_precision, start_layout
@@ -18,7 +19,7 @@ from megatron.model.gpt import gpt_layers, make_loss
 from megatron.parallel.initial_values import initialise
 from tests import tiny
 from tests.ranks.moves import allow_fp16_on_cpu, engine_of
-from tests.ranks.run import run_ranks
+from tests.ranks.run import deterministic_on_gpu, run_ranks
 
 RATE = 1e-3
 
@@ -248,8 +249,8 @@ def gradients_by_hand(plan, grid) -> dict[str, torch.Tensor]:
     module = Sequential(gpt_layers(plan.model, grid, plan.engine.seed)).to(torch.bfloat16).train()
     initialise(module)
     loss, batches = make_loss(plan.model, grid), tiny.micro_batches(0, plan, grid.rank("data"))
-    sums = {p.global_name: torch.zeros(p.shape) for p in module.parameters()}
-    for inputs, targets in batches:
+    sums = {p.global_name: torch.zeros_like(p, dtype=torch.float32) for p in module.parameters()}
+    for inputs, targets in tree_map_only(torch.Tensor, lambda tensor: tensor.to(grid.device), batches):
         module.zero_grad()
         (loss(module(inputs), targets) / len(batches)).backward()
         for parameter in module.parameters():
@@ -259,6 +260,7 @@ def gradients_by_hand(plan, grid) -> dict[str, torch.Tensor]:
 
 def worst_gradient(settings: dict) -> float:
     """How far the engine's gradients are from those by hand, averaged over ranks in fp32; of their largest element."""
+    deterministic_on_gpu()
     plan = tiny.plan(precision="bf16", optimizer={"gradient_clipping": 0.0}, **settings)
     engine = build(plan)
     wanted = gradients_by_hand(plan, engine.grid)

@@ -15,7 +15,6 @@ from torch.testing import assert_close
 
 from megatron.model.norms import LayerNorm, RMSNorm
 from megatron.parallel import collectives
-from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -26,13 +25,13 @@ from megatron.parallel.layers import (
 )
 from megatron.parallel.parameter import load_whole
 from megatron.parallel.random import dropout
-from tests.ranks.run import run_ranks
+from tests.ranks.run import make_grid, own_device, run_ranks
 
 RANKS = pytest.mark.parametrize("ranks", [2, 4])
 
 
 def leaf(*shape: int) -> Tensor:
-    return torch.randn(shape).requires_grad_()
+    return torch.randn(shape).to(own_device()).requires_grad_()
 
 
 def copy_of(tensor: Tensor) -> Tensor:
@@ -90,11 +89,11 @@ def load(layer: nn.Module, whole: nn.Module) -> nn.Module:
 
 
 def layers_body() -> None:
-    grid = ParallelGrid.create(tensor=dist.get_world_size(), sequence_parallel=True)
+    grid = make_grid(tensor=dist.get_world_size(), sequence_parallel=True)
     whole = leaf(3, 8, 8)
     split = {"weight": 0, "bias": 0}
 
-    first, second = nn.Linear(8, 12), nn.Linear(8, 4, bias=False)
+    first, second = nn.Linear(8, 12).to(grid.device), nn.Linear(8, 4, bias=False).to(grid.device)
     one = load(ColumnParallelLinear(8, 12, True, zeros, grid), first)
     two = load(ColumnParallelLinear(8, 4, False, zeros, grid), second)
     mine, theirs = copy_of(part(whole, 1)), copy_of(whole)
@@ -108,11 +107,11 @@ def layers_body() -> None:
     assert_close(mine.grad, part(theirs.grad, 1))
 
     for biases in ((True, True), (True, False), (False, False)):
-        fulls = [nn.Linear(width, 12, bias=bias) for width, bias in zip((8, 16), biases, strict=True)]
+        fulls = [nn.Linear(width, 12, bias=bias).to(grid.device) for width, bias in zip((8, 16), biases, strict=True)]
         rows = [
             load(RowParallelLinear(full.in_features, 12, full.bias is not None, zeros, grid), full) for full in fulls
         ]
-        inputs = [torch.randn(3, 8, width) for width in (8, 16)]
+        inputs = [torch.randn(3, 8, width).to(grid.device) for width in (8, 16)]
         out = row_parallel_sum(*((row, part(x, -1)) for row, x in zip(rows, inputs, strict=True)))
         expected_sum = fulls[0](inputs[0]) + fulls[1](inputs[1])
         assert_close(out, part(expected_sum, 1))
@@ -124,7 +123,7 @@ def layers_body() -> None:
                 assert_close(row.bias.grad, full.bias.grad)
 
     for own, plain in ((LayerNorm, nn.LayerNorm), (RMSNorm, partial(nn.RMSNorm))):
-        norm = plain(8, eps=1e-5)
+        norm = plain(8, eps=1e-5).to(grid.device)
         layer = load(own(8, 1e-5, grid), norm)
         mine, theirs = copy_of(part(whole, 1)), copy_of(whole)
         out, wanted = layer(mine), norm(theirs)
@@ -142,10 +141,10 @@ def test_layers_between_cut_sequences_equal_plain_ones(ranks):
 
 
 def ends_body() -> None:
-    grid = ParallelGrid.create(tensor=dist.get_world_size(), sequence_parallel=True)
-    full = nn.Embedding(61, 6)
+    grid = make_grid(tensor=dist.get_world_size(), sequence_parallel=True)
+    full = nn.Embedding(61, 6).to(grid.device)
     table = load(VocabParallelEmbedding(61, 64, 6, zeros, grid), full)
-    tokens, hidden = torch.randint(0, 61, (3, 8)), leaf(3, 8, 6)
+    tokens, hidden = torch.randint(0, 61, (3, 8)).to(grid.device), leaf(3, 8, 6)
     vectors, mine, theirs = table(tokens), copy_of(part(hidden, 1)), copy_of(hidden)
     assert_close(vectors, part(full(tokens), 1))
     logits, expected = table.logits(mine), F.pad(theirs @ full.weight.t(), (0, 3), value=float("-inf"))
@@ -162,8 +161,8 @@ def test_both_ends_of_a_model_with_cut_sequences_equal_plain_ones(ranks):
 
 
 def masks_body(sequence_parallel: bool) -> None:
-    grid = ParallelGrid.create(tensor=2, sequence_parallel=sequence_parallel)
-    mine = dropout(torch.ones(2, 16, 8), 0.5, True, grid)
+    grid = make_grid(tensor=2, sequence_parallel=sequence_parallel)
+    mine = dropout(torch.ones(2, 16, 8, device=grid.device), 0.5, True, grid)
     first, second = (torch.empty_like(mine) for _ in range(2))
     dist.all_gather([first, second], mine)
     assert torch.equal(first, second) != sequence_parallel
@@ -176,13 +175,13 @@ def test_parts_of_a_sequence_drop_by_masks_of_their_own_and_copies_by_the_same(s
 
 
 def grid_body() -> None:
-    grid = ParallelGrid.create(tensor=2, context=2, sequence_parallel=True)
+    grid = make_grid(tensor=2, context=2, sequence_parallel=True)
     rank = dist.get_rank()
     assert (grid.rank("context"), grid.rank("tensor"), grid.rank("replica")) == (rank // 2, rank % 2, rank // 2)
     assert grid.own_tokens(4) == slice(4 * rank, 4 * rank + 4)
-    whole = ParallelGrid.create(tensor=2, context=2)
+    whole = make_grid(tensor=2, context=2)
     assert whole.own_tokens(8) == slice(8 * (rank // 2), 8 * (rank // 2) + 8)
-    both = ParallelGrid.create(context=2)
+    both = make_grid(context=2)
     assert (both.size("data"), both.size("context"), both.size("replica")) == (2, 2, 4)
     assert dist.get_process_group_ranks(both.group("replica")) == [0, 1, 2, 3]
     assert both.rank("replica") == 2 * both.rank("data") + both.rank("context") == rank

@@ -23,7 +23,7 @@ from megatron.parallel.parameter import global_chunks
 from megatron.training.identity import identity_of
 from megatron.training.run import prepare, set_up
 from tests.ranks.moves import ALL_OFFLOADED, OFFLOADED, TIED, engine_of
-from tests.ranks.run import run_ranks
+from tests.ranks.run import own_device, run_ranks
 
 LAYOUTS: list[dict[str, Any]] = [
     {"pipe": 2, "tensor": 2, "zero": 1, "precision": "bf16"},
@@ -54,7 +54,7 @@ def tensors_of_one_rank(file: str) -> None:
 
 def equal_those_of_one_rank(file: str, layouts: list[dict[str, Any]]) -> None:
     draw_in_small_cells()
-    whole: dict[str, Tensor] = torch.load(file)
+    whole: dict[str, Tensor] = torch.load(file, map_location=own_device())
     for layout in layouts:
         engine, plan = engine_of(layout | {"model": TIED})
         elements = 0

@@ -17,7 +17,7 @@ from megatron.training.hooks.breakdown import Breakdown, Stopwatch
 from megatron.training.hooks.profiling import ProfileRequest, Profiling, Recording
 from megatron.training.loop import train_steps
 from tests import tiny
-from tests.ranks.run import run_ranks
+from tests.ranks.run import deterministic_on_gpu, run_ranks
 
 STEPS = 4
 
@@ -35,6 +35,7 @@ class Losses(Hook):
 
 def trained(layout: dict, folder: Path | None) -> Losses:
     """Train a few steps, recorded and timed where there is a `folder`."""
+    deterministic_on_gpu()
     plan = tiny.plan(**layout)
     grid = start(plan.layout.pipe, plan.layout.tensor)
     engine = TrainingEngine(gpt_layers(plan.model, grid, 5), make_loss(plan.model, grid), grid, plan)

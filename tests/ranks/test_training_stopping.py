@@ -15,7 +15,7 @@ from megatron.training.hooks.base import NOTHING, Hook
 from megatron.training.loop import train_steps
 from megatron.training.stopping import StopRequest, StopVote
 from tests import tiny
-from tests.ranks.run import run_ranks
+from tests.ranks.run import make_grid, run_ranks
 
 
 def vote_ten_times(asked: dict[int, int]) -> list[int]:
@@ -24,7 +24,7 @@ def vote_ten_times(asked: dict[int, int]) -> list[int]:
     request = StopRequest(None)
     ended = 0
     with request.listening():
-        vote = StopVote(request)
+        vote = StopVote(request, make_grid().host_group)
         for step in range(1, 11):
             vote.begin()
             time.sleep(0.02 * rank)  # ranks are not in step with each other
@@ -52,7 +52,7 @@ def test_all_ranks_end_with_the_step_after_the_first_request(asked, expected):
 def reaches_its_limit() -> None:
     request = StopRequest(0.001 if torch.distributed.get_rank() == 1 else None)
     time.sleep(0.1)
-    vote = StopVote(request)
+    vote = StopVote(request, make_grid().host_group)
     vote.begin()
     assert vote.ends_run()
     assert vote.reason == "time_limit_minutes"
@@ -83,7 +83,7 @@ class LooksAtTheVote(Hook):
 
 
 def hooks_act_between_votes() -> None:
-    vote = StopVote(StopRequest(None))
+    vote = StopVote(StopRequest(None), make_grid().host_group)
     hook = LooksAtTheVote(vote)
     train_steps(tiny.run(Engine(), tiny.plan(), 0, 5), TrainState(), iter(range(5)), [hook], MetricWriters([]), vote)
     assert hook.was_over == [True] * 5

@@ -121,7 +121,7 @@ def count_labels(masked_on_rank_1: bool) -> None:
     ids = torch.full((1, 5), END if masked_on_rank_1 and dist.get_rank() == 1 else 1)
     [(_, (_, weights))], count = BatchBuilder(grid, END).build([ids])
     assert count == (4 if masked_on_rank_1 else 8)
-    total = weights.sum()
+    total = weights.sum().to(grid.device)
     dist.all_reduce(total)
     assert abs(float(total) - 2) < 1e-6
 
