@@ -1,6 +1,6 @@
 """A library libnvidia-ml.so.1 for machines without a driver: compiled from C, and loaded as the driver's is.
 
-It answers from environment variables, so that the calls through ctypes, their structures and their errors are real.
+It answers from environment variables, so that the calls of nvidia-ml-py, their structures and their errors are real.
 """
 
 import os
@@ -15,7 +15,7 @@ SOURCE = r"""
 #include <string.h>
 #include <unistd.h>
 
-enum { NOT_SUPPORTED = 3, NOT_FOUND = 6, DRIVER_NOT_LOADED = 9, MISMATCH = 18 };
+enum { NOT_SUPPORTED = 3, NOT_FOUND = 6, TOO_SMALL = 7 };
 typedef struct { char uuid[96], name[96]; unsigned long long total, used; unsigned process; } Card;
 typedef struct { unsigned long long total, free, used; } Memory;
 typedef struct { unsigned version; unsigned long long total, reserved, free, used; } Memory2;
@@ -25,7 +25,7 @@ static unsigned count;
 
 static int number(const char *name) { return getenv(name) ? atoi(getenv(name)) : 0; }
 
-int nvmlInit_v2(void) {
+int nvmlInitWithFlags(unsigned flags) {
     char text[4096] = "", *rest = text, *one;
     if (number("FAKE_NVML_INIT")) return number("FAKE_NVML_INIT");
     if (getenv("FAKE_NVML_GPUS")) strncpy(text, getenv("FAKE_NVML_GPUS"), sizeof text - 1);
@@ -37,10 +37,6 @@ int nvmlInit_v2(void) {
     return 0;
 }
 int nvmlShutdown(void) { return 0; }
-const char *nvmlErrorString(int code) {
-    return code == MISMATCH ? "Driver/library version mismatch" : code == DRIVER_NOT_LOADED ? "Driver Not Loaded"
-         : code == NOT_SUPPORTED ? "Not Supported" : "Not Found";
-}
 int nvmlSystemGetDriverVersion(char *text, unsigned size) {
     snprintf(text, size, "%s", getenv("FAKE_NVML_DRIVER"));
     return 0;
@@ -66,7 +62,9 @@ int nvmlDeviceGetMemoryInfo_v2(Card *card, Memory2 *out) {
     return 0;
 }
 int nvmlDeviceGetComputeRunningProcesses_v3(Card *card, unsigned *size, Process *out) {
+    unsigned room = *size;
     *size = card->process ? 1 : 0;
+    if (room < *size) return TOO_SMALL;
     if (card->process) out[0] = (Process){card->process, card->used << 20, ~0u, ~0u};
     return 0;
 }

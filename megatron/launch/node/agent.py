@@ -3,7 +3,7 @@
     python agent.py RUN_FOLDER (--node N | --host NAME | --variable NAME)
 
 Launchers differ only in how they start one agent per machine. The agent needs no socket: it reads and writes small
-files in the run folder. It exits with its ranks, and terminates them when deepy.py is gone. Standard library only.
+files in the run folder. It exits with its ranks, and terminates them when deepy.py is gone. Quick to start: no torch.
 """
 
 import argparse
