@@ -171,8 +171,8 @@ def table(name: str, plan: Plan, seconds: Seconds, figures: dict[str, Any]) -> s
         if key in figures:
             lines.append(f"| {label} | {figures[key]['median']} {figures[key]['spread']} |")
     if "utilization" in figures:
-        lines.append(f"| share of the card's peak by the common formula (MFU) | {figures['utilization']} |")
-        lines.append(f"| share of the card's peak executed | {figures['executed_utilization']} |")
+        lines.append(f"| share of the card's 16-bit peak by the common formula (MFU) | {figures['utilization']} |")
+        lines.append(f"| share of the card's 16-bit peak, executed | {figures['executed_utilization']} |")
     if "peak_gib" in figures:
         lines.append(f"| peak memory, GiB (estimated) | {figures['peak_gib']} ({figures['estimated_gib']}) |")
     return "\n".join(lines)

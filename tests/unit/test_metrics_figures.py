@@ -168,4 +168,9 @@ def test_with_recomputation_the_line_and_the_metrics_also_say_what_the_hardware_
     assert metrics["runtime/executed_flops_utilization"] == 0.5
     assert metrics["runtime/hardware_flops_per_sec_per_gpu"] == 6.5e9
     assert metrics["runtime/hardware_flops_utilization"] == 0.65
-    assert "MFU 60% (executed 50%, with recomputation 65%)" in log_line(1, 1, metrics, on_gpu=True)
+    assert "| MFU 60% (executed 50%, with recomputation 65%) |" in log_line(1, 1, metrics, on_gpu=True)
+
+
+def test_with_float8_the_line_says_that_the_peak_is_that_of_bf16():
+    metrics = interval_metrics(Interval(1, 1.0, 2.0, 1e-3, None, None, 0), Workload(1, TokenFlops(6, 5), 1, 10.0))
+    assert "| MFU 60% (executed 50%) of the bf16 peak |" in log_line(1, 1, metrics, on_gpu=True, float8=True)

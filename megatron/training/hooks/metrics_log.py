@@ -45,7 +45,8 @@ class MetricsLog(Hook):
         )
         metrics = interval_metrics(figures, self._work)
         on_gpu = step.output.loss.is_cuda
-        log.info("%s", log_line(step.state.step, self._last_step, {**step.metrics, **metrics}, on_gpu))
+        known = {**step.metrics, **metrics}
+        log.info("%s", log_line(step.state.step, self._last_step, known, on_gpu, self._work.float8))
         return metrics
 
 
@@ -60,7 +61,9 @@ def workload(run: Run) -> Workload:
     plan, device = run.plan, run.engine.grid.device
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = peak_flops(run.config.logging.peak_theoretical_tflops, card, plan.engine.precision)
-    return Workload(plan.batch.tokens_per_step, token_flops(plan), plan.layout.world_size, peak)
+    return Workload(
+        plan.batch.tokens_per_step, token_flops(plan), plan.layout.world_size, peak, float8=plan.model.float8
+    )
 
 
 def metrics_log(run: Run) -> MetricsLog:
