@@ -1,4 +1,4 @@
-"""Whether the ranks of this machine can use their GPUs, answered before they start. torch is not imported: that takes seconds."""
+"""Whether the ranks of this machine can use their GPUs, answered before they start and without importing torch."""
 
 import re
 import time
@@ -73,7 +73,8 @@ def _wrong_software(torch: TorchBuild | None, found: Found | None) -> list[str]:
             "it, or set distributed_backend: gloo to compute on the CPU"
         )
     if found is not None and found.problem:
-        problems.append(f"the NVIDIA driver cannot be used: {found.problem.rstrip(".")}; reload it, or restart the machine")
+        why = found.problem.rstrip(".")
+        problems.append(f"the NVIDIA driver cannot be used: {why}; reload it, or restart the machine")
     if torch is None or torch.cuda is None or found is None or found.cuda == (0, 0) or found.cuda[0] >= torch.cuda[0]:
         return problems
     needed = OLDEST_DRIVER.get(torch.cuda[0])
