@@ -149,6 +149,7 @@ class EnginePlan:
     fp32_allreduce: bool = False  # replicas average 16-bit gradients in fp32
     asked_stage: int | None = None  # of ZeRO, in the configuration
     compile: bool = False  # blocks and loss, with torch.compile
+    async_tensor_parallel: bool = False  # compiled blocks overlap collectives with matrix products
     deterministic: bool = False
     fp32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
 

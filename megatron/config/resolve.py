@@ -231,6 +231,7 @@ def _engine(config: Config, model: ModelPlan, layout: Layout, batch: BatchPlan, 
         checkpoint_in_cpu=keys.checkpoint_activations and keys.checkpoint_in_cpu,
         fp32_allreduce=in_fp32 if keys.fp32_allreduce is None else keys.fp32_allreduce,
         compile=compile,
+        async_tensor_parallel=keys.async_tensor_parallel and layout.sequence_parallel,
     )
 
 

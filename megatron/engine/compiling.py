@@ -13,28 +13,52 @@ import torch
 from torch import nn
 
 from megatron.engine.recompute import Checkpoint
+from megatron.errors import UserError
 from megatron.model.layer import Layer
+from megatron.parallel.grid import ParallelGrid
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], async_tensor_parallel: bool = False) -> Callable[..., Any]:
     """`function`, compiled at its first call for each shape. Dropout masks are the same as without compilation."""
-    return torch.compile(function, dynamic=False, options={"fallback_random": True})
+    options: dict[str, Any] = {"fallback_random": True, "_micro_pipeline_tp": async_tensor_parallel}
+    return torch.compile(function, dynamic=False, options=options)
 
 
-def compiled_blocks(layers: list[Layer], checkpoint: Checkpoint | None = None) -> list[Layer]:
+def compiled_blocks(
+    layers: list[Layer], checkpoint: Checkpoint | None = None, async_tensor_parallel: bool = False
+) -> list[Layer]:
     """The same layers, with blocks that are compiled when they are built.
 
     checkpoint: recomputes a block's activations within the compiled code, so that it sees the block's operations.
+    async_tensor_parallel: fuse collectives and matrix products; needs `share_memory`.
     """
     return [
-        replace(layer, build=partial(_build, layer.build, checkpoint)) if layer.recompute else layer for layer in layers
+        replace(layer, build=partial(_build, layer.build, checkpoint, async_tensor_parallel))
+        if layer.recompute
+        else layer
+        for layer in layers
     ]
 
 
-def _build(build: Callable[[], nn.Module], checkpoint: Checkpoint | None) -> nn.Module:
+def share_memory(grid: ParallelGrid) -> None:
+    """Let the GPUs of a tensor-parallel group access each other's memory, as async_tensor_parallel does. Collective.
+
+    Raises UserError on a CPU.
+    """
+    if grid.device.type != "cuda":
+        raise UserError(
+            "async_tensor_parallel (true) needs GPUs that access each other's memory (NVLink), and this is a CPU; "
+            "leave async_tensor_parallel out"
+        )
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    enable_symm_mem_for_group(grid.group("tensor").group_name)
+
+
+def _build(build: Callable[[], nn.Module], checkpoint: Checkpoint | None, async_tensor_parallel: bool) -> nn.Module:
     module = build()
     forward = module.forward
-    module.forward = compiled(partial(checkpoint, forward) if checkpoint else forward)
+    module.forward = compiled(partial(checkpoint, forward) if checkpoint else forward, async_tensor_parallel)
     return module
 
 

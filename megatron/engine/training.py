@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megatron.config.plan import EnginePlan, Plan
 from megatron.engine.clipping import GradientNorm, clip_and_skip
-from megatron.engine.compiling import compiled, compiled_blocks, gather_whole_blocks
+from megatron.engine.compiling import compiled, compiled_blocks, gather_whole_blocks, share_memory
 from megatron.engine.deepspeed_internals import (
     disable_gradient_averaging,
     keep_loss_on_the_device,
@@ -85,7 +85,9 @@ class TrainingEngine:
         recompute, checkpoint = plan.engine.recompute_layers, checkpoint_function(plan.engine, grid)
         if plan.engine.compile:
             within = checkpoint if recompute and plan.engine.recompute_selective else None
-            layers, loss = compiled_blocks(layers, within), compiled(loss)
+            layers, loss = compiled_blocks(layers, within, plan.engine.async_tensor_parallel), compiled(loss)
+            if plan.engine.async_tensor_parallel:
+                share_memory(grid)
             recompute = 0 if within else recompute
         self._grid, self._loss, self._seed = grid, loss, plan.engine.seed
         self._accumulation = plan.batch.accumulation_steps

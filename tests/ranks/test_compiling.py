@@ -8,12 +8,14 @@ import torch
 
 from megatron.config.load import config_from_flat
 from megatron.config.resolve import resolve
-from megatron.engine.compiling import compiled, compiled_blocks
+from megatron.engine.compiling import compiled, compiled_blocks, share_memory
 from megatron.engine.distributed import start_layout
 from megatron.engine.recompute import checkpoint_function
+from megatron.errors import UserError
 from megatron.model.attention_backends import QueryBlocks, ScaledDotProduct
 from megatron.model.gpt import gpt_layers
 from tests import tiny
+from tests.forking import BACKEND
 from tests.ranks.run import one_rank, run_ranks
 from tests.ranks.test_layouts import DROPOUT, assert_same, curve
 
@@ -46,29 +48,37 @@ def test_compiled_blocks_and_loss_train_like_plain_ones(tmp_path, layout):
     assert_same(curve(tmp_path, steps=STEPS, **{"engine": COMPILE} | layout), curve(tmp_path, steps=STEPS, **eager))
 
 
-def whole_graphs_body(layouts: list[dict[str, object]]) -> None:
-    for layout in layouts:
-        plan = tiny.plan(**layout)
-        grid = start_layout(plan.layout)
-        block = gpt_layers(plan.model, grid, 1)[1].build()
-        whole = torch.randn(2, plan.batch.sequence_length, plan.model.hidden_size).to(grid.device)
-        hidden = whole[:, grid.own_tokens(4)].requires_grad_()
-        results = []
-        for forward in (block, torch.compile(block.forward, fullgraph=True, dynamic=False, backend="aot_eager")):
-            torch.manual_seed(1)
-            output = forward(hidden)
-            results.append([output, *torch.autograd.grad(output.square().sum(), [hidden, *block.parameters()])])
-        for compiled_one, plain in zip(*results, strict=True):
-            assert torch.equal(compiled_one, plain), layout
+def whole_graph_body(layout: dict[str, object]) -> None:
+    plan = tiny.plan(**layout)
+    grid = start_layout(plan.layout)
+    block = gpt_layers(plan.model, grid, 1)[1].build()
+    whole = torch.randn(2, plan.batch.sequence_length, plan.model.hidden_size).to(grid.device)
+    hidden = whole[:, grid.own_tokens(4)].requires_grad_()
+    results = []
+    for forward in (block, torch.compile(block.forward, fullgraph=True, dynamic=False, backend="aot_eager")):
+        output = forward(hidden)
+        results.append([output, *torch.autograd.grad(output.square().sum(), [hidden, *block.parameters()])])
+    for compiled_one, plain in zip(*results, strict=True):
+        assert torch.equal(compiled_one, plain)
 
 
-def test_a_block_that_is_split_over_ranks_is_one_graph_of_the_same_operations():
+SPLIT = [
+    {"tensor": 2, "sequence_parallel": True, "model": {"float8": True}},
+    {"tensor": 2, "model": {"qk_norm": "full", "activation": "swiglu"}},
+    {"context": 2},
+]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, id=str(layout), marks=[pytest.mark.long] if number else [])
+        for number, layout in enumerate(SPLIT)
+    ],
+)
+def test_a_block_that_is_split_over_ranks_is_one_graph_of_the_same_operations(layout):
     """Recorded without graph breaks (else torch raises) and run without fusing anything: the same bits."""
-    layouts = [
-        {"tensor": 2, "model": {"qk_norm": "full", "activation": "swiglu"}},
-        {"tensor": 2, "sequence_parallel": True, "model": {"float8": True}},
-    ]
-    run_ranks(2, whole_graphs_body, layouts, timeout=120)
+    run_ranks(2, whole_graph_body, layout, timeout=120)
 
 
 @pytest.mark.long
@@ -86,6 +96,20 @@ def test_a_compiled_block_that_is_recomputed_selectively_drops_in_backward_what_
             results.append([output, *torch.autograd.grad(output.square().sum(), [hidden, *block.parameters()])])
     for found, wanted in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.detach().abs().max()))
+
+
+def test_async_tensor_parallel_is_refused_on_a_cpu():
+    with one_rank() as grid, pytest.raises(UserError, match="this is a CPU; leave async_tensor_parallel out"):
+        share_memory(grid)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(BACKEND != "nccl", reason="needs RANKS_BACKEND=nccl and two GPUs connected by NVLink")
+def test_async_tensor_parallel_trains_like_waiting_for_each_collective(tmp_path):
+    """fp32: the parts of a reduce-scatter are added in another order; the bound of test_layouts.py."""
+    layout = {"tensor": 2, "sequence_parallel": True, "model": {"bias_in_mlp": False, "bias_in_attention": False}}
+    overlapped = curve(tmp_path, steps=STEPS, engine=COMPILE | {"async_tensor_parallel": True}, **layout)
+    assert_same(overlapped, curve(tmp_path, steps=STEPS, engine=COMPILE, **layout))
 
 
 @pytest.mark.long

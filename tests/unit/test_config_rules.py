@@ -134,6 +134,14 @@ BROKEN = [
         },
         "with compile (true) excludes partition_activations (true) and checkpoint_in_cpu (true)",
     ),
+    (
+        {"async_tensor_parallel": True, "compile": True, "model_parallel_size": 2},
+        "async_tensor_parallel (true) needs sequence_parallel (false) and model_parallel_size (2) of at least 2",
+    ),
+    (
+        {"async_tensor_parallel": True, "sequence_parallel": True, "model_parallel_size": 2},
+        "async_tensor_parallel (true) needs compile (true), not unset",
+    ),
     ({"precision_linear": "float8", "seq_length": 16}, "precision_linear (float8) needs weights in bfloat16, not fp32"),
     (
         {

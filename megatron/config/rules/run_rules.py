@@ -92,6 +92,22 @@ def _selection_has_operations(config: Config) -> Iterator[str]:
         )
 
 
+@rule(RUN_RULES, "async_tensor_parallel", "compile", "sequence_parallel", "model_parallel_size")
+def _async_tensor_parallel_has_something_to_overlap(config: Config) -> Iterator[str]:
+    keys, compile = config.parallelism, config.engine.compile
+    if not config.engine.async_tensor_parallel:
+        return
+    if not compile:
+        written = "unset" if compile is None else "false"
+        yield f"async_tensor_parallel (true) needs compile (true), not {written}: the compiler overlaps; set it to true"
+    if not keys.sequence_parallel or keys.model_parallel_size == 1:
+        yield (
+            f"async_tensor_parallel (true) needs sequence_parallel ({str(keys.sequence_parallel).lower()}) and "
+            f"model_parallel_size ({keys.model_parallel_size}) of at least 2, whose collectives it overlaps; set them, "
+            "or leave it out"
+        )
+
+
 @rule(RUN_RULES, "precision_linear", "precision", "bf16", "fp16")
 def _float8_has_bfloat16_weights(config: Config) -> Iterator[str]:
     weights = resolve_precision(config.precision)

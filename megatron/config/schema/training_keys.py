@@ -233,6 +233,12 @@ class EngineKeys(Group):
     """Compile blocks and loss with torch.compile. Unset: if a micro-batch is large enough to benefit (10^11 FLOPs per
     rank)."""
 
+    async_tensor_parallel: bool = False
+    """With compile and sequence_parallel: split each all-gather and the matrix product after it into one part per rank,
+    and each matrix product and the reduce-scatter after it, and overlap communication with computation, by torch's
+    symmetric memory (experimental in torch). Needs GPUs connected by NVLink, and takes a buffer of a gathered input.
+    Products with a bias are not overlapped with the all-gather before them."""
+
 
 class BatchKeys(Group):
     """Batch sizes in samples. Two determine the third; with only one, accumulation is 1."""
