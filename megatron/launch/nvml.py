@@ -73,6 +73,6 @@ def _memory(device: Any) -> tuple[int, int]:
 
 
 def _processes(device: Any) -> tuple[int, ...]:
-    with suppress(pynvml.NVMLError):
+    with suppress(pynvml.NVMLError, pynvml.NVMLLibraryMismatchError):  # the latter: a driver before 510
         return tuple(process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(device))
     return ()

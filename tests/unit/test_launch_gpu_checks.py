@@ -144,7 +144,8 @@ def test_a_driver_that_is_too_old_for_torch_is_refused_with_both_versions(librar
 def test_a_driver_that_does_not_answer_is_refused_in_its_words(library, torch):
     named = {"CUDA_VISIBLE_DEVICES": "0", "FAKE_NVML_INIT": "18"}
     assert checked(environment(library, torch, **named))[2] == [
-        "the NVIDIA driver cannot be used: RM has detected an NVML/RM version mismatch; reload it, or restart the machine"
+        "the NVIDIA driver cannot be used: RM has detected an NVML/RM version mismatch; "
+        "reload it, or restart the machine"
     ]
 
 
