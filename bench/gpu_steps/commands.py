@@ -34,6 +34,7 @@ gradient_accumulation_steps: 2
 bf16: {enabled: true}
 optimizer: {type: Adam, params: {lr: 1.0e-2}}
 num_gpus: 1
+max_gpu_memory_in_use: 1 # two runs share the GPU
 distributed_backend: BACKEND
 eval_interval: 1000
 eval_iters: 2

@@ -12,8 +12,10 @@ from contenders import plan_of
 
 from bench.gpu_steps.common import DEVICE, ON_CARD, keys_of, record
 from megatron import registry
+from megatron.errors import UserError
 from megatron.estimate.describe import plan_lines
-from megatron.launch.accelerators import cores
+from megatron.launch.accelerators import cores, visible_gpus
+from megatron.launch.gpu_checks import check_gpus
 from megatron.launch.protocol.environment import environment_line, rank_environment
 from megatron.model.attention import describe_attention
 
@@ -41,6 +43,7 @@ def main() -> None:
             f"\nGPU {index}: {card.name}, compute capability {card.major}.{card.minor}, {memory} GiB, {processors} SMs"
         )
         record(gpu=index, name=card.name, capability=f"{card.major}.{card.minor}", gib=memory, processors=processors)
+    print("\nWhat is checked before ranks start: " + "; ".join(checked()))
     plan = plan_of(keys_of("neox-350M", quick=False))
     print("\nWhat a run of 350M would log at its start:\n\n```")
     print(environment_line(rank_environment(os.environ, DEVICE.type, cores())))
@@ -51,6 +54,14 @@ def main() -> None:
     apart = replace(plan.model, reset_attention_mask=True)
     print("documents kept apart: " + "\n".join(describe_attention(apart, DEVICE, torch.bfloat16)))
     print("```")
+
+
+def checked() -> list[str]:
+    """What `deepy.py` would say of the GPUs of this machine."""
+    try:
+        return check_gpus(os.environ, None, visible_gpus(os.environ), most_in_use=0.1) or ["nothing is in the way"]
+    except UserError as error:
+        return list(error.problems)
 
 
 def _version(name: str) -> str:
