@@ -36,7 +36,7 @@ from megatron.launch.accelerators import cores  # noqa: E402
 from megatron.launch.protocol.environment import rank_environment  # noqa: E402
 
 CACHE = ROOT / "build" / "gpu-proof-cache"
-QUICK_SECONDS = 300  # limit of each step with --quick: a slow CPU is no failure
+QUICK_SECONDS = 900  # limit of each step with --quick: a slow CPU is no failure
 STOPPED = "the command was stopped"
 TAIL = 30  # lines of a failed step's errors
 PATIENCE = 10  # seconds between SIGTERM and SIGKILL

@@ -2,8 +2,8 @@
 
     python -m bench.gpu_steps.ablations [--quick]
 
-Each variant is built anew, and its ratio is to the first one. What a rule or a missing package refuses is said in its
-row; exit code 1 if a variant fails in any other way.
+Each variant is built anew, and its ratio is to the first one of its shape. What a rule or a missing package refuses
+is said in its row; exit code 1 if a variant fails in any other way.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from megatron.errors import UserError
 from megatron.model.attention import describe_attention
 from megatron.model.layer import NO_MASKING, Masking, pack
 from megatron.model.positions import document_starts
+from megatron.parallel.products import check_float8
 
 WARM_UP, ROUNDS = 3, 5
 Change = Callable[[], AbstractContextManager[Any]]
@@ -40,6 +41,7 @@ class Variant:
     name: str
     keys: dict[str, Any] = field(default_factory=dict)
     change: Change = nullcontext
+    shape: str = "neox-350M"
 
 
 def only(kernel: SDPBackend) -> Change:
@@ -56,6 +58,7 @@ def with_throughput_timer() -> AbstractContextManager[Any]:
     return mock.patch.object(training, "deepspeed_settings", settings)
 
 
+FLOAT8 = {"precision_linear": "float8"}
 VARIANTS = (
     Variant("as it is"),
     Variant("not compiled", {"compile": False}),
@@ -66,8 +69,11 @@ VARIANTS = (
     Variant("DeepSpeed's throughput timer", change=with_throughput_timer),
     Variant("all activations recomputed", {"checkpoint_activations": True}),
     Variant("selective recomputation", {"checkpoint_activations": True, "recompute_granularity": "selective"}),
+    Variant("float8", FLOAT8),
+    Variant("1.3B as it is", shape="neox-1.3B"),
+    Variant("1.3B, float8", FLOAT8, shape="neox-1.3B"),
 )
-QUICK = ("as it is", "DeepSpeed's throughput timer", "selective recomputation")
+QUICK = ("as it is", "DeepSpeed's throughput timer", "selective recomputation", "float8")
 
 
 def main() -> int:
@@ -75,14 +81,16 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
     quick = parser.parse_args().quick
-    base, failed, usual = keys_of("neox-350M", quick), 0, 0.0
+    failed, usual = 0, dict[str, float]()  # seconds of the first variant of each shape
     print("| variant | ms a step [least, most] | tokens/s | time over the first | peak, GiB | attention |")
     print("|---|---|---|---|---|---|", flush=True)
     for variant in VARIANTS:
         if quick and variant.name not in QUICK:
             continue
         try:
-            plan = plan_of(base | variant.keys)
+            if variant.keys.get("precision_linear") == "float8":
+                check_float8(DEVICE)
+            plan = plan_of(keys_of(variant.shape, quick) | variant.keys)
             with variant.change():
                 seconds = measure(plan)
         except UserError as error:
@@ -94,13 +102,13 @@ def main() -> int:
             )
         else:
             median = statistics.median(seconds)
-            usual = usual or median
+            ratio = median / usual.setdefault(variant.shape, median)
             peak = torch.cuda.max_memory_allocated() / 2**30 if ON_CARD else 0.0
             spread = f"{median * 1e3:,.1f} [{min(seconds) * 1e3:,.1f}, {max(seconds) * 1e3:,.1f}]"
             rate = plan.batch.tokens_per_step / median
             kernel = describe_attention(plan.model, DEVICE, torch.bfloat16)[0].partition(": ")[2]
             print(
-                f"| {variant.name} | {spread} | {rate:,.0f} | {median / usual:.3f} | {peak:.2f} | {kernel} |",
+                f"| {variant.name} | {spread} | {rate:,.0f} | {ratio:.3f} | {peak:.2f} | {kernel} |",
                 flush=True,
             )
             record(variant=variant.name, seconds=seconds, peak_gib=round(peak, 3), attention=kernel)

@@ -7,7 +7,8 @@ Every case has the weights and batches of its model in fp32 on the CPU, with whi
 fp32      1e-4: ten times the gap between eager and compiled code on a CPU, which round at different places as another
           device does. TF32 would exceed it: its products have two bits more than bf16's, whose gap is 1e-2.
 16 bit    Twice the gap between bf16 and fp32 on the CPU, and at least 0.01, as argued in tests/ranks/layouts.py.
-dropout   Other devices draw other masks: recomputation is compared with none on the same device, to 1e-4.
+float8    Compared with float8 on the CPU: twice the gap between float8 and bf16 there, and at least 0.01.
+dropout   Other devices draw other masks: recomputation is compared with none on the same device, in fp32.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import os
 import subprocess
 import sys
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -45,23 +46,26 @@ NEOX: Keys = {
     "no_weight_tying": True,
     "compile": False,
 }
+SLOW_ON_A_CPU = NEOX | {"num_layers": 1, "hidden_size": 64, "seq_length": 64, "train_micro_batch_size_per_gpu": 1}
 GROUPED = NEOX | {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "no_weight_tying": False}
 APART = {"reset_attention_mask": True, "reset_position_ids": True}
 WINDOW = {"attention_config": [[["global", "local"], 1]], "sliding_window_width": 100}
 DROPOUT = NEOX | {"attention_dropout": 0.1, "hidden_dropout": 0.1}
 BF16, FP16, COMPILED = {"precision": "bfloat16"}, {"precision": "fp16"}, {"compile": True}
+FLOAT8 = BF16 | {"precision_linear": "float8"}
 RECOMPUTED = {"checkpoint_activations": True}
 SELECTIVE = RECOMPUTED | {"recompute_granularity": "selective"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and how it is trained; `like`: on the same device, instead of the CPU in fp32."""
+    """A model, how it is trained, and how the run is that it is compared with: on the CPU, or `here` as well."""
 
     name: str
     model: Keys
     how: Keys = field(default_factory=dict)
-    like: Keys | None = None
+    like: Keys = field(default_factory=dict)
+    here: bool = False
 
     @property
     def keys(self) -> Keys:
@@ -84,9 +88,10 @@ CASES = (
     Case("documents apart, grouped queries, bf16", GROUPED | APART, BF16),
     Case("documents apart, grouped queries, bf16, compiled", GROUPED | APART, BF16 | COMPILED),
     Case("window, bf16", NEOX | WINDOW, BF16),
-    Case("dropout, recomputation", DROPOUT, RECOMPUTED, like={}),
-    Case("dropout, selective recomputation", DROPOUT, SELECTIVE, like={}),
-    Case("dropout, bf16, compiled, recomputation", DROPOUT, BF16 | COMPILED | RECOMPUTED, like=BF16 | COMPILED),
+    Case("float8, compiled", SLOW_ON_A_CPU, FLOAT8 | COMPILED, like=FLOAT8),
+    Case("dropout, recomputation", DROPOUT, RECOMPUTED, here=True),
+    Case("dropout, selective recomputation", DROPOUT, SELECTIVE, here=True),
+    Case("dropout, compiled, recomputation", DROPOUT, COMPILED | RECOMPUTED, like=COMPILED, here=True),
 )
 QUICK = ("fp32, compiled", "bf16", "documents apart, grouped queries, bf16", "dropout, recomputation")
 QUICK_KEYS = {"hidden_size": 64, "seq_length": 64}
@@ -94,9 +99,10 @@ QUICK_KEYS = {"hidden_size": 64, "seq_length": 64}
 
 def bound(case: Case, on_cpu: dict[str, list[float]]) -> float:
     """How far the losses of a case may be from those it is compared with; argued above."""
-    if case.like is not None or "precision" not in case.how:
+    if case.here or "precision" not in case.how:
         return FP32_BOUND
-    return max(ROUNDING, 2 * gap(on_cpu[_name(case.model | BF16)], on_cpu[_name(case.model)]))
+    coarse, fine = (FLOAT8, BF16) if case.like else (BF16, {})
+    return max(ROUNDING, 2 * gap(on_cpu[_name(case.model | coarse)], on_cpu[_name(case.model | fine)]))
 
 
 def gap(one: list[float], other: list[float]) -> float:
@@ -173,17 +179,16 @@ def main() -> int:
         return 0
     cases = CASES
     if arguments.quick:
-        cases = tuple(
-            Case(case.name, case.model | QUICK_KEYS, case.how, case.like) for case in CASES if case.name in QUICK
-        )
+        cases = tuple(replace(case, model=case.model | QUICK_KEYS) for case in CASES if case.name in QUICK)
     return compare(cases)
 
 
 def compare(cases: tuple[Case, ...]) -> int:
     """Train `cases` on the CPU and on this device at the same time, and print the table."""
-    models = [case.model for case in cases if case.like is None]
-    wanted = [*models, *(case.model | BF16 for case in cases if case.like is None and "precision" in case.how)]
-    own = [case.keys for case in cases] + [case.model | case.like for case in cases if case.like is not None]
+    on_cpu_too = [case for case in cases if not case.here]
+    wanted = [case.model | how for case in on_cpu_too for how in ({}, case.like)]
+    wanted += [case.model | BF16 for case in on_cpu_too if "precision" in case.how]
+    own = [keys for case in cases for keys in (case.keys, *([case.model | case.like] if case.here else []))]
     with TemporaryDirectory() as name:
         started = [_curves(_unique(keys), Path(name), on_cpu) for keys, on_cpu in ((wanted, True), (own, False))]
         ended = [process.wait() for process, _ in started]
@@ -192,8 +197,7 @@ def compare(cases: tuple[Case, ...]) -> int:
     holding = []
     for case in cases:
         found = here.get(_name(case.keys), "not trained")
-        like = on_cpu.get(_name(case.model)) if case.like is None else here.get(_name(case.model | case.like))
-        expected = like or "nothing to compare with"
+        expected = (here if case.here else on_cpu).get(_name(case.model | case.like), "nothing to compare with")
         if failure := next((curve for curve in (found, expected) if not isinstance(curve, list)), None):
             print(f"| {case.name} | {failure} | | | NO |")
             holding.append(False)

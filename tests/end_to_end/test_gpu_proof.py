@@ -148,6 +148,6 @@ def test_versions_and_chosen_kernels_are_written(tmp_path):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", [step.name for step in STEPS if step.name != "versions"])
 def test_every_step_runs_on_a_cpu_with_tiny_shapes(tmp_path, name):
-    done = proof(tmp_path, "--quick", "--only", name)
+    done = proof(tmp_path, "--quick", "--only", name, limit=1500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert results(tmp_path) == {name: "passed"}
