@@ -116,14 +116,16 @@ def _peak(plan: Plan, memory: StageMemory, passing: int, on_cpu: bool) -> int:
     if reduces_whole_sums(plan.engine):
         averaging, passing = passing, 2 * memory.parameters
     gradients = 0 if _keeps_gradients(plan, stage) else memory.gradients
-    # in addition to the current micro-batch: gradients of earlier ones, and gathered weights
-    held = gradients + passing if several else passing if stage == 3 else 0
+    # in addition to the current micro-batch: gradients of earlier ones
+    held = gradients if several else 0
+    # gathered weights, and bf16 gradients beside their sums; buckets are released after each backward pass
+    lasting = passing if stage == 3 or (several and reduces_whole_sums(plan.engine)) else 0
     there = product_bytes(plan) if plan.engine.recompute_selective else 0
     again = (block_bytes(plan, on_cpu) - there) * plan.engine.recompute_layers + gradients_in_flight(plan)
     stale = memory.kept_logits if plan.layout.pipe > 1 else 0  # these logits are already in the pipeline's buffers
     moments = {
-        "loss": held + memory.activations + memory.logits,
-        "backward pass of the last block": max(held, passing) + memory.activations + again,
+        "loss": held + lasting + memory.activations + memory.logits,
+        "backward pass of the last block": held + passing + memory.activations + again,
         "backward pass of the first block": (gradients if several else min(gradients, _later_gradients(plan, memory)))
         + memory.activations // max(1, blocks_among(plan, memory.layers))
         + again
@@ -193,7 +195,8 @@ def _buffers(plan: Plan, parameters: int, stage: int) -> int:
         return whole if plan.layout.replicas > 1 else 0
     if stage == 3:
         live = _option(plan, "stage3_max_live_parameters") + _option(plan, "stage3_prefetch_bucket_size")
-        return min(parameters, live) * WIDTH[plan.engine.precision] if plan.layout.replicas > 1 else 0
+        gathered = min(parameters, live) * WIDTH[plan.engine.precision] if plan.layout.replicas > 1 else 0
+        return gathered + 2 * _sent_in_fp32(plan, parameters)  # in the order of parameters, and then of ranks
     if reduces_whole_sums(plan.engine):  # the gradients beside their sums, and a copy of the sums if they are small
         return parameters * (2 + (4 if parameters < WHOLE_BUCKET and plan.layout.replicas > 1 else 0))
     return _buckets(plan, parameters) + _sent_in_fp32(plan, parameters)
@@ -214,7 +217,7 @@ def _buckets(plan: Plan, parameters: int) -> int:
 
 
 def _sent_in_fp32(plan: Plan, parameters: int) -> int:
-    """Bytes of a bucket's copy in fp32, if ZeRO 1 or 2 sends that instead of the bucket."""
+    """Bytes of a copy in fp32 of a bucket's gradients, if ZeRO sends that instead of them."""
     narrow = plan.engine.fp32_allreduce and plan.engine.precision != "fp32"
     return 4 * min(parameters, _option(plan, "reduce_bucket_size")) if narrow and plan.layout.replicas > 1 else 0
 
