@@ -24,7 +24,7 @@ from megatron.checkpoint.state import TrainState  # noqa: E402
 from megatron.checkpoint.store import CheckpointWriter  # noqa: E402
 from megatron.engine.distributed import start  # noqa: E402
 from megatron.engine.training import TrainingEngine  # noqa: E402
-from megatron.model.gpt import gpt_layers, make_loss  # noqa: E402
+from megatron.model.gpt import gpt_layers  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.ranks.run import run_ranks  # noqa: E402
 
@@ -38,7 +38,7 @@ def measure(folder: str, hidden: int, rounds: int) -> None:
     )
     plan = replace(plan, model=replace(plan.model, vocab_size=8192, padded_vocab_size=8192))
     grid = start()
-    engine = TrainingEngine(gpt_layers(plan.model, grid, 1), make_loss(plan.model, grid), grid, plan)
+    engine = TrainingEngine(gpt_layers(plan.model, grid, 1), grid, plan)
     writers = {
         kind: CheckpointWriter(engine, Path(folder, kind), {}, asynchronous=kind == "asynchronous")
         for kind in ("synchronous", "asynchronous")

@@ -107,10 +107,10 @@ def engine_of(plan: Plan) -> "TrainingEngine":
     """Deepy's engine."""
     from megatron.engine.distributed import start
     from megatron.engine.training import TrainingEngine
-    from megatron.model.gpt import gpt_layers, make_loss
+    from megatron.model.gpt import gpt_layers
 
     grid = start()
-    return TrainingEngine(gpt_layers(plan.model, grid, 1), make_loss(plan.model, grid), grid, plan)
+    return TrainingEngine(gpt_layers(plan.model, grid, 1), grid, plan)
 
 
 def deepy(plan: Plan, device: torch.device) -> Step:
@@ -122,21 +122,21 @@ def deepy(plan: Plan, device: torch.device) -> Step:
 
 def bare(plan: Plan, device: torch.device) -> Step:
     """A step with the same layers, loss and masters, without engine and DeepSpeed."""
-    from megatron.engine.compiling import compiled, compiled_blocks
+    from megatron.engine.compiling import compiled_layers
     from megatron.engine.distributed import start
     from megatron.engine.master_weights import MasterWeights
     from megatron.engine.modules import Sequential
-    from megatron.model.gpt import gpt_layers, make_loss
+    from megatron.model.gpt import gpt_layers
     from megatron.parallel.initial_values import initialise
 
     grid = start()
-    model = Sequential(compiled_blocks(gpt_layers(plan.model, grid, 1))).to(device).train()
+    model = Sequential(compiled_layers(gpt_layers(plan.model, grid, 1))).to(device).train()
     initialise(model)
     masters = MasterWeights(model, torch.bfloat16)
     optimizer = _adamw(masters.masters)
     masters.attach(optimizer)
-    loss, (tokens, targets) = compiled(make_loss(plan.model, grid)), batch_of(plan, device)
-    return _plain_step(model, optimizer, lambda: loss(model(tokens), targets))
+    tokens, targets = batch_of(plan, device)
+    return _plain_step(model, optimizer, lambda: model(tokens, targets=targets))
 
 
 def transformers(plan: Plan, device: torch.device) -> Step:

@@ -38,7 +38,7 @@ from megatron.engine.settings import DTYPES
 from megatron.engine.training import TrainingEngine, context_slice
 from megatron.estimate.describe import assumed_vocabulary
 from megatron.estimate.memory import StageMemory, stage_memories
-from megatron.model.gpt import gpt_layers, make_loss
+from megatron.model.gpt import gpt_layers
 from megatron.parallel.initial_values import initialise
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "estimates.md"
@@ -112,7 +112,7 @@ CASES: dict[str, tuple[int, dict[str, object]]] = {
 SELECTIVE = RECOMPUTE | {"recompute_granularity": "selective"}
 WIDE = {"hidden_size": 512, "num_attention_heads": 8}
 LONG = {"seq_length": 1024, "train_micro_batch_size_per_gpu": 1}
-WORDY = {"padded_vocab_size": 32768}  # two chunks of the loss
+WORDY = {"padded_vocab_size": 32768}
 SHAPES: dict[str, dict[str, object]] = {
     "fp32": NEOX,
     "fp32, recompute": NEOX | RECOMPUTE,
@@ -186,17 +186,17 @@ def measure(plan: Plan) -> Figures:
     """Measure a few training steps under `plan`. Collective."""
     grid = start_layout(plan.layout)
     try:
-        loss, saved = make_loss(plan.model, grid), None
+        saved = None
         batches = _batches(plan, grid.device)
         if plan.layout.pipe == 1:
             checkpoint = checkpoint_function(plan.engine, grid)
             module = Sequential(gpt_layers(plan.model, grid, 1), plan.engine.recompute_layers, checkpoint)
             initialise(module)
             inputs, targets = context_slice(batches[0], grid)
-            saved = _saved(lambda: loss(module(inputs), targets), module.to(grid.device), plan)
+            saved = _saved(lambda: module(inputs, targets=targets), module.to(grid.device), plan)
             del module
         with measured() as rest:
-            engine = TrainingEngine(gpt_layers(plan.model, grid, 1), loss, grid, plan)
+            engine = TrainingEngine(gpt_layers(plan.model, grid, 1), grid, plan)
             for step in range(2):
                 engine.train_batch(batches, step=step, learning_rate=1e-3)
         with measured() as step_of:
@@ -283,7 +283,7 @@ def layout_row(case: str) -> str:
     stage = estimate(plan_of(world, keys), figures.stage)
     pairs = [
         (at_rest(stage), figures.rest),
-        (stage.activations + stage.kept_logits, figures.saved),
+        (stage.activations + stage.head_gradient, figures.saved),
         (stage.peak, figures.peak),
     ]
     cells = [
@@ -298,7 +298,7 @@ def shape_row(case: str) -> str:
     keys = SHAPES[case]
     figures, stage = run(1, keys), stage_memories(plan_of(1, keys))[0]
     states = stage.weights + stage.optimizer
-    sizes = (states, stage.gradients, stage.activations, stage.kept_logits, stage.least, figures.peak)
+    sizes = (states, stage.gradients, stage.activations, stage.least, figures.peak)
     return f"| {case} | {' | '.join(f'{size / 1e6:.1f}' for size in sizes)} | {figures.peak / stage.least:.2f} |\n"
 
 
@@ -313,7 +313,7 @@ LAYOUT_HEAD = (
 )
 SHAPE_HEAD = (
     "| 4 layers x 256, sequence 256, micro-batch 4, vocabulary 4,096, but for | weights, optimizer | gradients | kept "
-    "| logits | minimum | measured peak | peak / minimum |\n|---|---|---|---|---|---|---|---|\n"
+    "| minimum | measured peak | peak / minimum |\n|---|---|---|---|---|---|---|\n"
 )
 TABLES = {
     "layouts": (LAYOUT_HEAD, CASES, layout_row, BEGIN, END),

@@ -40,7 +40,7 @@ from megatron.engine.distributed import start  # noqa: E402
 from megatron.engine.inference import InferenceEngine  # noqa: E402
 from megatron.engine.optimizer_state import ModuleState  # noqa: E402
 from megatron.engine.training import TrainingEngine  # noqa: E402
-from megatron.model.gpt import gpt_layers, make_loss  # noqa: E402
+from megatron.model.gpt import gpt_layers  # noqa: E402
 from megatron.parallel.grid import ParallelGrid  # noqa: E402
 from megatron.parallel.initial_values import draw  # noqa: E402
 from megatron.parallel.parameter import PlacedParameter, load_whole  # noqa: E402
@@ -129,7 +129,7 @@ def measured(work: Callable[[], object]) -> dict[str, float]:
 def save(plan: Plan, folder: Path) -> None:
     """Write a checkpoint of the model, with fp32 weights and nothing else."""
     grid = start()
-    engine = TrainingEngine(gpt_layers(plan.model, grid, 1), make_loss(plan.model, grid), grid, plan)
+    engine = TrainingEngine(gpt_layers(plan.model, grid, 1), grid, plan)
     CheckpointWriter(engine, folder, {}).save(TrainState())
 
 

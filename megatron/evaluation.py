@@ -29,7 +29,6 @@ from megatron.errors import UserError, work_begins
 from megatron.harness.run import evaluate_tasks
 from megatron.inference import FoundModel, TrainedModel, find_trained_model, open_trained_model
 from megatron.logging import configure
-from megatron.model.gpt import make_loss
 from megatron.resources import open_data
 from megatron.tokenizer.base import Tokenizer, UnknownTextError
 from megatron.units import perplexity
@@ -101,17 +100,13 @@ def negative_log_likelihood(model: TrainedModel, stream: TokenStream, sequence: 
 
     sequence: labels of a window. batch: windows computed together.
     """
-    loss = make_loss(model.plan.model, model.grid)
     rank, replicas = model.grid.rank("data"), model.grid.size("data")
     total = torch.zeros((), dtype=torch.float64, device=model.grid.device)
     first_token = model.tokenizer.end_of_document
     for number, windows in enumerate(window_batches(stream, sequence, batch, first_token)):
         if number % replicas == rank:
             ids, weights = (tensor.to(model.grid.device) for tensor in windows)
-            with torch.inference_mode():
-                total += loss(
-                    model.engine.logits(model.hidden_of_documents(ids[:, :-1])), (ids[:, 1:], weights)
-                ).double()
+            total += model.engine.loss(model.hidden_of_documents(ids[:, :-1]), (ids[:, 1:], weights)).double()
     if replicas > 1:
         dist.all_reduce(total, group=model.grid.group("data"))
     return float(total)

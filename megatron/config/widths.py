@@ -59,6 +59,16 @@ def rotary_elements(model: ModelKeys) -> int:
     return int(head_size(model) * model.rotary_pct)
 
 
+def loss_chunk(tokens: int, hidden_size: int, is_compiled: bool, on_cpu: bool) -> int:
+    """Tokens of a chunk, whose logits the loss computes at a time (parallel/cross_entropy.py), of `tokens` on a rank.
+
+    So many logits as the weight has elements, or half as many where eager code adds an fp32 copy. A GPU needs more
+    tokens for the products of a chunk to take longer than reading and writing the sum of weight gradients.
+    """
+    limit = max(hidden_size // (1 if is_compiled else 2), 64 if on_cpu else 2048)
+    return round_up(tokens, chunks := -(-tokens // limit)) // chunks
+
+
 def divisors(number: int) -> list[int]:
     """The divisors up to a million and their counterparts, ascending: all of them for numbers up to 10^12."""
     small = [d for d in range(1, min(isqrt(number), 10**6) + 1) if number % d == 0]

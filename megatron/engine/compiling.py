@@ -1,7 +1,8 @@
 """torch.compile for the blocks and the loss, which fuses the operations between matrix products.
 
-Each block is compiled separately, without graph breaks, and blocks of one shape share the code. Full recomputation,
-pipelines and DeepSpeed's hooks stay outside the compiled code; selective recomputation is part of it.
+Each block is compiled separately, without graph breaks, and blocks of one shape share the code; of the loss, the
+operations on the logits of a chunk. Full recomputation, pipelines and DeepSpeed's hooks stay outside the compiled code;
+selective recomputation is part of it.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from torch import nn
 from megatron.engine.recompute import Checkpoint
 from megatron.errors import UserError
 from megatron.model.layer import Layer
+from megatron.parallel.cross_entropy import EAGER, Kernels, chunked
 from megatron.parallel.grid import ParallelGrid
+from megatron.parallel.layers import VocabParallelEmbedding
 
 
 def compiled(function: Callable[..., Any], async_tensor_parallel: bool = False) -> Callable[..., Any]:
@@ -24,20 +27,15 @@ def compiled(function: Callable[..., Any], async_tensor_parallel: bool = False) 
     return torch.compile(function, dynamic=False, options=options)
 
 
-def compiled_blocks(
+def compiled_layers(
     layers: list[Layer], checkpoint: Checkpoint | None = None, async_tensor_parallel: bool = False
 ) -> list[Layer]:
-    """The same layers, with blocks that are compiled when they are built.
+    """The same layers; blocks and the loss are compiled when they are built.
 
     checkpoint: recomputes a block's activations within the compiled code, so that it sees the block's operations.
     async_tensor_parallel: fuse collectives and matrix products; needs `share_memory`.
     """
-    return [
-        replace(layer, build=partial(_build, layer.build, checkpoint, async_tensor_parallel))
-        if layer.recompute
-        else layer
-        for layer in layers
-    ]
+    return [replace(layer, build=partial(_build, layer, checkpoint, async_tensor_parallel)) for layer in layers]
 
 
 def share_memory(grid: ParallelGrid) -> None:
@@ -55,10 +53,13 @@ def share_memory(grid: ParallelGrid) -> None:
     enable_symm_mem_for_group(grid.group("tensor").group_name)
 
 
-def _build(build: Callable[[], nn.Module], checkpoint: Checkpoint | None, async_tensor_parallel: bool) -> nn.Module:
-    module = build()
-    forward = module.forward
-    module.forward = compiled(partial(checkpoint, forward) if checkpoint else forward, async_tensor_parallel)
+def _build(layer: Layer, checkpoint: Checkpoint | None, async_tensor_parallel: bool) -> nn.Module:
+    module = layer.build()
+    if layer.recompute:
+        forward = module.forward
+        module.forward = compiled(partial(checkpoint, forward) if checkpoint else forward, async_tensor_parallel)
+    if isinstance(module, VocabParallelEmbedding):
+        module.cross_entropy = chunked(Kernels(compiled(EAGER.reduce), compiled(EAGER.differentiate)))
     return module
 
 

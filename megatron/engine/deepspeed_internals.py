@@ -39,6 +39,12 @@ def disable_gradient_averaging(engine: Any) -> None:
     engine.enable_backward_allreduce = engine.pipeline_enable_backward_allreduce = False
 
 
+def head_as_loss(pipeline: Any) -> None:
+    """Call the last layer of a `PipelineModule` with the labels, as its loss function, and not in its forward pass."""
+    head = pipeline.forward_funcs.pop()
+    pipeline.loss_fn = lambda inputs, targets: head(inputs, targets=targets)
+
+
 def wrap_instructions(engine: Any, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
     """Replace each function of a pipeline's schedule by `wrap(name of its instruction, function)`."""
     engine._INSTRUCTION_MAP = {

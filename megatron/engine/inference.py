@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron.engine.modules import Sequential, cast_parameters
 from megatron.engine.optimizer_state import ModuleState, draw_initial_values
 from megatron.model.attention_backends import kernels_for_decoding
-from megatron.model.layer import Layer, Masking, pack, unpack
+from megatron.model.layer import Layer, Masking, Targets, pack, unpack
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.parameter import PlacedParameter
 
@@ -49,3 +49,9 @@ class InferenceEngine:
         """The head: any positions of `hidden`, [..., h] -> [..., v/tp]."""
         logits: Tensor = self.module(hidden, layers=slice(-1, None))
         return logits
+
+    @torch.inference_mode()
+    def loss(self, hidden: Tensor, targets: Targets) -> Tensor:
+        """The head with its loss, summed over `hidden` [b, s, h]: a scalar in fp32."""
+        loss: Tensor = self.module(hidden, layers=slice(-1, None), targets=targets)
+        return loss

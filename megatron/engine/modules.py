@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from megatron.engine.deepspeed_internals import head_as_loss
 from megatron.engine.recompute import Checkpoint, recompute_all
-from megatron.model.layer import Layer
+from megatron.model.layer import Layer, Targets
 from megatron.parallel.grid import ParallelGrid
 
 Call = Callable[..., Any]
@@ -48,17 +49,22 @@ class Sequential(nn.Module):
             call = partial(layer.tied_forward, module) if layer.tied_forward else module
             self._calls.append((call, layer.recompute))
 
-    def forward(self, inputs: Any, cache: Any = None, layers: slice = slice(None)) -> Any:
-        """Tokens [b, s] in, logits [b, s, v/tp] out; with a key-value cache in decoding.
+    def forward(
+        self, inputs: Any, cache: Any = None, layers: slice = slice(None), targets: Targets | None = None
+    ) -> Any:
+        """Tokens [b, s] in, logits [b, s, v/tp] out, or with `targets` the loss; with a key-value cache in decoding.
 
         layers: which of the layers run, on the input of the first one of these.
         """
+        chosen = self._calls[layers]
         if cache is not None:
-            for call, _ in self._calls[layers]:
+            for call, _ in chosen:
                 inputs = call(inputs, cache)
             return inputs
+        if targets is not None:
+            chosen[-1] = partial(chosen[-1][0], targets=targets), False
         recompute = self.recompute_layers if self.training else 0
-        for calls, in_checkpoint in _segments(self._calls[layers], recompute):
+        for calls, in_checkpoint in _segments(chosen, recompute):
             run = partial(_chain, calls)
             inputs = self.checkpoint(run, inputs) if in_checkpoint else run(inputs)
         return inputs
@@ -66,14 +72,16 @@ class Sequential(nn.Module):
 
 def pipeline_module(
     layers: list[Layer],
-    loss: Callable[[Tensor, Any], Tensor],
     grid: ParallelGrid,
     partition_method: str,
     recompute_layers: int,
     checkpoint: Checkpoint = recompute_all,
     prepare: Prepare = lambda module: None,
 ) -> nn.Module:
-    """This rank's stage of `layers`, as DeepSpeed's PipelineModule; arguments as of `Sequential`."""
+    """This rank's stage of `layers`, as DeepSpeed's PipelineModule; arguments as of `Sequential`.
+
+    The last stage gives the input of the head; the module's `loss_fn` is the head, which has the loss.
+    """
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
@@ -104,12 +112,13 @@ def pipeline_module(
         topology=PipeModelDataParallelTopology(
             num_pp=grid.size("pipe"), num_mp=grid.size("tensor"), num_dp=grid.size("data")
         ),
-        loss_fn=loss,
         partition_method=partition_method,
         activation_checkpoint_interval=recompute_layers,
         activation_checkpoint_func=checkpoint,
         checkpointable_layers=sorted({layer.module_class.__name__ for layer in layers if layer.recompute}),
     )
+    if grid.rank("pipe") == grid.size("pipe") - 1:
+        head_as_loss(module)
     return module
 
 

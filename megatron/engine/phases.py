@@ -32,7 +32,7 @@ _OF_INSTRUCTION = {
 def time_phases(engine: Any, pipelined: bool, timed: Timed) -> None:
     """Wrap the functions of DeepSpeed's `engine` in `timed`: forward, backward, optimizer.
 
-    With a pipeline, forward includes the loss, and pipeline_exchange is sending to and waiting for other stages.
+    Forward includes the loss. With a pipeline, pipeline_exchange is sending to and waiting for other stages.
     """
     if pipelined:
 

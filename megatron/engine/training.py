@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megatron.config.plan import EnginePlan, Plan
 from megatron.engine.clipping import GradientNorm, clip_and_skip
-from megatron.engine.compiling import compiled, compiled_blocks, gather_whole_blocks, share_memory
+from megatron.engine.compiling import compiled_layers, gather_whole_blocks, share_memory
 from megatron.engine.deepspeed_internals import (
     disable_gradient_averaging,
     keep_loss_on_the_device,
@@ -33,11 +33,10 @@ from megatron.engine.master_weights import MasterWeights
 from megatron.engine.model_parallel_unit import ModelParallelUnit
 from megatron.engine.modules import Sequential, cast_parameters, pipeline_module
 from megatron.engine.optimizer_state import OptimizerState, draw_initial_values
-from megatron.engine.phases import FORWARD, Timed, time_phases
+from megatron.engine.phases import Timed, time_phases
 from megatron.engine.recompute import checkpoint_function
 from megatron.engine.settings import DTYPES, deepspeed_settings
-from megatron.model.gpt import Targets
-from megatron.model.layer import Layer, LayerInput, pack, unpack
+from megatron.model.layer import Layer, LayerInput, Targets, pack, unpack
 from megatron.optimizers.build import build_optimizer
 from megatron.optimizers.traits import traits_of
 from megatron.parallel.grid import ParallelGrid
@@ -72,24 +71,22 @@ class StepOutput:
 class TrainingEngine:
     """Trains a model under any layout that the plan describes."""
 
-    def __init__(
-        self, layers: list[Layer], loss: Callable[[Tensor, Targets], Tensor], grid: ParallelGrid, plan: Plan
-    ) -> None:
+    def __init__(self, layers: list[Layer], grid: ParallelGrid, plan: Plan) -> None:
         """Build the part of `layers` on this rank, and draw its weights if `layers` have a seed. Collective.
 
-        loss: (logits [b, s, v/tp], targets) -> the sum over tokens of weight * negative log likelihood. The weights
-        of a global batch sum to accumulation steps * data-parallel size, so that DeepSpeed's mean over micro-batches
-        and replicas is the mean over the tokens.
+        The last layer gives the loss, the sum over tokens of weight * negative log likelihood. The weights of a global
+        batch sum to accumulation steps * data-parallel size, so that DeepSpeed's mean over micro-batches and replicas
+        is the mean over the tokens.
         """
         deepspeed = _import_deepspeed(grid)
         recompute, checkpoint = plan.engine.recompute_layers, checkpoint_function(plan.engine, grid)
         if plan.engine.compile:
             within = checkpoint if recompute and plan.engine.recompute_selective else None
-            layers, loss = compiled_blocks(layers, within, plan.engine.async_tensor_parallel), compiled(loss)
+            layers = compiled_layers(layers, within, plan.engine.async_tensor_parallel)
             if plan.engine.async_tensor_parallel:
                 share_memory(grid)
             recompute = 0 if within else recompute
-        self._grid, self._loss, self._seed = grid, loss, plan.engine.seed
+        self._grid, self._seed = grid, plan.engine.seed
         self._accumulation = plan.batch.accumulation_steps
         self._pipelined = plan.layout.pipe > 1
         settings, unit = deepspeed_settings(plan), ModelParallelUnit(grid)
@@ -103,7 +100,7 @@ class TrainingEngine:
 
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints during set-up
             module: nn.Module = (
-                pipeline_module(layers, loss, grid, plan.engine.partition_method, recompute, checkpoint, prepare)
+                pipeline_module(layers, grid, plan.engine.partition_method, recompute, checkpoint, prepare)
                 if self._pipelined
                 else Sequential(layers, recompute, checkpoint, prepare).to(grid.device)
             )
@@ -151,7 +148,6 @@ class TrainingEngine:
     def time_phases(self, timed: Timed) -> None:
         """Wrap the functions of a training step (and an evaluation) in `timed(phase, function)`."""
         time_phases(self._engine, self._pipelined, timed)
-        self._loss = timed(FORWARD, self._loss)
 
     def train_batch(self, micro_batches: Sequence[MicroBatch], *, step: int, learning_rate: float) -> StepOutput:
         """One optimizer step over this rank's micro-batches of a global batch. Collective over all ranks.
@@ -178,13 +174,13 @@ class TrainingEngine:
             loss: Tensor = self._engine.eval_batch(batches, num_micro_batches=len(micro_batches))
             return loss.detach().reshape(())
         with torch.no_grad():
-            losses = [self._loss(self._engine(inputs), targets) for inputs, targets in batches]
+            losses = [self._engine(inputs, targets=targets) for inputs, targets in batches]
         return self._mean_over_replicas(losses)
 
     def _train_sequential(self, batches: Iterator[MicroBatch]) -> Tensor:
         losses = []
         for inputs, targets in batches:
-            loss = self._loss(self._engine(inputs), targets)
+            loss = self._engine(inputs, targets=targets)
             self._engine.backward(loss)
             self._engine.step()
             losses.append(loss.detach())

@@ -27,7 +27,7 @@ def stream_tokens(plan: Plan) -> int:
 
 
 def saved_bytes(plan: Plan, layers: range, group: int, on_cpu: bool = False) -> int:
-    """Bytes saved for the backward pass of one micro-batch, without logits.
+    """Bytes saved for the backward pass of one micro-batch, without the gradient of the head's weight.
 
     group: blocks that are recomputed together, of which only the input is stored; 0: no recomputation.
     """
@@ -40,7 +40,9 @@ def saved_bytes(plan: Plan, layers: range, group: int, on_cpu: bool = False) -> 
     if 0 in layers:
         saved += 8 * tokens_on_rank(plan)  # token ids
     if last - 1 in layers:
-        saved += hidden + _norm_inputs(plan, 1, 1, on_cpu) + _statistics(plan)  # the final norm, and the head's input
+        saved += _norm_inputs(plan, 1, 1, on_cpu) + _statistics(plan)
+    if last in layers:  # the gradient of the head's input, with the whole sequence
+        saved += tokens_on_rank(plan) * plan.model.hidden_size * WIDTH[plan.engine.precision]
     return saved
 
 

@@ -10,6 +10,7 @@ from megatron.config.gradient_reduction import overlaps, reduces_whole_sums
 from megatron.config.parameter_counts import MOMENTS, held_parameters, layer_parameters
 from megatron.config.pipeline_stages import layer_classes, stage_layers
 from megatron.config.plan import Plan
+from megatron.config.widths import loss_chunk
 from megatron.estimate.activations import (
     WIDTH,
     block_bytes,
@@ -21,7 +22,6 @@ from megatron.estimate.activations import (
     tokens_on_rank,
 )
 
-LOSS_CHUNK = 2**24  # logits per chunk of the loss, in fp32 (parallel/cross_entropy.py)
 WHOLE_BUCKET = 500_000_000  # elements that DeepSpeed reduces at a time without ZeRO, regardless of reduce_bucket_size
 RESERVE = 2**30  # for CUDA, NCCL and kernels' workspaces
 FRAGMENTATION = 0.05  # fraction of memory lost in the allocator
@@ -37,11 +37,11 @@ class StageMemory:
     optimizer: int  # moments, and the optimizer's own fp32 weights
     host: int  # offloaded to host memory
     gradients: int  # at the end of the backward pass
-    activations: int  # of all micro-batches in flight, without logits
+    activations: int  # of all micro-batches in flight
     activations_kept: int  # without recomputation
     activations_recomputed: int  # with recomputation of single blocks
-    logits: int  # logits, their gradient, and the chunk of the loss
-    kept_logits: int  # only the logits, which the loss saves for the backward pass
+    loss: int  # what the loss allocates: `head_gradient`, that of its input, and a chunk of logits
+    head_gradient: int  # of the head's weight, computed in the forward pass and kept for the backward pass
     buffers: int  # of communication and pipeline
     permanent_buffers: int  # those, and accumulated gradients, that persist between steps
     least: int  # the analytic minimum of the peak, see `_least`
@@ -65,9 +65,9 @@ def _stage(plan: Plan, number: int, layers: range, on_cpu: bool) -> StageMemory:
     kept_by_optimizer = MOMENTS.get(plan.optimizer.kind, 2) + (1 if stage or plan.engine.precision != "fp32" else 0)
     in_flight = min(plan.layout.pipe - number, plan.batch.accumulation_steps) if plan.layout.pipe > 1 else 1
     has_head = len(layer_classes(plan.model)) - 1 in layers
-    kept_logits = _kept_logits(plan) if has_head else 0
+    head_gradient = _head_gradient(plan, on_cpu) if has_head else 0
     passing, buckets = _buffers(plan, parameters, stage), _permanent_buckets(plan, parameters, stage)
-    pipeline = _stage_buffers(plan, number, kept_logits)
+    pipeline = _stage_buffers(plan, number)
     gradients = _gradients(plan, parameters, stage)
     weights = parameters * WIDTH[plan.engine.precision] // (replicas if stage == 3 else 1)
     optimizer = 4 * parameters // (replicas if stage else 1) * kept_by_optimizer
@@ -82,8 +82,8 @@ def _stage(plan: Plan, number: int, layers: range, on_cpu: bool) -> StageMemory:
         activations=in_flight * saved_bytes(plan, layers, plan.engine.recompute_layers, on_cpu),
         activations_kept=in_flight * saved_bytes(plan, layers, 0, on_cpu),
         activations_recomputed=in_flight * saved_bytes(plan, layers, 1, on_cpu),
-        logits=_logits(plan) if has_head else 0,
-        kept_logits=kept_logits,
+        loss=_loss(plan, on_cpu) if has_head else 0,
+        head_gradient=0 if plan.engine.precision == "fp16" else head_gradient,
         buffers=passing + buckets + pipeline,
         permanent_buffers=buckets + pipeline + (gradients if _keeps_gradients(plan, stage) else 0),
         least=0,
@@ -94,19 +94,20 @@ def _stage(plan: Plan, number: int, layers: range, on_cpu: bool) -> StageMemory:
 
 
 def _least(plan: Plan, memory: StageMemory, kept: int) -> int:
-    """A lower bound of the peak with these settings, the larger of two moments.
+    """A lower bound of the peak with these settings: weights, optimizer states, and the largest of three moments.
 
-    Before the backward pass: weights, optimizer states, accumulated gradients of earlier micro-batches, activations
-    that the recompute setting stores, and the logits with one fp32 chunk of the loss (or, with recomputation, all that
-    one block saves). After it: weights, optimizer states and all gradients.
+    Before the backward pass of the last block: the activations that the recompute setting stores (with recomputation
+    also all that a block saves), and the gradient of the head. Before that of the first block: its activations and the
+    gradients of all later layers. After the backward pass: all gradients. Where micro-batches are accumulated there
+    are all gradients at each moment.
     kept: activation bytes if every norm is a kernel.
     """
-    width, several = WIDTH[plan.engine.precision], plan.batch.accumulation_steps > 1
-    chunk = min(memory.kept_logits // width, LOSS_CHUNK) * 4
+    several, blocks = plan.batch.accumulation_steps > 1, max(1, blocks_among(plan, memory.layers))
     there = product_bytes(plan) if plan.engine.recompute_selective else 0
     again = (block_bytes(plan) - there) * plan.engine.recompute_layers
-    forward = kept + max(memory.kept_logits + chunk, again) + (memory.gradients if several else 0)
-    return memory.weights + memory.optimizer + max(forward, memory.gradients)
+    last = kept + again + (memory.gradients if several else _head_weight_gradient(plan, memory))
+    first = kept // blocks + again + (memory.gradients if several else _later_gradients(plan, memory))
+    return memory.weights + memory.optimizer + max(last, first, memory.gradients)
 
 
 def _peak(plan: Plan, memory: StageMemory, passing: int, on_cpu: bool) -> int:
@@ -122,10 +123,10 @@ def _peak(plan: Plan, memory: StageMemory, passing: int, on_cpu: bool) -> int:
     lasting = passing if stage == 3 or (several and reduces_whole_sums(plan.engine)) else 0
     there = product_bytes(plan) if plan.engine.recompute_selective else 0
     again = (block_bytes(plan, on_cpu) - there) * plan.engine.recompute_layers + gradients_in_flight(plan)
-    stale = memory.kept_logits if plan.layout.pipe > 1 else 0  # these logits are already in the pipeline's buffers
+    head = 0 if several else _head_weight_gradient(plan, memory)
     moments = {
-        "loss": held + lasting + memory.activations + memory.logits,
-        "backward pass of the last block": held + passing + memory.activations + again,
+        "loss": held + lasting + memory.activations + memory.loss,
+        "backward pass of the last block": held + passing + memory.activations + head + again,
         "backward pass of the first block": (gradients if several else min(gradients, _later_gradients(plan, memory)))
         + memory.activations // max(1, blocks_among(plan, memory.layers))
         + again
@@ -133,7 +134,7 @@ def _peak(plan: Plan, memory: StageMemory, passing: int, on_cpu: bool) -> int:
         "gradient reduction": gradients + averaging,
         "optimizer step": gradients + _step(plan, memory.parameters, stage),
     }
-    return memory.weights + memory.optimizer + memory.permanent_buffers - stale + max(moments.values())
+    return memory.weights + memory.optimizer + memory.permanent_buffers + max(moments.values())
 
 
 def _later_gradients(plan: Plan, memory: StageMemory) -> int:
@@ -232,8 +233,8 @@ def _permanent_buckets(plan: Plan, parameters: int, stage: int) -> int:
     return _buckets(plan, parameters) if stage == 3 else 0
 
 
-def _stage_buffers(plan: Plan, number: int, kept_logits: int) -> int:
-    """Bytes of DeepSpeed's pipeline buffers: inputs, their gradients, and outputs (logits in the last stage).
+def _stage_buffers(plan: Plan, number: int) -> int:
+    """Bytes of DeepSpeed's pipeline buffers: inputs, their gradients, and outputs.
 
     One more input is being received.
     """
@@ -242,15 +243,35 @@ def _stage_buffers(plan: Plan, number: int, kept_logits: int) -> int:
     hidden = stream_tokens(plan) * plan.model.hidden_size * WIDTH[plan.engine.precision]
     count = max(2, min(plan.layout.pipe - number, plan.batch.accumulation_steps))
     received = hidden if number else 0
-    return count * (2 * received + (kept_logits or hidden)) + received
+    return count * (2 * received + hidden) + received
 
 
-def _kept_logits(plan: Plan) -> int:
-    return tokens_on_rank(plan) * plan.model.padded_vocab_size // plan.layout.tensor * WIDTH[plan.engine.precision]
+def _head_weight_gradient(plan: Plan, memory: StageMemory) -> int:
+    """Bytes of the gradient of the head's weight as it is accumulated, on the last stage."""
+    if not memory.loss:
+        return 0
+    elements = plan.model.padded_vocab_size // plan.layout.tensor * plan.model.hidden_size
+    return _gradients(plan, elements, plan.engine.zero_stage)
 
 
-def _logits(plan: Plan) -> int:
-    """Bytes of logits, their gradient, and an fp32 chunk of the loss."""
-    width, kept = WIDTH[plan.engine.precision], _kept_logits(plan)
-    chunk = min(kept // width, LOSS_CHUNK) * 4 * (1 if width == 4 else 2)
-    return 2 * kept + chunk
+def _chunk(plan: Plan, on_cpu: bool) -> int:
+    """Tokens of a chunk of the loss."""
+    return loss_chunk(tokens_on_rank(plan), plan.model.hidden_size, plan.engine.compile, on_cpu)
+
+
+def _head_gradient(plan: Plan, on_cpu: bool) -> int:
+    """Bytes of the gradient of the head's weight as the loss computes it: a sum over several chunks is fp32."""
+    width = 4 if _chunk(plan, on_cpu) < tokens_on_rank(plan) else WIDTH[plan.engine.precision]
+    return plan.model.padded_vocab_size // plan.layout.tensor * plan.model.hidden_size * width
+
+
+def _loss(plan: Plan, on_cpu: bool) -> int:
+    """Bytes that the loss allocates, with a chunk of logits and the larger of two things that are made of it.
+
+    Eager code makes a copy of the chunk in fp32; on a CPU the product of a chunk in 16 bits is added to the fp32 sum.
+    """
+    width, rows = WIDTH[plan.engine.precision], plan.model.padded_vocab_size // plan.layout.tensor
+    chunk, tokens, hidden_size = _chunk(plan, on_cpu), tokens_on_rank(plan), plan.model.hidden_size
+    copy = 0 if plan.engine.compile else chunk * rows * 4
+    product = rows * hidden_size * width if on_cpu and width < 4 and chunk < tokens else 0
+    return _head_gradient(plan, on_cpu) + tokens * hidden_size * width + chunk * rows * width + max(copy, product)

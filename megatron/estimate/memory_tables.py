@@ -25,9 +25,9 @@ def memory_lines(plan: Plan, gpu_memory: float | None, on_cpu: bool = False) -> 
     """Memory of a rank of each stage in GiB, with and without recomputation, and whether it fits."""
     stages = stage_memories(plan, on_cpu)
     lines = ["  memory of a rank, in GiB:"]
-    lines.append("    stage  weights  gradients  optimizer  activations  logits  buffers     peak")
+    lines.append("    stage  weights  gradients  optimizer  activations    loss  buffers     peak")
     for number, stage in enumerate(stages):
-        cells = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.logits, stage.buffers)
+        cells = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.loss, stage.buffers)
         figures = "".join(f"{size / GIB:{width}.2f}" for size, width in zip(cells, (9, 11, 11, 13, 8, 9), strict=True))
         lines.append(f"    {number:5}{figures}{stage.peak / GIB:9.2f}")
     most = max(stages, key=lambda stage: stage.peak)
@@ -92,7 +92,7 @@ def _verdict(most: StageMemory, gpu_memory: float | None) -> str:
         way
         for way, helps in (
             ("checkpoint_activations: true", most.activations > most.activations_recomputed),
-            ("a smaller train_micro_batch_size_per_gpu", most.activations + most.logits > most.optimizer),
+            ("a smaller train_micro_batch_size_per_gpu", most.activations + most.loss > most.optimizer),
             ("more ranks, model_parallel_size or pipe_parallel_size", True),
         )
         if helps

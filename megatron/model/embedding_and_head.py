@@ -11,7 +11,7 @@ from megatron.model.attention_backends import block_windows
 from megatron.model.block_mask import block_lists
 from megatron.model.cache import KVCache
 from megatron.model.init import weight_initialisers
-from megatron.model.layer import LayerInput, Masking, pack, unpack
+from megatron.model.layer import LayerInput, Masking, Targets, pack, unpack
 from megatron.model.positions import PositionEmbedding, positions_in_documents
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.layers import VocabParallelEmbedding
@@ -66,22 +66,28 @@ class Embedding(VocabParallelEmbedding):
         return Masking(masking.document_start, *block_lists(first, self.block_windows))
 
 
-def embedding_logits(embedding: nn.Module, inputs: LayerInput, cache: KVCache | None = None) -> Tensor:
-    """Logits from the weight of a tied `embedding`: [b, s, h] -> [b, s, v/tp]."""
-    assert isinstance(embedding, Embedding)
-    return embedding.logits(unpack(inputs)[0])
+def apply_head(
+    head: VocabParallelEmbedding, inputs: LayerInput, cache: KVCache | None = None, targets: Targets | None = None
+) -> Tensor:
+    """The model's output, from the weight of `head` or of a tied embedding.
+
+    [b, s, h] -> logits [b, s, v/tp], padding columns -inf; with `targets` the sum over tokens of loss weight * negative
+    log likelihood, a scalar in fp32, the same on every tensor-parallel rank.
+    """
+    hidden, _ = unpack(inputs)
+    return head.logits(hidden) if targets is None else head.loss(hidden, *targets)
 
 
 class Head(VocabParallelEmbedding):
-    """Logits from an untied weight, without bias."""
+    """The head of a model with an untied weight, without bias."""
 
     def __init__(self, model: ModelPlan, grid: ParallelGrid) -> None:
         init, _ = weight_initialisers(model)
         super().__init__(model.vocab_size, model.padded_vocab_size, model.hidden_size, init, grid)
 
-    def forward(self, inputs: LayerInput, cache: KVCache | None = None) -> Tensor:
-        """[b, s, h] -> [b, s, v/tp], padding columns -inf."""
-        return self.logits(unpack(inputs)[0])
+    def forward(self, inputs: LayerInput, cache: KVCache | None = None, targets: Targets | None = None) -> Tensor:
+        """Logits or loss; see `apply_head`."""
+        return apply_head(self, inputs, cache, targets)
 
 
 class FinalNorm(nn.Module):

@@ -1,11 +1,11 @@
-"""GPT as a list of layers, from embedding to logits: the file to read first.
+"""GPT as a list of layers, from embedding to logits or loss: the file to read first.
 
 Shapes: b micro-batch, s sequence, h hidden, v vocabulary in memory, tp tensor-parallel ranks.
-tokens [b, s] -> Embedding -> [b, s, h] -> TransformerBlock x num_layers -> FinalNorm -> Head -> logits [b, s, v/tp].
+tokens [b, s] -> Embedding -> [b, s, h] -> TransformerBlock x num_layers -> FinalNorm -> Head -> logits [b, s, v/tp],
+or with targets the loss, of which no logits are stored (parallel/cross_entropy.py).
 Where documents are kept apart, document starts accompany the hidden states (`layer.LayerInput`).
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,16 +13,13 @@ from torch import Tensor, nn
 
 from megatron.config.plan import ModelPlan
 from megatron.model.block import TransformerBlock
-from megatron.model.embedding_and_head import Embedding, FinalNorm, Head, embedding_logits
+from megatron.model.embedding_and_head import Embedding, FinalNorm, Head, apply_head
 from megatron.model.layer import Layer
 from megatron.model.positions import PositionEmbedding
 from megatron.parallel.collectives import gather_from_group
-from megatron.parallel.cross_entropy import vocab_parallel_nll
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.parameter import name_parameters
 from megatron.registry import resolve
-
-Targets = tuple[Tensor, Tensor]  # labels [b, s] int64, loss weights [b, s] fp32
 
 
 def gpt_layers(model: ModelPlan, grid: ParallelGrid, seed: int | None) -> list[Layer]:
@@ -42,7 +39,7 @@ def gpt_layers(model: ModelPlan, grid: ParallelGrid, seed: int | None) -> list[L
     if model.tied_embeddings:
         first = layer(Embedding, "embedding", kind, tied="embedding")
         # on a separate stage, the last layer needs no position embedding
-        last = layer(Embedding, "embedding", None, tied="embedding", tied_forward=embedding_logits)
+        last = layer(Embedding, "embedding", None, tied="embedding", tied_forward=apply_head)
     else:
         first, last = layer(Embedding, "embedding", kind), layer(Head, "head")
     return [first, *blocks, layer(FinalNorm, ""), last]
@@ -52,21 +49,6 @@ def _build(module_class: type[nn.Module], name: str, seed: int | None, *argument
     module = module_class(*arguments)
     name_parameters(module, name, seed)
     return module
-
-
-def make_loss(model: ModelPlan, grid: ParallelGrid) -> Callable[[Tensor, Targets], Tensor]:
-    """The training loss, `gpt_loss`, for this rank's shard of the vocabulary."""
-    start = grid.rank("tensor") * (model.padded_vocab_size // grid.size("tensor"))
-    return partial(gpt_loss, grid=grid, vocab_start=start)
-
-
-def gpt_loss(logits: Tensor, targets: Targets, grid: ParallelGrid, vocab_start: int) -> Tensor:
-    """The sum over tokens of loss weight * negative log likelihood, a scalar in fp32.
-
-    logits: [b, s, v/tp]. Every tensor-parallel rank returns the same value.
-    """
-    labels, weights = targets
-    return (vocab_parallel_nll(logits, labels, grid.group("tensor"), vocab_start) * weights).sum()
 
 
 def gather_logits(logits: Tensor, grid: ParallelGrid, vocab_size: int) -> Tensor:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+Targets = tuple[Tensor, Tensor]  # labels [b, s] int64, loss weights [b, s] fp32
+
 # What layers pass on: hidden states [b, s, h] (token ids [b, s] int64 before the first layer, logits after the last),
 # and the tensors of `Masking` that there are. A pipeline sends tensors only.
 LayerInput = Tensor | tuple[Tensor, ...]
@@ -45,10 +47,13 @@ def pack(hidden: Tensor, masking: Masking) -> LayerInput:
 
 @dataclass(frozen=True)
 class Layer:
-    """How to build one module, called as `module(inputs, cache=None)`. Layers with the same `tied` share one module."""
+    """How to build one module, called as `module(inputs, cache=None)`. Layers with the same `tied` share one module.
+
+    The last layer is the head: `module(inputs, cache=None, targets=None)` gives logits, or with `Targets` the loss.
+    """
 
     module_class: type[nn.Module]  # the class of the module; a pipeline balances its stages by class names
     build: Callable[[], nn.Module]  # makes the module, with named parameters that are zero
     tied: str | None = None  # if one rank has several layers of this key, the first one's module serves all
-    tied_forward: Callable[[nn.Module, LayerInput], Tensor] | None = None  # replaces the module's own forward
+    tied_forward: Callable[..., Tensor] | None = None  # replaces the module's own forward
     recompute: bool = False  # a pure function of its input and the random state: may be recomputed in backward

@@ -19,10 +19,12 @@ from torch.autograd.function import once_differentiable
 from megatron.parallel.collectives import (
     all_gather_sequence,
     copy_to_group,
+    gather_sequence,
     reduce_from_group,
     reduce_scatter_sequence,
     scatter_sequence,
 )
+from megatron.parallel.cross_entropy import VocabularyShard, chunked, linear_cross_entropy
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.initial_values import zeros
 from megatron.parallel.parameter import Initialiser, new_parameter
@@ -166,6 +168,8 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = new_parameter((vocab_size, hidden_size), 0, initialise, grid, padded_size)
         rows = padded_size // grid.size("tensor")
         self.start = grid.rank("tensor") * rows
+        self.shard = VocabularyShard(grid.group("tensor"), self.start, min(max(vocab_size - self.start, 0), rows))
+        self.cross_entropy = chunked()
         # added to the logits if this rank has padding rows: -inf for those, 0 for the others
         beyond = torch.arange(self.start, self.start + rows, device=grid.device) >= vocab_size
         logits = torch.zeros(rows, device=grid.device).masked_fill(beyond, float("-inf"))
@@ -185,3 +189,13 @@ class VocabParallelEmbedding(nn.Module):
         """[b, s, h] or [b, s/tp, h] -> [b, s, padded_size/tp], padding columns -inf."""
         padding = None if self.padding_logits is None else self.padding_logits.to(hidden.dtype)
         return column_parallel(hidden, self.grid, (self.weight, padding))[0]
+
+    def loss(self, hidden: Tensor, labels: Tensor, loss_weights: Tensor) -> Tensor:
+        """The sum over tokens of loss weight * negative log likelihood in nats, a scalar in fp32, without `logits`.
+
+        hidden: [b, s, h] or [b, s/tp, h]. labels: [b, s] int64. loss_weights: [b, s] fp32. The same value on every
+        rank. One all-reduce (or reduce-scatter) of the gradient of hidden states backward.
+        """
+        group = self.grid.group("tensor")
+        hidden = gather_sequence(hidden, group) if self.grid.sequence_parallel else copy_to_group(hidden, group)
+        return linear_cross_entropy(hidden, self.weight, labels, loss_weights, self.shard, self.cross_entropy)

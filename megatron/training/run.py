@@ -30,7 +30,7 @@ from megatron.launch.protocol.heartbeat import Heartbeat
 from megatron.logging import configure
 from megatron.metrics.writers import METRICS_FILE, MetricWriters, WriterSettings, open_writers
 from megatron.model.attention import describe_attention
-from megatron.model.gpt import gpt_layers, make_loss
+from megatron.model.gpt import gpt_layers
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.products import check_float8
 from megatron.resources import check_same_model, open_data, open_tokenizer
@@ -147,7 +147,7 @@ def set_up(config: Config, prepared: Prepared) -> tuple[Run, TrainState]:
     check = partial(check_fits, config, plan, prepared.tokenizer)
     checkpoint = agreed(prepared.checkpoint, config.checkpoint, check)
     seed = plan.engine.seed if checkpoint is None else None
-    engine = TrainingEngine(gpt_layers(plan.model, grid, seed), make_loss(plan.model, grid), grid, plan)
+    engine = TrainingEngine(gpt_layers(plan.model, grid, seed), grid, plan)
     state, beginning = begin(engine, checkpoint, config.checkpoint)
     for line in [*_description(prepared, grid), *products, *nondeterministic, *_where_files_go(config), beginning]:
         log.info("%s", line)

@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from megatron.engine.distributed import start_layout
 from megatron.engine.training import TrainingEngine
-from megatron.model.gpt import gpt_layers, make_loss
+from megatron.model.gpt import gpt_layers
 from megatron.optimizers.schedules import learning_rate
 from tests import tiny
 from tests.ranks.moves import allow_fp16_on_cpu, layout_name
@@ -225,7 +225,7 @@ def train(file: str, settings: Settings) -> None:
     grid = start_layout(plan.layout)
     if plan.engine.precision == "fp16" and grid.device.type == "cpu":
         allow_fp16_on_cpu()
-    engine = TrainingEngine(gpt_layers(plan.model, grid, 1234), make_loss(plan.model, grid), grid, plan)
+    engine = TrainingEngine(gpt_layers(plan.model, grid, 1234), grid, plan)
     losses, skipped = [], []
     for step in range(STEPS):
         batch = tiny.micro_batches(step, plan, grid.rank("data"))

@@ -15,7 +15,7 @@ from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.store import CheckpointWriter, load_checkpoint
 from megatron.engine.distributed import start_layout
 from megatron.engine.training import TrainingEngine
-from megatron.model.gpt import gpt_layers, make_loss
+from megatron.model.gpt import gpt_layers
 from megatron.optimizers.schedules import learning_rate
 from tests import tiny
 from tests.ranks.run import deterministic_on_gpu, run_ranks
@@ -123,7 +123,7 @@ def engine_of(settings: Settings) -> tuple[TrainingEngine, Any]:
         allow_fp16_on_cpu()
     grid = start_layout(plan.layout)
     layers = gpt_layers(plan.model, grid, plan.engine.seed)
-    return TrainingEngine(layers, make_loss(plan.model, grid), grid, plan), plan
+    return TrainingEngine(layers, grid, plan), plan
 
 
 def allow_fp16_on_cpu() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from megatron.config.load import config_from_flat
 from megatron.config.resolve import resolve
-from megatron.engine.compiling import compiled, compiled_blocks, share_memory
+from megatron.engine.compiling import compiled, compiled_layers, share_memory
 from megatron.engine.distributed import start_layout
 from megatron.engine.recompute import checkpoint_function
 from megatron.errors import UserError
@@ -89,7 +89,7 @@ def test_a_compiled_block_that_is_recomputed_selectively_drops_in_backward_what_
         layers = gpt_layers(plan.model, grid, 1)
         hidden = torch.randn(2, plan.batch.sequence_length, plan.model.hidden_size, requires_grad=True)
         results = []
-        for layer in (layers[1], compiled_blocks(layers, checkpoint_function(plan.engine, grid))[1]):
+        for layer in (layers[1], compiled_layers(layers, checkpoint_function(plan.engine, grid))[1]):
             block = layer.build().train()
             torch.manual_seed(1)
             output = block(hidden)

@@ -16,7 +16,7 @@ from megatron.config.plan import ModelPlan
 from megatron.engine.distributed import start_layout
 from megatron.engine.modules import Sequential
 from megatron.engine.training import TrainingEngine
-from megatron.model.gpt import gpt_layers, make_loss
+from megatron.model.gpt import gpt_layers
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.initial_values import initialise
 from megatron.training.batch import BatchBuilder
@@ -46,10 +46,7 @@ def samples() -> Tensor:
 
 def alone(model: ModelPlan, grid: ParallelGrid) -> tuple[float, dict[str, Tensor]]:
     """The mean loss over the labels of all documents, each in a batch of its own, and its gradients."""
-    module, loss = (
-        Sequential(gpt_layers(replace(model, **dict.fromkeys(APART, False)), grid, 1234)),
-        make_loss(model, grid),
-    )
+    module = Sequential(gpt_layers(replace(model, **dict.fromkeys(APART, False)), grid, 1234))
     initialise(module)
     documents = []
     for row in samples():
@@ -57,7 +54,7 @@ def alone(model: ModelPlan, grid: ParallelGrid) -> tuple[float, dict[str, Tensor
         documents += [piece for piece in row.tensor_split(cuts) if len(piece) > 1]
     total, count = torch.tensor(0.0), 0
     for ids in documents:
-        total = total + loss(module(ids[None, :-1]), (ids[None, 1:], torch.ones(1, len(ids) - 1)))
+        total = total + module(ids[None, :-1], targets=(ids[None, 1:], torch.ones(1, len(ids) - 1)))
         count += len(ids) - 1
     (total / count).backward()
     return float(total.detach()) / count, {p.global_name: p.grad for p in module.parameters()}
@@ -68,7 +65,7 @@ def packed(model: dict, layout: dict) -> tuple[float, float, list[tuple[torch.nn
     optimizer = {"kind": "sgd", "weight_decay": 0.0, "gradient_clipping": 0.0}
     plan = tiny.plan(**layout, model=model, optimizer=optimizer)
     grid = start_layout(plan.layout)
-    engine = TrainingEngine(gpt_layers(plan.model, grid, 1234), make_loss(plan.model, grid), grid, plan)
+    engine = TrainingEngine(gpt_layers(plan.model, grid, 1234), grid, plan)
     shares = samples().view(plan.batch.accumulation_steps, plan.layout.data, plan.batch.micro_size, -1)
     apart = plan.model.keeps_documents_apart
     builder = BatchBuilder(grid, masked_token=END, document_end=END if apart else None)

@@ -14,7 +14,7 @@ import torch
 
 from megatron.engine.distributed import start_layout
 from megatron.engine.training import TrainingEngine
-from megatron.model.gpt import gpt_layers, make_loss
+from megatron.model.gpt import gpt_layers
 from megatron.optimizers.schedules import learning_rate
 from tests import tiny
 from tests.ranks.run import deterministic_on_gpu, run_ranks
@@ -28,7 +28,7 @@ def train(file: str, steps: int, settings: dict) -> None:
     deterministic_on_gpu()  # recomputation has to change no bit
     plan = tiny.plan(**settings)
     grid = start_layout(plan.layout)
-    engine = TrainingEngine(gpt_layers(plan.model, grid, plan.engine.seed), make_loss(plan.model, grid), grid, plan)
+    engine = TrainingEngine(gpt_layers(plan.model, grid, plan.engine.seed), grid, plan)
     losses, norms = [], []
     for step in range(steps):
         batch = tiny.micro_batches(step, plan, grid.rank("data"))
@@ -101,7 +101,9 @@ def test_a_layout_trains_like_one_rank(tmp_path, reference, layout, accumulation
 
 
 @pytest.mark.parametrize(
-    "layout", [{"pipe": 2}, {"pipe": 2, "tensor": 2, "zero": 1}, {"tensor": 2, "zero": 2}], ids=str
+    "layout",
+    [{"pipe": 2}, {"pipe": 2, "tensor": 2, "zero": 1}, {"tensor": 2, "zero": 2}, {"data": 2, "zero": 3}],
+    ids=str,
 )
 def test_tied_embeddings_train_like_one_rank(tmp_path, reference, layout):
     assert_same(curve(tmp_path, accumulation=2, model=TIED, **layout), reference(model=TIED))

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from megatron.config.plan import ModelPlan
 from megatron.model.attention import Attention
-from megatron.model.gpt import make_loss
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.parameter import load_whole
 from tests.models import VARIETY, build, random_tensor, random_tokens, small
@@ -21,7 +20,7 @@ def step(model: ModelPlan, grid: ParallelGrid, recompute_layers: int, seed: int 
     module = build(model, grid, recompute_layers).train()
     ids = random_tokens(model, batch=2, length=13).to(grid.device)
     torch.manual_seed(seed)
-    loss = make_loss(model, grid)(module(ids[:, :-1]), (ids[:, 1:], torch.ones(2, 12, device=grid.device)))
+    loss = module(ids[:, :-1], targets=(ids[:, 1:], torch.ones(2, 12, device=grid.device)))
     loss.backward()
     return {"loss": loss.detach()} | {p.global_name: p.grad for p in module.parameters()}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron.config.plan import ModelPlan
 from megatron.model.cache import KVCache
-from megatron.model.gpt import gather_logits, make_loss
+from megatron.model.gpt import gather_logits
 from megatron.parallel.grid import ParallelGrid
 from tests.models import VARIETY, build, random_tokens
 from tests.ranks.run import make_grid, one_rank, run_ranks
@@ -29,10 +29,9 @@ def run(model: ModelPlan, grid: ParallelGrid) -> tuple[Tensor, Tensor, dict[str,
     """Logits of the true vocabulary, the loss, and the parameters with their gradients."""
     module, ids = build(model, grid), random_tokens(model, batch=3, length=13).to(grid.device)  # 12 tokens: 4 x 3
     weights = torch.rand(3, 12, generator=torch.Generator().manual_seed(2)).to(grid.device)
-    logits = module(ids[:, :-1])
-    loss = make_loss(model, grid)(logits, (ids[:, 1:], weights))
+    loss = module(ids[:, :-1], targets=(ids[:, 1:], weights))
     loss.backward()
-    whole = gather_logits(logits.detach(), grid, model.vocab_size)
+    whole = gather_logits(module(ids[:, :-1]).detach(), grid, model.vocab_size)
     return whole, loss.detach(), {p.global_name: p for p in module.parameters()}
 
 

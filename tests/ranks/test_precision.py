@@ -15,7 +15,7 @@ from megatron.config.plan import LossScalePlan
 from megatron.engine.distributed import be_deterministic, choose_matmul_precision, start_layout
 from megatron.engine.modules import Sequential
 from megatron.engine.training import TrainingEngine
-from megatron.model.gpt import gpt_layers, make_loss
+from megatron.model.gpt import gpt_layers
 from megatron.parallel.initial_values import initialise
 from tests import tiny
 from tests.ranks.moves import allow_fp16_on_cpu, engine_of
@@ -26,7 +26,7 @@ RATE = 1e-3
 
 def build(plan):
     grid = start_layout(plan.layout)
-    return TrainingEngine(gpt_layers(plan.model, grid, plan.engine.seed), make_loss(plan.model, grid), grid, plan)
+    return TrainingEngine(gpt_layers(plan.model, grid, plan.engine.seed), grid, plan)
 
 
 def masters(engine) -> dict[str, torch.Tensor]:
@@ -248,11 +248,11 @@ def gradients_by_hand(plan, grid) -> dict[str, torch.Tensor]:
     """bf16 gradients of this rank's micro-batches, summed in fp32, and divided by their number."""
     module = Sequential(gpt_layers(plan.model, grid, plan.engine.seed)).to(torch.bfloat16).train()
     initialise(module)
-    loss, batches = make_loss(plan.model, grid), tiny.micro_batches(0, plan, grid.rank("data"))
     sums = {p.global_name: torch.zeros_like(p, dtype=torch.float32) for p in module.parameters()}
+    batches = tiny.micro_batches(0, plan, grid.rank("data"))
     for inputs, targets in tree_map_only(torch.Tensor, lambda tensor: tensor.to(grid.device), batches):
         module.zero_grad()
-        (loss(module(inputs), targets) / len(batches)).backward()
+        (module(inputs, targets=targets) / len(batches)).backward()
         for parameter in module.parameters():
             sums[parameter.global_name] += parameter.grad.float()
     return sums

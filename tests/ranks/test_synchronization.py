@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron.engine.distributed import start_layout
 from megatron.engine.training import TrainingEngine
-from megatron.model.gpt import gpt_layers, make_loss
+from megatron.model.gpt import gpt_layers
 from megatron.training.batch import BatchBuilder
 from megatron.training.stopping import StopRequest, StopVote
 from tests import tiny
@@ -69,7 +69,7 @@ class Steps:
         self.plan = tiny.plan(**settings, model=TWO_LAYERS)
         grid = start_layout(self.plan.layout)
         layers = gpt_layers(self.plan.model, grid, self.plan.engine.seed)
-        self.engine = TrainingEngine(layers, make_loss(self.plan.model, grid), grid, self.plan)
+        self.engine = TrainingEngine(layers, grid, self.plan)
         self.builder = BatchBuilder(grid, END if masked else None)
         self.vote = StopVote(StopRequest(None), grid.host_group)
 

@@ -10,7 +10,7 @@ from megatron.checkpoint.state import TrainState
 from megatron.engine.distributed import start
 from megatron.engine.training import TrainingEngine
 from megatron.metrics.writers import MetricWriters
-from megatron.model.gpt import gpt_layers, make_loss
+from megatron.model.gpt import gpt_layers
 from megatron.training.clock import Clock
 from megatron.training.hooks.base import Hook
 from megatron.training.hooks.breakdown import Breakdown, Stopwatch
@@ -38,7 +38,7 @@ def trained(layout: dict, folder: Path | None) -> Losses:
     deterministic_on_gpu()
     plan = tiny.plan(**layout)
     grid = start(plan.layout.pipe, plan.layout.tensor)
-    engine = TrainingEngine(gpt_layers(plan.model, grid, 5), make_loss(plan.model, grid), grid, plan)
+    engine = TrainingEngine(gpt_layers(plan.model, grid, 5), grid, plan)
     losses = Losses()
     hooks: list[Hook] = [losses]
     if folder is not None:

@@ -12,7 +12,7 @@ from megatron.data.mock import MockStream
 from megatron.data.windows import Windows
 from megatron.engine.distributed import start
 from megatron.engine.training import StepOutput, TrainingEngine
-from megatron.model.gpt import gpt_layers, make_loss
+from megatron.model.gpt import gpt_layers
 from megatron.training.batch import BatchBuilder
 from megatron.training.clock import Clock
 from megatron.training.hooks.base import FinishedStep
@@ -39,7 +39,7 @@ def source(samples: int) -> Source:
 def validation(samples: Source, layout: dict, masked: int | None = None, max_batches: int = 100) -> Validation:
     plan = tiny.plan(**layout)
     grid = start(plan.layout.pipe, plan.layout.tensor)
-    engine = TrainingEngine(gpt_layers(plan.model, grid, 5), make_loss(plan.model, grid), grid, plan)
+    engine = TrainingEngine(gpt_layers(plan.model, grid, 5), grid, plan)
     return Validation(engine, samples, BatchBuilder(grid, masked), plan.batch, 10, max_batches, Clock(grid.device))
 
 

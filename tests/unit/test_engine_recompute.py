@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.engine.modules import Sequential
 from megatron.engine.recompute import checkpoint_function
-from megatron.model.gpt import gpt_layers, make_loss
+from megatron.model.gpt import gpt_layers
 from megatron.model.positions import document_starts
 from tests import flex, tiny
 from tests.models import random_tokens, randomise, small
@@ -52,10 +52,8 @@ def step(kinds: dict, apart: bool, recompute: str, device: str = "cpu") -> tuple
         module.to(grid.device)
         tokens = random_tokens(model, 2, LENGTH).to(grid.device)
         with Executed() as executed:
-            logits = module((tokens, document_starts(tokens, END)) if apart else tokens)
-            loss = make_loss(model, grid)(
-                logits, (tokens, torch.full(tokens.shape, 1 / tokens.numel(), device=grid.device))
-            )
+            targets = tokens, torch.full(tokens.shape, 1 / tokens.numel(), device=grid.device)
+            loss = module((tokens, document_starts(tokens, END)) if apart else tokens, targets=targets)
             loss.backward()
         size = sum(parameter.grad.double().abs().sum() for parameter in module.parameters())
         return float(loss.detach()), float(size), executed.count

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron.config.parameter_counts import parameter_count
-from megatron.model.gpt import gather_logits, gpt_layers, make_loss
+from megatron.model.gpt import gather_logits, gpt_layers
 from megatron.parallel.initial_values import initialise
 from megatron.registry import names
 from tests.models import VARIETY, build, random_tokens, small
@@ -69,7 +69,7 @@ def test_a_tied_head_alone_on_its_stage_has_the_same_weight_and_no_positions(gri
 def test_tied_embeddings_get_gradients_from_both_ends(grid):
     model = VARIETY["gpt2"]
     module, ids = build(model, grid), random_tokens(model, batch=1, length=9)
-    make_loss(model, grid)(module(ids[:, :-1]), (ids[:, 1:], torch.ones(1, 8))).backward()
+    module(ids[:, :-1], targets=(ids[:, 1:], torch.ones(1, 8))).backward()
     weight = next(p for p in module.parameters() if p.global_name == "embedding.weight")
     assert (weight.grad[: model.vocab_size].abs().sum(-1) > 0).all()  # every row is an output, few are inputs
 
@@ -94,13 +94,12 @@ CHOICES = [
 def test_every_choice_of_the_registry_trains_in_fp32_and_bf16(grid, choice, dtype):
     model = small(**choice)
     module, ids = build(model, grid).to(dtype), random_tokens(model, batch=2, length=13)
-    logits = module(ids[:, :-1])
-    loss = make_loss(model, grid)(logits, (ids[:, 1:], torch.full((2, 12), 1 / 24)))
+    targets = ids[:, 1:], torch.full((2, 12), 1 / 24)
+    loss = module(ids[:, :-1], targets=targets)
     loss.backward()
-    assert logits.dtype == dtype and loss.dtype == torch.float32
+    assert module(ids[:, :-1]).dtype == dtype and loss.dtype == torch.float32
     assert all(p.grad.dtype == dtype and p.grad.isfinite().all() and p.grad.any() for p in module.parameters())
-    reference = build(model, grid)
-    expected = make_loss(model, grid)(reference(ids[:, :-1]), (ids[:, 1:], torch.full((2, 12), 1 / 24)))
+    expected = build(model, grid)(ids[:, :-1], targets=targets)
     # 24 tokens of loss 5 or so; bf16 keeps 8 bits at each of a dozen steps
     assert loss.item() == pytest.approx(expected.item(), rel=0.03)
 
