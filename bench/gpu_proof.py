@@ -41,7 +41,7 @@ STOPPED = "the command was stopped"
 TAIL = 30  # lines of a failed step's errors
 PATIENCE = 10  # seconds between SIGTERM and SIGKILL
 # tests and benches need these besides the dependencies in pyproject.toml
-EXTRAS = ("transformers>=5", "pytest>=8.3", "hypothesis>=6.100")
+EXTRAS = ("transformers>=5", "pytest>=8.3", "pytest-timeout>=2.3", "hypothesis>=6.100")
 
 
 @dataclass(frozen=True)
