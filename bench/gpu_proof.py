@@ -2,7 +2,7 @@
 
     python bench/gpu_proof.py                        the steps below, in this order
     python bench/gpu_proof.py --only loop parity     some of them
-    python bench/gpu_proof.py --quick                tiny shapes; on a CPU (over gloo) in about three minutes
+    python bench/gpu_proof.py --quick                tiny shapes; also on a CPU, over gloo
     python bench/gpu_proof.py --requirements         what pip has to install besides torch
 
 Each step is a process with a time limit, its budget. A step begins only if its budget fits into the time left; the
