@@ -24,7 +24,6 @@ COPY --chown=10001 requirements requirements
 RUN python3 -m venv .venv \
     && pip install -r requirements/build.txt \
     && pip install --no-build-isolation -r requirements/run.txt
-RUN pip install --no-build-isolation -r requirements/gpu.txt
 # flash-attn is compiled, which takes long and needs about 4 GB of memory per job: only on request, for Ampere.
 ARG FLASH_ATTENTION=0
 ARG MAX_JOBS=4

@@ -19,7 +19,7 @@ BUILD = ["setuptools>=77", "wheel", "ninja", "torch==2.13.0"]
 
 
 def main() -> None:
-    """Write build.txt, run.txt (to run Deepy), dev.txt (to work on it), and gpu.txt and flash.txt (what GPUs use)."""
+    """Write build.txt, run.txt (to run Deepy), dev.txt (to work on it), and flash.txt (flash-attn, for GPUs)."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     develop = [need for need in extras["dev"] if not need.startswith("deepy[")]
@@ -34,12 +34,9 @@ def main() -> None:
         named = wanted.removeprefix("deepy[").removesuffix("]").split(",")
         install(python, [*(need for name in named for need in extras[name]), *develop])
         write("dev.txt", development := freeze(python))
-        written = set(development)
-        for extra in ("gpu", "flash"):
-            # Without what they depend on: on a GPU torch brings its own triton.
-            install(python, ["--no-deps", *extras[extra]])
-            write(f"{extra}.txt", new := [pin for pin in freeze(python) if pin not in written])
-            written.update(new)
+        # Without what it depends on: on a GPU torch brings its own triton.
+        install(python, ["--no-deps", *extras["flash"]])
+        write("flash.txt", [pin for pin in freeze(python) if pin not in development])
 
 
 def install(python: Path, needs: list[str]) -> None:

@@ -20,7 +20,7 @@ from megatron.launch.protocol.environment import environment_line, rank_environm
 from megatron.model.attention import describe_attention
 
 PACKAGES = (
-    "torch", "deepspeed", "triton", "transformers", "flash-attn", "flash-attn-3", "liger-kernel", "torchao",
+    "torch", "deepspeed", "triton", "transformers", "flash-attn", "flash-attn-3",
     "nvidia-ml-py", "numpy", "pydantic",
 )  # fmt: skip
 

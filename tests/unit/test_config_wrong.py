@@ -1,13 +1,12 @@
 """Thirty wrong configurations, each beside a right twin that differs in that one thing.
 
-A wrong one ends with exit code 2 within two seconds, with file and line (or both values), and without torch.
+A wrong one ends with exit code 2, with file and line (or both values), and without importing torch.
 """
 
 import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -82,23 +81,23 @@ PAIRS = [
     ),
 ]
 PROGRAM = """
-import contextlib, io, json, sys, time
+import contextlib, io, json, sys
 from pathlib import Path
 from megatron.launch.main import main
 results = {}
 for file in sys.argv[1:]:
-    started, said = time.perf_counter(), io.StringIO()
+    said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         code = main(["train.py", file, "--dry-run"], Path.cwd())
     heavy = sorted({"torch", "numpy", "deepspeed", "transformers"} & set(sys.modules))
-    results[file] = [code, time.perf_counter() - started, said.getvalue(), heavy]
+    results[file] = [code, said.getvalue(), heavy]
 print(json.dumps(results))
 """
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What deepy.py says to every file: exit code, seconds, stderr, heavy modules."""
+    """What deepy.py says to every file: exit code, stderr, heavy modules."""
     folder = tmp_path_factory.mktemp("pairs")
     base = "".join(f"{key}: {value}\n" for key, value in BASE.items())
     for number, (wrong, right, _) in enumerate(PAIRS):
@@ -123,24 +122,22 @@ def test_there_are_thirty():
 
 @pytest.mark.parametrize("number", range(len(PAIRS)), ids=[wrong.split("\n")[0] for wrong, _, _ in PAIRS])
 def test_the_wrong_one_is_named_and_its_twin_passes(number, results):
-    code, seconds, said, heavy = results[f"wrong{number}"]
+    code, said, heavy = results[f"wrong{number}"]
     assert code == 2
-    assert seconds < 2
     assert heavy == []
     for part in PAIRS[number][2]:
         assert part.replace("F:", f"wrong{number}.yml:") in said
     assert said.startswith("1 problem in "), "one mistake, one message"
-    code, _, said, _ = results[f"right{number}"]
+    code, said, _ = results[f"right{number}"]
     assert code == 0, said
 
 
 @pytest.mark.parametrize("number", [0, 21])
-def test_deepy_itself_ends_with_exit_code_2_within_two_seconds(number, tmp_path):
+def test_deepy_itself_ends_with_exit_code_2_before_torch_is_imported(number, tmp_path):
     file = tmp_path / "wrong.yml"
     file.write_text("".join(f"{key}: {value}\n" for key, value in BASE.items()) + PAIRS[number][0] + "\n")
-    started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "deepy.py", "train.py", str(file), "--dry-run"], cwd=ROOT, capture_output=True, timeout=60
-    )
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert time.perf_counter() - started < 2
+    command = [sys.executable, "-X", "importtime", "deepy.py", "train.py", str(file), "--dry-run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "megatron.config.load" in imported and not {"torch", "deepspeed", "numpy"} & imported

@@ -69,7 +69,7 @@ def test_what_is_copied_exists_and_is_not_left_out():
 
 def test_requirement_files_exist_and_come_in_the_order_that_they_need():
     files = [words[words.index("-r") + 1] for words in pip_installs() if "-r" in words]
-    assert files == [f"requirements/{name}.txt" for name in ("build", "run", "gpu", "flash")]
+    assert files == [f"requirements/{name}.txt" for name in ("build", "run", "flash")]
     assert all((ROOT / file).is_file() for file in files)
     assert all("--no-build-isolation" in words for words in pip_installs()[1:])
 
@@ -84,11 +84,10 @@ def test_extras_are_those_of_the_project_and_the_lock_pins_all_of_them():
     assert [str(need) for need in wanted if locked[canonicalize_name(need.name)] not in need.specifier] == []
 
 
-@pytest.mark.parametrize("extra", ["gpu", "flash"])
-def test_a_lock_for_gpus_has_its_extra_and_nothing_else(extra):
-    locked = pins(f"{extra}.txt")
-    assert {canonicalize_name(need.name) for need in needs(extra)} == set(locked)
-    assert all(locked[canonicalize_name(need.name)] in need.specifier for need in needs(extra))
+def test_the_lock_for_gpus_has_its_extra_and_nothing_else():
+    locked = pins("flash.txt")
+    assert {canonicalize_name(need.name) for need in needs("flash")} == set(locked)
+    assert all(locked[canonicalize_name(need.name)] in need.specifier for need in needs("flash"))
 
 
 def test_what_is_compiled_for_an_hour_is_left_out_unless_it_is_asked_for():
