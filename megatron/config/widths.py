@@ -62,10 +62,11 @@ def rotary_elements(model: ModelKeys) -> int:
 def loss_chunk(tokens: int, hidden_size: int, is_compiled: bool, on_cpu: bool) -> int:
     """Tokens of a chunk, whose logits the loss computes at a time (parallel/cross_entropy.py), of `tokens` on a rank.
 
-    So many logits as the weight has elements, or half as many where eager code adds an fp32 copy. A GPU needs more
-    tokens for the products of a chunk to take longer than reading and writing the sum of weight gradients.
+    So many logits as the weight has elements, or half as many where eager code adds an fp32 copy. A GPU, and compiled
+    code, which is for runs whose speed matters, need 2,048 tokens for the products of a chunk to take longer than
+    reading and writing the sum of weight gradients.
     """
-    limit = max(hidden_size // (1 if is_compiled else 2), 64 if on_cpu else 2048)
+    limit = max(hidden_size // (1 if is_compiled else 2), 2048 if is_compiled or not on_cpu else 64)
     return round_up(tokens, chunks := -(-tokens // limit)) // chunks
 
 
