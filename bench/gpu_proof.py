@@ -37,6 +37,7 @@ from megatron.launch.protocol.environment import rank_environment  # noqa: E402
 
 CACHE = ROOT / "build" / "gpu-proof-cache"
 QUICK_SECONDS = 900  # limit of each step with --quick: a slow CPU is no failure
+THE_QUICK_ONE, SAME_WHEN_QUICK = "contenders", ("125M", "1.3B", "350M")
 STOPPED = "the command was stopped"
 TAIL = 30  # lines of a failed step's errors
 PATIENCE = 10  # seconds between SIGTERM and SIGKILL
@@ -160,6 +161,8 @@ def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) 
 def _reason_to_skip(step: Step, gpus: int, quick: bool, left: float, before: Sequence[Outcome]) -> str:
     if any(other.reason == STOPPED for other in before):
         return STOPPED
+    if quick and step.name in SAME_WHEN_QUICK:
+        return f"--quick has one shape only, and {THE_QUICK_ONE} measures it"
     if gpus < step.gpus and not quick:
         return f"it needs {step.gpus} GPU{'s' * (step.gpus > 1)}, and there are {gpus}"
     if left < step.seconds and not quick:
