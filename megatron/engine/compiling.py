@@ -16,7 +16,7 @@ from torch import nn
 from megatron.engine.recompute import Checkpoint
 from megatron.errors import UserError
 from megatron.model.layer import Layer
-from megatron.parallel.cross_entropy import EAGER, Kernels, chunked
+from megatron.parallel.cross_entropy import EAGER, Kernels
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.layers import VocabParallelEmbedding
 
@@ -59,7 +59,7 @@ def _build(layer: Layer, checkpoint: Checkpoint | None, async_tensor_parallel: b
         forward = module.forward
         module.forward = compiled(partial(checkpoint, forward) if checkpoint else forward, async_tensor_parallel)
     if isinstance(module, VocabParallelEmbedding):
-        module.cross_entropy = chunked(Kernels(compiled(EAGER.reduce), compiled(EAGER.differentiate)))
+        module.loss_kernels = Kernels(compiled(EAGER.reduce), compiled(EAGER.differentiate))
     return module
 
 

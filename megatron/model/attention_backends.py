@@ -24,7 +24,7 @@ _SDPA = "torch's scaled_dot_product_attention"
 QUERY_BLOCK, MOST_BLOCKS = 128, 16
 SMALLEST_FLEX_HEAD = 16  # on a GPU
 MOST_SHAPES = (
-    64  # that FlexAttention is compiled for: widths x windows x micro-batch sizes; then it would run uncompiled
+    64  # that FlexAttention is compiled for (widths x windows x micro-batch sizes); beyond, it runs uncompiled
 )
 HOPPER = (9, 0)  # the architecture of FlashAttention-3
 _FLASH_TYPES = (torch.float16, torch.bfloat16)

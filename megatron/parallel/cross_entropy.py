@@ -8,7 +8,6 @@ https://arxiv.org/abs/2410.10989). The backward pass only multiplies them by the
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +17,6 @@ from torch.autograd.function import once_differentiable
 
 from megatron.config.widths import loss_chunk
 
-# (hidden [t, h], weight [v/tp, h], labels [t], loss weights [t] or None, shard) -> negative log likelihoods [t] in fp32
-# and, with loss weights, the gradients of the weighted sum: of hidden, and of weight in its type or in fp32
-Compute = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
-
 
 @dataclass(frozen=True)
 class VocabularyShard:
@@ -30,50 +25,6 @@ class VocabularyShard:
     group: dist.ProcessGroup
     start: int
     rows: int
-
-
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor, shard: VocabularyShard, compute: Compute
-) -> Tensor:
-    """The sum over tokens of loss weight * negative log likelihood of the label in nats, a scalar in fp32.
-
-    hidden: [..., h], the same on every rank; its gradient is this rank's summand. weight: [v/tp, h] of the same type;
-    logits are hidden @ weight.T, -inf for padding. labels: [...] int64, valid ids. loss_weights: [...] fp32.
-    """
-    hidden, labels, loss_weights = hidden.flatten(0, -2), labels.flatten(), loss_weights.flatten()
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, loss_weights, shard, compute)
-        return loss
-    return (compute(hidden, weight, labels, None, shard)[0] * loss_weights).sum()
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        loss_weights: Tensor,
-        shard: VocabularyShard,
-        compute: Compute,
-    ) -> Tensor:
-        ctx.shard, ctx.compute = shard, compute
-        # fp16 could not hold the gradients without the loss scale, which is known in the backward pass only
-        ctx.known = hidden.dtype != torch.float16
-        losses, *gradients = compute(hidden, weight, labels, loss_weights if ctx.known else None, shard)
-        ctx.save_for_backward(*(gradients if ctx.known else (hidden, weight, labels, loss_weights)))
-        return (losses * loss_weights).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.known:  # in place, as autograd refuses a second backward pass over saved tensors that were changed
-            of_hidden, of_weight = (saved.mul_(gradient) for saved in ctx.saved_tensors)
-        else:
-            hidden, weight, labels, loss_weights = ctx.saved_tensors
-            _, of_hidden, of_weight = ctx.compute(hidden, weight, labels, loss_weights * gradient, ctx.shard)
-        return of_hidden, of_weight, None, None, None, None
 
 
 class Kernels(NamedTuple):
@@ -98,14 +49,65 @@ def replace_logits(logits: Tensor, log_sum: Tensor, factor: Tensor) -> None:
 EAGER = Kernels(reduce_logits, replace_logits)
 
 
-def chunked(kernels: Kernels = EAGER) -> Compute:
-    """Our own computation, on any device and any number of ranks: one all-gather of [3, c] for each chunk."""
-    return partial(_chunked, kernels)
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_weights: Tensor,
+    shard: VocabularyShard,
+    kernels: Kernels = EAGER,
+) -> Tensor:
+    """The sum over tokens of loss weight * negative log likelihood of the label in nats, a scalar in fp32.
+
+    hidden: [..., h], the same on every rank; its gradient is this rank's summand. weight: [v/tp, h] of the same type;
+    logits are hidden @ weight.T, -inf for padding. labels: [...] int64, valid ids. loss_weights: [...] fp32.
+    One small all-gather for each chunk, if there are several ranks.
+    """
+    hidden, labels, loss_weights = hidden.flatten(0, -2), labels.flatten(), loss_weights.flatten()
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, loss_weights, shard, kernels)
+        return loss
+    return (_in_chunks(hidden, weight, labels, None, shard, kernels)[0] * loss_weights).sum()
 
 
-def _chunked(
-    kernels: Kernels, hidden: Tensor, weight: Tensor, labels: Tensor, factors: Tensor | None, shard: VocabularyShard
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        loss_weights: Tensor,
+        shard: VocabularyShard,
+        kernels: Kernels,
+    ) -> Tensor:
+        ctx.shard, ctx.kernels = shard, kernels
+        # fp16 could not hold the gradients without the loss scale, which is known in the backward pass only
+        ctx.known = hidden.dtype != torch.float16
+        factors = loss_weights if ctx.known else None
+        losses, *gradients = _in_chunks(hidden, weight, labels, factors, shard, kernels)
+        ctx.save_for_backward(*(gradients if ctx.known else (hidden, weight, labels, loss_weights)))
+        return (losses * loss_weights).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.known:  # in place, as autograd refuses a second backward pass over saved tensors that were changed
+            of_hidden, of_weight = (saved.mul_(gradient) for saved in ctx.saved_tensors)
+        else:
+            hidden, weight, labels, loss_weights = ctx.saved_tensors
+            factors = loss_weights * gradient
+            _, of_hidden, of_weight = _in_chunks(hidden, weight, labels, factors, ctx.shard, ctx.kernels)
+        return of_hidden, of_weight, None, None, None, None
+
+
+def _in_chunks(
+    hidden: Tensor, weight: Tensor, labels: Tensor, factors: Tensor | None, shard: VocabularyShard, kernels: Kernels
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Negative log likelihoods [t] in fp32, and the gradients of their sum weighted by `factors` [t], unless None.
+
+    Those are of hidden, and of weight in its type or, summed over several chunks, in fp32.
+    """
     tokens, columns = len(hidden), labels - shard.start
     elsewhere = (columns < 0) | (columns >= len(weight))
     columns = columns.masked_fill(elsewhere, 0)

@@ -24,7 +24,7 @@ from megatron.parallel.collectives import (
     reduce_scatter_sequence,
     scatter_sequence,
 )
-from megatron.parallel.cross_entropy import VocabularyShard, chunked, linear_cross_entropy
+from megatron.parallel.cross_entropy import EAGER, Kernels, VocabularyShard, linear_cross_entropy
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.initial_values import zeros
 from megatron.parallel.parameter import Initialiser, new_parameter
@@ -35,13 +35,7 @@ class ColumnParallelLinear(nn.Module):
     """A linear layer with sharded outputs: each rank computes o/tp of them."""
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        bias: bool,
-        initialise: Initialiser,
-        grid: ParallelGrid,
-        float8: bool = False,
+        self, inputs: int, outputs: int, bias: bool, initialise: Initialiser, grid: ParallelGrid, float8: bool = False
     ) -> None:
         super().__init__()
         self.grid, self.float8 = grid, float8
@@ -97,13 +91,7 @@ class RowParallelLinear(nn.Module):
     """A linear layer with sharded inputs: each rank has i/tp of them."""
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        bias: bool,
-        initialise: Initialiser,
-        grid: ParallelGrid,
-        float8: bool = False,
+        self, inputs: int, outputs: int, bias: bool, initialise: Initialiser, grid: ParallelGrid, float8: bool = False
     ) -> None:
         super().__init__()
         self.grid, self.float8 = grid, float8
@@ -167,11 +155,11 @@ class VocabParallelEmbedding(nn.Module):
         self.grid = grid
         self.weight = new_parameter((vocab_size, hidden_size), 0, initialise, grid, padded_size)
         rows = padded_size // grid.size("tensor")
-        self.start = grid.rank("tensor") * rows
-        self.shard = VocabularyShard(grid.group("tensor"), self.start, min(max(vocab_size - self.start, 0), rows))
-        self.cross_entropy = chunked()
+        start = grid.rank("tensor") * rows
+        self.shard = VocabularyShard(grid.group("tensor"), start, min(max(vocab_size - start, 0), rows))
+        self.loss_kernels: Kernels = EAGER
         # added to the logits if this rank has padding rows: -inf for those, 0 for the others
-        beyond = torch.arange(self.start, self.start + rows, device=grid.device) >= vocab_size
+        beyond = torch.arange(start, start + rows, device=grid.device) >= vocab_size
         logits = torch.zeros(rows, device=grid.device).masked_fill(beyond, float("-inf"))
         self.register_buffer("padding_logits", logits if bool(beyond.any()) else None, persistent=False)
 
@@ -180,7 +168,7 @@ class VocabParallelEmbedding(nn.Module):
         rows = self.weight.shape[0]
         if self.grid.size("tensor") == 1:
             return F.embedding(tokens, self.weight)
-        row = tokens - self.start
+        row = tokens - self.shard.start
         elsewhere = (row < 0) | (row >= rows)
         vectors = F.embedding(row.masked_fill(elsewhere, 0), self.weight)
         return sum_over_ranks(vectors.masked_fill(elsewhere.unsqueeze(-1), 0), self.grid)
@@ -198,4 +186,4 @@ class VocabParallelEmbedding(nn.Module):
         """
         group = self.grid.group("tensor")
         hidden = gather_sequence(hidden, group) if self.grid.sequence_parallel else copy_to_group(hidden, group)
-        return linear_cross_entropy(hidden, self.weight, labels, loss_weights, self.shard, self.cross_entropy)
+        return linear_cross_entropy(hidden, self.weight, labels, loss_weights, self.shard, self.loss_kernels)

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.parallel import cross_entropy
-from megatron.parallel.cross_entropy import VocabularyShard, chunked, linear_cross_entropy
+from megatron.parallel.cross_entropy import VocabularyShard, linear_cross_entropy
 from megatron.parallel.grid import ParallelGrid
 from tests.ranks.run import make_grid, one_rank, run_ranks
 
@@ -52,7 +52,7 @@ def ours(
     """
     mine, shard, part = shard_of(case[1], padded_size, grid)
     hidden, mine = (tensor.detach().clone().to(dtype).requires_grad_() for tensor in (case[0], mine))
-    loss = linear_cross_entropy(hidden, mine, *case[2:], shard, chunked())
+    loss = linear_cross_entropy(hidden, mine, *case[2:], shard)
     (loss * scale).backward()
     assert hidden.grad.dtype == mine.grad.dtype == dtype
     of_hidden = hidden.grad.float()
@@ -87,7 +87,7 @@ def loss_body(vocab_size: int, padded_size: int, chunks: list[int]) -> None:
         assert_close(of_hidden, theirs_hidden)
         assert_close(of_weight, theirs_weight[part])
         mine, shard, _ = shard_of(case[1], padded_size, grid)
-        assert torch.equal(linear_cross_entropy(case[0], mine, *case[2:], shard, chunked()), loss), "no gradient"
+        assert torch.equal(linear_cross_entropy(case[0], mine, *case[2:], shard), loss), "no gradient"
 
 
 @TP
@@ -130,7 +130,7 @@ def huge_logits_body() -> None:
     weight = torch.full((4, 1), 1e4 if grid.rank("tensor") else -1e4, device=grid.device, requires_grad=True)
     label, ones = torch.tensor([7], device=grid.device), torch.ones(1, device=grid.device)  # on the last rank
     shard = VocabularyShard(grid.group("tensor"), 4 * grid.rank("tensor"), 4)
-    loss = linear_cross_entropy(hidden, weight, label, ones, shard, chunked())
+    loss = linear_cross_entropy(hidden, weight, label, ones, shard)
     loss.backward()
     assert_close(loss.detach(), torch.tensor(4.0, device=grid.device).log())
     assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
@@ -162,9 +162,7 @@ def test_no_tensor_has_the_logits_of_more_than_a_chunk(dtype):
         labels = torch.randint(0, rows, (tokens,), device=grid.device)
         shard = VocabularyShard(grid.group("tensor"), 0, rows)
         with Largest() as largest:
-            loss = linear_cross_entropy(
-                hidden, weight, labels, torch.ones(tokens, device=grid.device), shard, chunked()
-            )
+            loss = linear_cross_entropy(hidden, weight, labels, torch.ones(tokens, device=grid.device), shard)
             loss.backward()
         assert tokens * hidden_size <= largest.elements <= max(tokens * hidden_size, 2048 * rows) < tokens * rows
 
@@ -173,7 +171,7 @@ def test_a_second_backward_pass_is_refused_rather_than_scaled_twice():
     with one_rank() as grid:
         case = case_of(61, grid)
         mine, shard, _ = shard_of(case[1], 64, grid)
-        loss = linear_cross_entropy(case[0].requires_grad_(), mine, *case[2:], shard, chunked())
+        loss = linear_cross_entropy(case[0].requires_grad_(), mine, *case[2:], shard)
         loss.backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
