@@ -21,7 +21,8 @@ from megatron.tokenizer.build import build_tokenizer
 BEHAVIOR_KEYS = {
     "num_layers": "num_layers",
     "tied_embeddings": "tying of the embeddings (no_weight_tying false)",
-    "bias_in_attention": "use_bias_in_attn_linear",
+    "bias_in_dense": "use_bias_in_attn_linear",
+    "bias_in_query_key_value": "use_bias_in_qkv",
     "bias_in_mlp": "use_bias_in_mlp",
     "num_attention_heads": "num_attention_heads",
     "num_kv_heads": "num_kv_heads",

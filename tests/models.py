@@ -26,13 +26,14 @@ def small(**changes: Any) -> ModelPlan:
 VARIETY = {
     "gpt2": small(position_embedding="learned", tied_embeddings=True, activation="gelu_tanh", vocab_size=53),
     "neox": small(parallel_residual=True, rotary_fraction=0.25),
-    "gpt-j": small(parallel_residual=True, tied_norm=True, bias_in_attention=False),
+    "gpt-j": small(parallel_residual=True, tied_norm=True, bias_in_query_key_value=False, bias_in_dense=False),
     "llama": small(
         norm="rmsnorm",
         activation="swiglu",
         rotary_fraction=1.0,
         num_kv_heads=2,
-        bias_in_attention=False,
+        bias_in_query_key_value=False,
+        bias_in_dense=False,
         bias_in_mlp=False,
     ),
     "palm": small(
@@ -42,14 +43,15 @@ VARIETY = {
         tied_norm=True,
         tied_embeddings=True,
         num_kv_heads=2,
-        bias_in_attention=False,
+        bias_in_query_key_value=False,
+        bias_in_dense=False,
         bias_in_mlp=False,
     ),
     "qwen 3": small(
         norm="rmsnorm", activation="swiglu", rotary_fraction=1.0, num_kv_heads=2, head_size=12, qk_norm="head"
     ),
     "olmo 2": small(
-        norm="rmsnorm", activation="swiglu", num_kv_heads=2, qk_norm="full", norms_on_outputs=True, bias_in_mlp=False
+        norm="rmsnorm", activation="swiglu", num_kv_heads=2, qk_norm="full", norm_placement="output", bias_in_mlp=False
     ),
     "local": small(attention_kinds=("local", "global", "local"), sliding_window=3, activation="relu"),
     "no positions": small(position_embedding="none", activation="silu", num_kv_heads=2),

@@ -63,7 +63,8 @@ def _block(model: ModelPlan, split: int) -> int:
     """Parameters of one block on one of `split` tensor-parallel ranks; replicated ones count in full."""
     hidden, fused = model.hidden_size, (model.num_attention_heads + 2 * model.num_kv_heads) * model.head_size
     inner = (2 if is_gated(model.activation) else 1) * model.ffn_hidden_size
-    biases = (fused // split + hidden) * model.bias_in_attention + (inner // split + hidden) * model.bias_in_mlp
+    biases = fused // split * model.bias_in_query_key_value + hidden * model.bias_in_dense
+    biases += (inner // split + hidden) * model.bias_in_mlp
     norms = (1 if model.tied_norm else 2) * _norm(model)
     if model.qk_norm == "head":
         norms += 2 * model.head_size

@@ -66,16 +66,17 @@ class ModelPlan:
     vocab_size: int  # ids the tokenizer can produce
     padded_vocab_size: int  # rows of the embedding in memory; logits beyond vocab_size are -inf
     max_position_embeddings: int
-    position_embedding: str  # registry kind "position_embedding": learned, rotary, none
+    position_embedding: str  # registry kind "position_embedding": learned, sinusoidal, rotary, alibi, rpe, none
     rotary_fraction: float
     rotary_base: float
-    norm: str  # registry kind "norm": layernorm, rmsnorm
+    norm: str  # registry kind "norm"
     norm_epsilon: float
-    activation: str  # registry kind "activation": gelu, gelu_tanh, relu, silu, swiglu, geglu, reglu
+    activation: str  # registry kind "activation"
     parallel_residual: bool
     tied_norm: bool  # parallel residual with one norm for both branches (gpt_j_tied)
     tied_embeddings: bool
-    bias_in_attention: bool
+    bias_in_query_key_value: bool
+    bias_in_dense: bool  # the output projection of attention
     bias_in_mlp: bool
     init_method: str  # registry kind "init_method"
     output_init_method: str
@@ -84,9 +85,26 @@ class ModelPlan:
     sliding_window: int | None  # keys that a query of a "local" layer attends to, including its own
     attention_dropout: float
     hidden_dropout: float
-    norms_on_outputs: bool = False  # of the branches, instead of their inputs
-    qk_norm: Literal["head", "full"] | None = None  # RMSNorm of queries and keys: per head, or over all heads
+    norm_placement: Literal["input", "output", "both"] = "input"  # of the branches
+    norm_bias: bool = True  # of layernorm
+    embedding_norm: bool = False
+    # of queries and keys: per head with one weight, per head with a weight for each, or over all heads
+    qk_norm: Literal["head", "each_head", "full"] | None = None
+    position_offset: int = 0  # rows of the learned table before that of position 0
+    relative_buckets: int = 32  # of rpe
+    relative_distance: int = 128  # of rpe, from which on all tokens share the last bucket
+    rotary_interleaved: bool = False  # pairs are neighbouring elements instead of elements of the two halves
+    rotary_base_local: float | None = None  # in local layers, without rope_scaling; None: as the others
+    layers_without_rotary: tuple[int, ...] = ()
     rope_scaling: RopeScaling | None = None
+    head_bias: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
+    logit_softcap: float | None = None
+    attention_scale: float | None = None  # of the scores; None: 1 / sqrt(head_size)
+    attention_softcap: float | None = None
+    clip_qkv: float | None = None
     reset_attention_mask: bool = False  # tokens attend only to their own document
     reset_position_ids: bool = False  # positions restart at each document
     float8: bool = False  # the products of the blocks' linear layers

@@ -21,7 +21,7 @@ from megatron.config.plan import (
 )
 from megatron.config.precision import resolve_precision
 from megatron.config.schema.config import Config
-from megatron.config.widths import attention_names, feed_forward_width, head_size, round_up
+from megatron.config.widths import attention_names, feed_forward_width, head_size, layers_without_rotary, round_up
 
 WORTH_COMPILING = 1e11  # FLOPs of a micro-batch on one rank; test models are far below, 19M parameters above
 
@@ -135,7 +135,8 @@ def _model(config: Config, vocab_size: int, rows: int, inference: bool) -> Model
         parallel_residual=keys.gpt_j_residual,
         tied_norm=keys.gpt_j_tied,
         tied_embeddings=not keys.no_weight_tying,
-        bias_in_attention=keys.use_bias_in_attn_linear,
+        bias_in_query_key_value=keys.use_bias_in_attn_linear if keys.use_bias_in_qkv is None else keys.use_bias_in_qkv,
+        bias_in_dense=keys.use_bias_in_attn_linear,
         bias_in_mlp=keys.use_bias_in_mlp,
         init_method=keys.init_method,
         output_init_method=keys.output_layer_init_method,
@@ -144,9 +145,25 @@ def _model(config: Config, vocab_size: int, rows: int, inference: bool) -> Model
         sliding_window=keys.sliding_window_width,
         attention_dropout=keys.attention_dropout,
         hidden_dropout=keys.hidden_dropout,
-        norms_on_outputs=keys.norm_placement == "output",
+        norm_placement=keys.norm_placement,
+        norm_bias=keys.norm_bias,
+        embedding_norm=keys.embedding_norm,
         qk_norm=keys.qk_norm,
+        position_offset=keys.position_offset,
+        relative_buckets=keys.rpe_num_buckets,
+        relative_distance=keys.rpe_max_distance,
+        rotary_interleaved=keys.rotary_interleaved,
+        rotary_base_local=keys.rotary_emb_base_local,
+        layers_without_rotary=layers_without_rotary(keys),
         rope_scaling=_rope_scaling(config),
+        head_bias=keys.head_bias,
+        embedding_multiplier=keys.embedding_multiplier,
+        residual_multiplier=keys.residual_multiplier,
+        logit_multiplier=keys.logit_multiplier,
+        logit_softcap=keys.final_logit_softcapping,
+        attention_scale=keys.attention_scale,
+        attention_softcap=keys.attn_logit_softcapping,
+        clip_qkv=keys.clip_qkv,
         reset_attention_mask=config.data.reset_attention_mask,
         reset_position_ids=config.data.reset_position_ids,
         float8=config.precision.precision_linear == "float8" and not inference,

@@ -6,8 +6,8 @@ from megatron.config.schema.model_keys import ModelKeys
 
 
 def is_gated(activation: str) -> bool:
-    """Whether the feed-forward layer has a gate: swiglu, geglu, reglu, and plugin names that end in "glu"."""
-    return activation.endswith("glu")
+    """Whether the feed-forward layer has a gate: names that end in "glu" or "glu_tanh", plugins' too, and bilinear."""
+    return activation.endswith(("glu", "glu_tanh")) or activation == "bilinear"
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -47,6 +47,12 @@ def attention_names(model: ModelKeys) -> tuple[str, ...]:
     if len(names) != model.num_layers:
         raise ValueError(f"gives {len(names)} layers, but num_layers is {model.num_layers}")
     return tuple(names)
+
+
+def layers_without_rotary(model: ModelKeys) -> tuple[int, ...]:
+    """The layers that no_rope_layer_interval leaves without rotary positions."""
+    interval = model.no_rope_layer_interval
+    return tuple(range(interval - 1, model.num_layers, interval)) if interval else ()
 
 
 def head_size(model: ModelKeys) -> int:

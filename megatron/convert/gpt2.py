@@ -65,7 +65,8 @@ def parameter_map(model: ModelPlan) -> ParameterMap:
         head_size=[model.hidden_size // model.num_attention_heads],
         parallel_residual=[False],
         tied_embeddings=[True],
-        bias_in_attention=[True],
+        bias_in_query_key_value=[True],
+        bias_in_dense=[True],
         bias_in_mlp=[True],
     )
     entries = [

@@ -61,7 +61,7 @@ def parameter_map(model: ModelPlan) -> ParameterMap:
 
 
 def _block(ours: str, theirs: str, model: ModelPlan) -> list[Entry]:
-    bias = model.bias_in_attention
+    bias = model.bias_in_dense
     return [
         *weight_and_bias(same, f"{ours}.input_norm", f"{theirs}.input_layernorm", True),
         *weight_and_bias(same, f"{ours}.attention.query_key_value", f"{theirs}.attention.query_key_value", bias),

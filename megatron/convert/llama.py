@@ -30,7 +30,7 @@ class Family:
 
     name: str
     qk_norm: str | None = None
-    norms_on_outputs: bool = False
+    norm_placement: str = "input"
     bias_in_mlp: bool = False  # whether its feed-forward layer may have biases
 
     def model_keys(self, config: Any) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class Family:
             "max_position_embeddings": config.max_position_embeddings,
             "norm": "rmsnorm",
             "rms_norm_epsilon": config.rms_norm_eps,
-            "norm_placement": "output" if self.norms_on_outputs else "input",
+            "norm_placement": self.norm_placement,
             "qk_norm": self.qk_norm,
             "activation": named_as(ACTIVATIONS, config.hidden_act, "hidden_act"),
             "gpt_j_residual": False,
@@ -64,7 +64,7 @@ class Family:
             model,
             self.name,
             norm=["rmsnorm"],
-            norms_on_outputs=[self.norms_on_outputs],
+            norm_placement=[self.norm_placement],
             qk_norm=[self.qk_norm],
             position_embedding=["rotary"],
             rotary_fraction=[1.0],
@@ -83,12 +83,12 @@ class Family:
 
 llama = Family("Llama", bias_in_mlp=True)
 qwen3 = Family("Qwen3", qk_norm="head")
-olmo2 = Family("Olmo2", qk_norm="full", norms_on_outputs=True)
+olmo2 = Family("Olmo2", qk_norm="full", norm_placement="output")
 
 
 def _block(ours: str, theirs: str, model: ModelPlan) -> list[Entry]:
     attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
-    kinds = ("weight", "bias") if model.bias_in_attention else ("weight",)
+    kinds = ("weight", "bias") if model.bias_in_query_key_value else ("weight",)
     return [
         *_norms(ours, theirs, model),
         *(
@@ -99,7 +99,7 @@ def _block(ours: str, theirs: str, model: ModelPlan) -> list[Entry]:
             )
             for kind in kinds
         ),
-        *weight_and_bias(same, f"{ours}.attention.dense", f"{attention}.o_proj", model.bias_in_attention),
+        *weight_and_bias(same, f"{ours}.attention.dense", f"{attention}.o_proj", model.bias_in_dense),
         *weight_and_bias(same, f"{ours}.mlp.gate", f"{mlp}.gate_proj", model.bias_in_mlp),
         *weight_and_bias(same, f"{ours}.mlp.up", f"{mlp}.up_proj", model.bias_in_mlp),
         *weight_and_bias(same, f"{ours}.mlp.down", f"{mlp}.down_proj", model.bias_in_mlp),
@@ -108,7 +108,7 @@ def _block(ours: str, theirs: str, model: ModelPlan) -> list[Entry]:
 
 def _norms(ours: str, theirs: str, model: ModelPlan) -> list[Entry]:
     names = {"input_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
-    if model.norms_on_outputs:
+    if model.norm_placement == "output":
         names = {"post_attention_norm": "post_attention_layernorm", "post_mlp_norm": "post_feedforward_layernorm"}
     if model.qk_norm is not None:
         names |= {"attention.norm.query": "self_attn.q_norm", "attention.norm.key": "self_attn.k_norm"}

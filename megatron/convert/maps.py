@@ -95,9 +95,9 @@ class ParameterMap:
 def require(model: ModelPlan, architecture: str, **allowed: Sequence[object]) -> None:
     """Raise UserError naming each field of `model` whose value is not among those that the architecture supports.
 
-    Fields that few architectures have (`qk_norm`, `norms_on_outputs`) are optional; their defaults are required then.
+    Fields that few architectures have (`qk_norm`, `norm_placement`) are optional; their defaults are required then.
     """
-    usual: dict[str, Sequence[object]] = {"qk_norm": [None], "norms_on_outputs": [False]}
+    usual: dict[str, Sequence[object]] = {"qk_norm": [None], "norm_placement": ["input"]}
     problems = [
         f"{architecture} has no {field} {getattr(model, field)!r}; it knows {', '.join(map(repr, values))}"
         for field, values in (usual | allowed).items()

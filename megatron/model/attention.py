@@ -32,12 +32,14 @@ class Attention(nn.Module):
     ) -> None:
         """index: of the layer, also in the cache. rotation: rotary positions for queries and keys, or None."""
         super().__init__()
-        width, bias = model.num_attention_heads * model.head_size, model.bias_in_attention
+        width = model.num_attention_heads * model.head_size
         outputs = width + 2 * model.num_kv_heads * model.head_size
         init, output_init = weight_initialisers(model)
-        self.query_key_value = ColumnParallelLinear(model.hidden_size, outputs, bias, init, grid, model.float8)
+        self.query_key_value = ColumnParallelLinear(
+            model.hidden_size, outputs, model.bias_in_query_key_value, init, grid, model.float8
+        )
         self.norm = query_key_norm(model, grid)
-        self.dense = RowParallelLinear(width, model.hidden_size, bias, output_init, grid, model.float8)
+        self.dense = RowParallelLinear(width, model.hidden_size, model.bias_in_dense, output_init, grid, model.float8)
         self.attend: Attend = resolve("attention_backend", kind)(model, grid.device)
         self.by_blocks: tuple[int, int | None] | None = None  # the number and the size of the window
         if isinstance(self.attend, FlexAttention):

@@ -43,8 +43,15 @@ FP32_BOUND = 1e-5
 ROUNDING = 0.01
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
-LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "bias_in_attention": False, "bias_in_mlp": False}
-OLMO = {"norm": "rmsnorm", "activation": "swiglu", "qk_norm": "full", "norms_on_outputs": True}
+LLAMA = {
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "num_kv_heads": 2,
+    "bias_in_query_key_value": False,
+    "bias_in_dense": False,
+    "bias_in_mlp": False,
+}
+OLMO = {"norm": "rmsnorm", "activation": "swiglu", "qk_norm": "full", "norm_placement": "output"}
 FACTORS: dict[str, dict[str, Settings]] = {
     "ranks": {
         "one": {},

@@ -107,7 +107,11 @@ def test_async_tensor_parallel_is_refused_on_a_cpu():
 @pytest.mark.skipif(BACKEND != "nccl", reason="needs RANKS_BACKEND=nccl and two GPUs connected by NVLink")
 def test_async_tensor_parallel_trains_like_waiting_for_each_collective(tmp_path):
     """fp32: the parts of a reduce-scatter are added in another order; the bound of test_layouts.py."""
-    layout = {"tensor": 2, "sequence_parallel": True, "model": {"bias_in_mlp": False, "bias_in_attention": False}}
+    layout = {
+        "tensor": 2,
+        "sequence_parallel": True,
+        "model": {"bias_in_mlp": False, "bias_in_query_key_value": False, "bias_in_dense": False},
+    }
     overlapped = curve(tmp_path, steps=STEPS, engine=COMPILE | {"async_tensor_parallel": True}, **layout)
     assert_same(overlapped, curve(tmp_path, steps=STEPS, engine=COMPILE, **layout))
 

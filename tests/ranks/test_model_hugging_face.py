@@ -174,7 +174,7 @@ def test_a_weight_that_is_missing_or_has_no_place_is_named():
         (gpt_neox, next(iter(CASES)), {"qk_norm": "head"}, "GPTNeoX has no qk_norm 'head'"),
         (gpt_neox, next(iter(CASES)), {"head_size": 10}, "GPTNeoX has no head_size 10"),
         (qwen3, "Llama: grouped queries, no biases", {}, "Qwen3 has no qk_norm None"),
-        (olmo2, "Llama: grouped queries, no biases", {"qk_norm": "full"}, "Olmo2 has no norms_on_outputs False"),
+        (olmo2, "Llama: grouped queries, no biases", {"qk_norm": "full"}, "Olmo2 has no norm_placement 'input'"),
         (gpt2, "GPT-2", {"bias_in_mlp": False}, "GPT-2 has no bias_in_mlp False"),
         (gpt2, "GPT-2", {"attention_kinds": ("global", "local", "global")}, "GPT-2 has no local attention"),
     ],

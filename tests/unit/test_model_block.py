@@ -33,7 +33,8 @@ def test_no_branch_is_ever_dropped(grid, residual, attention_bias, mlp_bias, act
         grid,
         parallel_residual=residual != "serial",
         tied_norm=residual == "tied",
-        bias_in_attention=attention_bias,
+        bias_in_query_key_value=attention_bias,
+        bias_in_dense=attention_bias,
         bias_in_mlp=mlp_bias,
         activation=activation,
     )

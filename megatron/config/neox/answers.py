@@ -36,6 +36,8 @@ HONOURED: dict[str, str] = {
     "model does not depend on the layout",
     "activation": "a gated one without ffn_hidden_size gets 8/3 of hidden_size, in GPT-NeoX 4/3; a line reports it",
     "init_method_std": "",
+    "rpe_num_buckets": "",
+    "rpe_max_distance": "",
     "rotary_pct": "",
     "rotary_emb_base": "",
     "init_method": "normal, scaled_normal, small_init or wang_init",
@@ -244,7 +246,7 @@ TRANSLATED: tuple[tuple[tuple[str, ...], Answer], ...] = (
     (("mup_attn_temp", "mup_output_temp", "moe_lbl_in_fp32"), Answer("translated", _DEAD)),
     (("weight_server_port", "te_fp8_margin"), Answer("translated", _DEAD)),
     (("output_layer_parallelism",), Answer("translated", "the output layer is always sharded along the vocabulary")),
-    (("rpe_num_buckets", "rpe_max_distance", "scalenorm_epsilon", "gmlp_attn_dim"), Answer("translated", _SUBSIDIARY)),
+    (("scalenorm_epsilon", "gmlp_attn_dim"), Answer("translated", _SUBSIDIARY)),
     (
         (
             "mamba_selective_scan_fusion",

@@ -174,18 +174,12 @@ def _one_norm_needs_one_residual(config: Config) -> Iterator[str]:
 
 @rule(MODEL_RULES, "norm_placement", "gpt_j_residual")
 def _norms_on_outputs_are_serial(config: Config) -> Iterator[str]:
-    if config.model.norm_placement == "output" and config.model.gpt_j_residual:
+    placement = config.model.norm_placement
+    if placement != "input" and config.model.gpt_j_residual:
         yield (
-            "norm_placement (output) and gpt_j_residual (true) exclude each other, because parallel branches are "
+            f"norm_placement ({placement}) and gpt_j_residual (true) exclude each other, because parallel branches are "
             "summed before there is an output to normalize; keep one of them"
         )
-
-
-@rule(MODEL_RULES, "qk_norm", "norm")
-def _heads_are_normalized_as_the_rest(config: Config) -> Iterator[str]:
-    model = config.model
-    if model.qk_norm is not None and model.norm != "rmsnorm":
-        yield f"qk_norm ({model.qk_norm}) is an RMSNorm and norm is {model.norm}; set norm to rmsnorm, or leave it out"
 
 
 @rule(MODEL_RULES, "rope_scaling", "pos_emb")

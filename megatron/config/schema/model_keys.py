@@ -107,12 +107,19 @@ class ModelKeys(Group):
     norm: Annotated[str, registered("norm")] = "layernorm"
     """Norm of each branch and of the output: layernorm or rmsnorm."""
 
-    norm_placement: Literal["input", "output"] = "input"
-    """Normalize the input of each branch (GPT-2, Llama), or its output before it is added (OLMo 2)."""
+    norm_bias: bool = True
+    """Biases in layernorm (MPT, Cohere: false). No effect on norms without biases."""
 
-    qk_norm: Literal["head", "full"] | None = None
-    """RMSNorm of queries and keys before rotary positions: per head (Qwen 3), or over all heads together (OLMo 2).
-    Requires norm: rmsnorm."""
+    norm_placement: Literal["input", "output", "both"] = "input"
+    """Normalize the input of each branch (GPT-2, Llama), its output before it is added (OLMo 2), or both (Gemma 2)."""
+
+    embedding_norm: bool = False
+    """Normalize the output of the embedding (BLOOM)."""
+
+    qk_norm: Literal["head", "each_head", "full"] | None = None
+    """Norm of queries and keys before rotary positions, of the kind that norm names: per head with one weight for all
+    heads (Qwen 3, Gemma 3, Phi), per head with a weight for each head and no bias (StableLM, Cohere), or over all heads
+    together (OLMo 2)."""
 
     layernorm_epsilon: PositiveFloat = 1e-5
     """Epsilon of layernorm."""
@@ -121,7 +128,16 @@ class ModelKeys(Group):
     """Epsilon of rmsnorm."""
 
     pos_emb: Annotated[str, registered("position_embedding")] = "learned"
-    """Position embedding: learned, rotary or none."""
+    """Position embedding: learned, sinusoidal, rotary, alibi, rpe (relative, T5) or none."""
+
+    position_offset: NotNegativeInt = 0
+    """Rows of the learned table before that of position 0 (OPT: 2)."""
+
+    rpe_num_buckets: PositiveInt = 32
+    """Buckets of relative distances (rpe)."""
+
+    rpe_max_distance: PositiveInt = 128
+    """Distance from which on all tokens share the last bucket (rpe)."""
 
     rotary_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Fraction of each head that rotary positions rotate, an even number of elements."""
@@ -129,14 +145,39 @@ class ModelKeys(Group):
     rotary_emb_base: PositiveFloat = 10000
     """Base of the rotary wavelengths."""
 
+    rotary_interleaved: bool = False
+    """Rotate neighbouring elements of a head (GPT-J, Cohere) instead of elements of its two halves."""
+
+    rotary_emb_base_local: PositiveFloat | None = None
+    """Base of the rotary wavelengths in local layers, to which rope_scaling does not apply then (Gemma 3).
+    Unset: local layers rotate as the others."""
+
+    no_rope_layer_interval: Annotated[int, Field(ge=2)] | None = None
+    """Every n-th layer has no rotary positions (SmolLM 3: 4). Unset: all layers have them."""
+
     rope_scaling: RopeScalingKeys = RopeScalingKeys()
     """Scaling of rotary positions for longer sequences."""
 
     no_weight_tying: bool = False
     """Give the output layer its own weights instead of those of the embedding."""
 
+    head_bias: bool = False
+    """A bias in the output layer (GPT-J, Phi). Requires no_weight_tying."""
+
+    embedding_multiplier: PositiveFloat = 1.0
+    """Factor of the token embedding (Gemma: the square root of hidden_size; Granite)."""
+
+    residual_multiplier: PositiveFloat = 1.0
+    """Factor of the output of each branch before it is added (Granite)."""
+
+    logit_multiplier: PositiveFloat = 1.0
+    """Factor of the logits (Cohere's logit_scale; 1 / logits_scaling of Granite)."""
+
+    final_logit_softcapping: PositiveFloat | None = None
+    """Cap c of the logits: c * tanh(logits / c) (Gemma 2). Unset: no cap."""
+
     activation: Annotated[str, registered("activation")] = "gelu"
-    """Activation of the feed-forward layer; swiglu, geglu and reglu are gated."""
+    """Activation of the feed-forward layer; those that end in glu, and bilinear, are gated."""
 
     gpt_j_residual: bool = False
     """Parallel residual: attention and feed-forward layer read the same input and their outputs are added."""
@@ -146,6 +187,10 @@ class ModelKeys(Group):
 
     use_bias_in_attn_linear: bool = True
     """Biases in the attention projections."""
+
+    use_bias_in_qkv: bool | None = None
+    """Biases in the projection to queries, keys and values alone (Qwen 2: true, with use_bias_in_attn_linear false).
+    Unset: as use_bias_in_attn_linear."""
 
     use_bias_in_mlp: bool = True
     """Biases in the feed-forward layer."""
@@ -167,6 +212,15 @@ class ModelKeys(Group):
 
     sliding_window_width: PositiveInt | None = None
     """Keys that a query of a local layer attends to, including its own."""
+
+    attention_scale: PositiveFloat | None = None
+    """Factor of the attention scores (Granite, Gemma 2; GPT-Neo: 1). Unset: 1 / sqrt(head_dim)."""
+
+    attn_logit_softcapping: PositiveFloat | None = None
+    """Cap c of the scaled attention scores: c * tanh(scores / c) (Gemma 2). Unset: no cap."""
+
+    clip_qkv: PositiveFloat | None = None
+    """Queries, keys and values are clamped to +-this (OLMo 1, MPT). Unset: not clamped."""
 
     attention_dropout: Dropout = 0.0
     """Dropout of attention probabilities."""
