@@ -197,7 +197,10 @@ def _load(engine: TrainingEngine | InferenceEngine, path: Path, kinds: tuple[str
     held = local_chunks(engine.state.fragments(), engine.grid, owned_only=False, replicated_over_data=False)
     chunks = {name: local for name, local in held.items() if kinds is None or name.rpartition("/")[2] in kinds}
     reader = SafeReader(path / "state")
-    _check_same_model(chunks, tensor_shapes(reader), path, engine)
+    stored = tensor_shapes(reader)
+    if all(name.endswith(f"/{MASTER}") for name in stored) and not all(name.endswith(f"/{MASTER}") for name in chunks):
+        raise UserError(f"{path} holds weights without an optimizer's state; finetune: true starts a run with them")
+    _check_same_model(chunks, stored, path, engine)
     try:
         dcp.load(chunks, storage_reader=reader, planner=LoadPlanner())
     except dcp.CheckpointException as error:

@@ -1,6 +1,7 @@
 """What is taken from a checkpoint and what is not, that all ranks take the same one, and what taking it costs."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from bench.checkpoint_load import HIDDEN, SOURCE, TARGETS, measure
 from megatron.checkpoint import folder as folders
+from megatron.checkpoint.converted import StoredWeight, write_converted
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.store import CheckpointWriter, agree_on_checkpoint
 from megatron.config.schema.run_keys import CheckpointKeys
@@ -130,3 +132,23 @@ def test_loading_needs_little_besides_the_share_of_a_rank(target):
     for vocabulary in (16384, 65536):
         (excess,) = measure(vocabulary, SOURCE, [target])
         assert excess < 1.5 * 4 * vocabulary * HIDDEN + (24 << 20)
+
+
+def starts_from_weights_alone(checkpoint: str) -> None:
+    with pytest.raises(UserError, match="finetune: true starts a run with them"):
+        begin_with(checkpoint, "fp32")
+    engine, _, state = begin_with(checkpoint, "fp32", finetune=True)
+    assert state == TrainState()
+    assert taken_from(engine, "fp32", tensors(Path(checkpoint)))
+
+
+def test_weights_without_an_optimizers_state_start_a_run_but_resume_none(tmp_path):
+    saved, _ = train(tmp_path / "run", SETTINGS | {"precision": "fp32"}, None, 1)
+    state = tensors(saved)
+    weights = {
+        name.removesuffix("/fp32"): StoredWeight(value.shape, partial(state.__getitem__, name))
+        for name, value in state.items()
+        if name.endswith("/fp32")
+    }
+    path = write_converted(tmp_path / "converted", weights, {})
+    run_ranks(2, starts_from_weights_alone, str(path))
