@@ -35,6 +35,9 @@ TABLE: dict[str, dict[str, str]] = {
     "norm": {
         "layernorm": "megatron.model.norms:LayerNorm",
         "rmsnorm": "megatron.model.norms:RMSNorm",
+        "rmsnorm_1p": "megatron.model.norms:RMSNorm1p",
+        "non_parametric_layernorm": "megatron.model.norms:NonParametricLayerNorm",
+        "scalenorm": "megatron.model.norms:ScaleNorm",
     },
     "position_embedding": {
         "learned": "megatron.model.positions:learned",

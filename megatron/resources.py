@@ -31,6 +31,7 @@ BEHAVIOR_KEYS = {
     "rotary_base": "rotary_emb_base",
     "norm": "norm",
     "norm_epsilon": "the norm's epsilon",
+    "norm_bias": "norm_bias",
     "activation": "activation",
     "parallel_residual": "gpt_j_residual",
     "tied_norm": "gpt_j_tied",

@@ -53,6 +53,15 @@ VARIETY = {
     "olmo 2": small(
         norm="rmsnorm", activation="swiglu", num_kv_heads=2, qk_norm="full", norm_placement="output", bias_in_mlp=False
     ),
+    "olmo 1": small(
+        norm="non_parametric_layernorm",
+        activation="swiglu",
+        bias_in_query_key_value=False,
+        bias_in_dense=False,
+        bias_in_mlp=False,
+    ),
+    "scalenorm": small(norm="scalenorm", activation="relu"),
+    "mpt": small(norm_bias=False, bias_in_query_key_value=False, bias_in_dense=False, bias_in_mlp=False),
     "local": small(attention_kinds=("local", "global", "local"), sliding_window=3, activation="relu"),
     "no positions": small(position_embedding="none", activation="silu", num_kv_heads=2),
     "full vocabulary": small(vocab_size=64, activation="reglu", tied_embeddings=True),

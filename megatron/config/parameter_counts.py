@@ -56,7 +56,11 @@ def _positions(model: ModelPlan) -> int:
 
 
 def _norm(model: ModelPlan) -> int:
-    return model.hidden_size * (1 if model.norm == "rmsnorm" else 2)
+    """Parameters of one norm; a plugin's is taken to have a weight and a bias."""
+    if model.norm == "scalenorm":
+        return 1
+    vectors = {"rmsnorm": 1, "rmsnorm_1p": 1, "non_parametric_layernorm": 0, "layernorm": 1 + model.norm_bias}
+    return model.hidden_size * vectors.get(model.norm, 2)
 
 
 def _block(model: ModelPlan, split: int) -> int:

@@ -21,7 +21,14 @@ from megatron.config.plan import (
 )
 from megatron.config.precision import resolve_precision
 from megatron.config.schema.config import Config
-from megatron.config.widths import attention_names, feed_forward_width, head_size, layers_without_rotary, round_up
+from megatron.config.widths import (
+    attention_names,
+    feed_forward_width,
+    head_size,
+    layers_without_rotary,
+    norm_epsilon,
+    round_up,
+)
 
 WORTH_COMPILING = 1e11  # FLOPs of a micro-batch on one rank; test models are far below, 19M parameters above
 
@@ -130,7 +137,7 @@ def _model(config: Config, vocab_size: int, rows: int, inference: bool) -> Model
         rotary_fraction=keys.rotary_pct,
         rotary_base=keys.rotary_emb_base,
         norm=keys.norm,
-        norm_epsilon=keys.rms_norm_epsilon if keys.norm == "rmsnorm" else keys.layernorm_epsilon,
+        norm_epsilon=norm_epsilon(keys),
         activation=keys.activation,
         parallel_residual=keys.gpt_j_residual,
         tied_norm=keys.gpt_j_tied,

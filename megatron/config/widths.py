@@ -55,6 +55,12 @@ def layers_without_rotary(model: ModelKeys) -> tuple[int, ...]:
     return tuple(range(interval - 1, model.num_layers, interval)) if interval else ()
 
 
+def norm_epsilon(model: ModelKeys) -> float:
+    """The epsilon of the norm that the model has; that of a plugin's norm is layernorm_epsilon."""
+    own = {"rmsnorm": model.rms_norm_epsilon, "rmsnorm_1p": model.rms_norm_epsilon}
+    return (own | {"scalenorm": model.scalenorm_epsilon}).get(model.norm, model.layernorm_epsilon)
+
+
 def head_size(model: ModelKeys) -> int:
     """Size of a head, as written or by default."""
     return model.head_dim or model.hidden_size // model.num_attention_heads

@@ -36,7 +36,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, model: ModelPlan, grid: ParallelGrid, index: int, rotation: Rotation | None) -> None:
         """index: of the block, from 0. rotation: rotary positions for queries and keys, or None."""
         super().__init__()
-        norm = partial(resolve("norm", model.norm), model.hidden_size, model.norm_epsilon, grid)
+        norm = partial(resolve("norm", model.norm), model, grid)
         self.parallel, self.norms_on_outputs = model.parallel_residual, model.norm_placement == "output"
         self.one_norm = model.parallel_residual and model.tied_norm
         if not self.norms_on_outputs:

@@ -95,7 +95,7 @@ class FinalNorm(nn.Module):
 
     def __init__(self, model: ModelPlan, grid: ParallelGrid) -> None:
         super().__init__()
-        self.final_norm: nn.Module = resolve("norm", model.norm)(model.hidden_size, model.norm_epsilon, grid)
+        self.final_norm: nn.Module = resolve("norm", model.norm)(model, grid)
 
     def forward(self, inputs: LayerInput, cache: KVCache | None = None) -> LayerInput:
         """[b, s, h] -> [b, s, h]; `Masking` is forwarded, as a pipeline sends one form between stages."""

@@ -79,7 +79,8 @@ def test_all_problems_are_reported_at_once_in_files_rules_and_command_line(write
         'a.yml:4: unknown key "hiden_size". Did you mean "hidden_size"?',
         'a.yml:1: num_layers ("2") must be a whole number; write 2 without quotation marks',
         "a.yml:6: seq_length (0) must be greater than 0",
-        'a.yml:5: norm: unknown norm "rms". Did you mean "rmsnorm"? (known: layernorm, rmsnorm)',
+        'a.yml:5: norm: unknown norm "rms". Did you mean "rmsnorm"? (known: layernorm, rmsnorm, '
+        "rmsnorm_1p, non_parametric_layernorm, scalenorm)",
         "command line: train_iters (1.5) must be a whole number",
         "hidden_size (16) must be divisible by num_attention_heads (3); num_attention_heads 1, 2 or 4 would work, "
         "or set head_dim, the size of a head",

@@ -9,6 +9,7 @@ from megatron.config.load import config_from_flat
 from megatron.config.plan import BatchPlan, Layout, LossScalePlan
 from megatron.config.resolve import resolve
 from megatron.engine.settings import deepspeed_settings
+from megatron.registry import names
 
 SHAPE = {"num_layers": 4, "hidden_size": 48, "num_attention_heads": 12, "seq_length": 8}
 
@@ -117,9 +118,15 @@ def test_attention_kinds_are_dealt_to_layers():
 
 
 def test_the_epsilon_is_that_of_the_norm():
-    keys = {"layernorm_epsilon": 1e-3, "rms_norm_epsilon": 1e-4}
-    assert plan(norm="layernorm", **keys).model.norm_epsilon == 1e-3
-    assert plan(norm="rmsnorm", **keys).model.norm_epsilon == 1e-4
+    keys = {"layernorm_epsilon": 1e-3, "rms_norm_epsilon": 1e-4, "scalenorm_epsilon": 1e-6}
+    epsilons = {name: plan(norm=name, **keys).model.norm_epsilon for name in names("norm")}
+    assert epsilons == {
+        "layernorm": 1e-3,
+        "non_parametric_layernorm": 1e-3,
+        "rmsnorm": 1e-4,
+        "rmsnorm_1p": 1e-4,
+        "scalenorm": 1e-6,
+    }
 
 
 @pytest.mark.parametrize(

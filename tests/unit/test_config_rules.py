@@ -36,7 +36,11 @@ BROKEN = [
     ),
     ({"head_dim": 5, "pos_emb": "rotary"}, "rotary_pct (1) rotates 5 of the 5 elements of a head"),
     ({"norm_placement": "output", "gpt_j_residual": True}, "norm_placement (output) and gpt_j_residual (true) exclude"),
-    ({"qk_norm": "head"}, "qk_norm (head) is an RMSNorm and norm is layernorm; set norm to rmsnorm"),
+    ({"norm": "rmsnorm", "norm_bias": False}, "norm_bias (false) has no effect with norm rmsnorm"),
+    (
+        {"norm": "scalenorm", "qk_norm": "head"},
+        "qk_norm (head) needs norm layernorm, rmsnorm or rmsnorm_1p, not scalenorm; leave qk_norm out",
+    ),
     (
         {"pos_emb": "rotary", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
         "rope_scaling.rope_type (llama3) needs low_freq_factor, high_freq_factor, original_max_position_embeddings",
@@ -191,6 +195,8 @@ RIGHT = [
     {"num_kv_heads": 4, "model_parallel_size": 4, "ffn_hidden_size": 28},
     {"attention_config": [[["global", "local"], 1], [["flash"], 2]], "sliding_window_width": 3},
     {"gpt_j_tied": True, "gpt_j_residual": True},
+    {"norm_bias": False, "qk_norm": "each_head"},
+    {"norm": "rmsnorm_1p", "qk_norm": "head"},
     {"pipe_parallel_size": 4, "zero_optimization": {"stage": 1}},
     {"pipe_partition_method": "type:transformer|mlp"},
     {"weight_decay": 0.2, "optimizer": {"params": {"weight_decay": 0.2}}},

@@ -45,28 +45,55 @@ def test_an_activation_computes_its_formula(name):
 
 
 NORMS = {
-    "layernorm": lambda x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 0.01).sqrt(),
-    "rmsnorm": lambda x: x / (x.square().mean(-1, keepdim=True) + 0.01).sqrt(),
+    "layernorm": lambda x, w: centred(x) / (centred(x).square().mean(-1, keepdim=True) + 0.01).sqrt() * w,
+    "rmsnorm": lambda x, w: x / (x.square().mean(-1, keepdim=True) + 0.01).sqrt() * w,
+    "rmsnorm_1p": lambda x, w: x / (x.square().mean(-1, keepdim=True) + 0.01).sqrt() * (1 + w),
+    "non_parametric_layernorm": lambda x, w: centred(x) / (centred(x).square().mean(-1, keepdim=True) + 0.01).sqrt(),
+    "scalenorm": lambda x, w: x / x.square().sum(-1, keepdim=True).sqrt() * w,
 }
 
 
+def centred(x: Tensor) -> Tensor:
+    return x - x.mean(-1, keepdim=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", names("norm"))
-def test_a_norm_computes_its_formula(grid, name, dtype):
-    norm = resolve("norm", name)(32, 0.01, grid)
+def test_a_norm_computes_its_formula(grid, name, bias, dtype):
+    norm = resolve("norm", name)(small(norm=name, norm_bias=bias, norm_epsilon=0.01), grid)
     name_parameters(norm, "norm", seed=1)
     initialise(norm)
     x = 3 + random_tensor((2, 5, 32), 0)
-    torch.testing.assert_close(norm(x), NORMS[name](x))
+    first = torch.zeros(()) if name == "rmsnorm_1p" else torch.ones(())
+    torch.testing.assert_close(norm(x), NORMS[name](x, first))
     randomise(norm)
     norm.to(dtype)
     x = x.to(dtype)
-    expected = NORMS[name](x.double()) * norm.weight.double() + getattr(norm, "bias", torch.zeros(())).double()
-    tolerance = {} if dtype == torch.float32 else {"rtol": 1 / 64, "atol": 1 / 64}
+    values = {key: parameter.double() for key, parameter in norm.named_parameters()}
+    assert ("bias" in values) == (bias and name == "layernorm")
+    expected = NORMS[name](x.double(), values.get("weight")) + values.get("bias", 0)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1 / 64, "atol": 1 / 64}
     assert norm(x).dtype == dtype
-    torch.testing.assert_close(
-        norm(x).double(), expected, check_dtype=False, **(tolerance or {"rtol": 1e-5, "atol": 1e-5})
-    )
+    torch.testing.assert_close(norm(x).double(), expected, check_dtype=False, **tolerance)
+
+
+def test_a_small_weight_of_rmsnorm_1p_is_not_rounded_away_in_bf16(grid):
+    norm = resolve("norm", "rmsnorm_1p")(small(norm="rmsnorm_1p"), grid).bfloat16()
+    with torch.no_grad():
+        norm.weight.fill_(0.003)
+    x = random_tensor((2, 5, 32), 0).bfloat16()
+    exact = x.double() / x.double().square().mean(-1, keepdim=True).sqrt()
+    # 1.003 is 1 in bf16; the roundings of 320 results, up to 1/512 each, cancel in the mean
+    share = (norm(x).double() / exact).mean()
+    assert share.item() == pytest.approx(1.003, abs=0.001)
+
+
+def test_scalenorm_divides_by_no_less_than_its_epsilon(grid):
+    norm = resolve("norm", "scalenorm")(small(norm="scalenorm", norm_epsilon=0.5), grid)
+    torch.nn.init.ones_(norm.weight)
+    x = torch.full((1, 1, 32), 1e-3)
+    torch.testing.assert_close(norm(x), x / 0.5)
 
 
 DEVIATIONS = {

@@ -39,6 +39,7 @@ def check(tmp_path: Path, here: dict, there: dict) -> None:
         {"pos_emb": "none"},
         {"num_attention_heads": 8},
         {"layernorm_epsilon": 1e-6},
+        {"norm_bias": False},
         {"activation": "gelu_tanh"},
         {"gpt_j_residual": True},
         {"attention_config": [[["global", "local"], 1]], "sliding_window_width": 4},

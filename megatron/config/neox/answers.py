@@ -26,9 +26,10 @@ HONOURED: dict[str, str] = {
     "seq_length": "",
     "sliding_window_width": "for local layers of attention_config",
     "max_position_embeddings": "unset: seq_length",
-    "norm": "layernorm or rmsnorm",
+    "norm": "",
     "layernorm_epsilon": "",
     "rms_norm_epsilon": "",
+    "scalenorm_epsilon": "",
     "pos_emb": "learned, rotary or none",
     "no_weight_tying": "",
     "attention_config": "global, flash and local",
@@ -246,7 +247,7 @@ TRANSLATED: tuple[tuple[tuple[str, ...], Answer], ...] = (
     (("mup_attn_temp", "mup_output_temp", "moe_lbl_in_fp32"), Answer("translated", _DEAD)),
     (("weight_server_port", "te_fp8_margin"), Answer("translated", _DEAD)),
     (("output_layer_parallelism",), Answer("translated", "the output layer is always sharded along the vocabulary")),
-    (("scalenorm_epsilon", "gmlp_attn_dim"), Answer("translated", _SUBSIDIARY)),
+    (("gmlp_attn_dim",), Answer("translated", _SUBSIDIARY)),
     (
         (
             "mamba_selective_scan_fusion",
@@ -480,10 +481,6 @@ VALUES: dict[tuple[str, object], Answer] = {
     },
     ("norm", "te_rmsnorm"): Answer("translated", "the same norm in torch", change=lambda value, _: {"norm": "rmsnorm"}),
     ("norm", "te_layernorm"): Answer("translated", "the same norm in torch", change=lambda v, _: {"norm": "layernorm"}),
-    **{
-        ("norm", name): Answer("refused", "layernorm or rmsnorm would work")
-        for name in ("scalenorm", "non_parametric_layernorm")
-    },
     **{
         ("pos_emb", name): Answer("refused", "rotary, learned or none would work")
         for name in ("sinusoidal", "rpe", "alibi")

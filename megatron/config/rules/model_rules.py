@@ -172,6 +172,20 @@ def _one_norm_needs_one_residual(config: Config) -> Iterator[str]:
         yield "gpt_j_tied (true) needs gpt_j_residual (false); set both to true, or gpt_j_tied to false"
 
 
+@rule(MODEL_RULES, "norm", "norm_bias")
+def _only_layernorm_has_a_bias(config: Config) -> Iterator[str]:
+    norm = config.model.norm
+    if not config.model.norm_bias and norm in ("rmsnorm", "rmsnorm_1p", "non_parametric_layernorm", "scalenorm"):
+        yield f"norm_bias (false) has no effect with norm {norm}, which has no bias; leave it out"
+
+
+@rule(MODEL_RULES, "norm", "qk_norm")
+def _queries_and_keys_can_be_normalized(config: Config) -> Iterator[str]:
+    norm, kind = config.model.norm, config.model.qk_norm
+    if kind is not None and norm not in ("layernorm", "rmsnorm", "rmsnorm_1p"):
+        yield f"qk_norm ({kind}) needs norm layernorm, rmsnorm or rmsnorm_1p, not {norm}; leave qk_norm out"
+
+
 @rule(MODEL_RULES, "norm_placement", "gpt_j_residual")
 def _norms_on_outputs_are_serial(config: Config) -> Iterator[str]:
     placement = config.model.norm_placement

@@ -105,10 +105,12 @@ class ModelKeys(Group):
     """Number of positions, at least seq_length. Unset: seq_length."""
 
     norm: Annotated[str, registered("norm")] = "layernorm"
-    """Norm of each branch and of the output: layernorm or rmsnorm."""
+    """Norm of each branch and of the output: layernorm, rmsnorm, rmsnorm_1p (it multiplies by 1 + weight: Gemma),
+    non_parametric_layernorm (without weight and bias: OLMo 1) or scalenorm (the vector divided by its length, times one
+    learned factor)."""
 
     norm_bias: bool = True
-    """Biases in layernorm (MPT, Cohere: false). No effect on norms without biases."""
+    """Biases in layernorm (MPT, Cohere: false). The other norms have none."""
 
     norm_placement: Literal["input", "output", "both"] = "input"
     """Normalize the input of each branch (GPT-2, Llama), its output before it is added (OLMo 2), or both (Gemma 2)."""
@@ -122,10 +124,13 @@ class ModelKeys(Group):
     together (OLMo 2)."""
 
     layernorm_epsilon: PositiveFloat = 1e-5
-    """Epsilon of layernorm."""
+    """Epsilon of layernorm and non_parametric_layernorm, added to the variance."""
 
     rms_norm_epsilon: PositiveFloat = 1e-8
-    """Epsilon of rmsnorm."""
+    """Epsilon of rmsnorm and rmsnorm_1p, added to the mean square."""
+
+    scalenorm_epsilon: PositiveFloat = 1e-8
+    """Smallest length by which scalenorm divides."""
 
     pos_emb: Annotated[str, registered("position_embedding")] = "learned"
     """Position embedding: learned, sinusoidal, rotary, alibi, rpe (relative, T5) or none."""
