@@ -81,6 +81,15 @@ TABLE: dict[str, dict[str, str]] = {
         "openmpi": "megatron.launch.launchers.openmpi:openmpi",
         "slurm": "megatron.launch.launchers.slurm:slurm",
     },
+    "hugging_face_family": {
+        "gpt2": "megatron.convert.families.gpt2:FAMILY",
+        "gpt_neox": "megatron.convert.families.gpt_neox:FAMILY",
+        "llama": "megatron.convert.families.llama:FAMILY",
+        "mistral": "megatron.convert.families.mistral:FAMILY",
+        "qwen2": "megatron.convert.families.qwen2:FAMILY",
+        "qwen3": "megatron.convert.families.qwen3:FAMILY",
+        "olmo2": "megatron.convert.families.olmo2:FAMILY",
+    },
     "hook": {
         "breakdown": "megatron.training.hooks.breakdown:breakdown",
         "profiling": "megatron.training.hooks.profiling:profiling",

@@ -1,1 +1,1 @@
-"""Convert weights between our models and those of Hugging Face, in both directions."""
+"""Weights and settings of our models and of Hugging Face's, in both directions; read family.py first."""

@@ -9,7 +9,7 @@ from lm_eval.tasks import TaskManager
 
 from megatron.checkpoint.store import load_weights
 from megatron.config.load import load_config
-from megatron.convert import gpt_neox
+from megatron.convert.families import gpt_neox
 from megatron.engine.inference import InferenceEngine
 from megatron.harness.run import run_harness
 from megatron.inference import find_trained_model
@@ -68,7 +68,7 @@ def expected(folder):
         engine = InferenceEngine(gpt_layers(plan, grid, seed=0), grid)
         load_weights(engine, found.checkpoint)
     state = {p.global_name: p.detach()[: p.global_shape[0]] for p in engine.module.parameters()}
-    model.load_state_dict(gpt_neox.parameter_map(plan).to_hugging_face(state), strict=False)
+    model.load_state_dict(gpt_neox.FAMILY.parameters(plan).to_hugging_face(state), strict=False)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=f"{folder}/tokenizer.json", eos_token="<|endoftext|>"
     )

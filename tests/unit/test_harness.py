@@ -17,8 +17,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
 from megatron.config.load import config_from_flat
-from megatron.convert import gpt_neox
-from megatron.convert.llama import llama
+from megatron.convert.families import gpt_neox, llama
+from megatron.convert.model_keys import model_keys
 from megatron.errors import RunError, UserError
 from megatron.generation.sampling import Sampling
 from megatron.harness.continuing import StopsAt, continue_openings, cut
@@ -43,9 +43,9 @@ SIZES = {
 }
 ALL = ["own_text", "own_continuation", "own_group"]
 KINDS = {
-    "NeoX": (gpt_neox, transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig, {}),
+    "NeoX": (gpt_neox.FAMILY, transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig, {}),
     "Llama, whose texts have a first token": (
-        llama,
+        llama.FAMILY,
         transformers.LlamaForCausalLM,
         transformers.LlamaConfig,
         {"bos_token": BEGINNING},
@@ -70,15 +70,15 @@ def pair(request, tmp_path_factory):
 
 
 def make_pair(folder, kind):
-    architecture, model_class, config_class, special = KINDS[kind]
+    family, model_class, config_class, special = KINDS[kind]
     path = vocabulary(folder, beginning=bool(special))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=path, eos_token="<|endoftext|>", **special)
     config = config_class(vocab_size=len(tokenizer), **SIZES)
     theirs = model_class(config).eval().requires_grad_(False)
     for index, (name, parameter) in enumerate(theirs.named_parameters()):
         parameter.copy_(spread(name, random_tensor(parameter.shape, index)))
-    weights = Weights(architecture.model_keys(config), path, {})
-    mapped = architecture.parameter_map(weights.plan().model).from_hugging_face(theirs.state_dict())
+    weights = Weights(model_keys(family.model(config.to_dict())), path, {})
+    mapped = family.parameters(weights.plan().model).from_hugging_face(theirs.state_dict())
     # Its cache of logits takes the wrong place where two answers of different lengths end a text alike (0.4.13).
     exact = HFLM(theirs, tokenizer=tokenizer, device="cpu", batch_size=4, logits_cache=False)
     return Weights(weights.keys, path, mapped), exact

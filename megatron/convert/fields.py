@@ -1,0 +1,245 @@
+"""The fields of a Hugging Face configuration and those of our `ModelPlan`: one table for both directions.
+
+A table maps each field of theirs to what it means here: the name of a field of `ModelPlan` with the same value, the
+names of several, or one of the classes below.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.config.plan import ModelPlan, RopeScaling
+from megatron.errors import UserError
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A field of theirs with names of its own for our values; several of theirs may mean the same."""
+
+    ours: str
+    names: Mapping[Any, Any]  # their value -> ours
+
+
+@dataclass(frozen=True)
+class Required:
+    """A field of theirs that must have one of these values, the first of which an export has."""
+
+    values: Sequence[Any]
+
+    def __init__(self, *values: Any) -> None:
+        object.__setattr__(self, "values", values)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Fields of ours that are computed from theirs, with the inverse for this field of theirs.
+
+    read: from all fields of theirs. May raise UserError. write: the value of this field.
+    """
+
+    read: Callable[[Values], dict[str, Any]]
+    write: Callable[[ModelPlan], Any]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A field of theirs that changes nothing here, such as a dropout of training; an export has this value."""
+
+    write: Callable[[ModelPlan], Any]
+
+
+class Ignored:
+    """A field of theirs that changes nothing that the weights compute, or that another field's entry reads."""
+
+
+IGNORED = Ignored()
+Field = str | tuple[str, ...] | Choice | Required | Computed | Written | Ignored
+Fields = dict[str, Field]
+
+# What any configuration may contain without an effect on what the weights compute.
+ALWAYS_IGNORED = frozenset(
+    (
+        "model_type",
+        "transformers_version",
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "_name_or_path",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "chunk_size_feed_forward",
+        "is_decoder",
+        "task_specific_params",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "unk_token_id",
+        "sep_token_id",
+        "tokenizer_class",
+        "use_cache",
+        "auto_map",
+        "_attn_implementation",
+        "attn_implementation",
+        "gradient_checkpointing",
+        "initializer_range",
+        "pretraining_tp",
+        "classifier_dropout",
+    )
+)
+
+
+def read_fields(table: Mapping[str, Field], config: Values) -> dict[str, Any]:
+    """Fields of `ModelPlan` from a whole configuration of theirs. Raises UserError with all values we cannot hold."""
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, field in table.items():
+        try:
+            if isinstance(field, str):
+                values[field] = config[name]
+            elif isinstance(field, tuple):
+                values |= dict.fromkeys(field, config[name])
+            elif isinstance(field, Choice):
+                values[field.ours] = _our_name(name, config[name], field.names)
+            elif isinstance(field, Computed):
+                values |= field.read(config)
+            elif isinstance(field, Required) and config.get(name, field.values[0]) not in field.values:
+                problems.append(f"{name} must be {_listed(field.values)} here, not {config[name]!r}")
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return values
+
+
+def write_fields(table: Mapping[str, Field], model: ModelPlan) -> dict[str, Any]:
+    """A configuration of theirs. Raises UserError with all values that it has no name for."""
+    config: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, field in table.items():
+        if isinstance(field, str):
+            config[name] = getattr(model, field)
+        elif isinstance(field, tuple):
+            config[name] = getattr(model, field[0])
+        elif isinstance(field, Required):
+            config[name] = field.values[0]
+        elif isinstance(field, Computed | Written):
+            config[name] = field.write(model)
+        elif isinstance(field, Choice):
+            theirs = [key for key, ours in field.names.items() if ours == getattr(model, field.ours)]
+            if theirs:
+                config[name] = theirs[0]
+            else:
+                known = _listed(dict.fromkeys(field.names.values()))
+                problems.append(f"{field.ours} must be {known}, not {getattr(model, field.ours)!r}")
+    if problems:
+        raise UserError(*problems)
+    return config
+
+
+def _our_name(name: str, value: Any, names: Mapping[Any, Any]) -> Any:
+    if value not in names:
+        raise UserError(f"{name} {value!r} has no counterpart here; known: {', '.join(map(str, names))}")
+    return names[value]
+
+
+def _listed(values: Any) -> str:
+    return " or ".join(map(repr, values))
+
+
+NOT = {True: False, False: True}
+# Kinds of rope scaling, with the names in their rope_parameters and in RopeScaling.
+ROPE_SCALING: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_frequency",
+        "high_freq_factor": "high_frequency",
+        "original_max_position_embeddings": "original_positions",
+    },
+}
+GELU = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+PLAIN = {**GELU, "relu": "relu", "silu": "silu", "swish": "silu"}
+GATED = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu": "geglu",
+    "gelu_pytorch_tanh": "geglu_tanh",
+    "gelu_new": "geglu_tanh",
+    "relu": "reglu",
+}
+
+
+def rotary(*, partial: bool = False) -> Computed:
+    """`rope_parameters`: base, scaling and, where the architecture has it, the part of each head that is rotated."""
+
+    def read(config: Values) -> dict[str, Any]:
+        rope = config["rope_parameters"]
+        share = rope.get("partial_rotary_factor", 1.0)
+        if share != 1.0 and not partial:
+            raise UserError(f"rope_parameters.partial_rotary_factor must be 1.0 here, not {share!r}")
+        values = {"position_embedding": "rotary", "rotary_base": float(rope["rope_theta"])}
+        return values | {"rotary_fraction": share, "rope_scaling": read_scaling(rope)}
+
+    def write(model: ModelPlan) -> dict[str, Any]:
+        share = {"partial_rotary_factor": model.rotary_fraction} if partial else {}
+        return {"rope_theta": model.rotary_base} | share | write_scaling(model.rope_scaling)
+
+    return Computed(read, write)
+
+
+def read_scaling(rope: Values) -> RopeScaling | None:
+    """From their `rope_parameters`. Raises UserError for an unknown kind, and for what the kind does not use."""
+    kind = rope.get("rope_type", "default")
+    names = ROPE_SCALING.get(kind)
+    if names is None:
+        raise UserError(f"rope_type {kind!r} has no counterpart here; known: {', '.join(ROPE_SCALING)}")
+    if kind == "default":
+        return None
+    return RopeScaling(kind, **{ours: rope[theirs] for theirs, ours in names.items() if rope.get(theirs) is not None})
+
+
+def write_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
+    """The inverse of `read_scaling`; the names are those of our key `rope_scaling` as well."""
+    if scaling is None:
+        return {"rope_type": "default"}
+    return {"rope_type": scaling.kind} | {
+        theirs: getattr(scaling, ours) for theirs, ours in ROPE_SCALING[scaling.kind].items()
+    }
+
+
+def layer_types(config_name: str = "layer_types") -> Computed:
+    """A list with the kind of attention of each layer; its window is the field `sliding_window`."""
+    names = {"full_attention": "global", "sliding_attention": "local"}
+
+    def read(config: Values) -> dict[str, Any]:
+        kinds = tuple(_our_name(config_name, kind, names) for kind in config[config_name])
+        return {"attention_kinds": kinds, "sliding_window": config["sliding_window"] if "local" in kinds else None}
+
+    return Computed(
+        read,
+        lambda model: ["sliding_attention" if kind == "local" else "full_attention" for kind in model.attention_kinds],
+    )
+
+
+def one_window(config: Values) -> dict[str, Any]:
+    """`sliding_window` of all layers, or None."""
+    window = config["sliding_window"]
+    return {
+        "attention_kinds": ("local" if window else "global",) * config["num_hidden_layers"],
+        "sliding_window": window,
+    }
+
+
+def dropouts(attention: str, *hidden: str) -> Fields:
+    """Their dropouts of attention probabilities, and of hidden states."""
+    return {
+        attention: Written(lambda model: model.attention_dropout),
+        **{name: Written(lambda model: model.hidden_dropout) for name in hidden},
+    }

@@ -1,0 +1,158 @@
+"""What the tables of Hugging Face families refuse: nothing is ignored that changes what a model computes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron import registry
+from megatron.config.plan import ModelPlan
+from megatron.convert.family import KIND, families_for, family_of
+from megatron.convert.model_keys import attention_config, model_keys
+from megatron.convert.parameters import tensors_around_the_blocks, tensors_of_a_block
+from megatron.errors import UserError
+from megatron.model.gpt import gpt_layers
+from tests.families import CASES, family_named, their_config, their_model
+from tests.models import VARIETY, small
+from tests.ranks.run import one_rank
+
+FIRST = {family: next(iter(variants.values())) for family, variants in CASES.items()}
+
+
+def plan_of(family: str, **changes) -> ModelPlan:
+    """Our plan of the first small model of a family."""
+    return replace(family_named(family).model(their_config(family, FIRST[family]).to_dict()), **changes)
+
+
+@pytest.mark.parametrize("name", VARIETY)
+def test_the_names_of_our_parameters_are_those_of_the_model(name):
+    model = VARIETY[name]
+    with one_rank() as grid:
+        built = {
+            parameter.global_name for layer in gpt_layers(model, grid, None) for parameter in layer.build().parameters()
+        }
+    inside = {
+        f"blocks.{layer}.{module}": kinds
+        for layer in range(model.num_layers)
+        for module, kinds in tensors_of_a_block(model).items()
+    }
+    named = tensors_around_the_blocks(model) | inside
+    assert {f"{module}.{kind}" for module, kinds in named.items() for kind in kinds} == built
+
+
+def test_a_weight_that_is_missing_or_has_no_place_is_named():
+    state = their_model(their_config("llama", FIRST["llama"])).state_dict()
+    state["model.layers.0.mlp.up_proj.bias"] = torch.zeros(86)
+    del state["model.norm.weight"]
+    with pytest.raises(UserError) as raised:
+        family_named("llama").parameters(plan_of("llama")).from_hugging_face(state)
+    assert raised.value.problems == (
+        "model.norm.weight: not in the Hugging Face model",
+        "model.layers.0.mlp.up_proj.bias: has no counterpart in our model",
+    )
+
+
+def test_names_without_their_prefix_and_buffers_of_older_versions_are_understood():
+    whole = their_model(their_config("gpt2", FIRST["gpt2"])).state_dict()
+    parameters = family_named("gpt2").parameters(plan_of("gpt2"))
+    short = {name.removeprefix("transformer."): tensor for name, tensor in whole.items() if name != "lm_head.weight"}
+    short["h.0.attn.bias"] = torch.ones(19, 19)
+    ours, again = parameters.from_hugging_face(whole), parameters.from_hugging_face(short)
+    assert all(torch.equal(ours[name], again[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        (
+            "llama",
+            {"parallel_residual": True},
+            "Llama cannot hold this model: parallel_residual would be False, not True",
+        ),
+        ("llama", {"activation": "gelu"}, "Llama cannot hold this model: activation must be 'swiglu' or 'geglu'"),
+        ("llama", {"layers_without_rotary": (2,)}, r"layers_without_rotary would be \(\), not \(2,\)"),
+        ("gpt_neox", {"qk_norm": "head"}, "GPT-NeoX cannot hold this model: qk_norm would be None, not 'head'"),
+        ("gpt_neox", {"head_size": 10}, "head_size would be 8, not 10"),
+        ("olmo2", {"norm_placement": "input"}, "norm_placement would be 'output', not 'input'"),
+        ("gpt2", {"bias_in_mlp": False}, "GPT-2 cannot hold this model: bias_in_mlp would be True, not False"),
+        (
+            "gpt2",
+            {"attention_kinds": ("global", "local", "global"), "sliding_window": 4},
+            r"attention_kinds would be \('global', 'global', 'global'\)",
+        ),
+    ],
+)
+def test_a_model_that_an_architecture_cannot_hold_is_refused(family, changes, message):
+    with pytest.raises(UserError, match=message):
+        family_named(family).config(plan_of(family, **changes))
+
+
+def test_what_has_no_effect_is_no_reason_to_refuse():
+    model = plan_of("gpt2", rotary_base=500.0, init_std=0.1, hidden_dropout=0.1, attention_kinds=("flash",) * 3)
+    config = family_named("gpt2").config(model)
+    assert (config["resid_pdrop"], config["attn_pdrop"]) == (0.1, 0.0)
+
+
+def test_all_that_a_configuration_says_and_we_cannot_hold_is_named_at_once():
+    config = {
+        **FIRST["gpt2"],
+        "scale_attn_weights": False,
+        "activation_function": "quick_gelu",
+        "new_trick": 3,
+        "is_encoder_decoder": True,
+    }
+    with pytest.raises(UserError) as raised:
+        family_named("gpt2").model(config)
+    assert sorted(raised.value.problems) == [
+        "config.json of GPT-2: activation_function 'quick_gelu' has no counterpart here; known: "
+        "gelu, gelu_new, gelu_pytorch_tanh, gelu_fast, relu, silu, swish",
+        "config.json of GPT-2: is_encoder_decoder True is not known here, and not at its default (False)",
+        "config.json of GPT-2: new_trick 3 is not known here, and not at its default (None)",
+        "config.json of GPT-2: scale_attn_weights must be True here, not False",
+    ]
+
+
+def test_an_unknown_rope_type_is_refused():
+    rope = {"rope_type": "mrope", "rope_theta": 1e4}
+    with pytest.raises(UserError, match="rope_type 'mrope' has no counterpart here; known: default, linear"):
+        family_named("llama").model({**FIRST["llama"], "rope_parameters": rope})
+
+
+def test_an_unknown_architecture_is_answered_with_the_nearest_one():
+    with pytest.raises(UserError, match=r'unknown hugging face family "qwen4"\. Did you mean "qwen\d"\?'):
+        family_of({"model_type": "qwen4"})
+    with pytest.raises(UserError, match=r"config\.json has no model_type; known: gpt2"):
+        family_of({})
+
+
+@pytest.mark.parametrize("family", registry.names(KIND))
+def test_the_defaults_of_a_family_are_understood(family):
+    """A published config.json leaves out what is at the default of transformers' class."""
+    table = family_named(family)
+    model = table.model({})
+    assert table.model(table.config(model)) == model
+
+
+def test_a_model_of_ours_finds_the_families_that_can_hold_it():
+    assert [family.name for family in families_for(plan_of("qwen3"))] == ["Qwen 3"]
+    assert families_for(small(norm="rmsnorm", position_embedding="learned")) == []
+
+
+@pytest.mark.parametrize(
+    ("kinds", "pattern"),
+    [
+        ("lll", [[["local"], 3]]),
+        ("lglg", [[["local", "global"], 2]]),
+        ("gggll", [[["global", "global", "global", "local", "local"], 1]]),
+        ("llgllgl", [[["local", "local", "global"], 2], [["local"], 1]]),
+    ],
+)
+def test_kinds_of_layers_become_the_shortest_pattern(kinds, pattern):
+    names = {"l": "local", "g": "global"}
+    assert attention_config(tuple(names[kind] for kind in kinds)) == pattern
+
+
+def test_layers_without_rotary_in_no_interval_are_refused():
+    with pytest.raises(UserError, match="layers 0 have no rotary positions"):
+        model_keys(small(layers_without_rotary=(0,)))
+    assert model_keys(small(layers_without_rotary=(2,)))["no_rope_layer_interval"] == 3
