@@ -4,7 +4,9 @@ The checkpoint holds weights without an optimizer's state. It is loaded under an
 generate.py and by evaluate.py.
 """
 
+import math
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from tqdm import tqdm
 
 from megatron.checkpoint import folder as folders
 from megatron.checkpoint.chunks import LocalChunks, SavePlanner
@@ -24,8 +27,12 @@ from megatron.checkpoint.lock import SaveLock
 from megatron.checkpoint.reading import causes
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.writing import Writer
+from megatron.config.schema.config import Config
+from megatron.config.yaml_file import yaml_text
 from megatron.engine.optimizer_state import MASTER
 from megatron.errors import RunError, UserError
+from megatron.files import replaced_when_complete
+from megatron.units import short_number
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class _Reading:
     torch keeps every tensor of a file until the file is complete, so its storage is emptied once it is written.
     """
 
-    def __init__(self, done: Callable[[], None]) -> None:
+    def __init__(self, done: Callable[[], object]) -> None:
         self._last, self._done = torch.empty(0), done
 
     def __call__(self, name: str, weight: StoredWeight) -> Tensor:
@@ -82,7 +89,7 @@ def write_converted(
     save: Path,
     weights: Mapping[str, StoredWeight],
     config: Mapping[str, Any],
-    done: Callable[[], None] = lambda: None,
+    done: Callable[[], object] = lambda: None,
 ) -> Path:
     """Write `weights`, by global name, as checkpoint 0 in the folder `save`, and return its path.
 
@@ -111,6 +118,23 @@ def write_converted(
         except OSError as error:
             raise RunError(f"cannot save {final}: {error}") from error
     return final
+
+
+def write_model(
+    folder: Path, parameters: Mapping[str, tuple[Sequence[int], Callable[[], Tensor]]], config: Config
+) -> str:
+    """`write_converted` with a progress bar, and FOLDER/model.yml with the keys of `config` that were written.
+
+    parameters: by global name, the shape and a function that reads it. Returns a summary of what was written.
+    """
+    weights = {name: StoredWeight(shape, read) for name, (shape, read) in parameters.items()}
+    with tqdm(total=len(weights), unit="tensors", disable=not sys.stderr.isatty()) as bar:
+        path = write_converted(folder, weights, config.to_flat(), bar.update)
+    keys = config.to_flat() | {"load": str(folder), "finetune": True}
+    with replaced_when_complete(folder / "model.yml") as file:
+        file.write(yaml_text(keys))
+    count = sum(math.prod(weight.shape) for weight in weights.values())
+    return f"{path}: {short_number(count)} parameters in {len(weights)} tensors, described by {folder / 'model.yml'}"
 
 
 @contextmanager

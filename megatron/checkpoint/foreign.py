@@ -36,6 +36,11 @@ _PROGRAMS = tuple(
         ("Hugging Face", r"tf_model\.h5|flax_model\.msgpack|trainer_state\.json"),
     )
 )
+# What brings a program's weights here, for messages.
+_WAYS_IN = {
+    "GPT-NeoX (DeepSpeed)": "tools/convert_from_neox.py converts it",
+    "GPT-NeoX or another program with DeepSpeed": "tools/convert_from_neox.py converts one of GPT-NeoX",
+}
 _STEP = re.compile(
     r"((global_?step|iter(ation)?|steps?|checkpoint|ckpt|epoch)[-_=]?)?\d+.*|release|final|best|last", re.IGNORECASE
 )
@@ -49,7 +54,8 @@ class ForeignCheckpoint:
     program: str
 
     def __str__(self) -> str:
-        return f"{self.path} is a checkpoint of {self.program}, which Deepy does not read"
+        way = f" ({_WAYS_IN[self.program]})" if self.program in _WAYS_IN else ""
+        return f"{self.path} is a checkpoint of {self.program}, which Deepy does not read{way}"
 
 
 def names_in(folder: Path) -> list[str]:

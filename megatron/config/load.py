@@ -64,7 +64,7 @@ def load_config(
     if any(part.problems and not part.values for part in parts):
         raise ConfigError("the files", merged.problems)  # the other problems cannot be known
     for override in overrides:
-        _override(merged, override)
+        override_key(merged, override)
     source = " + ".join([str(path) for path in paths] + (["the command line"] if overrides else []))
     config = build(merged, source, script, planning)
     for note in merged.notes:
@@ -198,7 +198,7 @@ def _unset_none(entries: Entries) -> None:
         entries.notes.append(f"{entries.prefix(path)}{dotted(path)} ({show(value)}) is taken as unset (null)")
 
 
-def _override(entries: Entries, text: str) -> None:
+def override_key(entries: Entries, text: str) -> None:
     """Replace the value in the files by that of "key=value"."""
     match = OVERRIDE.fullmatch(text)
     if match is None:

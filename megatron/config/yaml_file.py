@@ -6,9 +6,10 @@ tuples, since a configuration never changes.
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -259,6 +260,17 @@ class _Reader:
 
     def _fail(self, node: Node, reason: str) -> NoReturn:
         raise _Unreadable(f"{self._location(node)}: {reason}")
+
+
+def yaml_text(values: Mapping[str, Any]) -> str:
+    """Flat keys as YAML, in their order; a list or group of plain values in one line."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = None
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.width = 120
+    text = StringIO()
+    yaml.dump(dict(values), text)
+    return text.getvalue()
 
 
 def normal_key(key: str) -> str:

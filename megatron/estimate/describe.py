@@ -1,10 +1,7 @@
 """Text of --print-config and --dry-run."""
 
 from collections.abc import Sequence
-from io import StringIO
 from typing import Any
-
-from ruamel.yaml import YAML
 
 from megatron.config.flops import token_flops
 from megatron.config.gradient_reduction import reduction_line
@@ -12,6 +9,7 @@ from megatron.config.parameter_counts import checkpoint_bytes, embedding_paramet
 from megatron.config.plan import ModelPlan, Plan
 from megatron.config.resolve import decay_steps
 from megatron.config.schema.config import Config
+from megatron.config.yaml_file import yaml_text
 from megatron.estimate.memory_tables import holder_lines, inference_lines, memory_lines
 from megatron.units import short_number
 
@@ -31,13 +29,7 @@ def print_config(config: Config, plan: Plan) -> str:
     Values that depend on the number of ranks are comments, so that the text is a valid configuration for any number.
     """
     flat = _without_unset(config.to_flat(with_defaults=True) | _derived(config, plan))
-    text = StringIO()
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = None
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.width = 120
-    yaml.dump(flat, text)
-    return text.getvalue() + "".join(f"# {line}\n" for line in ["derived:", *_layout_lines(plan)])
+    return yaml_text(flat) + "".join(f"# {line}\n" for line in ["derived:", *_layout_lines(plan)])
 
 
 def dry_run(config: Config, plan: Plan, script: str, notes: Sequence[str], on_cpu: bool = False) -> str:

@@ -94,6 +94,11 @@ def test_load_may_point_into_a_foreign_checkpoint(tmp_path, name):
         assert program.partition(" (")[0].split("-")[0] in refused(load=file) or "torch.dist" in refused(load=file)
 
 
+def test_the_message_names_the_tool_that_converts_the_checkpoint(tmp_path):
+    write(tmp_path, FORMATS["neox"][1])
+    assert "which Deepy does not read (tools/convert_from_neox.py converts it)" in refused(load=tmp_path)
+
+
 def test_an_iteration_that_is_foreign_is_named(tmp_path):
     write_own(write(tmp_path, FORMATS["neox"][1]), 20)
     assert "global_step10 is a checkpoint of GPT-NeoX" in refused(load=tmp_path, iteration=10)
