@@ -63,7 +63,7 @@ class ModelPlan:
     num_kv_heads: int
     head_size: int
     ffn_hidden_size: int  # width of the feed-forward layer, without the gate
-    vocab_size: int  # ids the tokenizer can produce
+    vocab_size: int  # ids that the model knows; at least those of the tokenizer
     padded_vocab_size: int  # rows of the embedding in memory; logits beyond vocab_size are -inf
     max_position_embeddings: int
     position_embedding: str  # registry kind "position_embedding": learned, sinusoidal, rotary, alibi, rpe, none

@@ -36,12 +36,13 @@ WORTH_COMPILING = 1e11  # FLOPs of a micro-batch on one rank; test models are fa
 def resolve(config: Config, world_size: int, vocab_size: int, *, inference: bool = False) -> Plan:
     """Derive everything from a checked Config.
 
-    world_size: ranks of the run. vocab_size: ids that the tokenizer can produce. inference: the layout for generation
-    and evaluation: whole sequences, no pipeline, micro-batch 1 by default.
+    world_size: ranks of the run. vocab_size: ids that the tokenizer can produce; the key vocab_size may add more.
+    inference: the layout for generation and evaluation: whole sequences, no pipeline, micro-batch 1 by default.
     Raises ConfigError with every rule that the ranks or the vocabulary break.
     """
     problems: list[str] = []
     layout = _layout(config, world_size, inference, problems)
+    vocab_size = _vocabulary(config, vocab_size, problems)
     rows = _vocabulary_rows(config, vocab_size, problems)
     batch = _batch(config, layout.data, inference, problems)
     if problems:
@@ -71,11 +72,19 @@ def _layout(config: Config, world_size: int, inference: bool, problems: list[str
     return Layout(world_size, pipe, max(1, world_size // taken), tensor, context, sequence_parallel and tensor > 1)
 
 
+def _vocabulary(config: Config, tokenizer_ids: int, problems: list[str]) -> int:
+    size = config.model.vocab_size or tokenizer_ids
+    if size < tokenizer_ids:
+        problems.append(f"the tokenizer has {tokenizer_ids} ids, more than vocab_size ({size}); it is another model's")
+    return size
+
+
 def _vocabulary_rows(config: Config, vocab_size: int, problems: list[str]) -> int:
     rows, split = padded_vocabulary(config, vocab_size), config.parallelism.model_parallel_size
     if rows < vocab_size:
         problems.append(
-            f"the tokenizer has {vocab_size} ids, more than padded_vocab_size ({rows}); leave padded_vocab_size out"
+            f"{_source_of_ids(config)} {vocab_size} ids, more than padded_vocab_size ({rows}); "
+            "leave padded_vocab_size out"
         )
     if rows % split:
         multiple = config.model.make_vocab_size_divisible_by
@@ -84,6 +93,10 @@ def _vocabulary_rows(config: Config, vocab_size: int, problems: list[str]) -> in
             f"make_vocab_size_divisible_by {round_up(multiple, split)} would work"
         )
     return rows
+
+
+def _source_of_ids(config: Config) -> str:
+    return "the tokenizer has" if config.model.vocab_size is None else "vocab_size means"
 
 
 def _batch(config: Config, data: int, inference: bool, problems: list[str]) -> BatchPlan:

@@ -9,6 +9,7 @@ from megatron.errors import UserError
 
 # Our keys with the same value as a field of the plan; others are computed below.
 SAME = {
+    "vocab_size": "vocab_size",
     "num_layers": "num_layers",
     "hidden_size": "hidden_size",
     "num_attention_heads": "num_attention_heads",
@@ -52,7 +53,7 @@ SAME = {
     "sliding_window_width": "sliding_window",
 }
 NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "seq_length")
-ALWAYS = (*NEEDED, "max_position_embeddings", "norm", "pos_emb", "activation", "no_weight_tying")
+ALWAYS = (*NEEDED, "vocab_size", "max_position_embeddings", "norm", "pos_emb", "activation", "no_weight_tying")
 EPSILONS = {"layernorm": "layernorm_epsilon", "rmsnorm": "rms_norm_epsilon", "rmsnorm_1p": "rms_norm_epsilon"}
 
 

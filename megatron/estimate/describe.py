@@ -20,7 +20,7 @@ NAMES = {"fp32": "fp32", "fp16": "fp16", "bf16": "bfloat16"}
 
 def assumed_vocabulary(config: Config) -> int:
     """Vocabulary size of a Plan without a tokenizer."""
-    return config.model.padded_vocab_size or ASSUMED_VOCABULARY
+    return config.model.vocab_size or config.model.padded_vocab_size or ASSUMED_VOCABULARY
 
 
 def print_config(config: Config, plan: Plan) -> str:
@@ -137,8 +137,9 @@ def _length_lines(config: Config, plan: Plan) -> list[str]:
 
 def _unchecked(config: Config) -> list[str]:
     """What a dry run does not check, with its values."""
-    rows = config.model.padded_vocab_size
-    stated = f"padded_vocab_size {rows:,}" if rows else f"{ASSUMED_VOCABULARY:,}"
+    name = "vocab_size" if config.model.vocab_size else "padded_vocab_size"
+    rows = getattr(config.model, name)
+    stated = f"{name} {rows:,}" if rows else f"{ASSUMED_VOCABULARY:,}"
     files = [config.tokenizer.vocab_file, config.tokenizer.merge_file]
     named = " with " + ", ".join(name for name in files if name) if any(files) else ""
     notes = [f"tokenizer: {config.tokenizer.tokenizer_type}{named}; the vocabulary size is assumed to be {stated}"]

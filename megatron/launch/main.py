@@ -82,7 +82,8 @@ def _check_ranks(config: Config, script: Path, ranks: int) -> None:
     """Raise UserError for a layout that does not fit this number of ranks, before any of them starts."""
     keys = config.model
     # Only the ranks know the tokenizer's vocabulary; this one can be split in any case.
-    vocabulary = keys.padded_vocab_size or keys.make_vocab_size_divisible_by * config.parallelism.model_parallel_size
+    divisible = keys.make_vocab_size_divisible_by * config.parallelism.model_parallel_size
+    vocabulary = keys.vocab_size or keys.padded_vocab_size or divisible
     resolve(config, ranks, vocabulary, inference=_is_inference(script))
 
 

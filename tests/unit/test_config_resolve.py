@@ -90,8 +90,17 @@ def test_the_vocabulary_is_padded_to_a_multiple_whatever_the_layout():
 def test_a_vocabulary_that_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match=r"the tokenizer has 1000 ids, more than padded_vocab_size \(999\)"):
         plan(vocab_size=1000, padded_vocab_size=999)
-    with pytest.raises(ConfigError, match=r"padded vocabulary \(128\) .* \(3\); make_vocab_size_divisible_by 129"):
-        plan(3, vocab_size=100, model_parallel_size=3)
+
+
+def test_a_model_may_know_more_ids_than_its_tokenizer_but_not_fewer():
+    def model(ids, **keys):
+        return resolve(config_from_flat(SHAPE | {"vocab_size": 130} | keys), 1, ids).model
+
+    assert (model(101).vocab_size, model(101).padded_vocab_size) == (130, 256)
+    with pytest.raises(ConfigError, match=r"the tokenizer has 131 ids, more than vocab_size \(130\)"):
+        model(131)
+    with pytest.raises(ConfigError, match=r"vocab_size means 130 ids, more than padded_vocab_size \(128\)"):
+        model(100, padded_vocab_size=128)
 
 
 @pytest.mark.parametrize(

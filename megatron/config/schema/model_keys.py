@@ -233,9 +233,13 @@ class ModelKeys(Group):
     hidden_dropout: Dropout = 0.0
     """Dropout of the embedding and of the output of each branch."""
 
+    vocab_size: PositiveInt | None = None
+    """Ids that the model knows: rows of its embedding in a checkpoint, at least the tokenizer's vocabulary. Published
+    models often have more rows than their tokenizer has ids. Unset: the tokenizer's vocabulary."""
+
     make_vocab_size_divisible_by: PositiveInt = 128
     """The vocabulary is padded to a multiple of this in memory; model_parallel_size must divide the result."""
 
     padded_vocab_size: PositiveInt | None = None
-    """Rows of the embedding in memory, at least the tokenizer's vocabulary. Unset: derived from the tokenizer;
+    """Rows of the embedding in memory, at least vocab_size. Unset: derived from vocab_size or the tokenizer;
     --dry-run assumes 50304."""
