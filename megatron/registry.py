@@ -88,7 +88,11 @@ TABLE: dict[str, dict[str, str]] = {
         "mistral": "megatron.convert.families.mistral:FAMILY",
         "qwen2": "megatron.convert.families.qwen2:FAMILY",
         "qwen3": "megatron.convert.families.qwen3:FAMILY",
+        "phi3": "megatron.convert.families.phi3:FAMILY",
+        "olmo": "megatron.convert.families.olmo:FAMILY",
         "olmo2": "megatron.convert.families.olmo2:FAMILY",
+        "starcoder2": "megatron.convert.families.starcoder2:FAMILY",
+        "stablelm": "megatron.convert.families.stablelm:FAMILY",
     },
     "hook": {
         "breakdown": "megatron.training.hooks.breakdown:breakdown",

@@ -40,7 +40,11 @@ LLAMA_3_1 = {
 }
 WINDOWS = {"use_sliding_window": True, "sliding_window": 5}
 
+UNGATED = {name: size for name, size in SIZES.items() if name != "intermediate_size"}
+
 Settings = dict[str, Any]
+
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 
 # family -> variant -> arguments of its configuration class
 CASES: dict[str, dict[str, Settings]] = {
@@ -103,9 +107,27 @@ CASES: dict[str, dict[str, Settings]] = {
             "attention_bias": True,
         },
     },
+    "phi3": {
+        "Phi-3: windows": {**GROUPED, "sliding_window": 5},
+        "Phi-4-mini: three quarters of each head rotated, tied": {
+            **GROUPED,
+            "rope_parameters": {**PARTIAL, "partial_rotary_factor": 0.75},
+            "tie_word_embeddings": True,
+        },
+    },
+    "olmo": {
+        "OLMo": SIZES,
+    },
     "olmo2": {
         "grouped queries": {**GROUPED, "rms_norm_eps": 1e-3},
         "without groups, with biases": {**SIZES, "attention_bias": True},
+    },
+    "starcoder2": {
+        "StarCoder 2: windows": {**GROUPED, "sliding_window": 5},
+        "untied, without biases": {**GROUPED, "use_bias": False, "tie_word_embeddings": False},
+    },
+    "stablelm": {
+        "StableLM 2: biases in queries, keys and values": {**GROUPED, "use_qkv_bias": True, "rope_parameters": PARTIAL},
     },
 }
 

@@ -10,7 +10,7 @@ A family adds nothing to the model: every setting it needs is a key. What it doe
 directions. transformers' own configuration classes read a config.json, so that defaults and older spellings are theirs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -88,17 +88,22 @@ class Family:
         fixed: Mapping[str, Any] | None = None,
         modules: Mapping[str, str | Module] | None = None,
         block: Mapping[str, str | Module] | None = None,
+        without: Sequence[str] = (),
     ) -> "Family":
-        """Another family that differs from this one in these entries of its tables."""
+        """Another family that differs from this one in these entries of its tables, and lacks those in `without`."""
+
+        def joined(table: Mapping[str, Any], changes: Mapping[str, Any] | None) -> dict[str, Any]:
+            return {key: value for key, value in {**table, **(changes or {})}.items() if key not in without}
+
         return replace(
             self,
             name=name,
             model_type=model_type,
             architecture=architecture,
-            fields={**self.fields, **(fields or {})},
-            fixed={**self.fixed, **(fixed or {})},
-            modules={**self.modules, **(modules or {})},
-            block={**self.block, **(block or {})},
+            fields=joined(self.fields, fields),
+            fixed=joined(self.fixed, fixed),
+            modules=joined(self.modules, modules),
+            block=joined(self.block, block),
         )
 
     def model(self, config: Values) -> ModelPlan:

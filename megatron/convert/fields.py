@@ -4,6 +4,7 @@ A table maps each field of theirs to what it means here: the name of a field of 
 names of several, or one of the classes below.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -243,3 +244,56 @@ def dropouts(attention: str, *hidden: str) -> Fields:
         attention: Written(lambda model: model.attention_dropout),
         **{name: Written(lambda model: model.hidden_dropout) for name in hidden},
     }
+
+
+def four_times(theirs: str, hidden_size: str) -> Computed:
+    """The width of the feed-forward layer; None is four times the hidden size."""
+    return Computed(
+        lambda config: {"ffn_hidden_size": config[theirs] or 4 * config[hidden_size]},
+        lambda model: model.ffn_hidden_size,
+    )
+
+
+def exact(written: float, computed: Callable[[float], float], value: float) -> float:
+    """`written`, rounded to few digits if `computed` of that is `value` all the same; a whole number as int."""
+    rounded = (round(written, digits) for digits in range(12))
+    short = next((number for number in rounded if number and computed(number) == value), written)
+    return int(short) if short == int(short) else short
+
+
+def share_of(part: int, whole: int) -> float:
+    """The fraction of `whole` that gives `part` when rounded down."""
+    share = part / whole
+    return share if int(whole * share) == part else math.nextafter(share, 1)
+
+
+# The names that most architectures give to sizes.
+SIZES: Fields = {
+    "vocab_size": "vocab_size",
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "intermediate_size": "ffn_hidden_size",
+    "max_position_embeddings": "max_position_embeddings",
+}
+SCALED_EMBEDDING: Fields = {
+    "hidden_size": Computed(
+        lambda config: {
+            "hidden_size": config["hidden_size"],
+            "embedding_multiplier": math.sqrt(config["hidden_size"]),
+        },
+        lambda model: model.hidden_size,
+    )
+}
+SCORE_SCALE = Computed(  # 1 / sqrt(query_pre_attn_scalar)
+    lambda config: {
+        "attention_scale": None
+        if config["query_pre_attn_scalar"] == config["head_dim"]
+        else config["query_pre_attn_scalar"] ** -0.5
+    },
+    lambda model: (
+        model.head_size
+        if model.attention_scale is None
+        else exact(model.attention_scale**-2, lambda x: x**-0.5, model.attention_scale)
+    ),
+)

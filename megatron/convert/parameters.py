@@ -35,10 +35,6 @@ class Module:
     theirs: str
     entry: Callable[[str, str, str, ModelPlan], Entry]
 
-    def below(self, prefix: str) -> "Module":
-        """The same module, under a prefix of their names."""
-        return Module(f"{prefix}{self.theirs}", self.entry)
-
 
 def same(theirs: str) -> Module:
     """The same tensors under another name."""
@@ -106,19 +102,42 @@ def fused_gate(theirs: str) -> Module:
     return Module(theirs, entry)
 
 
-def norm_for_each_head(theirs: str) -> Module:
-    """A weight for each head, which they keep in a list of norms."""
+def weights_of_heads(theirs: str) -> Module:
+    """A norm's weights of all heads, which they store as [heads, size]."""
+
+    def entry(ours: str, theirs: str, kind: str, model: ModelPlan) -> Entry:
+        return Entry(
+            (f"{ours}.{kind}",),
+            (f"{theirs}.{kind}",),
+            lambda tensors: (tensors[0].flatten(),),
+            lambda tensors: (tensors[0].unflatten(0, (-1, model.head_size)),),
+        )
+
+    return Module(theirs, entry)
+
+
+def norms_of_heads(theirs: str) -> Module:
+    """A norm's weights of all heads, of which they have a list."""
 
     def entry(ours: str, theirs: str, kind: str, model: ModelPlan) -> Entry:
         heads = model.num_attention_heads if ours.endswith("query") else model.num_kv_heads
         return Entry(
             (f"{ours}.{kind}",),
             tuple(f"{theirs}.{head}.{kind}" for head in range(heads)),
-            lambda tensors: (torch.stack(tuple(tensors)),),
-            lambda tensors: tensors[0].unbind(),
+            lambda tensors: (torch.cat(tuple(tensors)),),
+            lambda tensors: tensors[0].split(model.head_size),
         )
 
     return Module(theirs, entry)
+
+
+def either(choose: Callable[[ModelPlan], str]) -> Module:
+    """The same tensors, under a name that depends on the model."""
+
+    def entry(ours: str, theirs: str, kind: str, model: ModelPlan) -> Entry:
+        return same("").entry(ours, theirs + choose(model), kind, model)
+
+    return Module("", entry)
 
 
 def _unchanged(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -1,8 +1,17 @@
 """GPT-2."""
 
 from megatron.convert.family import Family
-from megatron.convert.fields import IGNORED, PLAIN, Choice, Computed, Required, dropouts
+from megatron.convert.fields import IGNORED, PLAIN, Choice, Required, dropouts, four_times
 from megatron.convert.parameters import fused_heads, transposed
+
+OLD_FIELDS = (
+    "n_ctx",
+    "summary_type",
+    "summary_use_proj",
+    "summary_activation",
+    "summary_proj_to_labels",
+    "summary_first_dropout",
+)
 
 FAMILY = Family(
     name="GPT-2",
@@ -13,10 +22,7 @@ FAMILY = Family(
         "n_layer": "num_layers",
         "n_embd": "hidden_size",
         "n_head": "num_attention_heads",
-        "n_inner": Computed(
-            lambda config: {"ffn_hidden_size": config["n_inner"] or 4 * config["n_embd"]},
-            lambda model: model.ffn_hidden_size,
-        ),
+        "n_inner": four_times("n_inner", "n_embd"),
         "n_positions": "max_position_embeddings",
         "layer_norm_epsilon": "norm_epsilon",
         "activation_function": Choice("activation", PLAIN),
@@ -26,17 +32,7 @@ FAMILY = Family(
         "add_cross_attention": Required(False),
         "reorder_and_upcast_attn": IGNORED,  # the order of operations in 16 bit
         **dropouts("attn_pdrop", "resid_pdrop", "embd_pdrop"),
-        **dict.fromkeys(
-            (
-                "n_ctx",
-                "summary_type",
-                "summary_use_proj",
-                "summary_activation",
-                "summary_proj_to_labels",
-                "summary_first_dropout",
-            ),
-            IGNORED,
-        ),
+        **dict.fromkeys(OLD_FIELDS, IGNORED),
     },
     fixed={
         "norm": "layernorm",

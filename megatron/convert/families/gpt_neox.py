@@ -1,19 +1,14 @@
 """GPT-NeoX-20B and Pythia."""
 
 from megatron.convert.family import Family
-from megatron.convert.fields import PLAIN, Choice, dropouts, rotary
+from megatron.convert.fields import PLAIN, SIZES, Choice, dropouts, rotary
 
 FAMILY = Family(
     name="GPT-NeoX",
     model_type="gpt_neox",
     architecture="GPTNeoXForCausalLM",
     fields={
-        "vocab_size": "vocab_size",
-        "num_hidden_layers": "num_layers",
-        "hidden_size": "hidden_size",
-        "num_attention_heads": "num_attention_heads",
-        "intermediate_size": "ffn_hidden_size",
-        "max_position_embeddings": "max_position_embeddings",
+        **SIZES,
         "rope_parameters": rotary(partial=True),
         "layer_norm_eps": "norm_epsilon",
         "hidden_act": Choice("activation", PLAIN),

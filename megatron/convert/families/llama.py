@@ -1,7 +1,7 @@
 """Llama 1 to 3, and what most later architectures share with it."""
 
 from megatron.convert.family import Family
-from megatron.convert.fields import GATED, Choice, Fields, dropouts, rotary
+from megatron.convert.fields import GATED, SIZES, Choice, Fields, dropouts, rotary
 from megatron.convert.parameters import separate_heads
 
 # Without the fields of biases, of heads of another size and of windows, which differ.
@@ -10,13 +10,8 @@ BASE = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     fields={
-        "vocab_size": "vocab_size",
-        "num_hidden_layers": "num_layers",
-        "hidden_size": "hidden_size",
-        "num_attention_heads": "num_attention_heads",
+        **SIZES,
         "num_key_value_heads": "num_kv_heads",
-        "intermediate_size": "ffn_hidden_size",
-        "max_position_embeddings": "max_position_embeddings",
         "rope_parameters": rotary(),
         "rms_norm_eps": "norm_epsilon",
         "hidden_act": Choice("activation", GATED),
