@@ -40,6 +40,8 @@ _PROGRAMS = tuple(
 _WAYS_IN = {
     "GPT-NeoX (DeepSpeed)": "tools/convert_from_neox.py converts it",
     "GPT-NeoX or another program with DeepSpeed": "tools/convert_from_neox.py converts one of GPT-NeoX",
+    "LitGPT": "tools/convert_from_litgpt.py converts it",
+    "Megatron-core (torch_dist)": "Megatron-Bridge's convert_checkpoints.py export writes it in Hugging Face's format",
 }
 _STEP = re.compile(
     r"((global_?step|iter(ation)?|steps?|checkpoint|ckpt|epoch)[-_=]?)?\d+.*|release|final|best|last", re.IGNORECASE

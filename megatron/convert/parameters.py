@@ -187,7 +187,7 @@ class ParameterMap:
                 found[whole] = name
             elif not whole.endswith(self.ignored):
                 unknown.append(name)
-        problems = [f"{name}: not in the Hugging Face model" for name in sorted(required - set(found))]
+        problems = [f"{name}: not among the stored tensors" for name in sorted(required - set(found))]
         problems += [f"{name}: has no counterpart in our model" for name in sorted(unknown)]
         if problems:
             raise UserError(*problems)

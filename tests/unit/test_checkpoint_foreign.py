@@ -94,9 +94,17 @@ def test_load_may_point_into_a_foreign_checkpoint(tmp_path, name):
         assert program.partition(" (")[0].split("-")[0] in refused(load=file) or "torch.dist" in refused(load=file)
 
 
-def test_the_message_names_the_tool_that_converts_the_checkpoint(tmp_path):
-    write(tmp_path, FORMATS["neox"][1])
-    assert "which Deepy does not read (tools/convert_from_neox.py converts it)" in refused(load=tmp_path)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("neox", "tools/convert_from_neox.py converts it"),
+        ("litgpt", "tools/convert_from_litgpt.py converts it"),
+        ("core", "Megatron-Bridge's convert_checkpoints.py export writes it in Hugging Face's format"),
+    ],
+)
+def test_the_message_names_what_brings_the_weights_here(tmp_path, name, way):
+    write(tmp_path, FORMATS[name][1])
+    assert f"which Deepy does not read ({way})" in refused(load=tmp_path)
 
 
 def test_an_iteration_that_is_foreign_is_named(tmp_path):

@@ -47,7 +47,7 @@ def test_a_weight_that_is_missing_or_has_no_place_is_named():
     with pytest.raises(UserError) as raised:
         family_named("llama").parameters(plan_of("llama")).from_hugging_face(state)
     assert raised.value.problems == (
-        "model.norm.weight: not in the Hugging Face model",
+        "model.norm.weight: not among the stored tensors",
         "model.layers.0.mlp.up_proj.bias: has no counterpart in our model",
     )
 
