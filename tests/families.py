@@ -4,18 +4,25 @@ Sizes are odd on purpose: 6 heads, 2 or 3 key/value heads, a vocabulary that nee
 text. The first variant of a family is the usual one.
 """
 
+import json
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import nn
 
 from megatron import registry
+from megatron.config.load import config_from_flat
+from megatron.config.resolve import resolve
 from megatron.config.widths import round_up
-from megatron.convert.family import KIND, Family
+from megatron.convert.family import KIND, Family, families_for, family_of
+from megatron.convert.model_keys import model_keys
 from tests.models import random_tensor, random_tokens, spread
-from tests.ranks.family_checks import Reference
+from tests.ranks.family_checks import Figures, Reference, measure
+from tests.ranks.run import run_ranks
 
 LENGTH = 19
 SIZES = {
@@ -132,9 +139,25 @@ CASES: dict[str, dict[str, Settings]] = {
 }
 
 
-def their_config(family: str, settings: Settings) -> transformers.PretrainedConfig:
+class Case(NamedTuple):
+    """A small model."""
+
+    family: str
+    variant: str
+
+    def __str__(self) -> str:
+        return f"{self.family}-{self.variant}"
+
+
+ALL = [Case(family, variant) for family, variants in CASES.items() for variant in variants]
+FIRST = {family: Case(family, next(iter(variants))) for family, variants in CASES.items()}
+PIPELINES = [FIRST[family] for family in ("gpt2", "llama", "gemma2", "bloom") if family in FIRST]
+
+
+def their_config(case: Case) -> transformers.PretrainedConfig:
     """The configuration of a small model."""
-    config = transformers.CONFIG_MAPPING[family](**settings, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    no_ids = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}  # which a small vocabulary has not
+    config = transformers.CONFIG_MAPPING[case.family](**CASES[case.family][case.variant], **no_ids)
     config._attn_implementation = "eager"
     return config
 
@@ -154,10 +177,10 @@ def family_named(name: str) -> Family:
     return family
 
 
-def reference(family: str, settings: Settings) -> Reference:
+def reference(case: Case) -> Reference:
     """A small model of theirs, with what it computes for random tokens."""
-    config = their_config(family, settings)
-    theirs, table = their_model(config), family_named(family)
+    config = their_config(case)
+    theirs, table = their_model(config), family_named(case.family)
     model = table.model(config.to_dict())
     model = replace(model, padded_vocab_size=round_up(model.vocab_size, 8))
     tokens, labels = (random_tokens(model, batch=2, length=LENGTH, seed=seed) for seed in (5, 6))
@@ -165,7 +188,54 @@ def reference(family: str, settings: Settings) -> Reference:
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    state = {
-        name: tensor.detach() for name, tensor in table.parameters(model).from_hugging_face(theirs.state_dict()).items()
-    }
-    return Reference(family, model, state, tokens, labels, logits.detach(), loss.detach(), gradients)
+    state = table.parameters(model).from_hugging_face({n: t.detach() for n, t in theirs.state_dict().items()})
+    return Reference(case.family, model, state, tokens, labels, logits.detach(), loss.detach(), gradients)
+
+
+class Measurements:
+    """What ranks measure of small models, for each number of ranks once: a process start each."""
+
+    def __init__(self, folder: Path, cases: Sequence[Case]) -> None:
+        self.folder, self.numbers = folder, {case: str(number) for number, case in enumerate(cases)}
+        for case, number in self.numbers.items():
+            torch.save(reference(case), folder / f"{number}.pt")
+        self.known: set[tuple[int, int]] = set()
+
+    def of(self, case: Case, ranks: int, pipe: int = 1) -> Figures:
+        """The figures of a model on `ranks` ranks, which are stages of a pipeline or tensor-parallel.
+
+        Raises AssertionError with the traceback of a model that cannot be computed.
+        """
+        if (ranks, pipe) not in self.known:
+            self.known.add((ranks, pipe))
+            chosen = [number for case, number in self.numbers.items() if pipe == 1 or case in PIPELINES]
+            run_ranks(ranks, measure, str(self.folder), chosen, pipe, timeout=60 + 5 * len(chosen))
+        found = json.loads(Path(self.folder, f"{self.numbers[case]}.{pipe}.{ranks}.json").read_text())
+        assert "error" not in found, found["error"]
+        return found
+
+
+def check_weights_return(case: Case) -> None:
+    """Their weights become ours and theirs again, bit by bit."""
+    config = their_config(case)
+    theirs = dict(their_model(config).named_parameters())  # a tied weight once
+    table = family_named(case.family)
+    parameters = table.parameters(table.model(config.to_dict()))
+    ours = parameters.from_hugging_face(theirs)
+    back = parameters.to_hugging_face(ours)
+    assert set(back) == set(theirs)
+    assert all(torch.equal(back[name], theirs[name]) and back[name].is_contiguous() for name in theirs)
+    again = parameters.from_hugging_face(back)
+    assert all(torch.equal(again[name], ours[name]) for name in ours)
+
+
+def check_settings_return(case: Case) -> None:
+    """Their settings become a model of ours, our keys and the same model, and theirs and the same model."""
+    family = family_named(case.family)
+    model = family.model(their_config(case).to_dict())
+    config = family.config(model)
+    assert json.loads(json.dumps(config)) == config
+    assert family_of(config).model(config) == model
+    assert case.family in [found.model_type for found in families_for(model)]
+    keys = {**model_keys(model), "make_vocab_size_divisible_by": 1}
+    assert resolve(config_from_flat(keys), 1, model.vocab_size).model == model

@@ -12,16 +12,20 @@ from megatron.convert.model_keys import attention_config, model_keys
 from megatron.convert.parameters import tensors_around_the_blocks, tensors_of_a_block
 from megatron.errors import UserError
 from megatron.model.gpt import gpt_layers
-from tests.families import CASES, family_named, their_config, their_model
+from tests.end_to_end.commands import ROOT
+from tests.families import CASES, FIRST, family_named, their_config, their_model
 from tests.models import VARIETY, small
 from tests.ranks.run import one_rank
-
-FIRST = {family: next(iter(variants.values())) for family, variants in CASES.items()}
 
 
 def plan_of(family: str, **changes) -> ModelPlan:
     """Our plan of the first small model of a family."""
-    return replace(family_named(family).model(their_config(family, FIRST[family]).to_dict()), **changes)
+    return replace(family_named(family).model(their_config(FIRST[family]).to_dict()), **changes)
+
+
+def settings_of(family: str) -> dict:
+    """The settings of the first small model of a family."""
+    return CASES[family][FIRST[family].variant]
 
 
 @pytest.mark.parametrize("name", VARIETY)
@@ -41,7 +45,7 @@ def test_the_names_of_our_parameters_are_those_of_the_model(name):
 
 
 def test_a_weight_that_is_missing_or_has_no_place_is_named():
-    state = their_model(their_config("llama", FIRST["llama"])).state_dict()
+    state = their_model(their_config(FIRST["llama"])).state_dict()
     state["model.layers.0.mlp.up_proj.bias"] = torch.zeros(86)
     del state["model.norm.weight"]
     with pytest.raises(UserError) as raised:
@@ -53,7 +57,7 @@ def test_a_weight_that_is_missing_or_has_no_place_is_named():
 
 
 def test_names_without_their_prefix_and_buffers_of_older_versions_are_understood():
-    whole = their_model(their_config("gpt2", FIRST["gpt2"])).state_dict()
+    whole = their_model(their_config(FIRST["gpt2"])).state_dict()
     parameters = family_named("gpt2").parameters(plan_of("gpt2"))
     short = {name.removeprefix("transformer."): tensor for name, tensor in whole.items() if name != "lm_head.weight"}
     short["h.0.attn.bias"] = torch.ones(19, 19)
@@ -95,7 +99,7 @@ def test_what_has_no_effect_is_no_reason_to_refuse():
 
 def test_all_that_a_configuration_says_and_we_cannot_hold_is_named_at_once():
     config = {
-        **FIRST["gpt2"],
+        **settings_of("gpt2"),
         "scale_attn_weights": False,
         "activation_function": "quick_gelu",
         "new_trick": 3,
@@ -115,7 +119,7 @@ def test_all_that_a_configuration_says_and_we_cannot_hold_is_named_at_once():
 def test_an_unknown_rope_type_is_refused():
     rope = {"rope_type": "mrope", "rope_theta": 1e4}
     with pytest.raises(UserError, match="rope_type 'mrope' has no counterpart here; known: default, linear"):
-        family_named("llama").model({**FIRST["llama"], "rope_parameters": rope})
+        family_named("llama").model({**settings_of("llama"), "rope_parameters": rope})
 
 
 def test_an_unknown_architecture_is_answered_with_the_nearest_one():
@@ -156,3 +160,11 @@ def test_layers_without_rotary_in_no_interval_are_refused():
     with pytest.raises(UserError, match="layers 0 have no rotary positions"):
         model_keys(small(layers_without_rotary=(0,)))
     assert model_keys(small(layers_without_rotary=(2,)))["no_rope_layer_interval"] == 3
+
+
+def test_the_page_on_models_has_a_row_for_each_family():
+    rows = (ROOT / "docs" / "models.md").read_text().splitlines()
+    for family, variants in CASES.items():
+        table = family_named(family)
+        assert any(row.startswith(f"| {table.name} | `{family}` | {len(variants)} |") for row in rows), family
+    assert len([row for row in rows if row.startswith("| ") and "e-" in row]) == len(CASES)
