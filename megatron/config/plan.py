@@ -105,6 +105,7 @@ class ModelPlan:
     attention_scale: float | None = None  # of the scores; None: 1 / sqrt(head_size)
     attention_softcap: float | None = None
     clip_qkv: float | None = None
+    neftune_noise_alpha: float | None = None  # of noise on the token embedding in training; None: no noise
     reset_attention_mask: bool = False  # tokens attend only to their own document
     reset_position_ids: bool = False  # positions restart at each document
     float8: bool = False  # the products of the blocks' linear layers

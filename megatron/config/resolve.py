@@ -165,6 +165,7 @@ def _model(config: Config, vocab_size: int, rows: int, inference: bool) -> Model
         sliding_window=keys.sliding_window_width,
         attention_dropout=keys.attention_dropout,
         hidden_dropout=keys.hidden_dropout,
+        neftune_noise_alpha=keys.neftune_noise_alpha,
         norm_placement=keys.norm_placement,
         norm_bias=keys.norm_bias,
         embedding_norm=keys.embedding_norm,

@@ -35,6 +35,7 @@ TRAINING = {
     "init_std": 0.02,
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
+    "neftune_noise_alpha": None,
     "reset_attention_mask": False,
     "reset_position_ids": False,
     "float8": False,

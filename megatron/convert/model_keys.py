@@ -50,6 +50,7 @@ SAME = {
     "clip_qkv": "clip_qkv",
     "attention_dropout": "attention_dropout",
     "hidden_dropout": "hidden_dropout",
+    "neftune_noise_alpha": "neftune_noise_alpha",
     "sliding_window_width": "sliding_window",
 }
 NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "seq_length")

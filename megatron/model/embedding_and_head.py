@@ -3,6 +3,8 @@
 Shapes: b micro-batch, s sequence, h hidden, v vocabulary in memory, tp tensor-parallel ranks.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -15,12 +17,16 @@ from megatron.model.layer import LayerInput, Masking, Targets, pack, unpack
 from megatron.model.positions import PositionEmbedding, positions_in_documents
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.layers import VocabParallelEmbedding
-from megatron.parallel.random import dropout
+from megatron.parallel.random import dropout, with_noise
 from megatron.registry import resolve
 
 
 class Embedding(VocabParallelEmbedding):
-    """Token embedding, position embedding if the model adds one here, and dropout."""
+    """Token embedding, position embedding if the model adds one here, and dropout.
+
+    With neftune_noise_alpha, noise on the token embedding in training (NEFTune, https://arxiv.org/abs/2310.05914):
+    uniform, of at most alpha / sqrt(s * h), s being the whole sequence.
+    """
 
     def __init__(self, model: ModelPlan, grid: ParallelGrid, kind: PositionEmbedding | None) -> None:
         """kind: of the position embedding; None: this copy only serves as the head of a model with tied embeddings."""
@@ -28,6 +34,7 @@ class Embedding(VocabParallelEmbedding):
         super().__init__(model.vocab_size, model.padded_vocab_size, model.hidden_size, init, grid)
         self.positions = kind.at_embedding(model, grid) if kind and kind.at_embedding else None
         self.dropout, self.max_positions = model.hidden_dropout, model.max_position_embeddings
+        self.noise_alpha = model.neftune_noise_alpha
         self.reset_mask, self.reset_positions = model.reset_attention_mask, model.reset_position_ids
         self.block_windows = block_windows(model, grid.device)
 
@@ -45,6 +52,8 @@ class Embedding(VocabParallelEmbedding):
         if length > self.max_positions:
             raise ValueError(f"{length} tokens are more than max_position_embeddings ({self.max_positions})")
         hidden = super().forward(tokens)
+        if self.noise_alpha is not None and self.training:
+            hidden = with_noise(hidden, self.noise_alpha / math.sqrt(length * hidden.shape[-1]), self.grid)
         if self.positions is not None:
             positions = None if cache is None else cache.positions
             if masking.document_start is not None and self.reset_positions:

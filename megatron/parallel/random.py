@@ -1,4 +1,4 @@
-"""Random streams for dropout under tensor parallelism.
+"""Random streams for dropout and noise under tensor parallelism.
 
 Replicated activations need the same mask on every rank of a tensor-parallel group: they use torch's default generators,
 which the engine seeds identically within the group. Sharded activations need different masks: each rank has a stream
@@ -7,7 +7,7 @@ repeats both kinds of masks.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -44,6 +44,15 @@ def dropout(hidden: Tensor, probability: float, training: bool, grid: ParallelGr
         return dropped
     with own_stream(grid):
         return F.dropout(hidden, probability)
+
+
+def with_noise(hidden: Tensor, bound: float, grid: ParallelGrid) -> Tensor:
+    """Hidden states plus uniform noise in [-bound, bound].
+
+    The same noise on all tensor-parallel ranks, or one each with sequence parallelism.
+    """
+    with own_stream(grid) if grid.sequence_parallel else nullcontext():
+        return hidden + torch.empty_like(hidden).uniform_(-bound, bound)
 
 
 @torch.library.custom_op("deepy::own_dropout", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))

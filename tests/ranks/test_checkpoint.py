@@ -27,7 +27,7 @@ from tests.operations import Operations
 from tests.ranks.moves import MOVES, TIED, Move, carry_out, different_tensors, engine_of, run_steps, tensors, train
 from tests.ranks.run import own_device, run_ranks
 
-MODEL = {"tied_embeddings": True, "hidden_dropout": 0.1}
+MODEL = {"tied_embeddings": True, "hidden_dropout": 0.1, "neftune_noise_alpha": 5.0}
 
 
 @pytest.mark.parametrize(

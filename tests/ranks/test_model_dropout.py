@@ -1,5 +1,7 @@
 """Dropout and recomputation of the whole model: bit-equal with and without, alike on ranks where it has to be."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -97,3 +99,25 @@ def test_evaluation_drops_nothing():
         tokens = random_tokens(VARIETY["neox"], batch=1, length=9)
         with_dropout, without = (build(small(**fields), grid).eval()(tokens) for fields in (DROPOUT, {}))
     assert torch.equal(with_dropout, without)
+
+
+def noise_body(model: ModelPlan) -> None:
+    for sequence_parallel in (False, True)[: dist.get_world_size()]:
+        grid = make_grid(tensor=dist.get_world_size(), sequence_parallel=sequence_parallel)
+        tokens = random_tokens(model, batch=3, length=12).to(grid.device)
+        embeddings = {alpha: build(replace(model, neftune_noise_alpha=alpha), grid).layers[0] for alpha in (None, 6.0)}
+        quiet = embeddings[None].train()(tokens)
+        assert torch.equal(quiet, embeddings[6.0].eval()(tokens))  # none outside of training
+        torch.manual_seed(3)
+        noise = (embeddings[6.0].train()(tokens) - quiet).detach()
+        bound = 6 / (12 * model.hidden_size) ** 0.5  # of the whole sequence, whatever part of it is here
+        assert 0.95 * bound < float(noise.abs().max()) <= bound * (1 + 1e-5)  # the sum is rounded
+        assert abs(float(noise.std()) / bound - 3**-0.5) < 0.05  # uniform: of more than 500 elements
+        parts = [torch.empty_like(noise) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, noise)
+        assert all(torch.equal(part, noise) for part in parts) != sequence_parallel
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_noise_on_the_embedding_is_bounded_and_alike_on_ranks_that_hold_the_same(tp):
+    run_ranks(tp, noise_body, small())

@@ -233,6 +233,10 @@ class ModelKeys(Group):
     hidden_dropout: Dropout = 0.0
     """Dropout of the embedding and of the output of each branch."""
 
+    neftune_noise_alpha: PositiveFloat | None = None
+    """Noise on the token embedding in training, for fine-tuning on instructions (NEFTune): each element is moved by a
+    random number of at most this / sqrt(seq_length x hidden_size). 5 to 15 are usual. Unset: no noise."""
+
     vocab_size: PositiveInt | None = None
     """Ids that the model knows: rows of its embedding in a checkpoint, at least the tokenizer's vocabulary. Published
     models often have more rows than their tokenizer has ids. Unset: the tokenizer's vocabulary."""
