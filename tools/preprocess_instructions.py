@@ -3,7 +3,7 @@ r"""Tokenize instruction data, with labels for the answers only. Writes PREFIX_t
     python tools/preprocess_instructions.py --input a.jsonl --prompt-key question --completion-key answer \
         --tokenizer-type HFTokenizer --vocab-file tokenizer.json --output-prefix data/qa
     python tools/preprocess_instructions.py --input chats.jsonl --messages-key messages \
-        --tokenizer-type HFTokenizer --vocab-file model/tokenizer.json --output-prefix data/chats
+        --tokenizer-type HFTokenizer --vocab-file path/to/model --output-prefix data/chats
 
 Messages are rendered by the tokenizer's chat template (tokenizer_config.json or chat_template.jinja next to the
 vocabulary, or --chat-template FILE). Train with train_data_paths, train_label_data_paths and, as a rule,

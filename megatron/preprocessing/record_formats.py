@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.errors import UserError
-from megatron.files import is_file
+from megatron.files import is_file, is_folder
 from megatron.preprocessing import chat_environment
 from megatron.text_files import read_text
 
@@ -126,9 +126,10 @@ class Chat:
 def chat_template(key: str, file: Path | None, vocab_file: str | None, today: date | None = None) -> Chat:
     """The template in `file`, else the one next to the tokenizer: chat_template.jinja, or in tokenizer_config.json.
 
+    vocab_file: of the tokenizer, or the folder of a model.
     today: the date for templates that write one. Raises UserError where there is no template, or it cannot be read.
     """
-    folder = Path(vocab_file).parent if vocab_file else None
+    folder = (Path(vocab_file) if is_folder(vocab_file) else Path(vocab_file).parent) if vocab_file else None
     config = _tokenizer_config(folder / "tokenizer_config.json") if folder else {}
     template: Any = config.get("chat_template")
     if file is not None:

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from megatron.errors import UserError
-from megatron.files import is_folder
+from megatron.files import is_file, is_folder
 from megatron.text_files import read_text
 from megatron.tokenizer.base import (
     END_OF_DOCUMENT,
@@ -136,14 +136,34 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def build_hf_tokenizer(vocab_file: str | None, merge_file: str | None, token: str | None) -> HuggingFaceTokenizer:
-    """`HFTokenizer`: vocab_file is a tokenizer.json, merges included. Raises UserError for a broken one."""
-    path = required_file(vocab_file, "vocab_file", "HFTokenizer", "a tokenizer.json")
+    """`HFTokenizer`: vocab_file is a tokenizer.json, merges included, or the folder of a model that holds one.
+
+    token: None means "<|endoftext|>", or if there is none the `eos_token` of the tokenizer_config.json beside the file.
+    Raises UserError for a broken file.
+    """
+    if vocab_file and is_folder(vocab_file):
+        vocab_file = str(Path(vocab_file) / "tokenizer.json")
+    path = required_file(vocab_file, "vocab_file", "HFTokenizer", "a tokenizer.json, or a folder that holds one")
     content = read_text(path, "vocab_file")
     try:
         backend = tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # the library raises bare Exception
         raise UserError(f'vocab_file ("{path}") is not a tokenizer.json: {error}') from error
+    if token is None and backend.token_to_id(END_OF_DOCUMENT) is None:
+        token = _end_of_text(path.parent / "tokenizer_config.json")
     return HuggingFaceTokenizer(backend, "HFTokenizer", path, content, token or END_OF_DOCUMENT)
+
+
+def _end_of_text(config: Path) -> str | None:
+    """The `eos_token` in the settings of a tokenizer."""
+    if not is_file(config):
+        return None
+    try:
+        named = json.loads(read_text(config, "the tokenizer's settings"))["eos_token"]
+        token = named["content"] if isinstance(named, dict) else named
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return None  # the message about the default says what to set
+    return token if isinstance(token, str) else None
 
 
 def build_gpt2_bpe_tokenizer(vocab_file: str | None, merge_file: str | None, token: str | None) -> HuggingFaceTokenizer:

@@ -148,6 +148,7 @@ def test_the_template_is_found_beside_the_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     record = {"m": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     assert chat_template("m", None, vocabulary)(record) == [("^<user>a;<assistant>", False), ("b;", True), ("", False)]
+    assert chat_template("m", None, str(tmp_path)).template == TEMPLATE  # the folder of a model
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     assert chat_template("m", None, vocabulary)(record) == [("a", False), ("b", True), ("", False)]
 

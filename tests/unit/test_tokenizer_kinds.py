@@ -1,5 +1,6 @@
 """What holds for every tokenizer in the registry; a new one is tested as soon as it has an entry in tokenizer_files."""
 
+import json
 import pickle
 from pathlib import Path
 
@@ -9,9 +10,9 @@ from hypothesis import strategies as st
 
 from megatron.errors import UserError
 from megatron.registry import names
-from megatron.tokenizer.base import Tokenizer
+from megatron.tokenizer.base import END_OF_DOCUMENT, Tokenizer
 from megatron.tokenizer.build import TokenizerSettings, build_tokenizer
-from tests.tokenizer_files import TEXT, settings_of_each_kind
+from tests.tokenizer_files import TEXT, bpe_file, settings_of_each_kind
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +114,16 @@ def test_a_missing_or_foreign_vocabulary_file_is_a_clear_error(kind: str, tmp_pa
 def test_an_unknown_kind_names_the_nearest() -> None:
     with pytest.raises(UserError, match='Did you mean "HFTokenizer"'):
         build_tokenizer("HFTokeniser")
+
+
+def test_the_folder_of_a_model_stands_for_its_tokenizer_with_the_end_that_its_settings_name(tmp_path: Path) -> None:
+    definition = json.loads(Path(bpe_file(tmp_path)).read_text())
+    text = json.dumps(definition).replace(END_OF_DOCUMENT, "</s>")
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match=r"no token .<.endoftext.>"):
+        build_tokenizer("HFTokenizer", str(tmp_path))
+    for token in ("</s>", {"content": "</s>"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+        tokenizer = build_tokenizer("HFTokenizer", str(tmp_path))
+        assert tokenizer.decode([tokenizer.end_of_document]) == "</s>"
+        assert tokenizer.fingerprint == build_tokenizer("HFTokenizer", str(tmp_path / "tokenizer.json")).fingerprint

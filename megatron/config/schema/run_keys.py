@@ -25,7 +25,8 @@ class TokenizerKeys(Group):
     CharLevelTokenizer (bytes), TiktokenTokenizer, SPMTokenizer."""
 
     vocab_file: PathText | None = None
-    """Vocabulary or tokenizer file; for TiktokenTokenizer also the name of an encoding."""
+    """Vocabulary or tokenizer file; for TiktokenTokenizer also the name of an encoding, for HFTokenizer and the GPT-2
+    tokenizers also the folder of a model."""
 
     merge_file: PathText | None = None
     """merges.txt of the GPT-2 tokenizers."""
