@@ -49,8 +49,13 @@ TABLE: dict[str, dict[str, str]] = {
         "gelu_tanh": "megatron.model.activations:gelu_tanh",
         "relu": "megatron.model.activations:relu",
         "silu": "megatron.model.activations:silu",
+        "mish": "megatron.model.activations:mish",
+        "softsign": "megatron.model.activations:softsign",
+        "glu": "megatron.model.activations:glu",
+        "bilinear": "megatron.model.activations:bilinear",
         "swiglu": "megatron.model.activations:swiglu",
         "geglu": "megatron.model.activations:geglu",
+        "geglu_tanh": "megatron.model.activations:geglu_tanh",
         "reglu": "megatron.model.activations:reglu",
     },
     "attention_backend": {

@@ -69,9 +69,14 @@ def _block(model: ModelPlan, split: int) -> int:
     inner = (2 if is_gated(model.activation) else 1) * model.ffn_hidden_size
     biases = fused // split * model.bias_in_query_key_value + hidden * model.bias_in_dense
     biases += (inner // split + hidden) * model.bias_in_mlp
-    norms = (1 if model.tied_norm else 2) * _norm(model)
-    if model.qk_norm == "head":
-        norms += 2 * model.head_size
-    elif model.qk_norm == "full":
-        norms += (model.num_attention_heads + model.num_kv_heads) * model.head_size // split
-    return product_weights(model, split) + biases + norms
+    norms = (1 if model.tied_norm else 4 if model.norm_placement == "both" else 2) * _norm(model)
+    return product_weights(model, split) + biases + norms + _query_key_norm(model, split)
+
+
+def _query_key_norm(model: ModelPlan, split: int) -> int:
+    """Parameters of the norms of queries and keys in one block."""
+    if model.qk_norm is None:
+        return 0
+    heads = 2 if model.qk_norm == "head" else (model.num_attention_heads + model.num_kv_heads) // split
+    has_bias = model.norm == "layernorm" and model.norm_bias and model.qk_norm != "each_head"
+    return heads * model.head_size * (1 + has_bias)

@@ -1,7 +1,7 @@
 """Memory of activations that a micro-batch saves for the backward pass, on one rank.
 
 Sizes are those that torch's operations save, uncompiled. on_cpu: RMSNorm is composed instead of a single kernel, and
-saves its input and its result before the weight, both in fp32.
+saves its input and its result before the weight, both in fp32. ScaleNorm is composed everywhere.
 """
 
 from megatron.config.pipeline_stages import layer_classes
@@ -73,23 +73,26 @@ def block_bytes(plan: Plan, on_cpu: bool = False) -> int:
 def _norms_and_stream(plan: Plan, on_cpu: bool) -> int:
     model, tokens = plan.model, stream_tokens(plan)
     hidden = tokens * model.hidden_size * WIDTH[plan.engine.precision]
-    norms = 1 if model.tied_norm else 2
+    inputs = 1 if model.tied_norm else 2  # of attention and feed-forward layer
     streams = 1 if model.parallel_residual else 2  # inputs of the norms that differ
+    norms, normed = (4, 4) if model.norm_placement == "both" else (inputs, streams)
     dropped = streams * tokens * model.hidden_size if model.hidden_dropout else 0  # masks, a byte each
-    return norms * hidden + _norm_inputs(plan, norms, streams, on_cpu) + norms * _statistics(plan) + dropped
+    return inputs * hidden + _norm_inputs(plan, norms, normed, on_cpu) + norms * _statistics(plan) + dropped
 
 
-def _norm_inputs(plan: Plan, norms: int, streams: int, on_cpu: bool) -> int:
-    """Bytes of norm inputs that are saved. streams: distinct input tensors."""
+def _norm_inputs(plan: Plan, norms: int, inputs: int, on_cpu: bool) -> int:
+    """Bytes that norms save of elements. inputs: distinct input tensors."""
     elements, width = stream_tokens(plan) * plan.model.hidden_size, WIDTH[plan.engine.precision]
-    if not on_cpu or plan.model.norm != "rmsnorm":
-        return streams * elements * width
-    return elements * 4 * (norms + (streams if width == 4 else norms))  # each makes its own fp32 copy of a 16-bit input
+    norm = plan.model.norm
+    composed = norm == "scalenorm" or (on_cpu and norm in ("rmsnorm", "rmsnorm_1p"))
+    copied = width < 4 and (composed or norm == "rmsnorm_1p")  # each norm makes its own fp32 copy
+    results = norms * elements * 4 if composed else 0  # before the weight
+    return results + (norms * elements * 4 if copied else inputs * elements * width)
 
 
 def _statistics(plan: Plan) -> int:
     """Bytes of the statistics of every token, in fp32."""
-    return stream_tokens(plan) * (4 if plan.model.norm == "rmsnorm" else 8)
+    return stream_tokens(plan) * (4 if plan.model.norm in ("rmsnorm", "rmsnorm_1p") else 8)
 
 
 def _attention(plan: Plan, on_cpu: bool) -> int:
@@ -97,8 +100,8 @@ def _attention(plan: Plan, on_cpu: bool) -> int:
     queries = model.num_attention_heads * model.head_size // plan.layout.tensor
     keys = model.num_kv_heads * model.head_size // plan.layout.tensor
     elements = queries + 2 * keys + queries  # the fused projection, of which the values are a view; the result
-    if model.position_embedding == "rotary":
-        elements += queries + keys  # rotated copies
+    if model.position_embedding == "rotary" or model.qk_norm is not None:
+        elements += queries + keys  # rotated, or scaled by the norm's weight
     if plan.layout.context > 1:  # queries, keys, values and result, exchanged
         elements = queries + 2 * keys + 2 * queries
     several = model.num_kv_heads // (plan.layout.tensor * plan.layout.context) > 1
@@ -111,14 +114,16 @@ def _attention(plan: Plan, on_cpu: bool) -> int:
 
 
 def _query_key_norm(plan: Plan) -> int:
-    """Bytes saved by the norms of queries and keys."""
+    """Bytes saved by the norms of queries and keys: normalized heads, statistics, and copies in fp32."""
     model, tokens, width = plan.model, tokens_on_rank(plan), WIDTH[plan.engine.precision]
+    if model.qk_norm is None:
+        return 0
+    together, centred = model.qk_norm == "full", model.norm == "layernorm"
+    result = 4 if model.norm == "rmsnorm_1p" else width
+    copied = (together and (centred or width < 4)) or result > width
+    statistics = 0 if together else 8 if centred else 4
     heads = (model.num_attention_heads + model.num_kv_heads) // plan.layout.tensor
-    if model.qk_norm == "head":
-        return tokens * heads * (model.head_size * width + 4)  # and a mean square of each head
-    if model.qk_norm == "full":
-        return tokens * heads * model.head_size * (width if width == 4 else width + 4)  # the sum is taken in fp32
-    return 0
+    return tokens * heads * (model.head_size * (result + 4 * copied) + statistics)
 
 
 def _needs_mask(plan: Plan, on_cpu: bool) -> bool:
@@ -127,9 +132,13 @@ def _needs_mask(plan: Plan, on_cpu: bool) -> bool:
     return not by_blocks and (plan.model.sliding_window or plan.batch.sequence_length) < plan.batch.sequence_length
 
 
+# Tensors that an activation saves besides its result; the others save their input.
+SAVED_BY_ACTIVATION = {"relu": 0, "reglu": 0, "glu": 0, "bilinear": 0, "softsign": 2}
+
+
 def _feed_forward(plan: Plan) -> int:
-    """Bytes before and after the activation; gated: gate, its activation, up, and their product."""
-    saved = 4 if is_gated(plan.model.activation) else 2
+    """Bytes saved by the activation, and its result; gated: up and the product as well."""
+    saved = (3 if is_gated(plan.model.activation) else 1) + SAVED_BY_ACTIVATION.get(plan.model.activation, 1)
     width = plan.model.ffn_hidden_size // plan.layout.tensor
     return saved * tokens_on_rank(plan) * width * WIDTH[plan.engine.precision]
 

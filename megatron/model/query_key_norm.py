@@ -1,70 +1,99 @@
-"""RMSNorm of queries and keys before rotary positions.
+"""Norms of queries and keys before rotary positions, of the kind that the model's other norms have.
 
 Shapes: b micro-batch, s sequence, n query heads and g key/value heads on this rank, r = n/g query heads per key/value
 head, d head size. Heads are ordered as in attention: for each key/value head its r query heads, then the key.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config.plan import ModelPlan
 from megatron.parallel.collectives import copy_to_group, reduce_from_group
 from megatron.parallel.grid import ParallelGrid
-from megatron.parallel.initial_values import ones
+from megatron.parallel.initial_values import ones, zeros
 from megatron.parallel.parameter import new_parameter
 
 
-class Weight(nn.Module):
-    """The weight of a norm that its parent module computes."""
+class Weights(nn.Module):
+    """The weight, and with `bias` the bias, of a norm that its parent module computes."""
 
-    def __init__(self, size: int, shard_dim: int | None, grid: ParallelGrid) -> None:
+    def __init__(self, size: int, shard_dim: int | None, model: ModelPlan, bias: bool, grid: ParallelGrid) -> None:
         super().__init__()
-        self.weight = new_parameter((size,), shard_dim, ones, grid)
+        self.weight = new_parameter((size,), shard_dim, zeros if model.norm == "rmsnorm_1p" else ones, grid)
+        self.bias = new_parameter((size,), shard_dim, zeros, grid) if bias else None
 
 
-class HeadNorm(nn.Module):
-    """RMSNorm of each head (Qwen 3, https://arxiv.org/abs/2505.09388); all heads share a weight [d]."""
+class QueryKeyNorm(nn.Module):
+    """Norms of queries and of keys. `model.qk_norm` says over what, and how many weights there are.
 
-    def __init__(self, model: ModelPlan, grid: ParallelGrid) -> None:
-        super().__init__()
-        self.query, self.key = (Weight(model.head_size, None, grid) for _ in range(2))
-        self.group, self.epsilon = grid.group("tensor"), model.norm_epsilon
-
-    def forward(self, heads: Tensor) -> Tensor:
-        """[b, s, g, r+1, d] -> the same shape. Two all-reduces of [d] backward, for the replicated weights."""
-        query, key = (copy_to_group(norm.weight, self.group) for norm in (self.query, self.key))
-        weights = torch.cat((query.expand(heads.shape[3] - 1, -1), key.unsqueeze(0)))
-        return torch.nn.functional.rms_norm(heads, heads.shape[-1:], None, self.epsilon) * weights
-
-
-class FullNorm(nn.Module):
-    """RMSNorm over all queries of a token, and over all keys (OLMo 2, https://arxiv.org/abs/2501.00656).
-
-    The weights, [all query heads * d] and [all key heads * d], are sharded like the heads.
+    head: each head; one weight [d] for all queries and one for all keys (Qwen 3, https://arxiv.org/abs/2505.09388;
+    Gemma 3; Phi, with biases).
+    each_head: each head; a weight for each, without bias (StableLM, Cohere).
+    full: all queries of a token together, and all keys (OLMo 2, https://arxiv.org/abs/2501.00656).
+    The weights of each_head and full, [all query heads * d] and [all key heads * d], are sharded like the heads.
     """
 
     def __init__(self, model: ModelPlan, grid: ParallelGrid) -> None:
         super().__init__()
         self.widths = (model.num_attention_heads * model.head_size, model.num_kv_heads * model.head_size)
-        self.query, self.key = (Weight(width, 0, grid) for width in self.widths)
+        self.shared, self.over_all = model.qk_norm == "head", model.qk_norm == "full"
+        self.centred, self.one_plus = model.norm == "layernorm", model.norm == "rmsnorm_1p"
+        sizes = (model.head_size,) * 2 if self.shared else self.widths
+        has_bias = self.centred and model.norm_bias and model.qk_norm != "each_head"
+        self.query, self.key = (Weights(size, None if self.shared else 0, model, has_bias, grid) for size in sizes)
         self.group, self.epsilon = grid.group("tensor"), model.norm_epsilon
 
     def forward(self, heads: Tensor) -> Tensor:
-        """[b, s, g, r+1, d] -> the same shape. One all-reduce of [b, s, 2] forward and one backward."""
+        """[b, s, g, r+1, d] -> the same shape.
+
+        head: an all-reduce of [d] backward for each weight, which every rank uses. full: an all-reduce of [b, s, 2]
+        forward and one backward, with layernorm two.
+        """
+        inputs = heads.float() if self.one_plus else heads
+        if self.over_all:
+            normed = self._normed_together(inputs)
+        elif self.centred:
+            normed = F.layer_norm(inputs, inputs.shape[-1:], None, None, self.epsilon)
+        else:
+            normed = F.rms_norm(inputs, inputs.shape[-1:], None, self.epsilon)
+        weight = self._for_heads(self.query.weight, self.key.weight, heads)
+        scaled = normed * (1 + weight.float() if self.one_plus else weight)
+        if self.query.bias is not None and self.key.bias is not None:
+            scaled = scaled + self._for_heads(self.query.bias, self.key.bias, heads)
+        return scaled.to(heads.dtype)
+
+    def _for_heads(self, query: Tensor, key: Tensor, heads: Tensor) -> Tensor:
+        """What belongs to each head: [g, r+1, d], or [r+1, d] if all have the same."""
         groups, share, size = heads.shape[2], heads.shape[3] - 1, heads.shape[4]
+        if self.shared:
+            query, key = copy_to_group(query, self.group), copy_to_group(key, self.group)
+            return torch.cat((query.expand(share, -1), key.unsqueeze(0)))
+        return torch.cat((query.view(groups, share, size), key.view(groups, 1, size)), dim=1)
+
+    def _normed_together(self, heads: Tensor) -> Tensor:
+        """The queries of a token normalized as one vector, and its keys as another; without weights."""
         wide = heads.float()
-        squares = wide.square().sum(dim=(2, 4))  # [b, s, r+1]
-        sums = torch.stack((squares[..., :share].sum(-1), squares[..., share]), dim=-1)
+        if self.centred:
+            wide = wide - _to_heads(self._means(wide), wide)
+        scales = (self._means(wide.square()) + self.epsilon).rsqrt()
+        return (wide * _to_heads(scales, wide)).to(heads.dtype)
+
+    def _means(self, values: Tensor) -> Tensor:
+        """The means of `values` [b, s, g, r+1, d] over all queries and over all keys of all ranks: [b, s, 2]."""
+        of_heads = values.sum(dim=(2, 4))
+        sums = torch.stack((of_heads[..., :-1].sum(-1), of_heads[..., -1]), dim=-1)
         # every rank uses the total sum, so its gradient is a sum over the ranks as well
         sums = copy_to_group(reduce_from_group(sums, self.group), self.group)
-        scales = (sums / sums.new_tensor(self.widths) + self.epsilon).rsqrt()
-        scales = torch.cat((scales[..., :1].expand(-1, -1, share), scales[..., 1:]), dim=-1)[:, :, None, :, None]
-        query, key = self.query.weight.view(groups, share, size), self.key.weight.view(groups, 1, size)
-        return (wide * scales).to(heads.dtype) * torch.cat((query, key), dim=1)
+        return sums / sums.new_tensor(self.widths)
+
+
+def _to_heads(values: Tensor, heads: Tensor) -> Tensor:
+    """One value for queries and one for keys, [b, s, 2] -> [b, s, 1, r+1, 1]."""
+    queries = values[..., :1].expand(-1, -1, heads.shape[3] - 1)
+    return torch.cat((queries, values[..., 1:]), dim=-1)[:, :, None, :, None]
 
 
 def query_key_norm(model: ModelPlan, grid: ParallelGrid) -> nn.Module | None:
     """The norm that `model` requires, or None."""
-    if model.qk_norm is None:
-        return None
-    return HeadNorm(model, grid) if model.qk_norm == "head" else FullNorm(model, grid)
+    return None if model.qk_norm is None else QueryKeyNorm(model, grid)

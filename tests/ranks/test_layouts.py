@@ -109,6 +109,26 @@ def test_tied_embeddings_train_like_one_rank(tmp_path, reference, layout):
     assert_same(curve(tmp_path, accumulation=2, model=TIED, **layout), reference(model=TIED))
 
 
+OLMO = {"norm": "non_parametric_layernorm", "bias_in_query_key_value": False, "bias_in_dense": False}
+GEMMA = {"norm": "rmsnorm_1p", "norm_placement": "both", "num_kv_heads": 2}
+COHERE = {"norm_bias": False, "parallel_residual": True, "tied_norm": True, "qk_norm": "each_head", "num_kv_heads": 2}
+SPLIT = {"pipe": 2, "tensor": 2, "sequence_parallel": True}
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        pytest.param(OLMO, {"data": 2, "zero": 3}, id="norms without parameters, ZeRO 3"),
+        pytest.param(OLMO, SPLIT, id="norms without parameters, pipeline", marks=pytest.mark.long),
+        pytest.param(GEMMA | TIED, SPLIT, id="Gemma, pipeline"),
+        pytest.param(COHERE, {"tensor": 2, "data": 2, "zero": 3}, id="Cohere, ZeRO 3", marks=pytest.mark.long),
+        pytest.param({"norm": "scalenorm"}, SPLIT, id="scalenorm, pipeline", marks=pytest.mark.long),
+    ],
+)
+def test_norms_of_every_kind_train_like_one_rank(tmp_path, reference, model, layout):
+    assert_same(curve(tmp_path, model=model, **layout), reference(model=model))
+
+
 def test_training_learns_and_the_clip_is_at_work(reference):
     seen = reference()
     assert seen["losses"][-1] < seen["losses"][0] - 0.5

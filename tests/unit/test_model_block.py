@@ -58,6 +58,28 @@ def test_one_norm_is_for_parallel_residuals_only(grid):
     assert hasattr(make(grid, parallel_residual=False, tied_norm=True), "post_attention_norm")
 
 
+@pytest.mark.parametrize("multiplier", [1.0, 0.25])
+@pytest.mark.parametrize("placement", ["input", "output", "both"])
+def test_norms_are_where_the_placement_says_and_branches_are_scaled_before_they_are_added(grid, placement, multiplier):
+    block = make(grid, norm_placement=placement, norm="rmsnorm", residual_multiplier=multiplier)
+    x = random_tensor((2, 5, 32), 3)
+    before, after = placement != "output", placement != "input"
+    norms = {name for name, _ in block.named_children() if name.endswith("norm")}
+    mlp_input = "pre_mlp_norm" if placement == "both" else "post_attention_norm"
+    expected = {"input_norm", mlp_input} if before else set()
+    assert norms == expected | ({"post_attention_norm", "post_mlp_norm"} if after else set())
+    attended = block.attention(block.input_norm(x) if before else x)
+    between = x + multiplier * (block.post_attention_norm(attended) if after else attended)
+    mixed = block.mlp(getattr(block, mlp_input)(between) if before else between)
+    torch.testing.assert_close(block(x), between + multiplier * (block.post_mlp_norm(mixed) if after else mixed))
+
+
+def test_parallel_branches_are_scaled_together(grid):
+    plain, scaled = (make(grid, parallel_residual=True, residual_multiplier=factor) for factor in (1.0, 0.25))
+    x = random_tensor((2, 5, 32), 3)
+    torch.testing.assert_close(scaled(x), x + 0.25 * (plain(x) - x))
+
+
 @pytest.mark.long
 def test_a_parallel_bf16_block_with_biases_compiles_forward_and_backward(grid):
     block = make(grid, parallel_residual=True).bfloat16()

@@ -378,7 +378,7 @@ REFUSED: tuple[tuple[tuple[str, ...], Answer], ...] = (
         ("use_qk_layernorm",),
         Answer(
             "refused",
-            "its numbers depend on model_parallel_size; write qk_norm: head (Qwen 3) or full (OLMo 2), with rmsnorm",
+            "its numbers depend on model_parallel_size; write qk_norm: head, each_head or full",
         ),
     ),
     (("opt_pos_emb_offset",), Answer("refused", "OPT's shifted positions are not supported", harmless=(0,))),
@@ -475,10 +475,6 @@ _INIT = "normal, scaled_normal, small_init or wang_init would work"
 # Single values of honoured keys, lower case.
 VALUES: dict[tuple[str, object], Answer] = {
     ("activation", "swish"): Answer("translated", "the same function", change=lambda value, _: {"activation": "silu"}),
-    **{
-        ("activation", name): Answer("refused", "gelu, relu, silu, swiglu, geglu or reglu would work")
-        for name in ("softsign", "mish", "bilinear", "glu")
-    },
     ("norm", "te_rmsnorm"): Answer("translated", "the same norm in torch", change=lambda value, _: {"norm": "rmsnorm"}),
     ("norm", "te_layernorm"): Answer("translated", "the same norm in torch", change=lambda v, _: {"norm": "layernorm"}),
     **{

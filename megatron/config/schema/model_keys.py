@@ -182,7 +182,8 @@ class ModelKeys(Group):
     """Cap c of the logits: c * tanh(logits / c) (Gemma 2). Unset: no cap."""
 
     activation: Annotated[str, registered("activation")] = "gelu"
-    """Activation of the feed-forward layer; those that end in glu, and bilinear, are gated."""
+    """Activation of the feed-forward layer: gelu, gelu_tanh, relu, silu, mish or softsign; with a gate swiglu, geglu,
+    geglu_tanh (Gemma), reglu, glu or bilinear, which compute function(gate) * up."""
 
     gpt_j_residual: bool = False
     """Parallel residual: attention and feed-forward layer read the same input and their outputs are added."""
