@@ -66,6 +66,7 @@ class Family:
     fixed: fields of ModelPlan that are always so. prefix: of all parameter names but the head's. modules: our modules
     outside the blocks -> theirs; layers: the list of their blocks; block: our modules in a block -> theirs. A string is
     the same module under another name. ignored: ends of tensor names without content of their own.
+    in_files: the names that files have for parameters that transformers names otherwise in memory.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Family:
     layers: str
     block: Mapping[str, str | Module]
     ignored: tuple[str, ...] = field(default=())
+    in_files: Mapping[str, str] = field(default_factory=dict)
 
     def like(
         self,
@@ -163,7 +165,7 @@ class Family:
             entries += _entries(inside, self.block, f"blocks.{layer}.", f"{self.layers}.{layer}.", model)
         head = self.modules.get("head")
         tied = (f"{_module(head).theirs}.weight",) if head is not None and model.tied_embeddings else ()
-        return ParameterMap(entries, self.prefix, self.ignored + tied)
+        return ParameterMap(entries, self.prefix, self.ignored + tied, self.in_files)
 
 
 def family_of(config: Values) -> Family:

@@ -5,7 +5,7 @@ trip is bit exact, and each entry stands alone, so that a model can be converted
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -168,11 +168,13 @@ class ParameterMap:
 
     prefix: with which all of their names but the head's begin, and which some published files leave out.
     ignored: ends of their names without content of their own, such as buffers and a tied head.
+    in_files: names that files have for parameters that transformers names otherwise in memory.
     """
 
     entries: Sequence[Entry]
     prefix: str = ""
     ignored: tuple[str, ...] = ()
+    in_files: Mapping[str, str] = field(default_factory=dict)
 
     def find(self, stored: Iterable[str]) -> dict[str, str]:
         """Their names in the entries -> the names in files that hold the tensors `stored`.
@@ -180,9 +182,11 @@ class ParameterMap:
         Raises UserError for missing names and for names without a counterpart: no weight is dropped silently.
         """
         required = {name for entry in self.entries for name in entry.theirs}
+        in_memory = {stored_name: name for name, stored_name in self.in_files.items()}
         found, unknown = {}, []
         for name in stored:
-            whole = name if name in required or name.startswith(self.prefix) else self.prefix + name
+            whole = in_memory.get(name, name)
+            whole = whole if whole in required or whole.startswith(self.prefix) else self.prefix + whole
             if whole in required:
                 found[whole] = name
             elif not whole.endswith(self.ignored):

@@ -7,7 +7,7 @@ Where documents are kept apart, document starts accompany the hidden states (`la
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -17,8 +17,8 @@ from megatron.model.embedding_and_head import Embedding, FinalNorm, Head, apply_
 from megatron.model.layer import Layer
 from megatron.model.positions import PositionEmbedding
 from megatron.parallel.collectives import gather_from_group
-from megatron.parallel.grid import ParallelGrid
-from megatron.parallel.parameter import name_parameters
+from megatron.parallel.grid import LoneGrid, ParallelGrid
+from megatron.parallel.parameter import PlacedParameter, name_parameters
 from megatron.registry import resolve
 
 
@@ -43,6 +43,16 @@ def gpt_layers(model: ModelPlan, grid: ParallelGrid, seed: int | None) -> list[L
     else:
         first, last = layer(Embedding, "embedding", kind), layer(Head, "head")
     return [first, *blocks, layer(FinalNorm, ""), last]
+
+
+def parameter_shapes(model: ModelPlan) -> dict[str, tuple[int, ...]]:
+    """The whole shape of every parameter by its global name, in the order of the layers; no memory is allocated."""
+    shapes = {}
+    for layer in gpt_layers(model, LoneGrid("meta"), seed=None):
+        for parameter in layer.build().parameters():
+            placed = cast(PlacedParameter, parameter)
+            shapes[placed.global_name] = placed.global_shape
+    return shapes
 
 
 def _build(module_class: type[nn.Module], name: str, seed: int | None, *arguments: Any) -> nn.Module:

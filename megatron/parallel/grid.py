@@ -1,7 +1,7 @@
 """The grid of ranks and its process groups: one object per process, passed as an argument."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -102,3 +102,31 @@ class ParallelGrid:
     def is_last_stage(self) -> bool:
         """Whether this rank holds the last stage of the pipeline."""
         return self.rank("pipe") == self.size("pipe") - 1
+
+
+class LoneGrid(ParallelGrid):
+    """The grid of this process alone, without a process group: for a model beside those of the run, or none.
+
+    Collectives over its groups return their input. On the device "meta" a model has shapes and no memory.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        object.__setattr__(self, "_device", torch.device(device))
+        object.__setattr__(self, "_group", cast(Any, dist.ProcessGroup)(0, 1))
+
+    def size(self, axis: Axis) -> int:
+        """1."""
+        return 1
+
+    def rank(self, axis: Axis) -> int:
+        """0."""
+        return 0
+
+    def group(self, axis: Axis) -> dist.ProcessGroup:
+        """A group of one rank, over which nothing can be sent."""
+        return cast(dist.ProcessGroup, vars(self)["_group"])
+
+    @property
+    def device(self) -> torch.device:
+        """The device that was asked for."""
+        return cast(torch.device, vars(self)["_device"])

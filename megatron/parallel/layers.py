@@ -161,7 +161,7 @@ class VocabParallelEmbedding(nn.Module):
         # added to the logits if this rank has padding rows: -inf for those, 0 for the others
         beyond = torch.arange(start, start + rows, device=grid.device) >= vocab_size
         logits = torch.zeros(rows, device=grid.device).masked_fill(beyond, float("-inf"))
-        self.register_buffer("padding_logits", logits if bool(beyond.any()) else None, persistent=False)
+        self.register_buffer("padding_logits", logits if start + rows > vocab_size else None, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids [b, s] int64 -> [b, s, h], the same on every rank; [b, s/tp, h] with sequence parallelism."""

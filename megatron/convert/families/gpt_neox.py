@@ -29,5 +29,6 @@ FAMILY = Family(
         "mlp.up": "mlp.dense_h_to_4h",
         "mlp.down": "mlp.dense_4h_to_h",
     },
+    in_files={"lm_head.weight": "embed_out.weight"},
     ignored=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),  # buffers of older versions
 )
