@@ -66,8 +66,13 @@ TABLE: dict[str, dict[str, str]] = {
     "init_method": {
         "normal": "megatron.model.init:normal",
         "scaled_normal": "megatron.model.init:scaled_normal",
+        "single_residual_scaled_normal": "megatron.model.init:single_residual_scaled_normal",
         "small_init": "megatron.model.init:small_init",
         "wang_init": "megatron.model.init:wang_init",
+        "xavier_normal": "megatron.model.init:xavier_normal",
+        "xavier_uniform": "megatron.model.init:xavier_uniform",
+        "orthogonal": "megatron.model.init:orthogonal",
+        "scaled_orthogonal": "megatron.model.init:scaled_orthogonal",
     },
     "optimizer": {
         "adam": "megatron.optimizers.build:adamw",

@@ -6,7 +6,7 @@ the CPU, so a rank draws only the cells that its elements lie in, and several th
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,13 +28,19 @@ Window = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Independent:
-    """An initialiser that draws each element independently of the others, so that it can fill a tensor in parts."""
+    """An initialiser that draws each element independently of the others, so that it can fill a tensor in parts.
+
+    factor: of all elements, from the shape of the whole tensor; None: 1.
+    """
 
     fill: Initialiser
+    factor: Callable[[Sequence[int]], float] | None = None
 
-    def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
-        """Fill `tensor`, in place."""
-        self.fill(tensor, generator)
+    def __call__(self, part: Tensor, generator: torch.Generator, whole: Sequence[int] | None = None) -> None:
+        """Fill `part` of a tensor of shape `whole`, in place; by default it is the whole tensor."""
+        self.fill(part, generator)
+        if self.factor is not None:
+            part.mul_(self.factor(whole or part.shape))
 
 
 def _fill(tensor: Tensor, _: torch.Generator, value: float) -> None:
@@ -85,7 +91,10 @@ def _cells(parameter: nn.Parameter, start: int, elements: Tensor) -> Iterator[pa
         for corners, at in zip(grid, corner, strict=True):
             number = number * len(corners) + corners.index(at)
         sizes = [min(step, size - at) for step, size, at in zip(cell_shape, placed.global_shape, corner, strict=True)]
-        yield partial(_draw_cell, placed.initialise, sizes, cell_seed(stream, number), parts)
+        initialise = placed.initialise
+        if isinstance(initialise, Independent):
+            initialise = partial(initialise, whole=placed.global_shape)
+        yield partial(_draw_cell, initialise, sizes, cell_seed(stream, number), parts)
 
 
 def _cell_shape(placed: PlacedParameter) -> Sequence[int]:

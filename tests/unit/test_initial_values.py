@@ -108,6 +108,13 @@ def test_an_initialiser_that_is_not_independent_gets_the_whole_tensor(small_cell
     assert torch.equal(values(placed((8, 8), 0, 4, 4, initialise=orthogonal), 8, 16), whole[5:7].flatten())
 
 
+def test_a_factor_is_that_of_the_whole_tensor_in_each_of_its_parts(small_cells):
+    scaled = Independent(fill, lambda shape: shape[0] + 10 * shape[1])
+    plain, whole = (values(placed((40, 7), 1, 0, 7, initialise=i)).view(40, 7) for i in (None, scaled))
+    assert torch.equal(whole, 110 * plain)
+    assert torch.equal(values(placed((40, 7), 1, 2, 3, initialise=scaled), 9, 60), whole[3:23, 2:5].flatten())
+
+
 def test_values_are_rounded_to_the_type_of_their_place():
     parameter = placed((20, 30))
     elements = torch.zeros(600, dtype=torch.bfloat16)

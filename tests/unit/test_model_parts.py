@@ -106,6 +106,11 @@ DEVIATIONS = {
     "scaled_normal": 0.02 / math.sqrt(2 * 12),
     "small_init": math.sqrt(2 / (5 * 768)),
     "wang_init": 2 / (12 * math.sqrt(768)),
+    "single_residual_scaled_normal": 0.02 / math.sqrt(12),
+    "xavier_normal": math.sqrt(2 / 2000),
+    "xavier_uniform": math.sqrt(2 / 2000),
+    "orthogonal": math.sqrt(2 / 1000),
+    "scaled_orthogonal": math.sqrt(2 / 12 / 1000),
 }
 
 
@@ -117,6 +122,22 @@ def test_an_init_method_draws_with_its_standard_deviation(name):
     # a million draws: their deviation is known to 0.07 %, their mean to a thousandth of it
     assert weights.std() == pytest.approx(DEVIATIONS[name], rel=0.004)
     assert abs(weights.mean()) < 0.005 * DEVIATIONS[name]
+
+
+def test_xavier_uniform_has_bounds_where_xavier_normal_has_tails():
+    generator, weights = torch.Generator().manual_seed(0), torch.empty(2, 300, 100)
+    for name, matrix in zip(("xavier_uniform", "xavier_normal"), weights, strict=True):
+        resolve("init_method", name)(small())(matrix, generator)
+    bound = math.sqrt(6 / 400)
+    assert 0.999 * bound < weights[0].abs().max() <= bound < weights[1].abs().max()
+
+
+@pytest.mark.parametrize("shape", [(48, 16), (16, 48)], ids=str)
+def test_an_orthogonal_matrix_has_orthogonal_rows_or_columns_of_one_length(shape):
+    weights = torch.empty(shape)
+    resolve("init_method", "orthogonal")(small())(weights, torch.Generator().manual_seed(0))
+    products = weights @ weights.t() if shape[0] < shape[1] else weights.t() @ weights
+    torch.testing.assert_close(products, 2 * torch.eye(16))
 
 
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])

@@ -41,7 +41,8 @@ HONOURED: dict[str, str] = {
     "rpe_max_distance": "",
     "rotary_pct": "",
     "rotary_emb_base": "",
-    "init_method": "normal, scaled_normal, small_init or wang_init",
+    "init_method": "xavier_* and orthogonal of a whole matrix, gate and up apart; in GPT-NeoX of a rank's part, with gate and "
+    "up as one",
     "output_layer_init_method": "as init_method",
     "gpt_j_residual": "",
     "gpt_j_tied": "",
@@ -470,8 +471,6 @@ REFUSED: tuple[tuple[tuple[str, ...], Answer], ...] = (
     (("account",), Answer("refused", "pass it to sbatch or salloc")),
 )
 
-_INIT = "normal, scaled_normal, small_init or wang_init would work"
-
 # Single values of honoured keys, lower case.
 VALUES: dict[tuple[str, object], Answer] = {
     ("activation", "swish"): Answer("translated", "the same function", change=lambda value, _: {"activation": "silu"}),
@@ -480,17 +479,6 @@ VALUES: dict[tuple[str, object], Answer] = {
     **{
         ("pos_emb", name): Answer("refused", "rotary, learned or none would work")
         for name in ("sinusoidal", "rpe", "alibi")
-    },
-    **{
-        (key, name): Answer("refused", _INIT)
-        for key in ("init_method", "output_layer_init_method")
-        for name in (
-            "orthogonal",
-            "scaled_orthogonal",
-            "xavier_uniform",
-            "xavier_normal",
-            "single_residual_scaled_normal",
-        )
     },
     **{
         ("optimizer.type", name): Answer("refused", "Adam or SGD would work; ZeRO shards their states")
