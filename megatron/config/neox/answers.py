@@ -41,8 +41,8 @@ HONOURED: dict[str, str] = {
     "rpe_max_distance": "",
     "rotary_pct": "",
     "rotary_emb_base": "",
-    "init_method": "xavier_* and orthogonal of a whole matrix, gate and up apart; in GPT-NeoX of a rank's part, with gate and "
-    "up as one",
+    "init_method": "xavier_* and orthogonal of a whole matrix, gate and up apart; in GPT-NeoX of a rank's part, with "
+    "gate and up as one",
     "output_layer_init_method": "as init_method",
     "gpt_j_residual": "",
     "gpt_j_tied": "",
