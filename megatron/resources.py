@@ -29,6 +29,10 @@ BEHAVIOR_KEYS = {
     "position_embedding": "pos_emb",
     "rotary_fraction": "rotary_pct",
     "rotary_base": "rotary_emb_base",
+    "rotary_interleaved": "rotary_interleaved",
+    "rotary_base_local": "rotary_emb_base_local",
+    "layers_without_rotary": "the layers without rotary positions (no_rope_layer_interval)",
+    "rope_scaling": "rope_scaling",
     "norm": "norm",
     "norm_epsilon": "the norm's epsilon",
     "norm_bias": "norm_bias",
@@ -40,6 +44,16 @@ BEHAVIOR_KEYS = {
     "tied_norm": "gpt_j_tied",
     "local_layers": "attention_config",
     "sliding_window": "sliding_window_width",
+}
+
+# Fields that have no effect without rotary positions.
+ROTARY = {
+    "rotary_fraction",
+    "rotary_base",
+    "rotary_interleaved",
+    "rotary_base_local",
+    "layers_without_rotary",
+    "rope_scaling",
 }
 
 # The groups of keys that the model depends on.
@@ -111,5 +125,6 @@ def _model_keys(flat: dict[str, object]) -> dict[str, object]:
 def _behavior(model: ModelPlan) -> dict[str, object]:
     """The plan without what does not change the model: the choice of kernels, and settings that are not used."""
     local = [layer for layer, kind in enumerate(model.attention_kinds) if kind == "local"]
-    rotary = {} if model.position_embedding == "rotary" else {"rotary_fraction": None, "rotary_base": None}
-    return asdict(model) | {"local_layers": local} | rotary | ({} if local else {"sliding_window": None})
+    unused = set() if model.position_embedding == "rotary" else ROTARY
+    unused = unused | (set() if local else {"sliding_window", "rotary_base_local"})
+    return asdict(model) | {"local_layers": local} | dict.fromkeys(unused)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron.config.plan import ModelPlan
+from megatron.config.plan import ModelPlan, RopeScaling
 from megatron.engine.modules import Sequential
 from megatron.model.gpt import gpt_layers
 from megatron.parallel.grid import ParallelGrid
@@ -96,6 +96,22 @@ VARIETY = {
         bias_in_mlp=False,
     ),
     "local": small(attention_kinds=("local", "global", "local"), sliding_window=3, activation="relu"),
+    "gemma 3 positions": small(
+        attention_kinds=("local", "global", "local"),
+        sliding_window=3,
+        rotary_base=1000.0,
+        rotary_base_local=100.0,
+        rope_scaling=RopeScaling("linear", 8.0),
+        num_kv_heads=2,
+    ),
+    "smollm 3": small(layers_without_rotary=(1,), rotary_interleaved=True, rotary_fraction=1.0, activation="swiglu"),
+    "phi 4 mini": small(  # in every test sequences are longer than the original ones
+        rope_scaling=RopeScaling(
+            "longrope", 4.0, original_positions=4, short_factors=(1.0, 1.5), long_factors=(1.0, 3.0)
+        ),
+        num_kv_heads=2,
+        activation="swiglu",
+    ),
     "no positions": small(position_embedding="none", activation="silu", num_kv_heads=2),
     "full vocabulary": small(vocab_size=64, activation="reglu", tied_embeddings=True),
 }

@@ -44,13 +44,21 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Scaling of rotary positions; the last three fields are for llama3 only."""
+    """Scaling of rotary positions (model/positions.py); which fields a kind uses is in the key rope_scaling."""
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "dynamic", "yarn", "llama3", "longrope"]
     factor: float
     low_frequency: float = 0.0
     high_frequency: float = 0.0
     original_positions: int = 0
+    attention_factor: float | None = None  # None: by the formula of the kind
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -196,11 +196,19 @@ def _rope_scaling(config: Config) -> RopeScaling | None:
     if keys.rope_type == "default":
         return None
     return RopeScaling(
-        keys.rope_type,
-        keys.factor or 1.0,
-        keys.low_freq_factor or 0.0,
-        keys.high_freq_factor or 0.0,
-        keys.original_max_position_embeddings or 0,
+        kind=keys.rope_type,
+        factor=keys.factor or 1.0,
+        low_frequency=keys.low_freq_factor or 0.0,
+        high_frequency=keys.high_freq_factor or 0.0,
+        original_positions=keys.original_max_position_embeddings or 0,
+        attention_factor=keys.attention_factor,
+        beta_fast=keys.beta_fast or 32.0,
+        beta_slow=keys.beta_slow or 1.0,
+        mscale=keys.mscale,
+        mscale_all_dim=keys.mscale_all_dim,
+        truncate=keys.truncate is not False,
+        short_factors=keys.short_factor or (),
+        long_factors=keys.long_factor or (),
     )
 
 

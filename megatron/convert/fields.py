@@ -155,15 +155,16 @@ def _listed(values: Any) -> str:
 
 NOT = {True: False, False: True}
 # Kinds of rope scaling, with the names in their rope_parameters and in RopeScaling.
+_SCALED = {"factor": "factor", "original_max_position_embeddings": "original_positions"}
 ROPE_SCALING: dict[str, dict[str, str]] = {
     "default": {},
     "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low_frequency",
-        "high_freq_factor": "high_frequency",
-        "original_max_position_embeddings": "original_positions",
-    },
+    "dynamic": _SCALED,
+    "yarn": _SCALED
+    | {name: name for name in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")},
+    "llama3": _SCALED | {"low_freq_factor": "low_frequency", "high_freq_factor": "high_frequency"},
+    "longrope": _SCALED
+    | {"attention_factor": "attention_factor", "short_factor": "short_factors", "long_factor": "long_factors"},
 }
 GELU = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 PLAIN = {**GELU, "relu": "relu", "silu": "silu", "swish": "silu"}
@@ -186,33 +187,49 @@ def rotary(*, partial: bool = False) -> Computed:
         if share != 1.0 and not partial:
             raise UserError(f"rope_parameters.partial_rotary_factor must be 1.0 here, not {share!r}")
         values = {"position_embedding": "rotary", "rotary_base": float(rope["rope_theta"])}
-        return values | {"rotary_fraction": share, "rope_scaling": read_scaling(rope)}
+        scaling = read_scaling(rope, config["max_position_embeddings"])
+        return values | {"rotary_fraction": share, "rope_scaling": scaling}
 
     def write(model: ModelPlan) -> dict[str, Any]:
         share = {"partial_rotary_factor": model.rotary_fraction} if partial else {}
-        return {"rope_theta": model.rotary_base} | share | write_scaling(model.rope_scaling)
+        rope = {"rope_theta": model.rotary_base} | share | write_scaling(model.rope_scaling)
+        if rope["rope_type"] == "dynamic":
+            original = rope.pop("original_max_position_embeddings")
+            if original != model.max_position_embeddings:
+                raise UserError(
+                    f"rope_scaling (dynamic) has original_max_position_embeddings {original}, which in a config.json "
+                    f"is max_position_embeddings, not {model.max_position_embeddings}"
+                )
+        return rope
 
     return Computed(read, write)
 
 
-def read_scaling(rope: Values) -> RopeScaling | None:
-    """From their `rope_parameters`. Raises UserError for an unknown kind, and for what the kind does not use."""
+def read_scaling(rope: Values, positions: int) -> RopeScaling | None:
+    """From their `rope_parameters` and `max_position_embeddings`. Raises UserError for an unknown kind."""
     kind = rope.get("rope_type", "default")
     names = ROPE_SCALING.get(kind)
     if names is None:
         raise UserError(f"rope_type {kind!r} has no counterpart here; known: {', '.join(ROPE_SCALING)}")
     if kind == "default":
         return None
-    return RopeScaling(kind, **{ours: rope[theirs] for theirs, ours in names.items() if rope.get(theirs) is not None})
+    # theirs begin to scale at the positions that the configuration allows (dynamic), or are scaled to those
+    original = rope.get("original_max_position_embeddings") if kind != "dynamic" else positions
+    values: dict[str, Any] = dict(rope) | {"original_max_position_embeddings": original}
+    if values.get("factor") is None and original:
+        values["factor"] = positions / original
+    given: dict[str, Any] = {ours: values[theirs] for theirs, ours in names.items() if values.get(theirs) is not None}
+    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    return RopeScaling(kind, **(given | lists))
 
 
 def write_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
     """The inverse of `read_scaling`; the names are those of our key `rope_scaling` as well."""
     if scaling is None:
         return {"rope_type": "default"}
-    return {"rope_type": scaling.kind} | {
-        theirs: getattr(scaling, ours) for theirs, ours in ROPE_SCALING[scaling.kind].items()
-    }
+    values = {theirs: getattr(scaling, ours) for theirs, ours in ROPE_SCALING[scaling.kind].items()}
+    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {"rope_type": scaling.kind} | {name: value for name, value in lists.items() if value is not None}
 
 
 def layer_types(config_name: str = "layer_types") -> Computed:

@@ -100,7 +100,9 @@ class Attention(nn.Module):
             positions = None if cache is None else cache.positions
             if document_start is not None and self.reset_positions:
                 positions = positions_in_documents(document_start)
-            queries_and_key = self.rotation(queries_and_key, positions)
+            # a cache's capacity: all its keys are rotated alike, whatever step they come from
+            length = None if cache is None else cache.max_length
+            queries_and_key = self.rotation(queries_and_key, positions, length)
         query, key = queries_and_key.split([self.queries_per_key, 1], dim=3)
         return query.flatten(2, 3), key.squeeze(3), value.squeeze(3)
 

@@ -15,7 +15,7 @@ from megatron.config.plan import ModelPlan
 from megatron.model.block import TransformerBlock
 from megatron.model.embedding_and_head import Embedding, FinalNorm, Head, apply_head
 from megatron.model.layer import Layer
-from megatron.model.positions import PositionEmbedding
+from megatron.model.positions import PositionEmbedding, rotations
 from megatron.parallel.collectives import gather_from_group
 from megatron.parallel.grid import LoneGrid, ParallelGrid
 from megatron.parallel.parameter import PlacedParameter, name_parameters
@@ -29,13 +29,15 @@ def gpt_layers(model: ModelPlan, grid: ParallelGrid, seed: int | None) -> list[L
     None: the values are loaded, and zero until then.
     """
     kind: PositionEmbedding = resolve("position_embedding", model.position_embedding)
-    rotation = kind.at_attention(model, grid) if kind.at_attention else None
 
     def layer(module_class: type[nn.Module], name: str, *arguments: Any, **options: Any) -> Layer:
         build = partial(_build, module_class, name, seed, model, grid, *arguments)
         return Layer(module_class, build, **options)
 
-    blocks = [layer(TransformerBlock, f"blocks.{i}", i, rotation, recompute=True) for i in range(model.num_layers)]
+    blocks = [
+        layer(TransformerBlock, f"blocks.{i}", i, rotation, recompute=True)
+        for i, rotation in enumerate(rotations(kind, model, grid))
+    ]
     if model.tied_embeddings:
         first = layer(Embedding, "embedding", kind, tied="embedding")
         # on a separate stage, the last layer needs no position embedding

@@ -7,6 +7,7 @@ from megatron.config.load import config_from_flat
 
 SHAPE = {"num_layers": 4, "hidden_size": 48, "num_attention_heads": 12, "seq_length": 8}
 TRAINING = {"train_iters": 10, "train_batch_size": 4, "data_impl": "mock"}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4}
 
 
 def check(keys, script=None):
@@ -65,6 +66,52 @@ BROKEN = [
             },
         },
         "rope_scaling.low_freq_factor (4) must be below high_freq_factor (4)",
+    ),
+    (
+        {"pos_emb": "rotary", "rope_scaling": {"rope_type": "longrope", "factor": 8.0}},
+        "rope_scaling.rope_type (longrope) needs original_max_position_embeddings, short_factor, long_factor",
+    ),
+    (
+        {
+            "pos_emb": "rotary",
+            "rope_scaling": {
+                "rope_type": "longrope",
+                "factor": 8.0,
+                "original_max_position_embeddings": 4,
+                "short_factor": [1.0],
+                "long_factor": [2.0, 3.0],
+            },
+        },
+        "rope_scaling.short_factor has 1 factors, but a head has 2 rotated pairs of elements",
+    ),
+    (
+        {"pos_emb": "rotary", "rope_scaling": {**YARN, "beta_slow": 40.0}},
+        "rope_scaling.beta_slow (40) must be below beta_fast (32)",
+    ),
+    (
+        {"pos_emb": "rotary", "rope_scaling": {**YARN, "mscale": 1.0}},
+        "rope_scaling: mscale and mscale_all_dim have an effect together only",
+    ),
+    (
+        {"pos_emb": "rotary", "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "attention_factor": 1.0}},
+        "rope_scaling: mscale and mscale_all_dim have no effect with attention_factor",
+    ),
+    (
+        {
+            "pos_emb": "rotary",
+            "rotary_pct": 0.5,
+            "rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 4},
+        },
+        "rope_scaling.rope_type (dynamic) needs at least 4 rotated elements of a head, not 2",
+    ),
+    ({"rotary_interleaved": True}, "rotary_interleaved (true) has no effect with pos_emb learned"),
+    (
+        {"pos_emb": "rotary", "no_rope_layer_interval": 5},
+        "no_rope_layer_interval (5) is more than num_layers (4)",
+    ),
+    (
+        {"pos_emb": "rotary", "rotary_emb_base_local": 100.0},
+        "rotary_emb_base_local (100) has no effect without local layers in attention_config",
     ),
     (
         {"model_parallel_size": 8},

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from megatron import registry
-from megatron.config.plan import ModelPlan
+from megatron.config.plan import ModelPlan, RopeScaling
 from megatron.convert.family import KIND, families_for, family_of
 from megatron.convert.model_keys import attention_config, model_keys
 from megatron.convert.parameters import tensors_around_the_blocks, tensors_of_a_block
 from megatron.errors import UserError
 from megatron.model.gpt import gpt_layers
 from tests.end_to_end.commands import ROOT
-from tests.families import CASES, FIRST, family_named, their_config, their_model
+from tests.families import CASES, FIRST, LENGTH, family_named, their_config, their_model
 from tests.models import VARIETY, small
 from tests.ranks.run import one_rank
 
@@ -114,6 +114,38 @@ def test_all_that_a_configuration_says_and_we_cannot_hold_is_named_at_once():
         "config.json of GPT-2: new_trick 3 is not known here, and not at its default (None)",
         "config.json of GPT-2: scale_attn_weights must be True here, not False",
     ]
+
+
+SCALINGS = {
+    "dynamic": ({"factor": 2.0}, RopeScaling("dynamic", 2.0, original_positions=LENGTH)),
+    "yarn": (
+        {"factor": 4.0, "original_max_position_embeddings": 12, "beta_fast": 3.0, "truncate": False},
+        RopeScaling("yarn", 4.0, original_positions=12, beta_fast=3.0, truncate=False),
+    ),
+    "longrope": (
+        {"original_max_position_embeddings": 5, "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]},
+        RopeScaling(
+            "longrope", LENGTH / 5, original_positions=5, short_factors=(1.0,) * 4, long_factors=(2.0, 3.0, 4.0, 5.0)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_scaling_of_rotary_positions_is_read_and_written(kind):
+    theirs, ours = SCALINGS[kind]
+    rope = {"rope_type": kind, "rope_theta": 1e4, **theirs}
+    model = family_named("llama").model({**settings_of("llama"), "rope_parameters": rope})
+    assert model.rope_scaling == ours
+    written = family_named("llama").config(model)["rope_parameters"]
+    assert rope.items() <= written.items()
+    assert family_named("llama").model({**settings_of("llama"), "rope_parameters": written}).rope_scaling == ours
+
+
+def test_dynamic_scaling_of_more_positions_is_not_exported():
+    model = plan_of("llama", rope_scaling=RopeScaling("dynamic", 2.0, original_positions=8))
+    with pytest.raises(UserError, match=r"8, which in a config\.json is max_position_embeddings, not 19"):
+        family_named("llama").config(model)
 
 
 def test_an_unknown_rope_type_is_refused():

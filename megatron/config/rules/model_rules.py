@@ -15,6 +15,7 @@ from megatron.config.widths import (
     round_up,
     would_work,
 )
+from megatron.config.yaml_file import show
 
 MODEL_RULES: list[Rule] = []
 
@@ -196,22 +197,76 @@ def _norms_on_outputs_are_serial(config: Config) -> Iterator[str]:
         )
 
 
+@rule(MODEL_RULES, "pos_emb", "rotary_interleaved", "rotary_emb_base_local", "no_rope_layer_interval", "num_layers")
+def _rotary_keys_have_an_effect(config: Config) -> Iterator[str]:
+    model = config.model
+    for name in ("rotary_interleaved", "rotary_emb_base_local", "no_rope_layer_interval"):
+        value = getattr(model, name)
+        if value and model.pos_emb != "rotary":
+            yield f"{name} ({show(value)}) has no effect with pos_emb {model.pos_emb}; leave it out"
+    interval = model.no_rope_layer_interval
+    if interval is not None and interval > model.num_layers:
+        yield f"no_rope_layer_interval ({interval}) is more than num_layers ({model.num_layers}); leave it out"
+
+
+@rule(MODEL_RULES, "rotary_emb_base_local", "attention_config")
+def _a_local_base_needs_local_layers(config: Config) -> Iterator[str]:
+    base = config.model.rotary_emb_base_local
+    if base is not None and not any("local" in names for names, _ in config.model.attention_config or ()):
+        yield f"rotary_emb_base_local ({base:g}) has no effect without local layers in attention_config; leave it out"
+
+
 @rule(MODEL_RULES, "rope_scaling", "pos_emb")
 def _rope_scaling_is_complete(config: Config) -> Iterator[str]:
     keys, model = config.model.rope_scaling, config.model
-    needed = {"linear": _SCALING_KEYS[:1], "llama3": _SCALING_KEYS}.get(keys.rope_type, ())
+    needed, optional = _SCALING_KEYS[keys.rope_type]
     if keys.rope_type != "default" and model.pos_emb != "rotary":
         yield f"rope_scaling.rope_type ({keys.rope_type}) needs pos_emb rotary, not {model.pos_emb}; leave it out"
     if missing := [name for name in needed if getattr(keys, name) is None]:
         yield f"rope_scaling.rope_type ({keys.rope_type}) needs {', '.join(missing)}, as in the model's config.json"
-    if spare := [name for name in _SCALING_KEYS if name not in needed and getattr(keys, name) is not None]:
+    used = {"rope_type", *needed, *optional}
+    if spare := [name for name in type(keys).model_fields if name not in used and getattr(keys, name) is not None]:
         yield f"rope_scaling: rope_type {keys.rope_type} does not use {', '.join(spare)}; leave it out"
+
+
+_ORIGINAL = "original_max_position_embeddings"
+# The keys that each kind needs, and those that it can do without.
+_SCALING_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor", _ORIGINAL), ()),
+    "yarn": (
+        ("factor", _ORIGINAL),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL), ()),
+    "longrope": (("factor", _ORIGINAL, "short_factor", "long_factor"), ("attention_factor",)),
+}
+
+
+@rule(MODEL_RULES, "rope_scaling", "rotary_pct", "hidden_size", "num_attention_heads", "head_dim")
+def _rope_scaling_fits(config: Config) -> Iterator[str]:
+    keys, model = config.model.rope_scaling, config.model
     low, high = keys.low_freq_factor, keys.high_freq_factor
     if keys.rope_type == "llama3" and low is not None and high is not None and low >= high:
         yield f"rope_scaling.low_freq_factor ({low:g}) must be below high_freq_factor ({high:g}); Llama 3.1: 1 and 4"
-
-
-_SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    slow, fast = keys.beta_slow or 1, keys.beta_fast or 32
+    if keys.rope_type == "yarn" and slow >= fast:
+        yield f"rope_scaling.beta_slow ({slow:g}) must be below beta_fast ({fast:g}); the usual values are 1 and 32"
+    if (keys.mscale is None) != (keys.mscale_all_dim is None):
+        yield "rope_scaling: mscale and mscale_all_dim have an effect together only; set both or none"
+    elif keys.mscale is not None and keys.attention_factor is not None:
+        yield "rope_scaling: mscale and mscale_all_dim have no effect with attention_factor; leave them out"
+    pairs = rotary_elements(model) // 2
+    if keys.rope_type == "dynamic" and pairs == 1:
+        yield "rope_scaling.rope_type (dynamic) needs at least 4 rotated elements of a head, not 2; raise rotary_pct"
+    for name in ("short_factor", "long_factor"):
+        factors = getattr(keys, name)
+        if keys.rope_type == "longrope" and factors is not None and len(factors) != pairs:
+            yield (
+                f"rope_scaling.{name} has {len(factors)} factors, but a head has {pairs} rotated pairs of elements; "
+                "check rotary_pct and the size of a head against the model's config.json"
+            )
 
 
 @rule(MODEL_RULES, "attention_config", "num_layers")

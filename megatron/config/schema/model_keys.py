@@ -29,12 +29,20 @@ AttentionConfig = Annotated[
 class RopeScalingKeys(Group):
     """`rope_scaling`, as in a config.json of Hugging Face: {"rope_type": "llama3", "factor": 8.0, ...}."""
 
-    rope_type: Literal["default", "linear", "llama3"] = "default"
-    """default: no scaling; linear: all positions are divided by factor; llama3: long wavelengths are scaled by factor,
-    short ones are unchanged, and those in between are interpolated (Llama 3.1)."""
+    rope_type: Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"] = "default"
+    """default: no scaling; linear: all positions are divided by factor; dynamic: the base grows with the length of a
+    sequence beyond original_max_position_embeddings; yarn: wavelengths are scaled by the turns they make within
+    original_max_position_embeddings (beta_fast, beta_slow); llama3: long wavelengths are scaled by factor, short ones
+    are unchanged, and those in between are interpolated (Llama 3.1); longrope: each wavelength has a factor of its own
+    (Phi-3). dynamic and longrope go by the length of a sequence as it is read, in generation with all the tokens that
+    may follow."""
 
     factor: Annotated[float, Field(ge=1)] | None = None
-    """Scaling factor."""
+    """Scaling factor. longrope: max_position_embeddings / original_max_position_embeddings of the published model, from
+    which attention_factor follows."""
+
+    original_max_position_embeddings: PositiveInt | None = None
+    """Positions of the model before scaling (all but linear). dynamic: max_position_embeddings in the config.json."""
 
     low_freq_factor: PositiveFloat | None = None
     """llama3: wavelengths above original_max_position_embeddings / low_freq_factor are fully scaled."""
@@ -42,8 +50,31 @@ class RopeScalingKeys(Group):
     high_freq_factor: PositiveFloat | None = None
     """llama3: wavelengths below original_max_position_embeddings / high_freq_factor are unchanged."""
 
-    original_max_position_embeddings: PositiveInt | None = None
-    """llama3: positions of the model before scaling."""
+    attention_factor: PositiveFloat | None = None
+    """Factor of rotated queries and keys (yarn, longrope). Unset: 0.1 ln(factor) + 1 with yarn, and
+    sqrt(1 + ln(factor) / ln(original_max_position_embeddings)) with longrope."""
+
+    beta_fast: PositiveFloat | None = None
+    """yarn: wavelengths of more turns are unchanged. Unset: 32."""
+
+    beta_slow: PositiveFloat | None = None
+    """yarn: wavelengths of fewer turns are scaled by factor. Unset: 1."""
+
+    mscale: PositiveFloat | None = None
+    """yarn: with mscale_all_dim, attention_factor is (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1)
+    (DeepSeek)."""
+
+    mscale_all_dim: PositiveFloat | None = None
+    """yarn: see mscale."""
+
+    truncate: bool | None = None
+    """yarn: round the first and the last pair between beta_fast and beta_slow outwards to whole ones. Unset: true."""
+
+    short_factor: tuple[PositiveFloat, ...] | None = None
+    """longrope: the factor of each wavelength in sequences up to original_max_position_embeddings."""
+
+    long_factor: tuple[PositiveFloat, ...] | None = None
+    """longrope: the factor of each wavelength in longer sequences."""
 
 
 class ParallelismKeys(Group):
