@@ -3,6 +3,7 @@
 Shared by training, generation and evaluation.
 """
 
+from collections.abc import Mapping, Set
 from dataclasses import asdict
 from pathlib import Path
 
@@ -57,7 +58,7 @@ ROTARY = {
 }
 
 # The groups of keys that the model depends on.
-BEHAVIOR_GROUPS = {"model", "parallelism", "data"}
+BEHAVIOR_GROUPS = frozenset({"model", "parallelism", "data"})
 
 
 def open_tokenizer(config: Config) -> Tokenizer:
@@ -97,7 +98,7 @@ def check_same_model(model: ModelPlan, checkpoint: Path) -> None:
 
     Raises UserError with each setting in which `model` differs from that of the run that wrote `checkpoint`.
     """
-    config = config_from_flat(_model_keys(checkpoint_config(checkpoint)), str(checkpoint / "config.json"))
+    config = written_config(checkpoint_config(checkpoint), str(checkpoint / "config.json"))
     written = resolve(config, config.parallelism.model_parallel_size, model.vocab_size, inference=True).model
     here, there = _behavior(model), _behavior(written)
     differing = [
@@ -113,13 +114,15 @@ def check_same_model(model: ModelPlan, checkpoint: Path) -> None:
         )
 
 
-def _model_keys(flat: dict[str, object]) -> dict[str, object]:
-    """The part of a checkpoint's configuration that determines the model, and keys unknown to this version, to report.
+def written_config(flat: Mapping[str, object], source: str, groups: Set[str] = BEHAVIOR_GROUPS) -> Config:
+    """The part of a checkpoint's configuration that determines the model, or other `groups` of keys.
 
-    Its plugins are left out: no module is imported because a checkpoint names it.
+    Its plugins are left out: no module is imported because a checkpoint names it. source: for messages.
+    Raises ConfigError, for keys that this version does not know as well.
     """
-    groups = group_of_key() | {"plugins": ""}
-    return {key: value for key, value in flat.items() if groups.get(key, "model") in BEHAVIOR_GROUPS}
+    group_of = group_of_key() | {"plugins": ""}
+    chosen = {key: value for key, value in flat.items() if group_of.get(key, "model") in groups}
+    return config_from_flat(chosen, source)
 
 
 def _behavior(model: ModelPlan) -> dict[str, object]:

@@ -3,11 +3,12 @@
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron.errors import UserError
+from megatron.files import is_folder
 from megatron.hugging_face.stored import read_json
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.huggingface import HuggingFaceTokenizer
@@ -23,7 +24,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-OTHER_FILES = ("chat_template.jinja", "chat_template.json", "generation_config.json", "config.json")
+SETTINGS = ("chat_template.jinja", "generation_config.json")
 
 
 def tokenizer_keys(folder: Path, later: Path) -> dict[str, Any]:
@@ -56,30 +57,28 @@ def end_of_document(folder: Path) -> str | None:
     return texts.get(end)
 
 
-def copy_files(folder: Path, into: Path) -> None:
-    """Copy the tokenizer and what goes with it."""
+def copy_files(folder: Path, into: Path, names: Iterable[str] = (*TOKENIZER_FILES, *SETTINGS, "config.json")) -> None:
+    """Copy those of the files that there are."""
     into.mkdir(parents=True, exist_ok=True)
-    for name in (*TOKENIZER_FILES, *OTHER_FILES):
+    for name in names:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, into / name)
 
 
-def origin_of(vocab_file: str | None) -> Path | None:
-    """The folder of the tokenizer's file, if that is the folder of a model of Hugging Face."""
-    folder = Path(vocab_file).parent if vocab_file else None
-    return folder if folder is not None and (folder / "config.json").is_file() else None
+def folder_of(vocab_file: str | None) -> Path | None:
+    """The folder of a published model's tokenizer, whose file or folder `vocab_file` is; None for other tokenizers."""
+    if vocab_file is None:
+        return None
+    folder = Path(vocab_file) if is_folder(vocab_file) else Path(vocab_file).parent
+    return folder if any((folder / name).is_file() for name in ("config.json", "tokenizer_config.json")) else None
 
 
 def write_tokenizer(tokenizer: Tokenizer, vocab_file: str | None, folder: Path) -> None:
-    """Write the tokenizer of a model into `folder`, with all that lies beside `vocab_file` of a published model."""
-    if vocab_file is not None:
-        source = Path(vocab_file).parent
-        published = origin_of(vocab_file) is not None or (source / "tokenizer_config.json").is_file()
-        for name in (*TOKENIZER_FILES, *OTHER_FILES) if published else ():
-            if name != "config.json" and (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-        if published and any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            return
+    """Write the tokenizer of a model into `folder`, with all that lies beside that of a published model."""
+    source = folder_of(vocab_file)
+    if source is not None:
+        copy_files(source, folder, (*TOKENIZER_FILES, *SETTINGS))
+        return
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         log.warning("%s: transformers has no tokenizer of this kind; the export holds none", tokenizer.describe())
         return
