@@ -103,6 +103,7 @@ TABLE: dict[str, dict[str, str]] = {
         "olmo2": "megatron.convert.families.olmo2:FAMILY",
         "starcoder2": "megatron.convert.families.starcoder2:FAMILY",
         "stablelm": "megatron.convert.families.stablelm:FAMILY",
+        "smollm3": "megatron.convert.families.smollm3:FAMILY",
     },
     "hook": {
         "breakdown": "megatron.training.hooks.breakdown:breakdown",

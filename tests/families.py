@@ -51,6 +51,13 @@ UNGATED = {name: size for name, size in SIZES.items() if name != "intermediate_s
 
 Settings = dict[str, Any]
 
+YARN = {"rope_type": "yarn", "rope_theta": 50.0, "factor": 2.375, "original_max_position_embeddings": 8}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 50.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+}
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 
 # family -> variant -> arguments of its configuration class
@@ -89,6 +96,11 @@ CASES: dict[str, dict[str, Settings]] = {
             "hidden_size": 96,
             "rope_parameters": LLAMA_3_1,
         },
+        "YaRN": {**GROUPED, "rope_parameters": YARN},
+        "dynamic scaling, within the trained positions": {
+            **GROUPED,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+        },
         "positions stretched, heads of another size": {**GROUPED, "head_dim": 10, "rope_parameters": LINEAR},
     },
     "mistral": {
@@ -121,6 +133,17 @@ CASES: dict[str, dict[str, Settings]] = {
             "rope_parameters": {**PARTIAL, "partial_rotary_factor": 0.75},
             "tie_word_embeddings": True,
         },
+        "LongRoPE, beyond the trained positions": {
+            **GROUPED,
+            "original_max_position_embeddings": 8,
+            "rope_parameters": LONG,
+        },
+        "LongRoPE, within the trained positions": {
+            **GROUPED,
+            "max_position_embeddings": 64,
+            "original_max_position_embeddings": 32,
+            "rope_parameters": LONG,
+        },
     },
     "olmo": {
         "OLMo": SIZES,
@@ -135,7 +158,14 @@ CASES: dict[str, dict[str, Settings]] = {
     },
     "stablelm": {
         "StableLM 2: biases in queries, keys and values": {**GROUPED, "use_qkv_bias": True, "rope_parameters": PARTIAL},
+        "parallel residual, queries and keys normalized": {
+            **GROUPED,
+            "use_parallel_residual": True,
+            "qk_layernorm": True,
+            "rope_parameters": PARTIAL,
+        },
     },
+    "smollm3": {"SmolLM 3": {**GROUPED, "num_hidden_layers": 4}},
 }
 
 

@@ -153,7 +153,6 @@ def _listed(values: Any) -> str:
     return " or ".join(map(repr, values))
 
 
-NOT = {True: False, False: True}
 # Kinds of rope scaling, with the names in their rope_parameters and in RopeScaling.
 _SCALED = {"factor": "factor", "original_max_position_embeddings": "original_positions"}
 ROPE_SCALING: dict[str, dict[str, str]] = {
@@ -211,6 +210,9 @@ def read_scaling(rope: Values, positions: int) -> RopeScaling | None:
     names = ROPE_SCALING.get(kind)
     if names is None:
         raise UserError(f"rope_type {kind!r} has no counterpart here; known: {', '.join(ROPE_SCALING)}")
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *names}
+    if unknown := [name for name, value in rope.items() if name not in known and value is not None]:
+        raise UserError(f"rope_parameters of rope_type {kind!r}: {', '.join(unknown)} has no counterpart here")
     if kind == "default":
         return None
     # theirs begin to scale at the positions that the configuration allows (dynamic), or are scaled to those

@@ -32,7 +32,8 @@ MODELS = [name for name in FILES if name not in MIX_INS]
 
 # Parameters with the vocabulary the weights were published with: sums over the published weights' shapes, as Hugging
 # Face shows them for gpt2*, EleutherAI/pythia-*, EleutherAI/gpt-neox-20b, meta-llama/*, mistralai/Mistral-7B-v0.1,
-# Qwen/Qwen3-* (0.6B is counted once where its files hold the tied embedding twice), allenai/OLMo-2-1124-7B.
+# Qwen/Qwen3-* (0.6B is counted once where its files hold the tied embedding twice), allenai/OLMo-2-1124-7B,
+# Qwen/Qwen2.5-*, HuggingFaceTB/SmolLM2-*, bigcode/starcoder2-*, tiiuae/falcon-*.
 PUBLISHED = {
     "gpt2/124M": (50257, 124_439_808),
     "gpt2/355M": (50257, 354_823_168),
@@ -60,6 +61,22 @@ PUBLISHED = {
     "qwen3/0-6B": (151936, 596_049_920),
     "qwen3/8B": (151936, 8_190_735_360),
     "olmo2/7B": (100352, 7_298_617_344),
+    "qwen2-5/0-5B": (151936, 494_032_768),
+    "qwen2-5/1-5B": (151936, 1_543_714_304),
+    "qwen2-5/3B": (151936, 3_085_938_688),
+    "qwen2-5/7B": (152064, 7_615_616_512),
+    "qwen2-5/14B": (152064, 14_770_033_664),
+    "qwen2-5/32B": (152064, 32_763_876_352),
+    "qwen2-5/72B": (152064, 72_706_203_648),
+    "smollm2/135M": (49152, 134_515_008),
+    "smollm2/360M": (49152, 361_821_120),
+    "smollm2/1-7B": (49152, 1_711_376_384),
+    "starcoder2/3B": (49152, 3_030_371_328),
+    "starcoder2/7B": (49152, 7_173_923_840),
+    "starcoder2/15B": (49152, 15_957_889_024),
+    "falcon/7B": (65024, 6_921_720_704),
+    "falcon/40B": (65024, 41_303_293_952),
+    "falcon/180B": (65024, 179_522_565_120),
 }
 # To three digits, with an embedding and a head of 50,304 rows: the sizes of GPT-3's table and their neighbours.
 ROUNDED = {
