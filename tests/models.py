@@ -112,6 +112,22 @@ VARIETY = {
         num_kv_heads=2,
         activation="swiglu",
     ),
+    "ends": small(
+        embedding_norm=True,
+        embedding_multiplier=3.0,
+        head_bias=True,
+        logit_multiplier=0.5,
+        logit_softcap=4.0,
+        position_embedding="learned",
+    ),
+    "tied ends": small(
+        embedding_norm=True,
+        embedding_multiplier=3.0,
+        logit_multiplier=2.0,
+        logit_softcap=6.0,
+        norm="rmsnorm",
+        tied_embeddings=True,
+    ),
     "no positions": small(position_embedding="none", activation="silu", num_kv_heads=2),
     "full vocabulary": small(vocab_size=64, activation="reglu", tied_embeddings=True),
 }

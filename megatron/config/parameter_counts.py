@@ -14,7 +14,8 @@ MOMENTS = {"sgd": 1}  # optimizer states per parameter; 2 for all others
 
 def parameter_count(model: ModelPlan) -> int:
     """Parameters of the whole model without the padding of the vocabulary, as in a checkpoint."""
-    head = 0 if model.tied_embeddings else model.vocab_size * model.hidden_size
+    head = 0 if model.tied_embeddings else model.vocab_size * (model.hidden_size + model.head_bias)
+    head += _norm(model) * model.embedding_norm
     ends = (model.vocab_size + _positions(model)) * model.hidden_size + _norm(model) + head
     return ends + model.num_layers * _block(model, split=1)
 
@@ -26,9 +27,10 @@ def embedding_parameters(model: ModelPlan) -> int:
 
 def layer_parameters(model: ModelPlan, split: int = 1) -> list[int]:
     """Parameters of each layer in the memory of one of `split` tensor-parallel ranks: embedding, blocks, norm, head."""
-    rows = model.padded_vocab_size // split * model.hidden_size
-    blocks = [_block(model, split)] * model.num_layers
-    return [rows + _positions(model) * model.hidden_size, *blocks, _norm(model), rows]
+    rows = model.padded_vocab_size // split
+    embedding, head = rows * model.hidden_size, rows * (model.hidden_size + model.head_bias)
+    embedding += _positions(model) * model.hidden_size + _norm(model) * model.embedding_norm
+    return [embedding, *[_block(model, split)] * model.num_layers, _norm(model), head]
 
 
 def held_parameters(model: ModelPlan, split: int, layers: Iterable[int]) -> int:

@@ -59,7 +59,7 @@ def _build(layer: Layer, checkpoint: Checkpoint | None, async_tensor_parallel: b
         forward = module.forward
         module.forward = compiled(partial(checkpoint, forward) if checkpoint else forward, async_tensor_parallel)
     if isinstance(module, VocabParallelEmbedding):
-        module.loss_kernels = Kernels(compiled(EAGER.reduce), compiled(EAGER.differentiate))
+        module.loss_kernels = Kernels(*(compiled(kernel) for kernel in EAGER))
     return module
 
 

@@ -39,6 +39,8 @@ def saved_bytes(plan: Plan, layers: range, group: int, on_cpu: bool = False) -> 
     last = len(layer_classes(plan.model)) - 1
     if 0 in layers:
         saved += 8 * tokens_on_rank(plan)  # token ids
+        if plan.model.embedding_norm:
+            saved += _norm_inputs(plan, 1, 1, on_cpu) + _statistics(plan)
     if last - 1 in layers:
         saved += _norm_inputs(plan, 1, 1, on_cpu) + _statistics(plan)
     if last in layers:  # the gradient of the head's input, with the whole sequence

@@ -268,10 +268,11 @@ def _head_gradient(plan: Plan, on_cpu: bool) -> int:
 def _loss(plan: Plan, on_cpu: bool) -> int:
     """Bytes that the loss allocates, with a chunk of logits and the larger of two things that are made of it.
 
-    Eager code makes a copy of the chunk in fp32; on a CPU the product of a chunk in 16 bits is added to the fp32 sum.
+    Eager code makes copies of the chunk in fp32; on a CPU the product of a chunk in 16 bits is added to the fp32 sum.
     """
     width, rows = WIDTH[plan.engine.precision], plan.model.padded_vocab_size // plan.layout.tensor
     chunk, tokens, hidden_size = _chunk(plan, on_cpu), tokens_on_rank(plan), plan.model.hidden_size
-    copy = 0 if plan.engine.compile else chunk * rows * 4
+    copies = 1 if plan.model.logit_softcap is None else 2  # the slope of the cap
+    copy = 0 if plan.engine.compile else copies * chunk * rows * 4
     product = rows * hidden_size * width if on_cpu and width < 4 and chunk < tokens else 0
     return _head_gradient(plan, on_cpu) + tokens * hidden_size * width + chunk * rows * width + max(copy, product)

@@ -15,6 +15,7 @@ from megatron.model.cache import KVCache
 from megatron.model.init import weight_initialisers
 from megatron.model.layer import LayerInput, Masking, Targets, pack, unpack
 from megatron.model.positions import PositionEmbedding, positions_in_documents
+from megatron.parallel.cross_entropy import LogitTransform
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.layers import VocabParallelEmbedding
 from megatron.parallel.random import dropout, with_noise
@@ -22,7 +23,9 @@ from megatron.registry import resolve
 
 
 class Embedding(VocabParallelEmbedding):
-    """Token embedding, position embedding if the model adds one here, and dropout.
+    """Token embedding times its factor, position embedding if the model adds one here, norm, and dropout.
+
+    The factor is rounded to the type of the weights, as in Gemma: in bf16 the square root of 3072 is 55.5.
 
     With neftune_noise_alpha, noise on the token embedding in training (NEFTune, https://arxiv.org/abs/2310.05914):
     uniform, of at most alpha / sqrt(s * h), s being the whole sequence.
@@ -31,8 +34,12 @@ class Embedding(VocabParallelEmbedding):
     def __init__(self, model: ModelPlan, grid: ParallelGrid, kind: PositionEmbedding | None) -> None:
         """kind: of the position embedding; None: this copy only serves as the head of a model with tied embeddings."""
         init, _ = weight_initialisers(model)
-        super().__init__(model.vocab_size, model.padded_vocab_size, model.hidden_size, init, grid)
+        super().__init__(
+            model.vocab_size, model.padded_vocab_size, model.hidden_size, init, grid, transform=_transform(model)
+        )
+        self.multiplier = model.embedding_multiplier
         self.positions = kind.at_embedding(model, grid) if kind and kind.at_embedding else None
+        self.norm = resolve("norm", model.norm)(model, grid) if kind and model.embedding_norm else None
         self.dropout, self.max_positions = model.hidden_dropout, model.max_position_embeddings
         self.noise_alpha = model.neftune_noise_alpha
         self.reset_mask, self.reset_positions = model.reset_attention_mask, model.reset_position_ids
@@ -52,6 +59,8 @@ class Embedding(VocabParallelEmbedding):
         if length > self.max_positions:
             raise ValueError(f"{length} tokens are more than max_position_embeddings ({self.max_positions})")
         hidden = super().forward(tokens)
+        if self.multiplier != 1.0:
+            hidden = hidden * torch.tensor(self.multiplier, dtype=hidden.dtype).item()
         if self.noise_alpha is not None and self.training:
             hidden = with_noise(hidden, self.noise_alpha / math.sqrt(length * hidden.shape[-1]), self.grid)
         if self.positions is not None:
@@ -59,6 +68,8 @@ class Embedding(VocabParallelEmbedding):
             if masking.document_start is not None and self.reset_positions:
                 positions = positions_in_documents(masking.document_start)[:, self.grid.own_tokens(hidden.shape[1])]
             hidden = self.positions(hidden, positions)
+        if self.norm is not None:
+            hidden = self.norm(hidden)
         if cache is None:
             masking = self._with_blocks(masking, length, tokens.device)
         return pack(dropout(hidden, self.dropout, self.training, self.grid), masking)
@@ -88,15 +99,27 @@ def apply_head(
 
 
 class Head(VocabParallelEmbedding):
-    """The head of a model with an untied weight, without bias."""
+    """The head of a model with an untied weight."""
 
     def __init__(self, model: ModelPlan, grid: ParallelGrid) -> None:
         init, _ = weight_initialisers(model)
-        super().__init__(model.vocab_size, model.padded_vocab_size, model.hidden_size, init, grid)
+        super().__init__(
+            model.vocab_size,
+            model.padded_vocab_size,
+            model.hidden_size,
+            init,
+            grid,
+            model.head_bias,
+            _transform(model),
+        )
 
     def forward(self, inputs: LayerInput, cache: KVCache | None = None, targets: Targets | None = None) -> Tensor:
         """Logits or loss; see `apply_head`."""
         return apply_head(self, inputs, cache, targets)
+
+
+def _transform(model: ModelPlan) -> LogitTransform:
+    return LogitTransform(model.logit_multiplier, model.logit_softcap)
 
 
 class FinalNorm(nn.Module):

@@ -27,11 +27,29 @@ class VocabularyShard:
     rows: int
 
 
+class LogitTransform(NamedTuple):
+    """What is done to the products of hidden states and weight (plus bias): a factor, then a cap."""
+
+    multiplier: float = 1.0
+    cap: float | None = None  # c of c * tanh(logits / c)
+
+
+UNCHANGED = LogitTransform()
+
+
 class Kernels(NamedTuple):
     """The operations on the logits of a chunk, which torch.compile can fuse."""
 
+    transform: Callable[[Tensor, LogitTransform], Tensor]
     reduce: Callable[[Tensor], tuple[Tensor, Tensor]]
-    differentiate: Callable[[Tensor, Tensor, Tensor], None]
+    differentiate: Callable[[Tensor, Tensor, Tensor, float | None], None]
+
+
+def transform_logits(logits: Tensor, transform: LogitTransform) -> Tensor:
+    """Logits times the multiplier, and c * tanh(logits / c) of that with a cap, in fp32 and rounded once."""
+    if transform.cap is None:
+        return logits * transform.multiplier
+    return (torch.tanh(logits.float() * (transform.multiplier / transform.cap)) * transform.cap).to(logits.dtype)
 
 
 def reduce_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,12 +59,18 @@ def reduce_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
     return largest, (logits - largest.unsqueeze(-1)).exp_().sum(-1)
 
 
-def replace_logits(logits: Tensor, log_sum: Tensor, factor: Tensor) -> None:
-    """Replace logits [c, v/tp] by factor * softmax. log_sum: [c], fp32. factor: [c], fp32."""
-    logits.copy_((logits - log_sum.unsqueeze(-1)).exp_().mul_(factor.unsqueeze(-1)))
+def replace_logits(logits: Tensor, log_sum: Tensor, factor: Tensor, cap: float | None) -> None:
+    """Replace logits [c, v/tp] by factor * softmax, times the slope of the cap. log_sum, factor: [c], fp32."""
+    gradient = (logits - log_sum.unsqueeze(-1)).exp_().mul_(factor.unsqueeze(-1))
+    logits.copy_(gradient if cap is None else gradient.mul_(slope_of_cap(logits, cap)))
 
 
-EAGER = Kernels(reduce_logits, replace_logits)
+def slope_of_cap(logits: Tensor, cap: float) -> Tensor:
+    """The derivative of cap * tanh(x / cap), from its result: 1 - (result / cap)^2, and 0 for -inf; fp32."""
+    return 1 - (logits.float() / cap).clamp_(min=-1).square_()
+
+
+EAGER = Kernels(transform_logits, reduce_logits, replace_logits)
 
 
 def linear_cross_entropy(
@@ -56,18 +80,40 @@ def linear_cross_entropy(
     loss_weights: Tensor,
     shard: VocabularyShard,
     kernels: Kernels = EAGER,
+    bias: Tensor | None = None,
+    transform: LogitTransform = UNCHANGED,
 ) -> Tensor:
     """The sum over tokens of loss weight * negative log likelihood of the label in nats, a scalar in fp32.
 
-    hidden: [..., h], the same on every rank; its gradient is this rank's summand. weight: [v/tp, h] of the same type;
-    logits are hidden @ weight.T, -inf for padding. labels: [...] int64, valid ids. loss_weights: [...] fp32.
-    One small all-gather for each chunk, if there are several ranks.
+    hidden: [..., h], the same on every rank; its gradient is this rank's summand. weight: [v/tp, h] and bias: [v/tp],
+    of the same type; logits are transform(hidden @ weight.T + bias), -inf for padding. labels: [...] int64, valid ids.
+    loss_weights: [...] fp32. One small all-gather for each chunk, if there are several ranks.
     """
+    head = Head(weight, bias, transform, shard, kernels)
     hidden, labels, loss_weights = hidden.flatten(0, -2), labels.flatten(), loss_weights.flatten()
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, loss_weights, shard, kernels)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
+        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, loss_weights, head)
         return loss
-    return (_in_chunks(hidden, weight, labels, None, shard, kernels)[0] * loss_weights).sum()
+    return (_in_chunks(hidden, labels, None, head).losses * loss_weights).sum()
+
+
+class Head(NamedTuple):
+    """The last layer, on this rank."""
+
+    weight: Tensor
+    bias: Tensor | None
+    transform: LogitTransform
+    shard: VocabularyShard
+    kernels: Kernels
+
+
+class Results(NamedTuple):
+    """Negative log likelihoods [t] in fp32, and the gradients of their weighted sum, or None."""
+
+    losses: Tensor
+    of_hidden: Tensor | None = None
+    of_weight: Tensor | None = None
+    of_bias: Tensor | None = None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -76,38 +122,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         labels: Tensor,
         loss_weights: Tensor,
-        shard: VocabularyShard,
-        kernels: Kernels,
+        head: Head,
     ) -> Tensor:
-        ctx.shard, ctx.kernels = shard, kernels
+        # without the tensors, which are saved below so that autograd sees changes of them
+        ctx.head = head._replace(weight=None, bias=None)  # type: ignore[arg-type]
         # fp16 could not hold the gradients without the loss scale, which is known in the backward pass only
         ctx.known = hidden.dtype != torch.float16
-        factors = loss_weights if ctx.known else None
-        losses, *gradients = _in_chunks(hidden, weight, labels, factors, shard, kernels)
-        ctx.save_for_backward(*(gradients if ctx.known else (hidden, weight, labels, loss_weights)))
+        losses, *gradients = _in_chunks(hidden, labels, loss_weights if ctx.known else None, head)
+        ctx.save_for_backward(*(gradients if ctx.known else (hidden, weight, bias, labels, loss_weights)))
         return (losses * loss_weights).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.known:  # in place, as autograd refuses a second backward pass over saved tensors that were changed
-            of_hidden, of_weight = (saved.mul_(gradient) for saved in ctx.saved_tensors)
+            gradients = [None if saved is None else saved.mul_(gradient) for saved in ctx.saved_tensors]
         else:
-            hidden, weight, labels, loss_weights = ctx.saved_tensors
-            factors = loss_weights * gradient
-            _, of_hidden, of_weight = _in_chunks(hidden, weight, labels, factors, ctx.shard, ctx.kernels)
-        return of_hidden, of_weight, None, None, None, None
+            hidden, weight, bias, labels, loss_weights = ctx.saved_tensors
+            head = ctx.head._replace(weight=weight, bias=bias)
+            _, *gradients = _in_chunks(hidden, labels, loss_weights * gradient, head)
+        return *gradients, None, None, None
 
 
-def _in_chunks(
-    hidden: Tensor, weight: Tensor, labels: Tensor, factors: Tensor | None, shard: VocabularyShard, kernels: Kernels
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Negative log likelihoods [t] in fp32, and the gradients of their sum weighted by `factors` [t], unless None.
+def _in_chunks(hidden: Tensor, labels: Tensor, factors: Tensor | None, head: Head) -> Results:
+    """Losses, and the gradients of their sum weighted by `factors` [t], unless None.
 
-    Those are of hidden, and of weight in its type or, summed over several chunks, in fp32.
+    That of hidden has its type, that of weight its type or, summed over several chunks, fp32, that of bias fp32.
     """
+    weight, bias, transform, shard, kernels = head
     tokens, columns = len(hidden), labels - shard.start
     elsewhere = (columns < 0) | (columns >= len(weight))
     columns = columns.masked_fill(elsewhere, 0)
@@ -117,9 +162,12 @@ def _in_chunks(
     of_hidden = torch.empty_like(hidden)
     # one product is rounded once; a sum of several is taken in fp32
     of_weight = torch.empty_like(weight, dtype=weight.dtype if length >= tokens else torch.float32)
+    of_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
     for start in range(0, tokens, length):
         part = slice(start, start + length)
-        logits = hidden[part] @ weight.t()
+        logits = hidden[part] @ weight.t() if bias is None else torch.addmm(bias, hidden[part], weight.t())
+        if transform != UNCHANGED:
+            logits = kernels.transform(logits, transform)
         logits[:, shard.rows :] = float("-inf")
         place = rows[: len(logits)], columns[part]
         own = logits[place].float().masked_fill(elsewhere[part], 0)
@@ -131,14 +179,20 @@ def _in_chunks(
         if factors is None:
             continue
         log_sum, factor = largest + total.log(), factors[part]
-        kernels.differentiate(logits, log_sum, factor)
+        if transform.multiplier != 1.0:
+            factor = factor * transform.multiplier
+        kernels.differentiate(logits, log_sum, factor, transform.cap)
         # softmax - 1 at the label, by expm1, as the softmax is often almost 1
-        of_label = (torch.expm1(own - log_sum) * factor).to(logits.dtype)
-        logits[place] = torch.where(elsewhere[part], logits[place], of_label)
+        of_label = torch.expm1(own - log_sum) * factor
+        if transform.cap is not None:
+            of_label = of_label * slope_of_cap(own, transform.cap)
+        logits[place] = torch.where(elsewhere[part], logits[place], of_label.to(logits.dtype))
         torch.mm(logits, weight, out=of_hidden[part])
         _add_product(of_weight, logits.t(), hidden[part], is_first=start == 0)
+        if of_bias is not None:
+            of_bias += logits.sum(0, dtype=torch.float32)
         del logits  # before the next chunk's are allocated
-    return (losses, None, None) if factors is None else (losses, of_hidden, of_weight)
+    return Results(losses) if factors is None else Results(losses, of_hidden, of_weight, of_bias)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:

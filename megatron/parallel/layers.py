@@ -24,7 +24,15 @@ from megatron.parallel.collectives import (
     reduce_scatter_sequence,
     scatter_sequence,
 )
-from megatron.parallel.cross_entropy import EAGER, Kernels, VocabularyShard, linear_cross_entropy
+from megatron.parallel.cross_entropy import (
+    EAGER,
+    UNCHANGED,
+    Kernels,
+    LogitTransform,
+    VocabularyShard,
+    linear_cross_entropy,
+    transform_logits,
+)
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.initial_values import zeros
 from megatron.parallel.parameter import Initialiser, new_parameter
@@ -143,17 +151,25 @@ class VocabParallelEmbedding(nn.Module):
     """A token embedding with rows sharded over the group, for input and, if tied, for output.
 
     vocab_size: rows without padding; padded_size: rows in memory, divisible by tp. Padding rows are zero, get no
-    gradient, and their logits are -inf.
+    gradient, and their logits are -inf. bias: of the logits, sharded like the rows. transform: of the logits with it.
     """
 
     padding_logits: Tensor | None
 
     def __init__(
-        self, vocab_size: int, padded_size: int, hidden_size: int, initialise: Initialiser, grid: ParallelGrid
+        self,
+        vocab_size: int,
+        padded_size: int,
+        hidden_size: int,
+        initialise: Initialiser,
+        grid: ParallelGrid,
+        bias: bool = False,
+        transform: LogitTransform = UNCHANGED,
     ) -> None:
         super().__init__()
-        self.grid = grid
+        self.grid, self.transform = grid, transform
         self.weight = new_parameter((vocab_size, hidden_size), 0, initialise, grid, padded_size)
+        self.bias = new_parameter((vocab_size,), 0, zeros, grid, padded_size) if bias else None
         rows = padded_size // grid.size("tensor")
         start = grid.rank("tensor") * rows
         self.shard = VocabularyShard(grid.group("tensor"), start, min(max(vocab_size - start, 0), rows))
@@ -176,7 +192,12 @@ class VocabParallelEmbedding(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[b, s, h] or [b, s/tp, h] -> [b, s, padded_size/tp], padding columns -inf."""
         padding = None if self.padding_logits is None else self.padding_logits.to(hidden.dtype)
-        return column_parallel(hidden, self.grid, (self.weight, padding))[0]
+        if self.bias is None and self.transform == UNCHANGED:
+            return column_parallel(hidden, self.grid, (self.weight, padding))[0]
+        logits = column_parallel(hidden, self.grid, (self.weight, self.bias))[0]
+        if self.transform != UNCHANGED:
+            logits = transform_logits(logits, self.transform)
+        return logits if padding is None else logits + padding
 
     def loss(self, hidden: Tensor, labels: Tensor, loss_weights: Tensor) -> Tensor:
         """The sum over tokens of loss weight * negative log likelihood in nats, a scalar in fp32, without `logits`.
@@ -186,4 +207,6 @@ class VocabParallelEmbedding(nn.Module):
         """
         group = self.grid.group("tensor")
         hidden = gather_sequence(hidden, group) if self.grid.sequence_parallel else copy_to_group(hidden, group)
-        return linear_cross_entropy(hidden, self.weight, labels, loss_weights, self.shard, self.loss_kernels)
+        return linear_cross_entropy(
+            hidden, self.weight, labels, loss_weights, self.shard, self.loss_kernels, self.bias, self.transform
+        )

@@ -4,6 +4,8 @@ fp32: rounding of a few products, within assert_close's defaults. In 16 bits the
 or 2^-11 (fp16) of themselves; those here are below 16, so a softmax is off by 16 * 2^-9 = 3% in bf16 at most.
 """
 
+from itertools import product
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,7 +15,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.parallel import cross_entropy
-from megatron.parallel.cross_entropy import VocabularyShard, linear_cross_entropy
+from megatron.parallel.cross_entropy import UNCHANGED, LogitTransform, VocabularyShard, linear_cross_entropy
 from megatron.parallel.grid import ParallelGrid
 from tests.ranks.run import make_grid, one_rank, run_ranks
 
@@ -122,6 +124,56 @@ def narrow_body() -> None:
 @pytest.mark.parametrize("tp", [1, 2])
 def test_16_bits_are_as_exact_as_their_logits_and_fp16_is_computed_with_the_loss_scale(tp):
     run_ranks(tp, narrow_body)
+
+
+TRANSFORMS = {
+    "bias": (True, UNCHANGED),
+    "multiplier": (False, LogitTransform(multiplier=0.5)),
+    "cap": (False, LogitTransform(cap=4.0)),
+    "everything": (True, LogitTransform(multiplier=1.7, cap=5.0)),
+}
+
+
+def transformed_body(vocab_size: int, padded_size: int) -> None:
+    grid = make_grid(tensor=dist.get_world_size())
+    case = case_of(vocab_size, grid)
+    whole_bias = torch.randn(vocab_size, generator=torch.Generator().manual_seed(2)).to(grid.device)
+    tolerances = {torch.float32: 1e-5, torch.bfloat16: 2**-5, torch.float16: 2**-7}  # as above
+    for (has_bias, transform), (dtype, relative), chunk in product(TRANSFORMS.values(), tolerances.items(), (21, 5)):
+        chunks_of(chunk)
+        mine, shard, part = shard_of(case[1], padded_size, grid)
+        bias = F.pad(whole_bias, (0, padded_size - vocab_size))[part]
+        inputs = [tensor.detach().clone().to(dtype).requires_grad_() for tensor in (case[0], mine, bias)]
+        own_bias = inputs[2] if has_bias else None
+        loss = linear_cross_entropy(*inputs[:2], *case[2:], shard, bias=own_bias, transform=transform)
+        loss.backward()
+        with torch.no_grad():
+            same = linear_cross_entropy(*inputs[:2], *case[2:], shard, bias=own_bias, transform=transform)
+        assert torch.equal(same, loss)
+        dist.all_reduce(of_hidden := inputs[0].grad.float(), group=grid.group("tensor"))
+
+        exact = [t.detach().to(dtype).double().requires_grad_() for t in (*case[:2], whole_bias)]
+        logits = (exact[0] @ exact[1].t() + (exact[2] if has_bias else 0)) * transform.multiplier
+        if transform.cap is not None:
+            logits = transform.cap * torch.tanh(logits / transform.cap)
+        losses = F.cross_entropy(logits.flatten(0, -2), case[2].flatten(), reduction="none")
+        (expected := (losses * case[3].flatten()).sum()).backward()
+        assert_close(loss.detach(), expected.detach().float(), rtol=relative, atol=0)
+        pairs = [
+            (of_hidden, exact[0].grad),
+            (inputs[1].grad, F.pad(exact[1].grad, (0, 0, 0, padded_size - vocab_size))),
+        ]
+        if has_bias:
+            pairs.append((inputs[2].grad, F.pad(exact[2].grad, (0, padded_size - vocab_size))))
+        for number, (found, wanted) in enumerate(pairs):
+            assert found.isfinite().all()
+            wanted = wanted[part] if number else wanted
+            assert_close(found.double(), wanted, rtol=0, atol=relative * float(exact[1].grad.abs().max()))
+
+
+@pytest.mark.parametrize(("tp", "sizes"), [(1, (61, 64)), (2, (61, 64)), (2, (5, 128))], ids=str)
+def test_bias_multiplier_and_cap_have_the_gradients_of_whole_logits(tp, sizes):
+    run_ranks(tp, transformed_body, *sizes)
 
 
 def huge_logits_body() -> None:

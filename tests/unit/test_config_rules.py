@@ -104,6 +104,7 @@ BROKEN = [
         },
         "rope_scaling.rope_type (dynamic) needs at least 4 rotated elements of a head, not 2",
     ),
+    ({"head_bias": True}, "head_bias (true) needs no_weight_tying (false)"),
     ({"rotary_interleaved": True}, "rotary_interleaved (true) has no effect with pos_emb learned"),
     (
         {"pos_emb": "rotary", "no_rope_layer_interval": 5},

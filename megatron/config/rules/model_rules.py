@@ -269,6 +269,12 @@ def _rope_scaling_fits(config: Config) -> Iterator[str]:
             )
 
 
+@rule(MODEL_RULES, "head_bias", "no_weight_tying")
+def _a_bias_needs_a_head_of_its_own(config: Config) -> Iterator[str]:
+    if config.model.head_bias and not config.model.no_weight_tying:
+        yield "head_bias (true) needs no_weight_tying (false): an embedding that serves as head has no bias; set both"
+
+
 @rule(MODEL_RULES, "attention_config", "num_layers")
 def _attention_covers_the_layers(config: Config) -> Iterator[str]:
     try:
