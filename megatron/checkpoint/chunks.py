@@ -80,7 +80,7 @@ def local_chunks(
     found: dict[str, LocalChunks] = {}
     for fragment in fragments:
         parameter = cast(PlacedParameter, fragment.parameter)
-        if owned_only and not _owns(parameter, grid, replicated_over_data):
+        if owned_only and not _owns(parameter, grid, replicated_over_data or fragment.replicated):
             continue
         for kind, tensor in fragment.tensors.items():
             name = f"{parameter.global_name}/{kind}"

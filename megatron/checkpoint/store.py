@@ -200,6 +200,11 @@ def _load(engine: TrainingEngine | InferenceEngine, path: Path, kinds: tuple[str
     stored = tensor_shapes(reader)
     if all(name.endswith(f"/{MASTER}") for name in stored) and not all(name.endswith(f"/{MASTER}") for name in chunks):
         raise UserError(f"{path} holds weights without an optimizer's state; finetune: true starts a run with them")
+    if frozen := [name for name in chunks if name not in stored and f"{name.rpartition('/')[0]}/{MASTER}" in stored]:
+        raise UserError(
+            f"{path} holds no optimizer state of {frozen[0].rpartition('/')[0]}, which was frozen there; "
+            "no_load_optim: true resumes with a fresh optimizer, finetune: true starts a run with the weights"
+        )
     _check_same_model(chunks, stored, path, engine)
     try:
         dcp.load(chunks, storage_reader=reader, planner=LoadPlanner())

@@ -8,11 +8,9 @@ ZeRO 2      A times as much                           4 P / N
 ZeRO 3      A times half as much, a reduce-scatter    4 P / N
 """
 
-from megatron.config.parameter_counts import held_parameters
+from megatron.config.parameter_counts import WIDTH, held_trained
 from megatron.config.pipeline_stages import stage_layers
 from megatron.config.plan import BatchPlan, EnginePlan, Layout, Plan
-
-_WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def stage_for_whole_sums(parameters: int, moments: int, layout: Layout, batch: BatchPlan, memory: float | None) -> int:
@@ -47,9 +45,9 @@ def reduction_line(plan: Plan) -> str | None:
     engine, replicas, steps = plan.engine, plan.layout.replicas, plan.batch.accumulation_steps
     if replicas == 1:
         return None
-    parameters = max(held_parameters(plan.model, plan.layout.tensor, layers) for layers in stage_layers(plan))
+    parameters = max(held_trained(plan, layers) for layers in stage_layers(plan))
     sent_in = "fp32" if engine.fp32_allreduce else engine.precision
-    once = 2 * _WIDTH[sent_in] * parameters * (replicas - 1) / replicas / (2 if engine.zero_stage == 3 else 1)
+    once = 2 * WIDTH[sent_in] * parameters * (replicas - 1) / replicas / (2 if engine.zero_stage == 3 else 1)
     times = steps if engine.zero_stage >= 2 else 1
     when = "during the backward pass" if overlaps(plan) else "after the backward pass"
     often = "once a step" if times == 1 else f"for each of {times} micro-batches"

@@ -5,10 +5,13 @@ Letters: h hidden size, f feed-forward width, n query heads, g key/value heads, 
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
+from megatron.config.parameter_shapes import trained_parameters
 from megatron.config.plan import ModelPlan, Plan
 from megatron.config.widths import is_gated
 
+WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of a weight
 MOMENTS = {"sgd": 1}  # optimizer states per parameter; 2 for all others
 
 
@@ -48,9 +51,25 @@ def product_weights(model: ModelPlan, split: int = 1) -> int:
     return (fused + queries) * model.hidden_size // split + (inner + model.ffn_hidden_size) * model.hidden_size // split
 
 
+def trained_count(plan: Plan) -> int:
+    """Parameters of the whole model that train, without the padding of the vocabulary."""
+    whole = replace(plan.model, padded_vocab_size=plan.model.vocab_size)
+    if not plan.engine.freeze:
+        return parameter_count(whole)
+    return trained_parameters(whole, plan.engine.freeze, 1, range(whole.num_layers + 3))
+
+
+def held_trained(plan: Plan, layers: Iterable[int]) -> int:
+    """Parameters of some layers that train, in the memory of one rank."""
+    model, freeze, split = plan.model, plan.engine.freeze, plan.layout.tensor
+    return trained_parameters(model, freeze, split, layers) if freeze else held_parameters(model, split, layers)
+
+
 def checkpoint_bytes(plan: Plan) -> int:
-    """Bytes of a checkpoint: fp32 weights and moments, 12 per parameter with Adam."""
-    return 4 * (1 + MOMENTS.get(plan.optimizer.kind, 2)) * parameter_count(plan.model)
+    """Bytes of a checkpoint: fp32 weights and moments, 12 per parameter with Adam; of frozen ones the weights alone."""
+    trained = trained_count(plan)
+    frozen = (parameter_count(plan.model) - trained) * WIDTH[plan.engine.precision]
+    return 4 * (1 + MOMENTS.get(plan.optimizer.kind, 2)) * trained + frozen
 
 
 def _positions(model: ModelPlan) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 from megatron.config.parameter_counts import layer_parameters
+from megatron.config.parameter_shapes import trained_parameters
 from megatron.config.plan import ModelPlan, Plan
 
 BLOCK_CLASS = "TransformerBlock"
@@ -28,11 +29,19 @@ def stage_layers(plan: Plan) -> list[range]:
     if method == "uniform":
         bounds = _uniform(len(classes), stages)
     elif method == "parameters":
-        bounds = _balanced(layer_parameters(plan.model, plan.layout.tensor), stages)
+        bounds = _balanced(_trained(plan, len(classes)), stages)
     else:
         pattern = re.compile(method.partition(":")[2], re.IGNORECASE)
         bounds = _balanced([1 if pattern.search(name) else 0 for name in classes], stages)
     return [range(start, stop) for start, stop in pairwise(bounds)]
+
+
+def _trained(plan: Plan, layers: int) -> list[int]:
+    """The parameters that DeepSpeed counts: those that train."""
+    freeze, split = plan.engine.freeze, plan.layout.tensor
+    if not freeze:
+        return layer_parameters(plan.model, split)
+    return [trained_parameters(plan.model, freeze, split, [layer]) for layer in range(layers)]
 
 
 def _uniform(items: int, parts: int) -> list[int]:

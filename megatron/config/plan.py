@@ -179,6 +179,7 @@ class EnginePlan:
     async_tensor_parallel: bool = False  # compiled blocks overlap collectives with matrix products
     deterministic: bool = False
     fp32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    freeze: tuple[str, ...] = ()  # patterns of names of parameters that do not train
 
 
 @dataclass(frozen=True)

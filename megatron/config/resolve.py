@@ -3,10 +3,14 @@
 A pure function: the same arguments give the same Plan on every rank. Every derived value is computed here.
 """
 
+from collections.abc import Iterator
+
 from megatron.config.errors import ConfigError
 from megatron.config.flops import common_flops
 from megatron.config.gradient_reduction import stage_for_whole_sums
 from megatron.config.parameter_counts import MOMENTS, held_parameters, layer_parameters
+from megatron.config.parameter_shapes import layer_shapes, trained_parameters, unmatched
+from megatron.config.pipeline_stages import stage_layers
 from megatron.config.plan import (
     BatchPlan,
     EnginePlan,
@@ -49,7 +53,26 @@ def resolve(config: Config, world_size: int, vocab_size: int, *, inference: bool
         raise ConfigError(f"the configuration for {world_size} ranks", problems)
     model = _model(config, vocab_size, rows, inference)
     engine = _engine(config, model, layout, batch, _compiles(config, model, layout, batch))
-    return Plan(layout, batch, model, _optimizer(config), schedule_of(config), engine)
+    plan = Plan(layout, batch, model, _optimizer(config), schedule_of(config), engine)
+    if not inference and (problems := list(_tuning_problems(plan))):
+        raise ConfigError(f"the configuration for {world_size} ranks", problems)
+    return plan
+
+
+def _tuning_problems(plan: Plan) -> Iterator[str]:
+    """What is wrong with the choice of parameters that train."""
+    freeze, layers = plan.engine.freeze, layer_shapes(plan.model)
+    if not freeze:
+        return
+    yield from unmatched("freeze", freeze, dict.fromkeys(name for shapes in layers for name in shapes))
+    stages = stage_layers(plan)
+    for number, held in enumerate(stages):
+        if trained_parameters(plan.model, freeze, 1, held) == 0:
+            where, way = "", "freeze less"
+            if len(stages) > 1:
+                where = f" of stage {number} of the pipeline"
+                way = f"freeze less, or lower pipe_parallel_size ({len(stages)}): each stage has to train something"
+            yield f"freeze ({', '.join(freeze)}) leaves no parameter{where} to train; {way}"
 
 
 def padded_vocabulary(config: Config, vocab_size: int) -> int:
@@ -256,7 +279,10 @@ def _engine(config: Config, model: ModelPlan, layout: Layout, batch: BatchPlan, 
     stage = _stage_that_runs(config, precision, layout.replicas)
     whole_sums = stage == 1 and precision == "bf16" and sum_type == "fp32"
     if whole_sums and keys.zero_optimization.offload_optimizer.device == "none":
-        parameters = held_parameters(model, layout.tensor, range(len(layer_parameters(model))))
+        layers = range(len(layer_parameters(model)))
+        parameters = held_parameters(model, layout.tensor, layers)
+        if freeze := config.tuning.freeze:
+            parameters = trained_parameters(model, freeze, layout.tensor, layers)
         moments = MOMENTS.get(config.optimizer.optimizer.type, 2)
         stage = stage_for_whole_sums(parameters, moments, layout, batch, config.launcher.gpu_memory)
     in_fp32 = precision != "fp32" and sum_type == "fp32"
@@ -278,6 +304,7 @@ def _engine(config: Config, model: ModelPlan, layout: Layout, batch: BatchPlan, 
         fp32_allreduce=in_fp32 if keys.fp32_allreduce is None else keys.fp32_allreduce,
         compile=compile,
         async_tensor_parallel=keys.async_tensor_parallel and layout.sequence_parallel,
+        freeze=config.tuning.freeze,
     )
 
 

@@ -7,7 +7,7 @@ No other file does. `pyproject.toml` pins DeepSpeed's minor version because of t
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -126,6 +126,20 @@ class Location:
     numel: int
     flat: Tensor
     at: int
+
+
+def held_elements(parameter: nn.Parameter) -> tuple[int, Tensor, bool]:
+    """What this rank holds of a weight that no optimizer steps, flattened: first element, elements, whether it is all.
+
+    Under ZeRO 3 the partition of this rank, without its padding.
+    """
+    partition = getattr(parameter, "ds_tensor", None)
+    if partition is None:
+        return 0, parameter.detach().view(-1), True
+    whole = cast(Any, parameter)
+    start = partition.ds_numel * dist.get_rank(whole.ds_process_group)
+    numel = max(0, min(partition.ds_numel, whole.ds_numel - start))
+    return start, partition.detach().view(-1)[:numel], False
 
 
 class Partitions(Protocol):

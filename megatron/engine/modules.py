@@ -3,17 +3,19 @@
 Parameters carry their global names, so both kinds agree on them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from megatron.config.parameter_shapes import trains
 from megatron.engine.deepspeed_internals import head_as_loss
 from megatron.engine.recompute import Checkpoint, recompute_all
 from megatron.model.layer import Layer, Targets
 from megatron.parallel.grid import ParallelGrid
+from megatron.parallel.parameter import PlacedParameter
 
 Call = Callable[..., Any]
 Prepare = Callable[[nn.Module], object]
@@ -126,6 +128,12 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
     """Make the parameters of `module` `dtype`; buffers stay as they are."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
+
+
+def freeze_parameters(module: nn.Module, patterns: Sequence[str]) -> None:
+    """Make the parameters whose global names match any of `patterns` need no gradient."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(trains(cast(PlacedParameter, parameter).global_name, patterns))
 
 
 def _chain(calls: list[Call], inputs: Any) -> Any:

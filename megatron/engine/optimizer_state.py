@@ -4,7 +4,7 @@ Without ZeRO a parameter is its own master, or has an fp32 master (bf16, `master
 read in `deepspeed_internals.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from megatron.engine.deepspeed_internals import Location, LossScaler, Partitions, zero_partitions
+from megatron.engine.deepspeed_internals import Location, LossScaler, Partitions, held_elements, zero_partitions
 from megatron.engine.master_weights import MasterWeights
 from megatron.optimizers.traits import OptimizerTraits
 from megatron.parallel.initial_values import draw
@@ -29,6 +29,7 @@ class Fragment:
     start: int
     numel: int
     tensors: dict[str, Tensor]  # "fp32" and the optimizer's moments: views [numel] of the live state
+    replicated: bool = False  # over data-parallel ranks, even if other fragments are not
 
 
 class ModuleState:
@@ -58,13 +59,18 @@ class OptimizerState:
     """Masters, moments, step count and loss scale of a DeepSpeed engine's optimizer."""
 
     def __init__(
-        self, optimizer: Any, inner: Optimizer, traits: OptimizerTraits, masters: MasterWeights | None = None
+        self,
+        optimizer: Any,
+        inner: Optimizer,
+        traits: OptimizerTraits,
+        masters: MasterWeights | None = None,
+        frozen: Sequence[nn.Parameter] = (),
     ) -> None:
         """optimizer: `engine.optimizer`. inner: the optimizer given to DeepSpeed, which may have wrapped it.
 
-        masters: the tensors that `inner` steps instead of the weights.
+        masters: the tensors that `inner` steps instead of the weights. frozen: weights that it does not step.
         """
-        self._inner, self._traits = inner, traits
+        self._inner, self._traits, self._frozen = inner, traits, frozen
         self.replicated_over_data = optimizer is inner  # no ZeRO: every data-parallel rank holds the same elements
         self._partitions: Partitions = (
             _Unsharded(inner, masters) if self.replicated_over_data else zero_partitions(optimizer, inner)
@@ -74,11 +80,18 @@ class OptimizerState:
         self._loss_scaler = LossScaler(optimizer)
 
     def fragments(self) -> list[Fragment]:
-        """All state of this rank, as live views: writing to them changes the optimizer (see `finish_loading`)."""
+        """All state of this rank, as live views: writing to them changes the optimizer (see `finish_loading`).
+
+        Of frozen parameters the weights in their own format.
+        """
         self._create_missing_state()
         return [
             Fragment(found.parameter, found.start, found.numel, self._views(found))
             for found in self._partitions.locations()
+        ] + [
+            Fragment(parameter, start, elements.numel(), {MASTER: elements}, whole)
+            for parameter in self._frozen
+            for start, elements, whole in [held_elements(parameter)]
         ]
 
     def finish_loading(self) -> None:

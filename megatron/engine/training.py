@@ -31,7 +31,7 @@ from megatron.engine.deepspeed_internals import (
 )
 from megatron.engine.master_weights import MasterWeights
 from megatron.engine.model_parallel_unit import ModelParallelUnit
-from megatron.engine.modules import Sequential, cast_parameters, pipeline_module
+from megatron.engine.modules import Sequential, cast_parameters, freeze_parameters, pipeline_module
 from megatron.engine.optimizer_state import OptimizerState, draw_initial_values
 from megatron.engine.phases import Timed, time_phases
 from megatron.engine.recompute import checkpoint_function
@@ -94,6 +94,7 @@ class TrainingEngine:
         def prepare(module: nn.Module) -> None:
             """Before the next layer is built, so that no rank holds the whole model in fp32, or under ZeRO 3 at all."""
             cast_parameters(module, DTYPES[plan.engine.precision])
+            freeze_parameters(module, plan.engine.freeze)
             if plan.engine.zero_stage == 3:
                 replicas = unit.get_data_parallel_group()
                 deepspeed.zero.Init(module, replicas, config_dict_or_path=settings, mpu=unit)
@@ -128,7 +129,8 @@ class TrainingEngine:
             if grid.size("replica") == 1:
                 disable_gradient_averaging(self._engine)
         clip_and_skip(optimizer, self._norm, plan.optimizer.gradient_clipping, traits.on_device)
-        self.state = OptimizerState(self._engine.optimizer, optimizer, traits, masters)
+        frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+        self.state = OptimizerState(self._engine.optimizer, optimizer, traits, masters, frozen)
         draw_initial_values(module, self.state)
 
     @property

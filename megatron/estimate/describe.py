@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron.config.flops import token_flops
 from megatron.config.gradient_reduction import reduction_line
-from megatron.config.parameter_counts import checkpoint_bytes, embedding_parameters, parameter_count
+from megatron.config.parameter_counts import checkpoint_bytes, embedding_parameters, parameter_count, trained_count
 from megatron.config.plan import ModelPlan, Plan
 from megatron.config.resolve import decay_steps
 from megatron.config.schema.config import Config
@@ -38,6 +38,7 @@ def dry_run(config: Config, plan: Plan, script: str, notes: Sequence[str], on_cp
     lines += _model_lines(plan.model)
     if script == "train.py":
         lines += [
+            *_trained_lines(plan),
             *_reduction_lines(plan),
             *_cost_lines(plan),
             *_snapshot_lines(config, plan),
@@ -52,7 +53,8 @@ def dry_run(config: Config, plan: Plan, script: str, notes: Sequence[str], on_cp
 
 def plan_lines(plan: Plan) -> list[str]:
     """Layout, batch, model and reduction of gradients, for the log at the start of a run."""
-    return [line.strip() for line in (*_layout_lines(plan), *_model_lines(plan.model), *_reduction_lines(plan))]
+    lines = (*_layout_lines(plan), *_model_lines(plan.model), *_trained_lines(plan), *_reduction_lines(plan))
+    return [line.strip() for line in lines]
 
 
 def _derived(config: Config, plan: Plan) -> dict[str, Any]:
@@ -96,6 +98,13 @@ def _model_lines(model: ModelPlan) -> list[str]:
         f"  parameters: {total:,} ({short_number(total)}; {short_number(total - embedding)} without embeddings); "
         "active per token: all",
     ]
+
+
+def _trained_lines(plan: Plan) -> list[str]:
+    if not plan.engine.freeze:
+        return []
+    trained, total = trained_count(plan), parameter_count(plan.model)
+    return [f"  trainable parameters: {trained:,} of {total:,} ({trained / total:.2%}); the others are frozen"]
 
 
 def _reduction_lines(plan: Plan) -> list[str]:

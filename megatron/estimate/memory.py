@@ -7,7 +7,8 @@ what the model's operations save for the backward pass. `docs/estimates.md` comp
 from dataclasses import dataclass, replace
 
 from megatron.config.gradient_reduction import overlaps, reduces_whole_sums
-from megatron.config.parameter_counts import MOMENTS, held_parameters, layer_parameters
+from megatron.config.parameter_counts import MOMENTS, held_parameters, held_trained
+from megatron.config.parameter_shapes import trains
 from megatron.config.pipeline_stages import layer_classes, stage_layers
 from megatron.config.plan import Plan
 from megatron.config.widths import loss_chunk
@@ -33,6 +34,7 @@ class StageMemory:
 
     layers: range  # indices into pipeline_stages.layer_classes
     parameters: int
+    trained: int  # of the parameters
     weights: int
     optimizer: int  # moments, and the optimizer's own fp32 weights
     host: int  # offloaded to host memory
@@ -60,21 +62,22 @@ def fits(peak: int, gpu_memory: float) -> bool:
 
 def _stage(plan: Plan, number: int, layers: range, on_cpu: bool) -> StageMemory:
     stage, replicas = plan.engine.zero_stage, plan.layout.replicas
-    parameters = held_parameters(plan.model, plan.layout.tensor, layers)
+    parameters, trained = held_parameters(plan.model, plan.layout.tensor, layers), held_trained(plan, layers)
     # every ZeRO optimizer updates its own fp32 copy, even of fp32 weights
     kept_by_optimizer = MOMENTS.get(plan.optimizer.kind, 2) + (1 if stage or plan.engine.precision != "fp32" else 0)
     in_flight = min(plan.layout.pipe - number, plan.batch.accumulation_steps) if plan.layout.pipe > 1 else 1
     has_head = len(layer_classes(plan.model)) - 1 in layers
-    head_gradient = _head_gradient(plan, on_cpu) if has_head else 0
-    passing, buckets = _buffers(plan, parameters, stage), _permanent_buckets(plan, parameters, stage)
+    head_gradient = _head_gradient(plan, on_cpu) if has_head and _head_trains(plan) else 0
+    passing, buckets = _buffers(plan, parameters, trained, stage), _permanent_buckets(plan, trained, stage)
     pipeline = _stage_buffers(plan, number)
-    gradients = _gradients(plan, parameters, stage)
+    gradients = _gradients(plan, trained, stage)
     weights = parameters * WIDTH[plan.engine.precision] // (replicas if stage == 3 else 1)
-    optimizer = 4 * parameters // (replicas if stage else 1) * kept_by_optimizer
+    optimizer = 4 * trained // (replicas if stage else 1) * kept_by_optimizer
     away = (_is_offloaded(plan, "offload_param"), _is_offloaded(plan, "offload_optimizer"))
     memory = StageMemory(
         layers=layers,
         parameters=parameters,
+        trained=trained,
         weights=0 if away[0] else weights,
         optimizer=0 if away[1] else optimizer,
         host=weights * away[0] + optimizer * away[1],
@@ -115,7 +118,7 @@ def _peak(plan: Plan, memory: StageMemory, passing: int, on_cpu: bool) -> int:
     stage, several = plan.engine.zero_stage, plan.batch.accumulation_steps > 1
     averaging, passing = (passing, 0) if stage == 0 else (0, passing)  # without ZeRO after all gradients are computed
     if reduces_whole_sums(plan.engine):
-        averaging, passing = passing, 2 * memory.parameters
+        averaging, passing = passing, 2 * memory.trained
     gradients = 0 if _keeps_gradients(plan, stage) else memory.gradients
     # in addition to the current micro-batch: gradients of earlier ones
     held = gradients if several else 0
@@ -132,18 +135,17 @@ def _peak(plan: Plan, memory: StageMemory, passing: int, on_cpu: bool) -> int:
         + again
         + passing,
         "gradient reduction": gradients + averaging,
-        "optimizer step": gradients + _step(plan, memory.parameters, stage),
+        "optimizer step": gradients + _step(plan, memory.trained, stage),
     }
     return memory.weights + memory.optimizer + memory.permanent_buffers + max(moments.values())
 
 
 def _later_gradients(plan: Plan, memory: StageMemory) -> int:
     """Gradient bytes before those of the first block of a stage and of an untied embedding are computed."""
-    counts = layer_parameters(plan.model, plan.layout.tensor)
     first = [layer for layer in memory.layers if 0 < layer <= plan.model.num_layers][:1]
     first += [0] if 0 in memory.layers and not plan.model.tied_embeddings else []
-    missing = sum(counts[layer] for layer in first)
-    return _gradients(plan, memory.parameters - missing, plan.engine.zero_stage)
+    missing = sum(held_trained(plan, [layer]) for layer in first)
+    return _gradients(plan, memory.trained - missing, plan.engine.zero_stage)
 
 
 def _accumulator(plan: Plan) -> int:
@@ -187,8 +189,8 @@ def _option(plan: Plan, name: str) -> int:
     return int(str(plan.engine.zero_options.get(name, _OPTIONS[name])))
 
 
-def _buffers(plan: Plan, parameters: int, stage: int) -> int:
-    """Bytes of gradient buckets, and in stage 3 of gathered parameters."""
+def _buffers(plan: Plan, held: int, parameters: int, stage: int) -> int:
+    """Bytes of gradient buckets, and in stage 3 of gathered weights; of `held` parameters `parameters` train."""
     if stage == 0:
         reduced = 4 if plan.engine.fp32_allreduce else WIDTH[plan.engine.precision]
         own = _accumulator(plan)
@@ -196,7 +198,7 @@ def _buffers(plan: Plan, parameters: int, stage: int) -> int:
         return whole if plan.layout.replicas > 1 else 0
     if stage == 3:
         live = _option(plan, "stage3_max_live_parameters") + _option(plan, "stage3_prefetch_bucket_size")
-        gathered = min(parameters, live) * WIDTH[plan.engine.precision] if plan.layout.replicas > 1 else 0
+        gathered = min(held, live) * WIDTH[plan.engine.precision] if plan.layout.replicas > 1 else 0
         return gathered + 2 * _sent_in_fp32(plan, parameters)  # in the order of parameters, and then of ranks
     if reduces_whole_sums(plan.engine):  # the gradients beside their sums, and a copy of the sums if they are small
         return parameters * (2 + (4 if parameters < WHOLE_BUCKET and plan.layout.replicas > 1 else 0))
@@ -248,10 +250,15 @@ def _stage_buffers(plan: Plan, number: int) -> int:
 
 def _head_weight_gradient(plan: Plan, memory: StageMemory) -> int:
     """Bytes of the gradient of the head's weight as it is accumulated, on the last stage."""
-    if not memory.loss:
+    if not memory.loss or not _head_trains(plan):
         return 0
     elements = plan.model.padded_vocab_size // plan.layout.tensor * plan.model.hidden_size
     return _gradients(plan, elements, plan.engine.zero_stage)
+
+
+def _head_trains(plan: Plan) -> bool:
+    """Whether the loss computes the gradient of the head's weight."""
+    return trains("embedding.weight" if plan.model.tied_embeddings else "head.weight", plan.engine.freeze)
 
 
 def _chunk(plan: Plan, on_cpu: bool) -> int:
@@ -274,5 +281,6 @@ def _loss(plan: Plan, on_cpu: bool) -> int:
     chunk, tokens, hidden_size = _chunk(plan, on_cpu), tokens_on_rank(plan), plan.model.hidden_size
     copies = 1 if plan.model.logit_softcap is None else 2  # the slope of the cap
     copy = 0 if plan.engine.compile else copies * chunk * rows * 4
-    product = rows * hidden_size * width if on_cpu and width < 4 and chunk < tokens else 0
-    return _head_gradient(plan, on_cpu) + tokens * hidden_size * width + chunk * rows * width + max(copy, product)
+    gradient = _head_gradient(plan, on_cpu) if _head_trains(plan) else 0
+    product = rows * hidden_size * width if gradient and on_cpu and width < 4 and chunk < tokens else 0
+    return gradient + tokens * hidden_size * width + chunk * rows * width + max(copy, product)

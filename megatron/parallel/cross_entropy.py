@@ -89,7 +89,7 @@ def linear_cross_entropy(
     of the same type; logits are transform(hidden @ weight.T + bias), -inf for padding. labels: [...] int64, valid ids.
     loss_weights: [...] fp32. One small all-gather for each chunk, if there are several ranks.
     """
-    head = Head(weight, bias, transform, shard, kernels)
+    head = Head(weight, bias, transform, shard, kernels, weight.requires_grad)
     hidden, labels, loss_weights = hidden.flatten(0, -2), labels.flatten(), loss_weights.flatten()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
         loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, loss_weights, head)
@@ -105,6 +105,7 @@ class Head(NamedTuple):
     transform: LogitTransform
     shard: VocabularyShard
     kernels: Kernels
+    trains: bool  # whether the gradient of the weight is wanted
 
 
 class Results(NamedTuple):
@@ -152,7 +153,7 @@ def _in_chunks(hidden: Tensor, labels: Tensor, factors: Tensor | None, head: Hea
 
     That of hidden has its type, that of weight its type or, summed over several chunks, fp32, that of bias fp32.
     """
-    weight, bias, transform, shard, kernels = head
+    weight, bias, transform, shard, kernels, trains = head
     tokens, columns = len(hidden), labels - shard.start
     elsewhere = (columns < 0) | (columns >= len(weight))
     columns = columns.masked_fill(elsewhere, 0)
@@ -161,7 +162,7 @@ def _in_chunks(hidden: Tensor, labels: Tensor, factors: Tensor | None, head: Hea
     losses = hidden.new_empty(tokens, dtype=torch.float32)
     of_hidden = torch.empty_like(hidden)
     # one product is rounded once; a sum of several is taken in fp32
-    of_weight = torch.empty_like(weight, dtype=weight.dtype if length >= tokens else torch.float32)
+    of_weight = torch.empty_like(weight, dtype=weight.dtype if length >= tokens else torch.float32) if trains else None
     of_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
     for start in range(0, tokens, length):
         part = slice(start, start + length)
@@ -188,7 +189,8 @@ def _in_chunks(hidden: Tensor, labels: Tensor, factors: Tensor | None, head: Hea
             of_label = of_label * slope_of_cap(own, transform.cap)
         logits[place] = torch.where(elsewhere[part], logits[place], of_label.to(logits.dtype))
         torch.mm(logits, weight, out=of_hidden[part])
-        _add_product(of_weight, logits.t(), hidden[part], is_first=start == 0)
+        if of_weight is not None:
+            _add_product(of_weight, logits.t(), hidden[part], is_first=start == 0)
         if of_bias is not None:
             of_bias += logits.sum(0, dtype=torch.float32)
         del logits  # before the next chunk's are allocated

@@ -68,9 +68,11 @@ class _Float8Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         inputs, weight = ctx.saved_tensors
-        of_weight = gradient_of_weight(gradient.flatten(0, -2), inputs.flatten(0, -2), float8=True)
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = gradient_of_weight(gradient.flatten(0, -2), inputs.flatten(0, -2), float8=True)
         return gradient_of_inputs(gradient, weight, float8=True), of_weight
 
 

@@ -22,7 +22,14 @@ from megatron.config.schema.run_keys import (
     ProfilingKeys,
     TokenizerKeys,
 )
-from megatron.config.schema.training_keys import BatchKeys, EngineKeys, OptimizerKeys, PrecisionKeys, TrainingKeys
+from megatron.config.schema.training_keys import (
+    BatchKeys,
+    EngineKeys,
+    OptimizerKeys,
+    PrecisionKeys,
+    TrainingKeys,
+    TuningKeys,
+)
 
 
 class Config(Group):
@@ -31,6 +38,7 @@ class Config(Group):
     parallelism: ParallelismKeys
     model: ModelKeys
     optimizer: OptimizerKeys
+    tuning: TuningKeys
     precision: PrecisionKeys
     engine: EngineKeys
     batch: BatchKeys

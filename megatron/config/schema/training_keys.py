@@ -1,8 +1,9 @@
 """Training keys: optimizer, precision, ZeRO, batch and steps."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from megatron import registry
 from megatron.config.schema.key_group import (
@@ -79,6 +80,27 @@ class OptimizerKeys(Group):
 
     warmup: Fraction = 0.01
     """Linear warm-up, as a fraction of the decay steps."""
+
+
+def _pattern(text: str) -> str:
+    """A regular expression."""
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f'"{text}" is not a regular expression: {error}') from error
+    return text
+
+
+Pattern = Annotated[str, Field(min_length=1), AfterValidator(_pattern)]
+
+
+class TuningKeys(Group):
+    """Training a part of a model that is already trained."""
+
+    freeze: tuple[Pattern, ...] = ()
+    """Parameters that do not train: they have no gradient and no optimizer state, and checkpoints hold them as ever, in
+    the format of the weights. Each entry is a regular expression for whole parts of a global name, such as embedding,
+    norm.*, mlp.up or blocks.[0-3] (which is blocks 0 to 3 only); inspect_checkpoint.py prints the names."""
 
 
 class Fp16Keys(Group):
