@@ -24,6 +24,13 @@ from megatron.engine.distributed import choose_matmul_precision, start
 from megatron.engine.inference import InferenceEngine
 from megatron.engine.settings import DTYPES
 from megatron.errors import UserError
+from megatron.hugging_face.published import (
+    PublishedModel,
+    check_same_published,
+    load_published,
+    open_published,
+    published_name,
+)
 from megatron.model.cache import KVCache
 from megatron.model.gpt import gather_logits, gpt_layers
 from megatron.model.positions import document_starts
@@ -43,6 +50,7 @@ class FoundModel:
     plan: Plan
     tokenizer: Tokenizer
     checkpoint: Path
+    published: PublishedModel | None = None  # whose folder `checkpoint` is
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,8 @@ def find_trained_model(config: Config) -> FoundModel:
     """
     keys = config.checkpoint
     folder = keys.load or keys.save
+    if (name := published_name(folder)) is not None:
+        return _find_published(config, name)
     if folder is None:
         raise UserError("load is not set: name the folder of the model's checkpoints")
     checkpoint = find_checkpoint(Path(folder), keys.iteration, keys.verify)
@@ -124,6 +134,14 @@ def find_trained_model(config: Config) -> FoundModel:
     return FoundModel(plan, tokenizer, checkpoint)
 
 
+def _find_published(config: Config, name: str) -> FoundModel:
+    published = open_published(name)
+    tokenizer = open_tokenizer(config)
+    plan = resolve(config, int(os.environ.get("WORLD_SIZE", "1")), tokenizer.vocab_size, inference=True)
+    check_same_published(plan.model, published, any_behavior="model" in config.checkpoint.allow_changes)
+    return FoundModel(plan, tokenizer, published.folder, published)
+
+
 def open_trained_model(found: FoundModel, backend: str | None, timeout_minutes: float = 30) -> TrainedModel:
     """Start the process group, build the model and load its weights. Collective.
 
@@ -132,8 +150,11 @@ def open_trained_model(found: FoundModel, backend: str | None, timeout_minutes: 
     grid = start(tensor=found.plan.layout.tensor, backend=backend, timeout_minutes=timeout_minutes)
     products = choose_matmul_precision(found.plan.engine, grid.device)
     engine = InferenceEngine(gpt_layers(found.plan.model, grid, seed=None), grid, DTYPES[found.plan.engine.precision])
-    agree_on_checkpoint(found.checkpoint)
-    load_weights(engine, found.checkpoint)
+    if found.published is not None:
+        load_published(engine, found.published)
+    else:
+        agree_on_checkpoint(found.checkpoint)
+        load_weights(engine, found.checkpoint)
     log.info("%s", found.tokenizer.describe())
     log.info("model: weights of %s in %s", found.checkpoint, found.plan.engine.precision)
     for line in products:

@@ -105,6 +105,9 @@ TABLE: dict[str, dict[str, str]] = {
         "stablelm": "megatron.convert.families.stablelm:FAMILY",
         "smollm3": "megatron.convert.families.smollm3:FAMILY",
     },
+    "weights_source": {  # of `load: hf:MODEL`: a function from MODEL to keys of the configuration
+        "hf": "megatron.hugging_face.published:configuration_keys",
+    },
     "hook": {
         "breakdown": "megatron.training.hooks.breakdown:breakdown",
         "profiling": "megatron.training.hooks.profiling:profiling",

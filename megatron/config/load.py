@@ -29,6 +29,7 @@ from megatron.files import exists, expanded, is_file, is_folder
 DEFAULT_FOLDER = "configs"
 DEFAULT_FILE = "default.yml"
 SUFFIXES = (".yml", ".yaml", ".json")
+WEIGHTS_SOURCE = "weights_source"  # kind in the registry
 COMMAND_LINE = Location("command line")
 OVERRIDE = re.compile(r"([A-Za-z_][\w.-]*)=(.*)", re.DOTALL)
 
@@ -65,6 +66,7 @@ def load_config(
         raise ConfigError("the files", merged.problems)  # the other problems cannot be known
     for override in overrides:
         override_key(merged, override)
+    _add_keys_of_weights(merged)
     source = " + ".join([str(path) for path in paths] + (["the command line"] if overrides else []))
     config = build(merged, source, script, planning)
     for note in merged.notes:
@@ -196,6 +198,19 @@ def _unset_none(entries: Entries) -> None:
             here = here[part]
         here[path[-1]] = None
         entries.notes.append(f"{entries.prefix(path)}{dotted(path)} ({show(value)}) is taken as unset (null)")
+
+
+def _add_keys_of_weights(entries: Entries) -> None:
+    """Where `load` names weights that describe their model (`hf:gpt2`): the keys of the model that are not set."""
+    kind, _, model = str(entries.values.get("load")).partition(":")
+    if kind not in registry.names(WEIGHTS_SOURCE) or not model:
+        return
+    try:
+        keys = registry.resolve(WEIGHTS_SOURCE, kind)(expanded(model, "load"))
+    except UserError as error:
+        entries.problems += [entries.prefix(("load",)) + problem for problem in error.problems]
+        return
+    entries.values |= {key: _frozen(value) for key, value in keys.items() if key not in entries.values}
 
 
 def override_key(entries: Entries, text: str) -> None:

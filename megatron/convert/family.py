@@ -143,7 +143,7 @@ class Family:
             raise UserError(
                 *(f"{self.name} cannot hold this model: {problem}" for problem in error.problems)
             ) from error
-        here, there = (_what_computes(plan) for plan in (model, back))
+        here, there = (what_computes(plan) for plan in (model, back))
         problems = [
             f"{self.name} cannot hold this model: {name} would be {there[name]!r}, not {here[name]!r}"
             for name in here
@@ -199,7 +199,7 @@ def _unknown_fields(family: Family, values: Values, defaults: Values) -> list[st
     ]
 
 
-def _what_computes(model: ModelPlan) -> dict[str, Any]:
+def what_computes(model: ModelPlan) -> dict[str, Any]:
     """The fields of a model that change what its weights compute; those without an effect at their usual values."""
     values = asdict(model) | TRAINING | {"padded_vocab_size": model.vocab_size}
     values["attention_kinds"] = tuple("local" if kind == "local" else "global" for kind in model.attention_kinds)

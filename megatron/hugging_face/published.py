@@ -19,7 +19,7 @@ from megatron import registry
 from megatron.checkpoint.chunks import local_chunks
 from megatron.checkpoint.converted import StoredWeight
 from megatron.config.plan import ModelPlan
-from megatron.convert.family import KIND, Family, family_of
+from megatron.convert.family import KIND, Family, family_of, what_computes
 from megatron.convert.model_keys import model_keys
 from megatron.convert.parameters import Entry, ParameterMap
 from megatron.engine.inference import InferenceEngine
@@ -71,6 +71,11 @@ class PublishedModel:
         return entry.join([self.read(name) for name in entry.theirs])[index]
 
 
+def published_name(load: str | None) -> str | None:
+    """The folder or name in the value `hf:...` of the key `load`; None for a folder of checkpoints."""
+    return load.removeprefix(PREFIX) if load is not None and load.startswith(PREFIX) else None
+
+
 def open_published(model: str) -> PublishedModel:
     """The published model in a folder, or of a name on the hub. Raises UserError with everything that is wrong."""
     require_transformers("a model of Hugging Face")
@@ -89,6 +94,25 @@ def open_published(model: str) -> PublishedModel:
         raise _too_many(f"{folder} does not hold the model of its config.json:", problems)
     _check_tokenizer(published)
     return published
+
+
+def check_same_published(model: ModelPlan, published: PublishedModel, any_behavior: bool = False) -> None:
+    """Raise UserError where `model` is not the published one: its shapes or, unless `any_behavior`, what it computes.
+
+    The context may be another one where no weights depend on it.
+    """
+    here, there = what_computes(model), what_computes(published.model)
+    differing = [
+        f"  {name} is {here[name]!r} here, and {there[name]!r} there"
+        for name in here
+        if here[name] != there[name] and (name != "max_position_embeddings" or model.position_embedding == "learned")
+    ]
+    shapes = parameter_shapes(without_padding(model)) != parameter_shapes(published.model)
+    if shapes or (differing and not any_behavior):
+        way_out = [] if shapes else ["to load its weights nevertheless: allow_changes=[model]"]
+        raise UserError(
+            f"{published.folder} holds another model than the configuration describes:", *differing, *way_out
+        )
 
 
 def load_published(engine: TrainingEngine | InferenceEngine, published: PublishedModel) -> None:
@@ -119,10 +143,15 @@ def configuration_keys(model: str) -> dict[str, Any]:
 
 
 def require_transformers(what: str) -> None:
-    """Raise UserError where the packages are missing that read and write models of Hugging Face."""
+    """Raise UserError where the packages are missing that read and write models of Hugging Face.
+
+    transformers then only reports errors: it would warn of special tokens that a small vocabulary has not.
+    """
     try:
         import safetensors  # noqa: F401
-        import transformers  # noqa: F401
+        import transformers
+
+        transformers.logging.set_verbosity_error()
     except ImportError as error:
         raise UserError(f"{what} needs the package {error.name}: pip install 'deepy[convert]'") from error
 

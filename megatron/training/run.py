@@ -25,6 +25,9 @@ from megatron.engine.training import TrainingEngine
 from megatron.errors import RunError, work_begins
 from megatron.estimate.describe import plan_lines
 from megatron.files import refuse_overwriting
+from megatron.hugging_face.incoming import refuse_existing
+from megatron.hugging_face.outgoing import Export, plan_export
+from megatron.hugging_face.published import PublishedModel, check_same_published, open_published, published_name
 from megatron.launch.protocol.environment import environment_line
 from megatron.launch.protocol.heartbeat import Heartbeat
 from megatron.logging import configure
@@ -37,6 +40,7 @@ from megatron.resources import check_same_model, open_data, open_tokenizer
 from megatron.tokenizer.base import Tokenizer
 from megatron.training.batch import BatchBuilder, training_batches
 from megatron.training.clock import Clock
+from megatron.training.export import export_at_end
 from megatron.training.hooks.base import Run, build_hooks
 from megatron.training.hooks.profiling import ProfileRequest
 from megatron.training.identity import check_same_run
@@ -57,6 +61,8 @@ class Prepared:
     tokenizer: Tokenizer
     sources: Sources
     checkpoint: Path | None  # to resume from
+    published: PublishedModel | None = None  # to start from, where there is no checkpoint
+    export: Export | None = None  # to write at the end
 
 
 def train(config: Config) -> None:
@@ -86,6 +92,8 @@ def _train(config: Config, prepared: Prepared, request: StopRequest) -> None:
             run.clock.lap()  # discard the time of the set-up
             with work_begins():
                 state = train_steps(run, state, batches, hooks, writers, vote)
+                if prepared.export is not None and state.step == config.training.train_iters:
+                    export_at_end(run, prepared.export, state)
     stop()
     finish(config, state.step, vote.reason)
 
@@ -109,6 +117,8 @@ def prepare(config: Config, world_size: int) -> Prepared:
     checkpoint = checkpoint_to_load(config.checkpoint)
     if checkpoint is not None:
         check_fits(config, plan, tokenizer, checkpoint)
+    published = _published(config, plan) if checkpoint is None else None
+    export = _export(config, plan, tokenizer)
     written = {
         "save": config.checkpoint.save,
         "log_dir": config.log_folder,
@@ -125,7 +135,25 @@ def prepare(config: Config, world_size: int) -> Prepared:
         )
     for path in ProfileRequest.of(config).folders:
         check_writable(path, "the folder of the profile")
-    return Prepared(plan, tokenizer, sources, checkpoint)
+    return Prepared(plan, tokenizer, sources, checkpoint, published, export)
+
+
+def _published(config: Config, plan: Plan) -> PublishedModel | None:
+    """The published model to start from, if `load` names one. Raises UserError."""
+    name = published_name(config.checkpoint.load)
+    if name is None:
+        return None
+    published = open_published(name)
+    check_same_published(plan.model, published, any_behavior="model" in config.checkpoint.allow_changes)
+    return published
+
+
+def _export(config: Config, plan: Plan, tokenizer: Tokenizer) -> Export | None:
+    """The model as Hugging Face has it, if `save_hf` asks for one. Raises UserError."""
+    if config.checkpoint.save_hf is None:
+        return None
+    refuse_existing(Path(config.checkpoint.save_hf))
+    return plan_export(plan.model, config.tokenizer.vocab_file, tokenizer, plan.engine.precision)
 
 
 def check_fits(config: Config, plan: Plan, tokenizer: Tokenizer, checkpoint: Path) -> None:
@@ -146,9 +174,9 @@ def set_up(config: Config, prepared: Prepared) -> tuple[Run, TrainState]:
         check_float8(grid.device)
     check = partial(check_fits, config, plan, prepared.tokenizer)
     checkpoint = agreed(prepared.checkpoint, config.checkpoint, check)
-    seed = plan.engine.seed if checkpoint is None else None
+    seed = plan.engine.seed if checkpoint is None and prepared.published is None else None
     engine = TrainingEngine(gpt_layers(plan.model, grid, seed), grid, plan)
-    state, beginning = begin(engine, checkpoint, config.checkpoint)
+    state, beginning = begin(engine, checkpoint, config.checkpoint, prepared.published)
     for line in [*_description(prepared, grid), *products, *nondeterministic, *_where_files_go(config), beginning]:
         log.info("%s", line)
     if checkpoint is not None and not config.checkpoint.finetune:

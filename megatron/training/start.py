@@ -10,17 +10,19 @@ from megatron.checkpoint.store import agree_on_checkpoint, load_checkpoint, load
 from megatron.config.schema.run_keys import CheckpointKeys
 from megatron.engine.training import TrainingEngine
 from megatron.errors import UserError
+from megatron.hugging_face.published import PublishedModel, load_published, published_name
 
 
 def checkpoint_to_load(keys: CheckpointKeys) -> Path | None:
     """The checkpoint to resume from; None for a fresh start.
 
-    `load` equal to `save` and still empty is a fresh start, so the same command starts a run and resumes it.
+    `load` equal to `save` and still empty is a fresh start, so the same command starts a run and resumes it. With a
+    published model in `load` it is a start from this model.
     Only file sizes are verified here; hashes are verified by all ranks together (`agreed`).
     Raises UserError if anything else that `load` names is missing, and if `save` holds checkpoints of another run or
     another program, which a fresh start would mix with its own.
     """
-    save, load = keys.save, keys.load
+    save, load = keys.save, keys.save if published_name(keys.load) else keys.load
     resumes = save is not None and load is not None and _same(save, load) and not keys.finetune
     found = find_checkpoint(Path(load), keys.iteration) if load is not None else None
     if load is not None and found is None and not resumes:
@@ -58,8 +60,16 @@ def agreed(checkpoint: Path | None, keys: CheckpointKeys, check: Callable[[Path]
     return chosen
 
 
-def begin(engine: TrainingEngine, checkpoint: Path | None, keys: CheckpointKeys) -> tuple[TrainState, str]:
-    """Load `checkpoint`, if any, into `engine`. Returns the first state and a line for the log. Collective."""
+def begin(
+    engine: TrainingEngine, checkpoint: Path | None, keys: CheckpointKeys, published: PublishedModel | None = None
+) -> tuple[TrainState, str]:
+    """Load `checkpoint`, or else `published`, if any, into `engine`. Collective.
+
+    Returns the first state and a line for the log.
+    """
+    if checkpoint is None and published is not None:
+        load_published(engine, published)
+        return TrainState(), f"starting at step 0 with the weights of {published.folder} ({published.family.name})"
     if checkpoint is None:
         return TrainState(), "starting fresh: weights from the seed, step 0"
     if keys.finetune:

@@ -226,6 +226,8 @@ def _loading_has_a_folder(config: Config) -> Iterator[str]:
     keys = config.checkpoint
     if keys.load is None and keys.finetune:
         yield "finetune (true) needs load, the folder with the weights to start from"
+    if keys.load is not None and keys.load.startswith("hf:") and keys.finetune:
+        yield f"finetune (true) has no effect with load ({keys.load}), which always starts at step 0; leave it out"
     if keys.load is None and keys.save is None and keys.iteration is not None:
         yield f"iteration ({keys.iteration}) needs load, the folder of the checkpoint"
 

@@ -43,7 +43,12 @@ class CheckpointKeys(Group):
 
     load: PathText | None = None
     """Folder to resume from. If it is save and still empty, the run starts fresh. Unset, for generation and evaluation:
-    save."""
+    save. hf:DIR or hf:NAME: a model of Hugging Face, whose weights a run starts from at step 0, once, and resumes from
+    save afterwards; keys of the model and the tokenizer that are not set are those of its folder."""
+
+    save_hf: PathText | None = None
+    """A new folder for the model as Hugging Face has it, written after train_iters steps in the run's precision, and
+    compared with the trained weights (docs/hugging-face.md). Unset: none."""
 
     checkpoint_factor: PositiveInt | None = None
     """Steps between checkpoints. Unset: only at the end."""

@@ -1,0 +1,69 @@
+"""The commands that take models in and hand them out, and a fine-tune in one step."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from megatron.config.yaml_file import yaml_text
+from tests.end_to_end.commands import losses, run
+from tests.hugging_face_files import write_model
+
+FINE_TUNE = {
+    "seq_length": 16,
+    "data_impl": "mock",
+    "num_workers": 0,
+    "train_batch_size": 4,
+    "train_iters": 2,
+    "optimizer": {"type": "Adam", "params": {"lr": 0.001}},
+    "eval_iters": 0,
+    "log_interval": 1,
+    "load": "hf:llama",
+    "save": "trained",
+    "save_hf": "export",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hugging_face")
+    write_model(folder / "llama")
+    (folder / "run.yml").write_text(yaml_text(FINE_TUNE))
+    return folder
+
+
+def test_one_command_fine_tunes_a_published_model_exports_it_and_goes_on_where_it_ended(folder):
+    done = run(folder, "train.py", "run")
+    assert "are equal on both sides" in done.stdout + done.stderr
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "export")
+    before = transformers.AutoModelForCausalLM.from_pretrained(folder / "llama")
+    assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
+    assert "| Steps | 2 |" in (folder / "export" / "README.md").read_text()
+    run(folder, "train.py", "run", "train_iters=3", "save_hf=another")
+    assert list(losses(folder / "trained")) == [1, 2, 3]
+    assert (folder / "another" / "config.json").is_file()
+
+
+@pytest.mark.long
+def test_the_tools_take_a_model_in_and_out_and_say_so_with_their_exit_codes(folder):
+    done = run(folder, "tools/convert_from_hf.py", "--model", "llama", "--output", "ours")
+    assert "are equal on both sides" in done.stdout
+    text = run(folder, "tools/convert_from_hf.py", "--model", "llama", "--yaml").stdout
+    assert "hidden_size: 48" in text and "vocab_file: llama/tokenizer.json" in text
+    run(folder, "tools/convert_to_hf.py", "--load", "ours", "--output", "back", "--dtype", "bf16")
+    assert json.loads((folder / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+    wrong = run(folder, "tools/convert_to_hf.py", "--load", "ours", "--output", "back", expect=2)
+    assert "exists already" in wrong.stderr
+    gone = run(folder, "tools/convert_from_hf.py", "--model", "./gone", "--output", "x", expect=2)
+    assert gone.stderr.strip() == "there is no folder ./gone"
+
+
+@pytest.mark.long
+def test_a_fine_tune_on_two_tensor_parallel_ranks_begins_with_the_loss_of_one(folder):
+    words = ["load=hf:llama", "train_iters=1", "model_parallel_size=2", "--num_gpus", "2"]
+    run(folder, "deepy.py", "train.py", "run", *words, "save=two", "save_hf=two_export")
+    one = run(folder, "train.py", "run", "train_iters=1", "save=one", "save_hf=one_export")
+    assert one.returncode == 0
+    assert abs(losses(folder / "two")[1] - losses(folder / "one")[1]) < 1e-5  # sums in another order
