@@ -41,6 +41,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "position_embedding": {
         "learned": "megatron.model.positions:learned",
+        "sinusoidal": "megatron.model.positions:sinusoidal",
         "rotary": "megatron.model.positions:rotary",
         "none": "megatron.model.positions:none",
     },

@@ -34,6 +34,7 @@ BEHAVIOR_KEYS = {
     "rotary_base_local": "rotary_emb_base_local",
     "layers_without_rotary": "the layers without rotary positions (no_rope_layer_interval)",
     "rope_scaling": "rope_scaling",
+    "position_offset": "position_offset",
     "embedding_norm": "embedding_norm",
     "embedding_multiplier": "embedding_multiplier",
     "head_bias": "head_bias",
@@ -134,5 +135,6 @@ def _behavior(model: ModelPlan) -> dict[str, object]:
     """The plan without what does not change the model: the choice of kernels, and settings that are not used."""
     local = [layer for layer, kind in enumerate(model.attention_kinds) if kind == "local"]
     unused = set() if model.position_embedding == "rotary" else ROTARY
+    unused = unused | (set() if model.position_embedding == "learned" else {"position_offset"})
     unused = unused | (set() if local else {"sliding_window", "rotary_base_local"})
     return asdict(model) | {"local_layers": local} | dict.fromkeys(unused)

@@ -128,6 +128,8 @@ VARIETY = {
         norm="rmsnorm",
         tied_embeddings=True,
     ),
+    "opt": small(position_embedding="learned", position_offset=2, activation="relu", tied_embeddings=True),
+    "sinusoidal": small(position_embedding="sinusoidal", activation="relu"),
     "no positions": small(position_embedding="none", activation="silu", num_kv_heads=2),
     "full vocabulary": small(vocab_size=64, activation="reglu", tied_embeddings=True),
 }

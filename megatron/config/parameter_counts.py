@@ -73,7 +73,8 @@ def checkpoint_bytes(plan: Plan) -> int:
 
 
 def _positions(model: ModelPlan) -> int:
-    return model.max_position_embeddings if model.position_embedding == "learned" else 0
+    """Rows of the learned table of positions."""
+    return model.max_position_embeddings + model.position_offset if model.position_embedding == "learned" else 0
 
 
 def _norm(model: ModelPlan) -> int:

@@ -194,7 +194,7 @@ def _set_windows(entries: Entries) -> None:
 
 _DOWN = ("mlp.linear2", "mlp.dense_4h_to_h", "mlp.w2")
 _NORMS = ("layernorm", "rmsnorm", "scalenorm", "non_parametric_layernorm")
-_POSITIONS = ("learned", "rotary", "alibi", "none")
+_POSITIONS = ("learned", "sinusoidal", "rotary", "alibi", "none")
 _UP = ("mlp.linear1", "mlp.dense_h_to_4h")
 
 

@@ -32,20 +32,47 @@ class PositionEmbedding:
 
 
 class LearnedTable(nn.Module):
-    """A learned vector for each position, added to the token's vector; replicated over tensor-parallel ranks."""
+    """A learned vector for each position, added to the token's vector; replicated over tensor-parallel ranks.
+
+    Its first position_offset rows are of no position (OPT).
+    """
 
     def __init__(self, model: ModelPlan, grid: ParallelGrid) -> None:
         super().__init__()
-        self.grid = grid
+        self.grid, self.offset = grid, model.position_offset
         initialise, _ = weight_initialisers(model)
-        self.weight = new_parameter((model.max_position_embeddings, model.hidden_size), None, initialise, grid)
+        rows = model.max_position_embeddings + model.position_offset
+        self.weight = new_parameter((rows, model.hidden_size), None, initialise, grid)
 
     def forward(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
         """[b, s, h] -> [b, s, h]; if the sequence is sharded, `hidden` and `positions` are this rank's part."""
         table = replicated_parameter(self.weight, self.grid)
         if positions is None:
-            return hidden + table[self.grid.own_tokens(hidden.shape[1])]
-        return hidden + F.embedding(positions, table)
+            own = self.grid.own_tokens(hidden.shape[1])
+            return hidden + table[own.start + self.offset : own.stop + self.offset]
+        return hidden + F.embedding(positions + self.offset if self.offset else positions, table)
+
+
+class Sinusoids(nn.Module):
+    """Sines and cosines of each position, added to the token's vector (https://arxiv.org/abs/1706.03762).
+
+    As in GPT-NeoX the first half of the vector has the sines and the second the cosines of the same angles, position *
+    10000^(-2i/h). Angles and sum are fp32.
+    """
+
+    def __init__(self, model: ModelPlan, grid: ParallelGrid) -> None:
+        super().__init__()
+        self.grid = grid
+        exponents = torch.arange(0, model.hidden_size, 2, dtype=torch.float32) / model.hidden_size
+        self.frequencies = (1.0 / 10000.0**exponents).to(grid.device)
+
+    def forward(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
+        """[b, s, h] -> [b, s, h]; if the sequence is sharded, `hidden` and `positions` are this rank's part."""
+        if positions is None:
+            own = self.grid.own_tokens(hidden.shape[1])
+            positions = torch.arange(own.start, own.stop, device=hidden.device).unsqueeze(0)
+        angles = positions.unsqueeze(-1) * self.frequencies
+        return (hidden + torch.cat((angles.sin(), angles.cos()), dim=-1)).to(hidden.dtype)
 
 
 class RotaryTable:
@@ -198,5 +225,6 @@ def positions_in_documents(document_start: Tensor) -> Tensor:
 
 
 learned = PositionEmbedding(at_embedding=LearnedTable)
+sinusoidal = PositionEmbedding(at_embedding=Sinusoids)
 rotary = PositionEmbedding(at_attention=RotaryTable)
 none = PositionEmbedding()

@@ -105,6 +105,11 @@ BROKEN = [
         "rope_scaling.rope_type (dynamic) needs at least 4 rotated elements of a head, not 2",
     ),
     ({"head_bias": True}, "head_bias (true) needs no_weight_tying (false)"),
+    ({"pos_emb": "rotary", "position_offset": 2}, "position_offset (2) has no effect with pos_emb rotary"),
+    (
+        {"pos_emb": "sinusoidal", "hidden_size": 51, "num_attention_heads": 3},
+        "pos_emb (sinusoidal) needs an even hidden_size, not 51",
+    ),
     ({"rotary_interleaved": True}, "rotary_interleaved (true) has no effect with pos_emb learned"),
     (
         {"pos_emb": "rotary", "no_rope_layer_interval": 5},

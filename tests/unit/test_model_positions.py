@@ -1,5 +1,6 @@
-"""Rotary positions in all their variants, against transformers."""
+"""Positions: rotary ones in all their variants against transformers, added ones against their formulas."""
 
+import math
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from megatron.config.plan import ModelPlan, RopeScaling
 from megatron.model.cache import KVCache
-from megatron.model.positions import RotaryTable, rotary, rotations
-from tests.models import build, random_tensor, random_tokens, small
+from megatron.model.positions import LearnedTable, RotaryTable, Sinusoids, rotary, rotations
+from megatron.parallel.parameter import name_parameters
+from tests.models import build, random_tensor, random_tokens, randomise, small
 from tests.ranks.run import one_rank
 
 LENGTHS = (40, 64, 65, 100, 128)  # below, at and above the 64 positions of the original model
@@ -113,6 +115,26 @@ def test_local_layers_have_their_own_base_without_scaling_and_some_layers_have_n
 def test_layers_share_one_rotation_unless_their_base_differs(grid):
     first, *others = rotations(rotary, small(attention_kinds=("local", "global", "flash")), grid)
     assert all(other is first for other in others)
+
+
+def test_sinusoidal_positions_are_sines_then_cosines(grid):
+    module, hidden = Sinusoids(small(), grid), random_tensor((2, 5, 32), 0)
+    angles = [[position / 10000 ** (2 * i / 32) for i in range(16)] for position in range(5)]
+    table = torch.tensor([[math.sin(a) for a in row] + [math.cos(a) for a in row] for row in angles])
+    torch.testing.assert_close(module(hidden), hidden + table)
+    positions = torch.tensor([[4, 0, 1, 2, 3], [2, 2, 2, 0, 0]])
+    torch.testing.assert_close(module(hidden, positions), hidden + table[positions])
+
+
+def test_learned_positions_begin_after_the_rows_of_the_offset(grid):
+    table = LearnedTable(small(position_offset=2), grid)
+    name_parameters(table, "positions", seed=1)
+    randomise(table)
+    hidden = random_tensor((2, 4, 32), 0)
+    assert table.weight.shape == (18, 32)
+    assert torch.equal(table(hidden), hidden + table.weight[2:6])
+    positions = torch.tensor([[3, 0, 1, 15], [5, 6, 7, 8]])
+    assert torch.equal(table(hidden, positions), hidden + table.weight[positions + 2])
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])

@@ -30,7 +30,7 @@ HONOURED: dict[str, str] = {
     "layernorm_epsilon": "",
     "rms_norm_epsilon": "",
     "scalenorm_epsilon": "",
-    "pos_emb": "learned, rotary or none",
+    "pos_emb": "learned, sinusoidal, rotary or none",
     "no_weight_tying": "",
     "attention_config": "global, flash and local",
     "make_vocab_size_divisible_by": "model_parallel_size must divide the result and does not multiply it, so that the "
@@ -342,6 +342,14 @@ TRANSLATED: tuple[tuple[tuple[str, ...], Answer], ...] = (
         ),
         Answer("translated", "it measures only; profile: true traces the communication, NCCL_DEBUG=INFO logs it"),
     ),
+    (
+        ("opt_pos_emb_offset",),
+        Answer(
+            "translated",
+            "the table of positions has max_position_embeddings rows and so many more",
+            change=lambda value, _: {"position_offset": value},
+        ),
+    ),
     (("deepspeed_slurm",), Answer("translated", "ranks start through srun", change=_launcher("slurm"))),
     (("deepspeed_mpi",), Answer("translated", "ranks start through mpirun", change=_launcher("openmpi"))),
     (("no_ssh_check", "force_multi"), Answer("translated", "the launcher detects it")),
@@ -382,7 +390,6 @@ REFUSED: tuple[tuple[tuple[str, ...], Answer], ...] = (
             "its numbers depend on model_parallel_size; write qk_norm: head, each_head or full",
         ),
     ),
-    (("opt_pos_emb_offset",), Answer("refused", "OPT's shifted positions are not supported", harmless=(0,))),
     (("num_unique_layers",), Answer("refused", "layers do not share weights, in GPT-NeoX neither; leave it out")),
     (("fp16_lm_cross_entropy",), Answer("refused", "the loss is always computed in fp32; leave it out")),
     (("soft_prompt_tuning",), Answer("refused", "train the weights instead: finetune: true with load")),
@@ -477,8 +484,8 @@ VALUES: dict[tuple[str, object], Answer] = {
     ("norm", "te_rmsnorm"): Answer("translated", "the same norm in torch", change=lambda value, _: {"norm": "rmsnorm"}),
     ("norm", "te_layernorm"): Answer("translated", "the same norm in torch", change=lambda v, _: {"norm": "layernorm"}),
     **{
-        ("pos_emb", name): Answer("refused", "rotary, learned or none would work")
-        for name in ("sinusoidal", "rpe", "alibi")
+        ("pos_emb", name): Answer("refused", "rotary, learned, sinusoidal or none would work")
+        for name in ("rpe", "alibi")
     },
     **{
         ("optimizer.type", name): Answer("refused", "Adam or SGD would work; ZeRO shards their states")

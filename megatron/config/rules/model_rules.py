@@ -209,6 +209,15 @@ def _rotary_keys_have_an_effect(config: Config) -> Iterator[str]:
         yield f"no_rope_layer_interval ({interval}) is more than num_layers ({model.num_layers}); leave it out"
 
 
+@rule(MODEL_RULES, "pos_emb", "position_offset", "hidden_size")
+def _added_positions_fit(config: Config) -> Iterator[str]:
+    model = config.model
+    if model.position_offset and model.pos_emb != "learned":
+        yield f"position_offset ({model.position_offset}) has no effect with pos_emb {model.pos_emb}; leave it out"
+    if model.pos_emb == "sinusoidal" and model.hidden_size % 2:
+        yield f"pos_emb (sinusoidal) needs an even hidden_size, not {model.hidden_size}: half of it is sines"
+
+
 @rule(MODEL_RULES, "rotary_emb_base_local", "attention_config")
 def _a_local_base_needs_local_layers(config: Config) -> Iterator[str]:
     base = config.model.rotary_emb_base_local
