@@ -82,6 +82,7 @@ CASES: dict[str, dict[str, Settings]] = {
             "layer_norm_eps": 1e-2,
         },
     },
+    "gptj": {"GPT-J": {**GPT2, "n_embd": 48, "n_head": 6, "rotary_dim": 4}},
     "llama": {
         "grouped queries": {**GROUPED, "rms_norm_eps": 1e-3},
         "Llama 1: biases, tied, another base": {
@@ -126,6 +127,10 @@ CASES: dict[str, dict[str, Settings]] = {
             "attention_bias": True,
         },
     },
+    "phi": {
+        "Phi-2": {**SIZES, "rope_parameters": PARTIAL},
+        "queries and keys normalized, groups": {**GROUPED, "rope_parameters": PARTIAL, "qk_layernorm": True},
+    },
     "phi3": {
         "Phi-3: windows": {**GROUPED, "sliding_window": 5},
         "Phi-4-mini: three quarters of each head rotated, tied": {
@@ -145,6 +150,7 @@ CASES: dict[str, dict[str, Settings]] = {
             "rope_parameters": LONG,
         },
     },
+    "gemma": {"Gemma": {**GROUPED, "head_dim": 16}},
     "olmo": {
         "OLMo": SIZES,
     },
@@ -166,6 +172,10 @@ CASES: dict[str, dict[str, Settings]] = {
         },
     },
     "smollm3": {"SmolLM 3": {**GROUPED, "num_hidden_layers": 4}},
+    "cohere": {
+        "Command R": GROUPED,
+        "Command R+: queries and keys normalized": {**GROUPED, "use_qk_norm": True, "logit_scale": 0.8},
+    },
 }
 
 

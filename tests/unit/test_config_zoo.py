@@ -33,7 +33,8 @@ MODELS = [name for name in FILES if name not in MIX_INS]
 # Parameters with the vocabulary the weights were published with: sums over the published weights' shapes, as Hugging
 # Face shows them for gpt2*, EleutherAI/pythia-*, EleutherAI/gpt-neox-20b, meta-llama/*, mistralai/Mistral-7B-v0.1,
 # Qwen/Qwen3-* (0.6B is counted once where its files hold the tied embedding twice), allenai/OLMo-2-1124-7B,
-# Qwen/Qwen2.5-*, HuggingFaceTB/SmolLM2-*, bigcode/starcoder2-*, tiiuae/falcon-*.
+# Qwen/Qwen2.5-*, HuggingFaceTB/SmolLM2-*, bigcode/starcoder2-*, tiiuae/falcon-*,
+# microsoft/phi-2, EleutherAI/gpt-j-6b.
 PUBLISHED = {
     "gpt2/124M": (50257, 124_439_808),
     "gpt2/355M": (50257, 354_823_168),
@@ -74,6 +75,8 @@ PUBLISHED = {
     "starcoder2/3B": (49152, 3_030_371_328),
     "starcoder2/7B": (49152, 7_173_923_840),
     "starcoder2/15B": (49152, 15_957_889_024),
+    "phi2/2-7B": (51200, 2_779_683_840),
+    "gptj/6B": (50400, 6_050_882_784),
     "falcon/7B": (65024, 6_921_720_704),
     "falcon/40B": (65024, 41_303_293_952),
     "falcon/180B": (65024, 179_522_565_120),
