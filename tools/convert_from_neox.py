@@ -41,6 +41,8 @@ def run(arguments: Namespace) -> None:
     files = NeoXFiles(find_step(arguments.input))
     config = read_config(files, arguments.config or (), arguments.overrides)
     model = resolve(config, 1, open_tokenizer(config).vocab_size).model
+    if model.num_kv_heads < model.num_attention_heads:
+        print("grouped queries are read as GPT-NeoX has stored them since November 2024; older ones give nonsense")
     print(write_model(arguments.output, stored_parameters(files, model), config))
 
 

@@ -40,6 +40,7 @@ _PROGRAMS = tuple(
 _WAYS_IN = {
     "GPT-NeoX (DeepSpeed)": "tools/convert_from_neox.py converts it",
     "GPT-NeoX or another program with DeepSpeed": "tools/convert_from_neox.py converts one of GPT-NeoX",
+    "Hugging Face": "tools/convert_from_hf.py converts a model",
     "LitGPT": "tools/convert_from_litgpt.py converts it",
     "Megatron-core (torch_dist)": "Megatron-Bridge's convert_checkpoints.py export writes it in Hugging Face's format",
 }

@@ -99,6 +99,7 @@ def test_load_may_point_into_a_foreign_checkpoint(tmp_path, name):
     [
         ("neox", "tools/convert_from_neox.py converts it"),
         ("litgpt", "tools/convert_from_litgpt.py converts it"),
+        ("hugging_face", "tools/convert_from_hf.py converts a model"),
         ("core", "Megatron-Bridge's convert_checkpoints.py export writes it in Hugging Face's format"),
     ],
 )
