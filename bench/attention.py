@@ -1,6 +1,6 @@
 """Forward and backward of attention with each kernel that can run here: causal, within documents, and in a window.
 
-    python bench/attention.py [--lengths 2048 8192 32768] [--rounds 10] [--quick]
+    python bench/attention.py [--lengths 2048 8192 32768] [--rounds 10] [--seconds 60] [--quick]
 
 bf16, 16 heads of 128 (8 of 64 on a CPU), 32,768 tokens in total (2,048 on a CPU) for every length; eight documents a
 sequence on average, and a window of an eighth of it. TFLOP/s count the pairs of query and key that see each other: 4 d
@@ -8,6 +8,7 @@ per pair and head forward, 2.5 times that backward. Prints a Markdown table.
 """
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
+from bench.allowance import Allowance
 from bench.contenders import NEOX, plan_of, shape
 from megatron import registry
 from megatron.config.plan import ModelPlan
@@ -77,12 +79,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", nargs="*", type=int, default=[2048, 8192, 32768] if on_gpu else [512, 2048])
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--quick", action="store_true", help="256 tokens, 1 round")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing that would take longer in all")
+    parser.add_argument("--quick", action="store_true", help="128 tokens, 1 round")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.lengths, arguments.rounds = [256], 1
-    device = torch.device("cuda" if on_gpu else "cpu")
-    heads, size, tokens = (16, 128, 32768) if on_gpu else (8, 64, 2048)
+        arguments.lengths, arguments.rounds = [128], 1
+    device, allowance = torch.device("cuda" if on_gpu else "cpu"), Allowance(arguments.seconds)
+    heads, size, tokens = (16, 128, 32768) if on_gpu else (8, 64, 128 if arguments.quick else 2048)
     print("### Attention alone, forward and backward\n")
     print("| length | sees | kernel | ms [least, most] | TFLOP/s |\n|---|---|---|---|---|")
     for length in arguments.lengths:
@@ -94,6 +97,9 @@ def main() -> None:
             model = plan_of(usual | keys).model
             first, pairs = documents(sizes[0], length, model.reset_attention_mask, model.sliding_window, device)
             for name in ("global", "flash") if keys is CAUSAL else model.attention_kinds:
+                if not allowance.has_room():
+                    print(f"| {length} | {sees} | {name} | no time left | |", flush=True)
+                    continue
                 try:
                     attend: Attend = registry.resolve("attention_backend", name)(model, device)
                     compiled = torch.compile(attention(attend, model, first), dynamic=False)

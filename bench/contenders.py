@@ -54,6 +54,7 @@ def shape(family: dict[str, Any], layers: int, hidden: int, heads: int, length: 
         "num_attention_heads": heads,
         "seq_length": length,
         "train_micro_batch_size_per_gpu": micro,
+        "padded_vocab_size": VOCABULARY,
         "precision": "bfloat16",
         "compile": True,
     }
@@ -78,7 +79,7 @@ Step = Callable[[], float]
 
 def plan_of(keys: dict[str, Any]) -> Plan:
     """The plan for one rank."""
-    return resolve(config_from_flat(keys), 1, VOCABULARY)
+    return resolve(config_from_flat(keys), 1, keys["padded_vocab_size"])
 
 
 def free_gpu_memory() -> float | None:
@@ -98,7 +99,7 @@ def batch_of(plan: Plan, device: torch.device) -> tuple[Tensor, tuple[Tensor, Te
     """Random tokens, their labels and weights."""
     size, length = plan.batch.micro_size, plan.batch.sequence_length
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, VOCABULARY, (size, length + 1), generator=generator).to(device)
+    ids = torch.randint(0, plan.model.vocab_size, (size, length + 1), generator=generator).to(device)
     weights = torch.full((size, length), 1 / (size * length), device=device)
     return ids[:, :-1].contiguous(), (ids[:, 1:].contiguous(), weights)
 
@@ -145,7 +146,7 @@ def transformers(plan: Plan, device: torch.device) -> Step:
 
     model = plan.model
     common = {
-        "vocab_size": VOCABULARY,
+        "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_attention_heads,

@@ -5,15 +5,19 @@
     python bench/gpu_proof.py --quick                tiny shapes; also on a CPU, over gloo
     python bench/gpu_proof.py --requirements         what pip has to install besides torch
 
-Each step is a process with a time limit, its budget. A step begins only if its budget fits into the time left; the
-report names each step that was skipped and why. Lines are written as a step prints them: Markdown into
-bench/results/gpu-proof-DATE-CARD.md, figures into the .jsonl beside it. A step that fails leaves the end of its output,
-and the next one begins. Compiled code is kept in build/gpu-proof-cache/ for later steps and runs.
+Each step is a process. Its limit of time is its budget, and what the steps before it have left of theirs; the budgets
+of the steps on one GPU fit into eight minutes. On one GPU only scaling and ranks are skipped, which need several, and
+there also more time: --only scaling ranks --minutes 10. A step begins only if its budget fits into the time left. The
+head of the report names what will be skipped and why, its end what was.
+Lines are written as a step prints them: Markdown into bench/results/gpu-proof-DATE-CARD.md, figures into the .jsonl
+beside it. A step that fails leaves the end of its output, and the next one begins. Compiled code is kept in
+build/gpu-proof-cache/ for later steps and runs.
 No git and no network are needed. Exit code: 0 if every step that ran passed, 1 if one failed, 2 if none can run.
 """
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -36,13 +40,16 @@ from megatron.launch.accelerators import cores  # noqa: E402
 from megatron.launch.protocol.environment import rank_environment  # noqa: E402
 
 CACHE = ROOT / "build" / "gpu-proof-cache"
+MINUTES = 8.0  # in all, unless --minutes says otherwise
 QUICK_SECONDS = 900  # limit of each step with --quick: a slow CPU is no failure
 THE_QUICK_ONE, SAME_WHEN_QUICK = "contenders", ("125M", "1.3B", "350M")
 STOPPED = "the command was stopped"
 TAIL = 30  # lines of a failed step's errors
+STARTING = 10  # seconds until a step that limits itself counts them
 PATIENCE = 10  # seconds between SIGTERM and SIGKILL
+TEST_WORKERS = 4  # a GPU waits while code is compiled
 # tests and benches need these besides the dependencies in pyproject.toml
-EXTRAS = ("transformers>=5", "pytest>=8.3", "pytest-timeout>=2.3", "hypothesis>=6.100")
+EXTRAS = ("transformers>=5", "pytest>=8.3", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100")
 
 
 @dataclass(frozen=True)
@@ -62,27 +69,31 @@ def _module(name: str, *words: str) -> tuple[str, ...]:
     return ("-m", f"bench.gpu_steps.{name}", *words)
 
 
+def _train(shape: str, *words: str) -> tuple[str, ...]:
+    return _module("throughput", f"neox-{shape}", "{seconds}", "{quick}", *words)
+
+
 def _pytest(*words: str) -> tuple[str, ...]:
-    return ("-m", "pytest", "-q", "-p", "no:cacheprovider", *words)
+    return ("-m", "pytest", "-p", "no:cacheprovider", *words)
 
 
 # The most valuable first. Words in braces are replaced (`_words`).
 STEPS = (
-    Step("versions", "Versions and chosen kernels", _module("versions"), 30),
-    Step("125M", "Training step, 125M", _module("throughput", "neox-125M", "{quick}"), 60),
-    Step("1.3B", "Training step, 1.3B", _module("throughput", "neox-1.3B", "{quick}"), 75),
-    Step("350M", "Training step, 350M", _module("throughput", "neox-350M", "{quick}"), 60),
-    Step("loop", "Synchronizations, idle time and kernels of train.py", _module("loop", "{quick}"), 60, as_rank=True),
-    Step("commands", "Train, resume, generate, evaluate", _module("commands"), 90),
-    Step("parity", "Losses on the CPU and on this device", _module("parity", "{quick}"), 100, as_rank=True),
-    Step("tests", "Tests that need a GPU", _pytest("-m", "gpu", "{gpu-tests}"), 60, is_text=True),
-    Step("ablations", "One change at a time, 350M", _module("ablations", "{quick}"), 120, as_rank=True),
-    Step("attention", "Attention alone", ("bench/attention.py", "{quick}"), 90),
-    Step("contenders", "Compiled Transformers, bare loop", _module("throughput", "neox-350M", "--all", "{quick}"), 120),
-    Step("decoding", "Decoding", _module("decoding", "{quick}"), 60, as_rank=True),
+    Step("versions", "Versions and chosen kernels", _module("versions"), 10),
+    Step("125M", "Training step, 125M", _train("125M"), 40),
+    Step("1.3B", "Training step, 1.3B", _train("1.3B"), 45),
+    Step("350M", "Training step, 350M", _train("350M"), 35),
+    Step("loop", "Synchronizations, idle time and kernels of train.py", _module("loop", "{quick}"), 30, as_rank=True),
+    Step("commands", "Train, resume, generate, evaluate", _module("commands"), 50),
+    Step("tests", "Tests that need a GPU", _pytest("-v", "-m", "gpu", "{workers}", "{gpu-tests}"), 40, is_text=True),
+    Step("parity", "Losses on the CPU and on this device", _module("parity", "{quick}"), 55, as_rank=True),
+    Step("ablations", "One change at a time, 350M", _module("ablations", "{seconds}", "{quick}"), 50, as_rank=True),
+    Step("attention", "Attention alone", ("bench/attention.py", "{seconds}", "{quick}"), 35),
+    Step("contenders", "Compiled Transformers, bare loop", _train("125M", "--all"), 60),
+    Step("decoding", "Decoding", _module("decoding", "{quick}"), 20, as_rank=True),
     Step("scaling", "Scaling over GPUs", _module("scaling", "{quick}"), 120, gpus=2),
     Step(
-        "ranks", "The tests of ranks over NCCL", _pytest("-m", "not long", "{ranks}"), 400, gpus=2,
+        "ranks", "The tests of ranks over NCCL", _pytest("-q", "-m", "not long", "{ranks}"), 400, gpus=2,
         is_text=True,
     ),
 )  # fmt: skip
@@ -142,25 +153,37 @@ def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) 
     report = Report(options.output or ROOT / "bench" / "results" / name)
     where = ", ".join(cards) or f"{os.cpu_count()} CPU cores, no GPU"
     report.line(f"# GPU proof\n\n{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {where}; `python {' '.join(sys.argv)}`")
+    chosen = [step for step in steps if step.name in (options.only or [step.name])]
+    left, skipped = 60 * options.minutes, dict[str, str]()
+    for step in chosen:
+        if reason := _reason_to_skip(step, len(cards), options.quick, left):
+            skipped[step.name] = reason
+        else:
+            left -= step.seconds
+    if skipped:
+        report.line("\nTo be skipped (`--only STEP` runs a step alone):\n")
+    for name, reason in skipped.items():
+        report.line(f"- `{name}`: {reason}")
     outcomes: list[Outcome] = []
-    for step in steps:
-        if step.name not in (options.only or [step.name]):
-            continue
-        skipped = _reason_to_skip(step, len(cards), options.quick, deadline - time.monotonic(), outcomes)
-        if skipped:
-            outcomes.append(Outcome(step, "skipped", reason=skipped))
+    for number, step in enumerate(chosen):
+        left = deadline - time.monotonic()
+        stopped = any(outcome.reason == STOPPED for outcome in outcomes)
+        if reason := STOPPED if stopped else _reason_to_skip(step, len(cards), options.quick, left):
+            outcomes.append(Outcome(step, "skipped", reason=reason))
         else:
             report.line(f"\n## {step.title} (`{step.name}`)\n")
-            outcomes.append(run(step, report, options.quick, bool(cards)))
+            later = sum(
+                s.seconds for s in chosen[number:] if not _reason_to_skip(s, len(cards), options.quick, math.inf)
+            )
+            limit = QUICK_SECONDS if options.quick else step.seconds + max(0, int(left) - later)
+            outcomes.append(run(step, report, limit, options.quick, bool(cards)))
             report.line(f"\n{outcomes[-1].result} after {outcomes[-1].seconds:.0f} s")
         last = outcomes[-1]
         report.figures(step=step.name, result=last.result, seconds=round(last.seconds, 1), reason=last.reason)
     return _summary(outcomes, report, len(cards))
 
 
-def _reason_to_skip(step: Step, gpus: int, quick: bool, left: float, before: Sequence[Outcome]) -> str:
-    if any(other.reason == STOPPED for other in before):
-        return STOPPED
+def _reason_to_skip(step: Step, gpus: int, quick: bool, left: float) -> str:
     if quick and step.name in SAME_WHEN_QUICK:
         return f"--quick has one shape only, and {THE_QUICK_ONE} measures it"
     if gpus < step.gpus and not quick:
@@ -170,12 +193,13 @@ def _reason_to_skip(step: Step, gpus: int, quick: bool, left: float, before: Seq
     return ""
 
 
-def run(step: Step, report: Report, quick: bool, on_card: bool) -> Outcome:
-    """Run a step to its end or its time limit, and copy what it prints into `report`."""
-    limit, began = QUICK_SECONDS if quick else step.seconds, time.monotonic()
+def run(step: Step, report: Report, limit: int, quick: bool, on_card: bool) -> Outcome:
+    """Run a step to its end, or for `limit` seconds, and copy what it prints into `report`."""
+    began = time.monotonic()
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            [sys.executable, *_words(step, quick)], cwd=ROOT, env=_environment(step, on_card), text=True, bufsize=1,
+            [sys.executable, *_words(step, limit, quick, on_card)],
+            cwd=ROOT, env=_environment(step, on_card), text=True, bufsize=1,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
         )  # fmt: skip
         assert process.stdout is not None
@@ -199,9 +223,14 @@ def run(step: Step, report: Report, quick: bool, on_card: bool) -> Outcome:
     return Outcome(step, result, time.monotonic() - began, reason)
 
 
-def _words(step: Step, quick: bool) -> list[str]:
-    ranks = "tests/ranks/test_parallel_layers.py" if quick else "tests/ranks"
-    values = {"{quick}": ["--quick"] if quick else [], "{gpu-tests}": gpu_tests(), "{ranks}": [ranks]}
+def _words(step: Step, limit: int, quick: bool, on_card: bool) -> list[str]:
+    values = {
+        "{quick}": ["--quick"] * quick,
+        "{seconds}": ["--seconds", str(limit - STARTING)],
+        "{workers}": ["-n", str(TEST_WORKERS)] * on_card,
+        "{gpu-tests}": gpu_tests(),
+        "{ranks}": ["tests/ranks/test_parallel_random.py" if quick else "tests/ranks"],
+    }
     return [word for part in step.words for word in values.get(part, [part])]
 
 
@@ -214,8 +243,9 @@ def gpu_tests() -> list[str]:
 def _environment(step: Step, on_card: bool) -> dict[str, str]:
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(CACHE / "inductor"), "TRITON_CACHE_DIR": str(CACHE / "triton")}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    # ranks of tests are GPUs; on a CPU several processes share the cores
-    usual = caches | ({"RANKS_BACKEND": "nccl"} if on_card else {"OMP_NUM_THREADS": "1"})
+    # ranks of tests are GPUs; on a CPU several processes share the cores, and scalar code compiles quicker
+    on_cpu = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_VEC_ISA_OK": "0"}
+    usual = caches | ({"RANKS_BACKEND": "nccl"} if on_card else on_cpu)
     environment = {**usual, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     return rank_environment(environment, "cuda" if on_card else "cpu", cores()) if step.as_rank else environment
 
@@ -291,7 +321,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, epilog=f"steps and budgets:\n{table}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="tiny shapes, on whatever device there is")
-    parser.add_argument("--minutes", type=float, default=8.0, help="in all (default: 8)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="in all (default: 8)")
     parser.add_argument("--only", nargs="+", metavar="STEP", choices=[step.name for step in STEPS])
     parser.add_argument("--output", type=Path, metavar="FILE.md", help="default: bench/results/gpu-proof-DATE-CARD.md")
     parser.add_argument("--requirements", action="store_true", help="print what pip has to install, and exit")

@@ -55,13 +55,13 @@ LABELS = {
 }
 
 
-def alternately(keys: dict[str, Any], rounds: int, limit: float) -> tuple[Seconds, int]:
+def alternately(keys: dict[str, Any], rounds: int, limit: float, names: Sequence[str] = NAMES) -> tuple[Seconds, int]:
     """Seconds of every round for all contenders, which run at the same time; peak bytes are unknown (0).
 
     A contender that fails, or takes more than `limit` seconds for a step, is named and left out.
     """
-    contenders = [Contender(name, keys) for name in NAMES]
-    seconds: Seconds = {name: [] for name in NAMES}
+    contenders = [Contender(name, keys) for name in names]
+    seconds: Seconds = {name: [] for name in names}
 
     def attempt(run: Callable[[Contender], object], contender: Contender) -> None:
         if contender.name in seconds:
@@ -101,7 +101,7 @@ def one_by_one(
             continue
         contender = Contender(name, keys)
         try:
-            _warm_up(contender, limit)
+            _warm_up(contender, min(limit, deadline - time.monotonic()))
             answers = [contender.step(limit) for _ in range(rounds)]
             seconds[name] = [answer[0] for answer in answers]
             peak = int(answers[-1][2]) if name == "deepy" else peak

@@ -1,12 +1,13 @@
 """Time and memory of a training step when one setting is changed, in one process.
 
-    python -m bench.gpu_steps.ablations [--quick]
+    python -m bench.gpu_steps.ablations [--seconds 60] [--quick]
 
-Each variant is built anew, and its ratio is to the first one of its shape. What a rule or a missing package refuses
-is said in its row; exit code 1 if a variant fails in any other way.
+Each variant is built anew, and its ratio is to the first one of its shape. A variant for which no time is left, and
+what a rule or a missing package refuses, is said in its row; exit code 1 if a variant fails in any other way.
 """
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from allowance import Allowance
 from contenders import batch_of, engine_of, plan_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -59,33 +61,39 @@ def with_throughput_timer() -> AbstractContextManager[Any]:
 
 
 FLOAT8 = {"precision_linear": "float8"}
+# The most valuable first.
 VARIANTS = (
     Variant("as it is"),
-    Variant("not compiled", {"compile": False}),
-    Variant("attention kind flash", {"attention_config": [[["flash"], "all"]]}),
+    Variant("DeepSpeed's throughput timer", change=with_throughput_timer),
     Variant("torch's flash kernel", change=only(SDPBackend.FLASH_ATTENTION)),
     Variant("torch's cuDNN kernel", change=only(SDPBackend.CUDNN_ATTENTION)),
-    Variant("documents kept apart", {"reset_attention_mask": True}),
-    Variant("DeepSpeed's throughput timer", change=with_throughput_timer),
-    Variant("all activations recomputed", {"checkpoint_activations": True}),
-    Variant("selective recomputation", {"checkpoint_activations": True, "recompute_granularity": "selective"}),
     Variant("float8", FLOAT8),
+    Variant("not compiled", {"compile": False}),
+    Variant("attention kind flash", {"attention_config": [[["flash"], "all"]]}),
+    Variant("documents kept apart", {"reset_attention_mask": True}),
+    Variant("selective recomputation", {"checkpoint_activations": True, "recompute_granularity": "selective"}),
+    Variant("all activations recomputed", {"checkpoint_activations": True}),
     Variant("1.3B as it is", shape="neox-1.3B"),
     Variant("1.3B, float8", FLOAT8, shape="neox-1.3B"),
 )
-QUICK = ("as it is", "DeepSpeed's throughput timer", "selective recomputation", "float8")
+QUICK = ("as it is", "DeepSpeed's throughput timer", "float8", "all activations recomputed")
 
 
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing that would take longer in all")
     parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
+    arguments = parser.parse_args()
+    quick, allowance = arguments.quick, Allowance(arguments.seconds)
     failed, usual = 0, dict[str, float]()  # seconds of the first variant of each shape
     print("| variant | ms a step [least, most] | tokens/s | time over the first | peak, GiB | attention |")
     print("|---|---|---|---|---|---|", flush=True)
     for variant in VARIANTS:
         if quick and variant.name not in QUICK:
+            continue
+        if not allowance.has_room():
+            print(f"| {variant.name} | no time left | | | | |", flush=True)
             continue
         try:
             if variant.keys.get("precision_linear") == "float8":

@@ -2,9 +2,9 @@
 
     python -m bench.gpu_steps.commands
 
-A small bf16 model, on the bytes of this repository's docs, in a temporary folder. Two trainings run side by side:
-2 N steps, and N steps, a restart and N more. Their losses, gradient norms and every tensor of their last checkpoints
-have to be equal, bit for bit (tools/verify_resume.py).
+A small bf16 model, on the bytes of this repository's docs, in a temporary folder, and two processes at a time. Two
+trainings, of 2 N steps, and of N steps, a restart and N more: their losses, gradient norms and every tensor of their
+last checkpoints have to be equal, bit for bit (tools/verify_resume.py).
 """
 
 import json
@@ -22,14 +22,14 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 5  # N
 CONFIGURATION = """
 num_layers: 2
-hidden_size: 128
+hidden_size: 64
 num_attention_heads: 2
 seq_length: 128
 pos_emb: rotary
 tokenizer_type: CharLevelTokenizer
 data_path: FOLDER/docs_text_document
 split: "95, 5, 0"
-train_micro_batch_size_per_gpu: 4
+train_micro_batch_size_per_gpu: 2
 gradient_accumulation_steps: 2
 bf16: {enabled: true}
 optimizer: {type: Adam, params: {lr: 1.0e-2}}
@@ -40,7 +40,7 @@ eval_interval: 1000
 eval_iters: 2
 async_save: true
 checkpoint_factor: 5
-maximum_tokens: 64
+maximum_tokens: 32
 """
 
 
@@ -59,16 +59,17 @@ def main() -> int:
         if not _run(folder, "tools/preprocess_data.py", *tokenize):
             return 1
         with ThreadPoolExecutor(2) as pool:
-            trained = list(pool.map(_train, (folder, folder), (whole, resumed), (1, 2)))
-            if not all(trained):
+            at_once, restarted = (pool.submit(_train, folder, save, runs) for save, runs in ((whole, 1), (resumed, 2)))
+            if not at_once.result():
                 return 1
-            differences = [*compare_metrics(whole, resumed), *compare_checkpoints(whole, resumed, 2 * STEPS)]
-            verdict = f"{len(differences)} differences" if differences else "equal, bit for bit"
-            print(f"| {2 * STEPS} steps against {STEPS} + restart + {STEPS} | {verdict} | |", flush=True)
-            generate = ("deepy.py", "generate.py", "small.yml", "-i", "prompt.txt", "-o", "out.txt", f"load={whole}")
-            evaluate = ("deepy.py", "evaluate.py", "small.yml", f"load={whole}", f"save={whole}")
-            if not all(list(pool.map(lambda words: _run(folder, *words), (generate, evaluate)))):
+            generate = ("generate.py", "small.yml", "-i", "prompt.txt", "-o", "out.txt", f"load={whole}")
+            evaluate = ("evaluate.py", "small.yml", f"load={whole}", f"save={whole}")
+            used = [pool.submit(_run, folder, "deepy.py", *words) for words in (generate, evaluate)]
+            if not all([restarted.result(), *(future.result() for future in used)]):
                 return 1
+        differences = [*compare_metrics(whole, resumed), *compare_checkpoints(whole, resumed, 2 * STEPS)]
+        verdict = f"{len(differences)} differences" if differences else "equal, bit for bit"
+        print(f"| {2 * STEPS} steps against {STEPS} + restart + {STEPS} | {verdict} | |", flush=True)
         found = [loss for _, (loss, _) in sorted(losses(whole).items())]
         texts = [json.loads(line) for line in (folder / "out.txt").read_text().splitlines()]
         [written] = whole.glob("eval_results_*.json")

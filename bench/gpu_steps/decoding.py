@@ -10,7 +10,7 @@ import argparse
 import sys
 
 import torch
-from contenders import VOCABULARY, plan_of
+from contenders import plan_of
 
 from bench.gpu_steps.common import DEVICE, free, keys_of, record, seconds_of
 from megatron.config.load import config_from_flat
@@ -66,7 +66,7 @@ def decode(model: TrainedModel, texts: int, tokens: int) -> tuple[float, float]:
     """Seconds of the prompt with its first token, and of each further token."""
     draw = torch.Generator().manual_seed(1)
     length = min(PROMPT, model.context // 2)
-    prompts = torch.randint(0, VOCABULARY, (texts, length), generator=draw).tolist()
+    prompts = torch.randint(0, model.plan.model.vocab_size, (texts, length), generator=draw).tolist()
     seeds = [str(number) for number in range(texts)]
 
     def generate(count: int) -> tuple[float, int]:

@@ -21,7 +21,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from contenders import VOCABULARY
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -187,7 +186,6 @@ def main() -> None:
     keys = keys_of("neox-350M", parser.parse_args().quick) | {
         "data_impl": "mock",
         "tokenizer_type": "CharLevelTokenizer",
-        "padded_vocab_size": VOCABULARY,
         "train_iters": 100,
         "exit_interval": TIMED.stop,
         "eval_iters": 0,

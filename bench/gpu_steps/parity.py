@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import traceback
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from contenders import engine_of
 
-from bench.gpu_steps.common import free, record
+from bench.gpu_steps.common import ON_CARD, TINY, free, record
 from megatron.config.load import config_from_flat
 from megatron.config.plan import Plan
 from megatron.config.resolve import resolve
@@ -36,6 +37,7 @@ from megatron.model.positions import document_starts
 Keys = dict[str, Any]
 VOCABULARY, END_OF_DOCUMENT, STEPS, RATE = 251, 0, 20, 1e-2
 FP32_BOUND, ROUNDING = 1e-4, 0.01
+PROCESSES = 4 if ON_CARD else 1  # on this device: a GPU waits while code is compiled
 NEOX: Keys = {
     "num_layers": 2,
     "hidden_size": 128,
@@ -93,8 +95,10 @@ CASES = (
     Case("dropout, selective recomputation", DROPOUT, SELECTIVE, here=True),
     Case("dropout, compiled, recomputation", DROPOUT, COMPILED | RECOMPUTED, like=COMPILED, here=True),
 )
-QUICK = ("fp32, compiled", "bf16", "documents apart, grouped queries, bf16", "dropout, recomputation")
-QUICK_KEYS = {"hidden_size": 64, "seq_length": 64}
+QUICK = ("bf16", "bf16, compiled", "documents apart, grouped queries, bf16", "dropout, recomputation")
+# the block of TINY, which other steps compile as well
+SHAPE = ("gpt_j_residual", "rotary_pct", "hidden_size", "seq_length", "train_micro_batch_size_per_gpu")
+QUICK_KEYS = {key: TINY[key] for key in SHAPE}
 
 
 def bound(case: Case, on_cpu: dict[str, list[float]]) -> float:
@@ -157,11 +161,11 @@ def _name(keys: Keys) -> str:
     return json.dumps(keys, sort_keys=True)
 
 
-def _curves(wanted: list[Keys], folder: Path, on_cpu: bool) -> "tuple[subprocess.Popen[bytes], Path]":
-    """Start a process that trains everything `wanted`."""
-    file, names = folder / f"{on_cpu}.jsonl", folder / f"{on_cpu}.json"
+def _curves(wanted: list[Keys], folder: Path, number: int) -> "tuple[subprocess.Popen[bytes], Path]":
+    """Start a process that trains everything `wanted`: number 0 on the CPU, others on this device."""
+    file, names = folder / f"{number}.jsonl", folder / f"{number}.json"
     names.write_text(json.dumps(wanted))
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if on_cpu else {}
+    hidden = {} if number else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-m", "bench.gpu_steps.parity", "--train", str(names), str(file)]
     return subprocess.Popen(command, env=os.environ | hidden, stdout=subprocess.DEVNULL), file
 
@@ -188,25 +192,51 @@ def compare(cases: tuple[Case, ...]) -> int:
     on_cpu_too = [case for case in cases if not case.here]
     wanted = [case.model | how for case in on_cpu_too for how in ({}, case.like)]
     wanted += [case.model | BF16 for case in on_cpu_too if "precision" in case.how]
-    own = [keys for case in cases for keys in (case.keys, *([case.model | case.like] if case.here else []))]
+    own = _unique([keys for case in cases for keys in (case.keys, *([case.model | case.like] if case.here else []))])
+    parts = [_unique(wanted), *(own[number::PROCESSES] for number in range(PROCESSES))]
     with TemporaryDirectory() as name:
-        started = [_curves(_unique(keys), Path(name), on_cpu) for keys, on_cpu in ((wanted, True), (own, False))]
+        started = [_curves(part, Path(name), number) for number, part in enumerate(parts)]
+        print(
+            "| case | loss at the end | largest gap of 20 losses | bound | holds |\n|---|---|---|---|---|", flush=True
+        )
+        holding, left = list[bool](), list(cases)
+        while left:
+            codes = [process.poll() for process, _ in started]
+            on_cpu, *others = (_complete_lines(file) for _, file in started)
+            here = {name: curve for curves in others for name, curve in curves.items()}
+            for case in list(left):
+                if None not in codes or None not in curves_of(case, on_cpu, here):
+                    holding.append(_print_row(case, on_cpu, here))
+                    left.remove(case)
+            time.sleep(0.2)
         ended = [process.wait() for process, _ in started]
-        on_cpu, here = (dict(map(json.loads, file.read_text().splitlines())) for _, file in started)
-    print("| case | loss at the end | largest gap of 20 losses | bound | holds |\n|---|---|---|---|---|")
-    holding = []
-    for case in cases:
-        found = here.get(_name(case.keys), "not trained")
-        expected = (here if case.here else on_cpu).get(_name(case.model | case.like), "nothing to compare with")
-        if failure := next((curve for curve in (found, expected) if not isinstance(curve, list)), None):
-            print(f"| {case.name} | {failure} | | | NO |")
-            holding.append(False)
-            continue
-        apart, allowed = gap(found, expected), bound(case, on_cpu)
-        holding.append(apart <= allowed)  # False for NaN
-        print(f"| {case.name} | {found[-1]:.4f} | {apart:.1e} | {allowed:.1e} | {'yes' if holding[-1] else 'NO'} |")
-        record(case=case.name, losses=found, expected=expected, gap=apart, bound=allowed)
     return int(any(ended) or not all(holding))
+
+
+def _complete_lines(file: Path) -> dict[str, Any]:
+    """The curves in a file that another process writes, which it may not have begun."""
+    text = file.read_text() if file.exists() else ""
+    return dict(map(json.loads, text[: text.rfind("\n") + 1].splitlines()))
+
+
+def curves_of(case: Case, on_cpu: dict[str, Any], here: dict[str, Any]) -> list[Any]:
+    """The curve of a case, the one it is compared with, and those of its bound. None: not trained."""
+    with_precision = not case.here and "precision" in case.how
+    names = [_name(case.model | how) for how in (case.like, *([{}, BF16] if with_precision else []))]
+    return [here.get(_name(case.keys)), *map((here if case.here else on_cpu).get, names)]
+
+
+def _print_row(case: Case, on_cpu: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Print a case's row; returns whether it is within its bound."""
+    found, expected, *others = curves_of(case, on_cpu, here)
+    if failures := [curve for curve in (found, expected, *others) if not isinstance(curve, list)]:
+        print(f"| {case.name} | {failures[0] or 'not trained'} | | | NO |", flush=True)
+        return False
+    apart, allowed = gap(found, expected), bound(case, on_cpu)
+    holds = apart <= allowed  # False for NaN
+    print(f"| {case.name} | {found[-1]:.4f} | {apart:.1e} | {allowed:.1e} | {'yes' if holds else 'NO'} |", flush=True)
+    record(case=case.name, losses=found, expected=expected, gap=apart, bound=allowed)
+    return holds
 
 
 def _unique(wanted: list[Keys]) -> list[Keys]:

@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from contenders import VOCABULARY
 
 from bench.gpu_steps.common import ON_CARD, keys_of, record
 
@@ -58,7 +57,6 @@ def rate_of(keys: dict[str, Any]) -> float | None:
         run = keys | {
             "data_impl": "mock",
             "tokenizer_type": "CharLevelTokenizer",
-            "padded_vocab_size": VOCABULARY,
             "train_iters": STEPS,
             "eval_iters": 0,
             "log_interval": EVERY,

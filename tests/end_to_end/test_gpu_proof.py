@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from bench import gpu_proof
+from bench.allowance import Allowance
 from bench.attention import attention, documents
 from bench.gpu_proof import SAME_WHEN_QUICK, STEPS, Step, main
 from bench.gpu_steps.loop import covered
-from bench.gpu_steps.parity import FP32_BOUND, Case, bound
+from bench.gpu_steps.parity import FP32_BOUND, Case, bound, curves_of
 from megatron.model.attention_backends import ScaledDotProduct
 from tests import flex, tiny
 from tests.end_to_end.commands import ENVIRONMENT, ROOT, json_lines
@@ -70,7 +71,39 @@ def test_only_the_steps_that_are_asked_for_run_and_skipping_is_no_failure(tmp_pa
     code = main(["--output", str(tmp_path / "proof.md"), "--only", "versions", "125M", "ranks"], STEPS)
     assert code == 0
     assert results(tmp_path) == {"versions": "skipped", "125M": "skipped", "ranks": "skipped"}
-    assert "| ranks | skipped |  | 400 | it needs 2 GPUs, and there are 0 |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| ranks | skipped |  | 400 | it needs 2 GPUs, and there are 0 |" in said
+    assert said.index("- `ranks`: it needs 2 GPUs, and there are 0") < said.index("## Summary"), "at the head too"
+
+
+def test_the_steps_on_one_gpu_fit_into_the_usual_time():
+    assert sum(step.seconds for step in STEPS if step.gpus == 1) <= 60 * gpu_proof.MINUTES - 10, (
+        "and some to start them"
+    )
+
+
+def test_a_step_may_use_the_time_that_earlier_ones_left(tmp_path, on_no_card):
+    three_seconds = ROW + "; import time; time.sleep(3)"
+    steps = (step("slow", three_seconds, seconds=1), step("last", ROW, seconds=20))
+    assert main(["--output", str(tmp_path / "proof.md"), "--minutes", "1"], steps) == 0
+    assert results(tmp_path) == {"slow": "passed", "last": "passed"}
+    assert main(["--output", str(tmp_path / "other.md"), "--minutes", "0.36"], steps) == 1
+    assert '"over time"' in (tmp_path / "other.jsonl").read_text()
+
+
+def test_an_allowance_ends_when_the_longest_does_not_fit_any_more():
+    allowance = Allowance(0.5)
+    assert allowance.has_room()
+    time.sleep(0.3)
+    assert not allowance.has_room()
+    assert Allowance().has_room()
+
+
+def test_a_row_of_losses_is_printed_as_soon_as_its_curves_are_there():
+    case = Case("bf16", {"num_layers": 1}, {"precision": "bfloat16"})
+    name, coarse = (json.dumps(keys, sort_keys=True) for keys in (case.model, case.keys))
+    assert None in curves_of(case, {name: [1.0]}, {coarse: [1.0]}), "its bound needs bf16 on the CPU"
+    assert None not in curves_of(case, {name: [1.0], coarse: [1.0]}, {coarse: [1.0]})
 
 
 def test_a_stop_ends_the_step_and_writes_the_summary(tmp_path):
