@@ -1,8 +1,9 @@
 """torch.compile for the blocks and the loss, which fuses the operations between matrix products.
 
 Each block is compiled separately, without graph breaks, and blocks of one shape share the code; of the loss, the
-operations on the logits of a chunk. Full recomputation, pipelines and DeepSpeed's hooks stay outside the compiled code;
-selective recomputation is part of it.
+operations on the logits of a chunk. Embedding and final norm are not: at their simplest they are a lookup and a norm,
+one operation each. Full recomputation, pipelines and DeepSpeed's hooks stay outside the compiled code; selective
+recomputation is part of it.
 """
 
 from collections.abc import Callable
