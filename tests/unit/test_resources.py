@@ -34,6 +34,7 @@ def check(tmp_path: Path, here: dict, there: dict) -> None:
         {"no_weight_tying": True},
         {"use_bias_in_mlp": False},
         {"use_bias_in_attn_linear": False},
+        {"use_bias_in_qkv": False},
         {"rotary_pct": 0.5},
         {"rotary_emb_base": 500000},
         {"pos_emb": "none"},
