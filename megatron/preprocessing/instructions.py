@@ -22,8 +22,9 @@ from megatron.text import utf8_length, well_formed
 
 
 def encode_records(chunk: Chunk, job: Job, form: PromptAndCompletion | Chat, encoder: CheckedEncoder) -> EncodedChunk:
-    """Ids and labels of a chunk's records, each ended by the end-of-document token. form: the job's.
+    """Ids and labels of a chunk's records, each ended by one end-of-document token. form: the job's.
 
+    A chat template writes the special tokens itself, so the tokenizer adds none, as in Transformers.
     Records without anything to learn are skipped and counted, bad ones are listed.
     """
     result = EncodedChunk(Totals())
@@ -31,13 +32,14 @@ def encode_records(chunk: Chunk, job: Job, form: PromptAndCompletion | Chat, enc
     chunk.release()  # the caller still holds a reference
     encoded = encoder.encode_parts([[text for text, _ in segments] for segments in documents])
     pieces = iter(split(encoded.ids, encoded.sizes))
-    before, after = encoder.affixes
-    if after[-1:] != (encoder.end_of_document,):
-        after = (*after, encoder.end_of_document)
-    ends = (before + after).count(encoder.end_of_document)
+    before, after = ((), ()) if isinstance(form, Chat) else encoder.affixes
+    if after[-1:] == (encoder.end_of_document,):
+        after = after[:-1]
+    ends = (*before, *after, encoder.end_of_document).count(encoder.end_of_document)
     texts, labels = [], []
     for segments in documents:
-        ids, learned = _document([(next(pieces), learned) for _, learned in segments], before, after)
+        runs = [(next(pieces), learned) for _, learned in segments]
+        ids, learned = _document(runs, before, after, encoder.end_of_document)
         texts.append(ids)
         labels.append(np.where(learned, ids, NOT_A_LABEL))
         result.totals.learned += int(learned.sum())
@@ -53,8 +55,15 @@ def encode_records(chunk: Chunk, job: Job, form: PromptAndCompletion | Chat, enc
     return result
 
 
-def _document(runs: list[tuple[Ids, bool]], before: tuple[int, ...], after: tuple[int, ...]) -> tuple[Ids, Ids]:
-    """Ids of a document, int64, and which of them are learned; its end is learned if its last text is."""
+def _document(
+    runs: list[tuple[Ids, bool]], before: tuple[int, ...], after: tuple[int, ...], end: int
+) -> tuple[Ids, Ids]:
+    """Ids of a document, int64, and which of them are learned.
+
+    What is added to its end is learned if its last text is; `end` is added unless the document has it there.
+    """
+    if after or runs[-1][0][-1:].tolist() != [end]:
+        after = (*after, end)
     whole = [(np.array(before, np.int64), False), *runs, (np.array(after, np.int64), runs[-1][1])]
     ids = np.concatenate([run.astype(np.int64) for run, _ in whole])
     return ids, np.repeat([learned for _, learned in whole], [len(run) for run, _ in whole])

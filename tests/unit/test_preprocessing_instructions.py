@@ -225,6 +225,17 @@ def test_a_document_ends_once_and_what_begins_it_is_not_learned(tmp_path: Path, 
         assert totals.contain_eod == 1
 
 
+def test_a_chat_template_writes_the_special_tokens_itself(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ bos_token + m['content'] + eos_token }}{% endfor %}"
+    form = Chat("m", template, {"bos_token": "<s>", "eos_token": "<|endoftext|>"})
+    talk = [{"role": role, "content": text} for role, text in (("user", "AC"), ("assistant", "GT"))]
+    totals = preprocess(job(tmp_path, [{"m": talk}], form), EncoderSettings(templated(tmp_path, "<s> $A")))
+    text, labels = (IndexedDataset(str(tmp_path / f"out_{kind}_document")) for kind in ("text", "label"))
+    assert text.get(0).tolist() == [1, 2, 3, 0, 1, 4, 5, 0]
+    assert labels.get(0)[-3:].tolist() == [4, 5, 0]
+    assert totals.contain_eod == 1  # that of the first turn
+
+
 def test_a_text_with_an_unknown_letter_ends_the_run_with_file_line_and_letter(tmp_path: Path) -> None:
     make = EncoderSettings(templated(tmp_path, "$A"))
     (tmp_path / "plain.jsonl").write_text('{"text": "ACGT"}\n{"text": "ACNT"}\n')
