@@ -43,6 +43,9 @@ TABLE: dict[str, dict[str, str]] = {
         "learned": "megatron.model.positions:learned",
         "sinusoidal": "megatron.model.positions:sinusoidal",
         "rotary": "megatron.model.positions:rotary",
+        "alibi": "megatron.model.positions:alibi",
+        "alibi_bf16": "megatron.model.positions:alibi_bf16",
+        "rpe": "megatron.model.positions:rpe",
         "none": "megatron.model.positions:none",
     },
     "activation": {

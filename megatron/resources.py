@@ -40,6 +40,7 @@ BEHAVIOR_KEYS = {
     "head_bias": "head_bias",
     "logit_multiplier": "logit_multiplier",
     "logit_softcap": "final_logit_softcapping",
+    "relative_distance": "rpe_max_distance",
     "norm": "norm",
     "norm_epsilon": "the norm's epsilon",
     "norm_bias": "norm_bias",
@@ -51,6 +52,9 @@ BEHAVIOR_KEYS = {
     "tied_norm": "gpt_j_tied",
     "local_layers": "attention_config",
     "sliding_window": "sliding_window_width",
+    "attention_scale": "attention_scale",
+    "attention_softcap": "attn_logit_softcapping",
+    "clip_qkv": "clip_qkv",
 }
 
 # Fields that have no effect without rotary positions.
@@ -137,4 +141,6 @@ def _behavior(model: ModelPlan) -> dict[str, object]:
     unused = set() if model.position_embedding == "rotary" else ROTARY
     unused = unused | (set() if model.position_embedding == "learned" else {"position_offset"})
     unused = unused | (set() if local else {"sliding_window", "rotary_base_local"})
-    return asdict(model) | {"local_layers": local} | dict.fromkeys(unused)
+    unused = unused | (set() if model.position_embedding == "rpe" else {"relative_distance"})
+    scale = model.attention_scale or model.head_size**-0.5
+    return asdict(model) | {"local_layers": local, "attention_scale": scale} | dict.fromkeys(unused)

@@ -1,6 +1,6 @@
 """FlexAttention on a CPU, where torch computes all s x s scores from the block mask, here with gradients too."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from megatron.config.plan import ModelPlan
-from megatron.model.attention_backends import FlexAttention
+from megatron.model.attention_backends import FlexAttention, Scores
 from megatron.registry import TABLE
 
 NAMES = {"flex": "tests.flex:flex_attention", "local_flex": "tests.flex:local_flex_attention"}
@@ -26,29 +26,37 @@ def registered() -> Iterator[None]:
             del TABLE["attention_backend"][name]
 
 
-def plain_flex_attention(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, enable_gqa: bool) -> Tensor:
-    """torch's operator itself: the function around it refuses tensors that need a gradient on a CPU."""
-    mask, scale = block_mask.as_tuple(), query.shape[-1] ** -0.5
-    mixed: Tensor = torch.ops.higher_order.flex_attention(query, key, value, _unchanged, mask, scale, {})[0]
-    return mixed
-
-
 def _unchanged(score: Tensor, *_: Any) -> Tensor:
     return score
 
 
+def plain_flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    enable_gqa: bool,
+    scale: float | None = None,
+    score_mod: Callable[..., Tensor] = _unchanged,
+) -> Tensor:
+    """torch's operator itself: the function around it refuses tensors that need a gradient on a CPU."""
+    mask, scale = block_mask.as_tuple(), scale or query.shape[-1] ** -0.5
+    mixed: Tensor = torch.ops.higher_order.flex_attention(query, key, value, score_mod, mask, scale, {})[0]
+    return mixed
+
+
 def flex_attention(model: ModelPlan, device: torch.device) -> FlexAttention:
     """To all earlier tokens."""
-    return on_cpu(None)
+    return on_cpu(None, Scores.of(model))
 
 
 def local_flex_attention(model: ModelPlan, device: torch.device) -> FlexAttention:
     """To the last `sliding_window` tokens."""
-    return on_cpu(model.sliding_window)
+    return on_cpu(model.sliding_window, Scores.of(model))
 
 
-def on_cpu(window: int | None) -> FlexAttention:
+def on_cpu(window: int | None, scores: Scores) -> FlexAttention:
     """The kernel for one layer."""
-    attend = FlexAttention(window, compiled=False)
+    attend = FlexAttention(window, compiled=False, scores=scores)
     attend.function = plain_flex_attention
     return attend

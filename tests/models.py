@@ -130,6 +130,17 @@ VARIETY = {
     ),
     "opt": small(position_embedding="learned", position_offset=2, activation="relu", tied_embeddings=True),
     "sinusoidal": small(position_embedding="sinusoidal", activation="relu"),
+    "gemma 2": small(
+        attention_kinds=("local", "global", "local"),
+        sliding_window=3,
+        num_kv_heads=2,
+        attention_scale=0.5,
+        attention_softcap=1.5,
+        clip_qkv=2.0,
+    ),
+    "bloom": small(position_embedding="alibi", attention_softcap=3.0),
+    "falcon-rw": small(position_embedding="alibi_bf16", num_kv_heads=2),
+    "relative positions": small(position_embedding="rpe", relative_buckets=6, relative_distance=9),
     "no positions": small(position_embedding="none", activation="silu", num_kv_heads=2),
     "full vocabulary": small(vocab_size=64, activation="reglu", tied_embeddings=True),
 }

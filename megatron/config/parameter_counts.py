@@ -92,7 +92,8 @@ def _block(model: ModelPlan, split: int) -> int:
     biases = fused // split * model.bias_in_query_key_value + hidden * model.bias_in_dense
     biases += (inner // split + hidden) * model.bias_in_mlp
     norms = (1 if model.tied_norm else 4 if model.norm_placement == "both" else 2) * _norm(model)
-    return product_weights(model, split) + biases + norms + _query_key_norm(model, split)
+    table = model.relative_buckets * model.num_attention_heads // split if model.position_embedding == "rpe" else 0
+    return product_weights(model, split) + biases + norms + _query_key_norm(model, split) + table
 
 
 def _query_key_norm(model: ModelPlan, split: int) -> int:

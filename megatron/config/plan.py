@@ -74,7 +74,7 @@ class ModelPlan:
     vocab_size: int  # ids that the model knows; at least those of the tokenizer
     padded_vocab_size: int  # rows of the embedding in memory; logits beyond vocab_size are -inf
     max_position_embeddings: int
-    position_embedding: str  # registry kind "position_embedding": learned, sinusoidal, rotary, alibi, rpe, none
+    position_embedding: str  # registry kind "position_embedding", such as learned, rotary or alibi
     rotary_fraction: float
     rotary_base: float
     norm: str  # registry kind "norm"

@@ -243,6 +243,8 @@ def tensors_of_a_block(model: ModelPlan) -> dict[str, tuple[str, ...]]:
     if model.qk_norm is not None:
         kinds = WEIGHT if model.qk_norm == "each_head" else _norm(model)
         modules |= {"attention.norm.query": kinds, "attention.norm.key": kinds}
+    if model.position_embedding == "rpe":
+        modules["attention.score_bias"] = WEIGHT
     linear = ("mlp.gate", "mlp.up", "mlp.down") if is_gated(model.activation) else ("mlp.up", "mlp.down")
     return modules | dict.fromkeys(linear, BOTH if model.bias_in_mlp else WEIGHT)
 

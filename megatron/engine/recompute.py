@@ -34,6 +34,7 @@ _STORED = {
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "deepy::composed_attention",
     "flash_attn::_flash_attn_forward",  # flash-attn 2.7 and later
     "flash_attn_3::_flash_attn_forward",  # FlashAttention-3: its operator, or in older versions its kernel
     "flash_attn_3::fwd",

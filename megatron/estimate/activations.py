@@ -5,9 +5,11 @@ saves its input and its result before the weight, both in fp32. ScaleNorm is com
 """
 
 from megatron.config.pipeline_stages import layer_classes
-from megatron.config.plan import Plan
+from megatron.config.plan import ModelPlan, Plan
 from megatron.config.widths import is_gated
 
+SCORE_BLOCK = 128  # queries whose scores exist at a time
+SCORE_TENSORS = 4  # of the size of these scores, and two more with a cap
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -109,10 +111,30 @@ def _attention(plan: Plan, on_cpu: bool) -> int:
     several = model.num_kv_heads // (plan.layout.tensor * plan.layout.context) > 1
     if several and model.num_kv_heads != model.num_attention_heads:
         elements += queries  # queries, regrouped
-    softmax = 4 * tokens * model.num_attention_heads // plan.layout.tensor
+    if model.clip_qkv is not None:
+        elements += queries + 2 * keys  # before they are clamped
+    rows = tokens if not _composes_scores(plan, on_cpu) else 0  # sums of the softmax, of which blocks store none
+    rows += plan.batch.sequence_length // plan.layout.context if has_score_bias(model) else 0  # the table of the bias
+    softmax = 4 * rows * model.num_attention_heads // plan.layout.tensor
     masked = sum(kind == "local" for kind in model.attention_kinds) / model.num_layers
     mask = round(masked * plan.batch.sequence_length**2 * width) if _needs_mask(plan, on_cpu) else 0
     return tokens * elements * width + softmax + mask + _query_key_norm(plan)
+
+
+def has_score_bias(model: ModelPlan) -> bool:
+    """Whether the position embedding is a bias of the attention scores; a plugin's is taken not to be one."""
+    return model.position_embedding in ("alibi", "alibi_bf16", "rpe")
+
+
+def _composes_scores(plan: Plan, on_cpu: bool) -> bool:
+    """Whether attention is computed in blocks of queries as products (model/composed_attention.py)."""
+    changed = plan.model.attention_softcap is not None or has_score_bias(plan.model)
+    return changed and not _has_flex_attention(plan, on_cpu)
+
+
+def _has_flex_attention(plan: Plan, on_cpu: bool) -> bool:
+    """Whether attention by blocks is FlexAttention's, which needs neither a mask nor scores in memory."""
+    return not on_cpu and plan.model.head_size >= 16 and not plan.model.attention_dropout
 
 
 def _query_key_norm(plan: Plan) -> int:
@@ -129,8 +151,8 @@ def _query_key_norm(plan: Plan) -> int:
 
 
 def _needs_mask(plan: Plan, on_cpu: bool) -> bool:
-    """Whether sliding windows need a mask; blockwise attention on a GPU does not (model/attention_backends.py)."""
-    by_blocks = not on_cpu and plan.model.head_size >= 16 and not plan.model.attention_dropout
+    """Whether sliding windows need a mask; attention by blocks does not (model/attention_backends.py)."""
+    by_blocks = _has_flex_attention(plan, on_cpu) or _composes_scores(plan, on_cpu)
     return not by_blocks and (plan.model.sliding_window or plan.batch.sequence_length) < plan.batch.sequence_length
 
 
@@ -145,8 +167,21 @@ def _feed_forward(plan: Plan) -> int:
     return saved * tokens_on_rank(plan) * width * WIDTH[plan.engine.precision]
 
 
-def gradients_in_flight(plan: Plan) -> int:
-    """Bytes of activation gradients in the backward pass of a feed-forward layer, the peak of a block."""
+def gradients_in_flight(plan: Plan, on_cpu: bool = False) -> int:
+    """Bytes of activation gradients in the backward pass of a block, at its peak.
+
+    That is in the feed-forward layer, or where attention computes the scores of a block of queries with products.
+    """
     wide = (3 if is_gated(plan.model.activation) else 2) * plan.model.ffn_hidden_size // plan.layout.tensor
     hidden = plan.model.hidden_size * (2 if plan.layout.sequence_parallel else 1)  # gathered inputs and their gradient
-    return tokens_on_rank(plan) * (wide + hidden) * WIDTH[plan.engine.precision]
+    feed_forward = tokens_on_rank(plan) * (wide + hidden) * WIDTH[plan.engine.precision]
+    return max(feed_forward, _scores_in_flight(plan) if _composes_scores(plan, on_cpu) else 0)
+
+
+def _scores_in_flight(plan: Plan) -> int:
+    """Bytes of the scores of a block of queries and of what is computed with them, and of the gradients in fp32."""
+    model, length, ranks = plan.model, plan.batch.sequence_length, plan.layout.tensor * plan.layout.context
+    scores = plan.batch.micro_size * model.num_attention_heads // ranks * min(SCORE_BLOCK, length) * length
+    keys = 2 * plan.batch.micro_size * length * model.num_kv_heads * model.head_size // ranks
+    tensors = SCORE_TENSORS + 2 * (model.attention_softcap is not None)
+    return 4 * (tensors * scores + 2 * keys)

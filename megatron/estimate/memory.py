@@ -125,7 +125,7 @@ def _peak(plan: Plan, memory: StageMemory, passing: int, on_cpu: bool) -> int:
     # gathered weights, and bf16 gradients beside their sums; buckets are released after each backward pass
     lasting = passing if stage == 3 or (several and reduces_whole_sums(plan.engine)) else 0
     there = product_bytes(plan) if plan.engine.recompute_selective else 0
-    again = (block_bytes(plan, on_cpu) - there) * plan.engine.recompute_layers + gradients_in_flight(plan)
+    again = (block_bytes(plan, on_cpu) - there) * plan.engine.recompute_layers + gradients_in_flight(plan, on_cpu)
     head = 0 if several else _head_weight_gradient(plan, memory)
     moments = {
         "loss": held + lasting + memory.activations + memory.loss,

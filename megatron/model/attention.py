@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.plan import AttentionKind, ModelPlan
-from megatron.model.attention_backends import Attend, FlexAttention, Visible, block_windows
+from megatron.model.attention_backends import Attend, FlexAttention, Scores, Visible, block_windows
 from megatron.model.block_mask import block_mask
 from megatron.model.cache import KVCache, Positions
 from megatron.model.init import weight_initialisers
 from megatron.model.layer import NO_MASKING, Masking
 from megatron.model.positions import Rotation, positions_in_documents
 from megatron.model.query_key_norm import query_key_norm
+from megatron.model.score_bias import ScoreBias
 from megatron.parallel.collectives import exchange
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -40,14 +41,17 @@ class Attention(nn.Module):
         )
         self.norm = query_key_norm(model, grid)
         self.dense = RowParallelLinear(width, model.hidden_size, model.bias_in_dense, output_init, grid, model.float8)
+        at_scores = resolve("position_embedding", model.position_embedding).at_scores
+        self.score_bias: ScoreBias | None = at_scores(model, grid) if at_scores else None
         self.attend: Attend = resolve("attention_backend", kind)(model, grid.device)
         self.by_blocks: tuple[int, int | None] | None = None  # the number and the size of the window
+        self.changed_scores = Scores.of(model).composed
         if isinstance(self.attend, FlexAttention):
             self.by_blocks = block_windows(model, grid.device).index(self.attend.window), self.attend.window
         self.index, self.rotation, self.dropout, self.grid = index, rotation, model.attention_dropout, grid
         self.kv_heads = model.num_kv_heads // grid.size("tensor")
         self.queries_per_key = model.num_attention_heads // model.num_kv_heads
-        self.head_size = model.head_size
+        self.head_size, self.clip = model.head_size, model.clip_qkv
         self.reset_mask, self.reset_positions = model.reset_attention_mask, model.reset_position_ids
 
     def forward(self, hidden: Tensor, cache: KVCache | None = None, masking: Masking = NO_MASKING) -> Tensor:
@@ -68,11 +72,12 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.append(self.index, key, value)
             visible = cache.visibility()
+        bias = () if self.score_bias is None else (self.score_bias,)
         if not (self.training and self.dropout):
-            mixed = self.attend(query, key, value, visible, 0.0)
+            mixed = self.attend(query, key, value, visible, 0.0, *bias)
         else:
             with own_stream(self.grid):
-                mixed = self.attend(query, key, value, visible, self.dropout)
+                mixed = self.attend(query, key, value, visible, self.dropout, *bias)
         return exchange(mixed, 1, 2, self.grid.group("context")).flatten(2)
 
     def _visible(self, masking: Masking, length: int, device: torch.device) -> Visible:
@@ -80,7 +85,7 @@ class Attention(nn.Module):
         first = masking.document_start if self.reset_mask else None
         if self.by_blocks is not None and masking.counts is not None and masking.indices is not None:
             number, window = self.by_blocks
-            if first is not None or window is not None:  # else no block would be skipped
+            if first is not None or window is not None or self.changed_scores:  # else no block would be skipped
                 return block_mask(masking.counts[number], masking.indices[number], first, window, length)
         if first is None:
             return None
@@ -91,7 +96,10 @@ class Attention(nn.Module):
         self, hidden: Tensor, cache: KVCache | None, document_start: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Query [b, s, n, d], key and value [b, s, g, d], rotated; n/cp and g/cp heads with context parallelism."""
-        parts = self.query_key_value(hidden).unflatten(-1, (self.kv_heads, self.queries_per_key + 2, self.head_size))
+        fused = self.query_key_value(hidden)
+        if self.clip is not None:
+            fused = fused.clamp(-self.clip, self.clip)
+        parts = fused.unflatten(-1, (self.kv_heads, self.queries_per_key + 2, self.head_size))
         queries_and_key, value = parts.split([self.queries_per_key + 1, 1], dim=3)
         if self.norm is not None:
             queries_and_key = self.norm(queries_and_key)

@@ -1,4 +1,4 @@
-"""The kernels that compute softmax(query key^T / sqrt(d)) value.
+"""The kernels that compute softmax(scale * query key^T) value, with a cap of the scores or a bias if the model has one.
 
 Shapes: b micro-batch, s queries, k keys (k >= s; the queries are the last s of them), n query heads and g key/value
 heads on this rank, d head size.
@@ -7,6 +7,7 @@ A backend is `build(model, device) -> Attend`.
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Protocol
 
@@ -18,10 +19,12 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megatron.config.plan import ModelPlan
 from megatron.model.cache import Positions
+from megatron.model.composed_attention import QUERY_BLOCK, composed_attention
+from megatron.model.score_bias import ScoreBias
 from megatron.registry import resolve
 
 _SDPA = "torch's scaled_dot_product_attention"
-QUERY_BLOCK, MOST_BLOCKS = 128, 16
+MOST_BLOCKS = 16
 SMALLEST_FLEX_HEAD = 16  # on a GPU
 MOST_SHAPES = (
     64  # that FlexAttention is compiled for (widths x windows x micro-batch sizes); beyond, it runs uncompiled
@@ -47,10 +50,18 @@ Visible = Positions | BlockMask | None
 class Attend(Protocol):
     """An attention kernel for one layer."""
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible, dropout: float) -> Tensor:
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Visible,
+        dropout: float,
+        bias: ScoreBias | None = None,
+    ) -> Tensor:
         """Query [b, s, n, d], key and value [b, k, g, d] -> [b, s, n, d].
 
-        dropout: probability of dropping an attention weight.
+        dropout: probability of dropping an attention weight. bias: added to the scores; None: nothing.
         """
         ...
 
@@ -59,31 +70,75 @@ class Attend(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What a model does to its attention scores before the softmax, beside the bias that a layer passes."""
+
+    scale: float | None = None  # their factor; None: 1 / sqrt(d)
+    softcap: float | None = None  # c of c * tanh(scores / c)
+    biased: bool = False  # the layers pass a bias
+
+    @property
+    def composed(self) -> bool:
+        """Whether torch's scaled_dot_product_attention cannot compute them without scores for every query and key."""
+        return self.softcap is not None or self.biased
+
+    @classmethod
+    def of(cls, model: ModelPlan) -> "Scores":
+        """The scores of `model`."""
+        biased = resolve("position_embedding", model.position_embedding).at_scores is not None
+        return cls(model.attention_scale, model.attention_softcap, biased)
+
+    def describe(self) -> str:
+        """What is done to them, for the start-up line; empty without a cap and a bias."""
+        parts = [f"capped at {self.softcap:g}"] if self.softcap is not None else []
+        return " and ".join(parts + (["with a bias for positions"] if self.biased else []))
+
+
 class ScaledDotProduct:
-    """torch's scaled_dot_product_attention, which chooses a cuDNN, flash, memory-efficient or plain kernel."""
+    """torch's scaled_dot_product_attention, which chooses a cuDNN, flash, memory-efficient or plain kernel.
+
+    Capped or biased scores are computed in blocks of queries instead (`composed_attention.py`).
+    """
 
     def __init__(
-        self, window: int | None = None, reason: str = "", kernel: Callable[[torch.dtype], str] | None = None
+        self,
+        window: int | None = None,
+        reason: str = "",
+        kernel: Callable[[torch.dtype], str] | None = None,
+        scores: Scores = Scores(),
     ) -> None:
         """window: keys that a query sees, its own included; None: all before it.
 
         For `describe`: the reason, and the kernel that torch chooses for a type.
         """
-        self.window, self.reason, self.kernel = window, reason, kernel
+        self.window, self.reason, self.kernel, self.scores = window, reason, kernel, scores
 
     def describe(self, dtype: torch.dtype) -> str:
         """Say what computes; see `Attend`."""
-        kernel = f" ({self.kernel(dtype)} kernel)" if self.kernel else ""
+        kernel = f" ({self.kernel(dtype)} kernel)" if self.kernel and not self.scores.composed else ""
         window = f" with a window of {self.window} tokens" if self.window else ""
-        return _SDPA + kernel + window + (f", because {self.reason}" if self.reason else "")
+        reason = f", because {self.reason}" if self.reason else ""
+        if self.scores.composed:
+            return f"blocks of {QUERY_BLOCK} queries{window}, scores {self.scores.describe()}{reason}"
+        return _SDPA + kernel + window + reason
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible, dropout: float) -> Tensor:
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Visible,
+        dropout: float,
+        bias: ScoreBias | None = None,
+    ) -> Tensor:
         """Attend; see `Attend`."""
         assert not isinstance(visible, BlockMask)
         queries, keys = query.shape[1], key.shape[1]
+        if self.scores.composed:
+            return self._composed(query, key, value, visible or _in_order(queries, keys, query.device), dropout, bias)
         if visible is None and (queries not in (1, keys) or (self.window or keys) < keys):
-            columns = torch.arange(keys, device=query.device).unsqueeze(0)
-            visible = Positions(columns[:, keys - queries :], columns)
+            visible = _in_order(queries, keys, query.device)
         mask = visible.visible(self.window) if visible else None
         grouped = query.shape[2] != key.shape[2]
         if grouped and queries == 1:
@@ -95,8 +150,29 @@ class ScaledDotProduct:
             key, value = (tensor.repeat_interleave(query.shape[2] // key.shape[2], 2) for tensor in (key, value))
         return self._mix(query, key, value, mask, mask is None and queries > 1, dropout)
 
-    @staticmethod
-    def _mix(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:
+    def _composed(
+        self, query: Tensor, key: Tensor, value: Tensor, visible: Positions, dropout: float, bias: ScoreBias | None
+    ) -> Tensor:
+        mixed: Tensor
+        mixed, _ = composed_attention(
+            query,
+            key,
+            value,
+            bias(key.shape[1]) if bias is not None else None,
+            visible.queries,
+            visible.keys,
+            visible.first,
+            bias is not None and bias.of_keys,
+            self.window,
+            self.scores.scale or query.shape[-1] ** -0.5,
+            self.scores.softcap,
+            dropout,
+        )
+        return mixed
+
+    def _mix(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, dropout: float
+    ) -> Tensor:
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         mixed = F.scaled_dot_product_attention(
             query,
@@ -105,9 +181,16 @@ class ScaledDotProduct:
             attn_mask=mask,
             dropout_p=dropout,
             is_causal=causal,
+            scale=self.scores.scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return mixed.transpose(1, 2)
+
+
+def _in_order(queries: int, keys: int, device: torch.device) -> Positions:
+    """The positions of the last `queries` of `keys` tokens, and of the keys."""
+    columns = torch.arange(keys, device=device).unsqueeze(0)
+    return Positions(columns[:, keys - queries :], columns)
 
 
 class QueryBlocks(ScaledDotProduct):
@@ -121,25 +204,34 @@ class QueryBlocks(ScaledDotProduct):
         """Say what computes; see `Attend`."""
         return f"{super().describe(dtype)}, compiled: blocks of {QUERY_BLOCK} queries"
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible, dropout: float) -> Tensor:
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Visible,
+        dropout: float,
+        bias: ScoreBias | None = None,
+    ) -> Tensor:
         """Attend; see `Attend`."""
         length = query.shape[1]
         fits = length == key.shape[1] and length % QUERY_BLOCK == 0 and length <= MOST_BLOCKS * QUERY_BLOCK
         if not (fits and visible is None and not dropout and torch.compiler.is_compiling()):
-            return super().__call__(query, key, value, visible, dropout)
+            return super().__call__(query, key, value, visible, dropout, bias)
         share = query.shape[2] // key.shape[2]
         key, value = (tensor.repeat_interleave(share, 2) if share > 1 else tensor for tensor in (key, value))
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         parts = enumerate(query.split(QUERY_BLOCK, 2))
-        blocks = [_last_queries(part, key, value, QUERY_BLOCK * number) for number, part in parts]
+        scale = self.scores.scale or query.shape[-1] ** -0.5
+        blocks = [_last_queries(part, key, value, QUERY_BLOCK * number, scale) for number, part in parts]
         return torch.cat(blocks, dim=2).transpose(1, 2)
 
 
-def _last_queries(query: Tensor, key: Tensor, value: Tensor, start: int) -> Tensor:
+def _last_queries(query: Tensor, key: Tensor, value: Tensor, start: int, scale: float) -> Tensor:
     """Attention of queries [b, n, s, d], whose first column is `start`, over keys and values [b, n, k, d]."""
     end = start + query.shape[2]
     columns = torch.arange(end, device=query.device)
-    scores = (query @ key[:, :, :end].transpose(-1, -2)).float() * query.shape[-1] ** -0.5
+    scores = (query @ key[:, :, :end].transpose(-1, -2)).float() * scale
     weights = scores.masked_fill(columns[start:].unsqueeze(1) < columns, float("-inf")).softmax(-1)
     mixed: Tensor = weights.to(query.dtype) @ value[:, :, :end]
     return mixed
@@ -153,62 +245,114 @@ class FlashAttention(ScaledDotProduct):
 
     source = "of the package flash-attn"
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
+    def __init__(self, function: Callable[..., Tensor], scores: Scores = Scores()) -> None:
         """function: flash_attn.flash_attn_func."""
-        super().__init__()
+        super().__init__(scores=scores)
         self.function = function
 
     def describe(self, dtype: torch.dtype) -> str:
         """Say what computes; see `Attend`."""
         if dtype not in _FLASH_TYPES:
-            return f"{_SDPA}, because flash-attn needs fp16 or bf16 and this is {str(dtype).removeprefix('torch.')}"
-        return f"flash_attn_func {self.source}"
+            other = super().describe(dtype)
+            return f"{other}, because flash-attn needs fp16 or bf16 and this is {str(dtype).removeprefix('torch.')}"
+        return f"flash_attn_func {self.source}" + (f", scores {self.scores.describe()}" if self.scores.composed else "")
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible, dropout: float) -> Tensor:
-        """Attend; see `Attend`."""
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Visible,
+        dropout: float,
+        bias: ScoreBias | None = None,
+    ) -> Tensor:
+        """Attend; see `Attend`. The bias must have slopes."""
         if visible is not None or query.dtype not in _FLASH_TYPES:
-            return super().__call__(query, key, value, visible, dropout)
-        same_bits = torch.are_deterministic_algorithms_enabled()
-        return self.function(query, key, value, dropout_p=dropout, causal=True, deterministic=same_bits)
+            return super().__call__(query, key, value, visible, dropout, bias)
+        options = self._options()
+        if bias is not None:
+            options["alibi_slopes"] = bias.slopes()
+        return self.function(query, key, value, dropout_p=dropout, **options)
+
+    def _options(self) -> dict[str, Any]:
+        """What the function takes beside tensors; older versions have no cap."""
+        options = {"causal": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
+        changes = {"softmax_scale": self.scores.scale, "softcap": self.scores.softcap}
+        return options | {name: value for name, value in changes.items() if value is not None}
 
 
 class FlashAttention3(FlashAttention):
-    """flash_attn_func of FlashAttention-3 (https://arxiv.org/abs/2407.08608), for Hopper, without dropout."""
+    """flash_attn_func of FlashAttention-3 (https://arxiv.org/abs/2407.08608), for Hopper, without dropout and bias."""
 
     source = "of FlashAttention-3"
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible, dropout: float) -> Tensor:
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Visible,
+        dropout: float,
+        bias: ScoreBias | None = None,
+    ) -> Tensor:
         """Attend; see `Attend`."""
-        if visible is not None or query.dtype not in _FLASH_TYPES or dropout:
-            return ScaledDotProduct.__call__(self, query, key, value, visible, dropout)
-        same_bits = torch.are_deterministic_algorithms_enabled()
-        mixed: Tensor | tuple[Tensor, Tensor] = self.function(query, key, value, causal=True, deterministic=same_bits)
+        if visible is not None or query.dtype not in _FLASH_TYPES or dropout or bias is not None:
+            return ScaledDotProduct.__call__(self, query, key, value, visible, dropout, bias)
+        mixed: Tensor | tuple[Tensor, Tensor] = self.function(query, key, value, **self._options())
         return mixed[0] if isinstance(mixed, tuple) else mixed  # some versions also return the softmax's log-sum-exp
 
 
 class FlexAttention(ScaledDotProduct):
-    """torch's FlexAttention (https://arxiv.org/abs/2412.05496) within documents or a window.
+    """torch's FlexAttention (https://arxiv.org/abs/2412.05496) within documents or a window, or of changed scores.
 
-    It skips blocks that no query sees and needs no s x s mask. Without a block mask (in decoding, or where it would
-    skip nothing) scaled_dot_product_attention computes.
+    It skips blocks that no query sees and needs no s x s mask or bias. Without a block mask (in decoding, or where it
+    would skip and change nothing) `ScaledDotProduct` computes.
     """
 
-    def __init__(self, window: int | None = None, compiled: bool = True) -> None:
+    def __init__(self, window: int | None = None, compiled: bool = True, scores: Scores = Scores()) -> None:
         """window: keys that a query sees, its own included. compiled: False computes all s x s scores, for tests."""
-        super().__init__(window)
+        super().__init__(window, scores=scores)
         self.function: Any = _compiled_flex_attention() if compiled else flex_attention
 
     def describe(self, dtype: torch.dtype) -> str:
         """Say what computes; see `Attend`."""
-        return f"torch's FlexAttention{f' with a window of {self.window} tokens' if self.window else ''}"
+        window = f" with a window of {self.window} tokens" if self.window else ""
+        return f"torch's FlexAttention{window}" + (f", scores {self.scores.describe()}" if self.scores.composed else "")
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible, dropout: float) -> Tensor:
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Visible,
+        dropout: float,
+        bias: ScoreBias | None = None,
+    ) -> Tensor:
         """Attend; see `Attend`. Dropout is not supported."""
         if not isinstance(visible, BlockMask):
-            return super().__call__(query, key, value, visible, dropout)
+            return super().__call__(query, key, value, visible, dropout, bias)
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        mixed: Tensor = self.function(query, key, value, block_mask=visible, enable_gqa=query.shape[1] != key.shape[1])
+        options: dict[str, Any] = {"block_mask": visible, "enable_gqa": query.shape[1] != key.shape[1]}
+        if self.scores.scale is not None:
+            options["scale"] = self.scores.scale
+        if self.scores.composed:
+            options["score_mod"] = _change_of_scores(self.scores.softcap, bias, key.shape[2])
+        mixed: Tensor = self.function(query, key, value, **options)
         return mixed.transpose(1, 2)
+
+
+def _change_of_scores(softcap: float | None, bias: ScoreBias | None, keys: int) -> Callable[..., Tensor]:
+    """FlexAttention's `score_mod`, a function of a scaled score and its indices."""
+    table, of_keys = (None, False) if bias is None else (bias(keys), bias.of_keys)
+
+    def changed(score: Tensor, _: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        if table is None:
+            return score
+        return score + table[head, key if of_keys else (query - key).clamp(min=0)]
+
+    return changed
 
 
 @cache
@@ -234,7 +378,8 @@ def global_attention(model: ModelPlan, device: torch.device) -> Attend:
 
 def local_attention(model: ModelPlan, device: torch.device) -> Attend:
     """Attention to the last `sliding_window` tokens, by torch: in blocks on a GPU, otherwise with a mask."""
-    return _by_blocks(model, device, model.sliding_window) or ScaledDotProduct(model.sliding_window)
+    window = model.sliding_window
+    return _by_blocks(model, device, window) or ScaledDotProduct(window, scores=Scores.of(model))
 
 
 def flash_attention(model: ModelPlan, device: torch.device) -> Attend:
@@ -242,35 +387,46 @@ def flash_attention(model: ModelPlan, device: torch.device) -> Attend:
 
     On Hopper FlashAttention-3 if it is installed, else torch's cuDNN kernel if it can run (about twice as fast as
     flash-attn 2, https://github.com/pytorch/pytorch/issues/142132); elsewhere the package flash-attn; else torch's.
+    Capped scores and ALiBi are for flash-attn too, a cap alone for FlashAttention-3; else torch's FlexAttention.
     """
-    if (attend := _by_blocks(model, device)) is not None:
+    scores = Scores.of(model)
+    if model.reset_attention_mask and (attend := _by_blocks(model, device)) is not None:
         return attend
     if device.type != "cuda":
         return _by_torch(model, device, f"flash-attn needs a GPU and this is the {device.type.upper()}")
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
-        return _by_torch(model, device, f"flash-attn needs Ampere or newer, not {torch.cuda.get_device_name(device)}")
+        return _otherwise(model, device, f"flash-attn needs Ampere or newer, not {torch.cuda.get_device_name(device)}")
     if model.head_size > 256:
-        return _by_torch(model, device, f"flash-attn takes heads of at most 256 and these are {model.head_size}")
-    if capability == HOPPER and not model.attention_dropout:
+        return _otherwise(model, device, f"flash-attn takes heads of at most 256 and these are {model.head_size}")
+    if scores.biased and model.position_embedding != "alibi":
+        return _otherwise(model, device, f"flash-attn has no bias for pos_emb {model.position_embedding}")
+    if capability == HOPPER and not model.attention_dropout and not scores.biased:
         with contextlib.suppress(ImportError):
             from flash_attn_interface import flash_attn_func as flash_attn_3_func
 
-            return FlashAttention3(flash_attn_3_func)
-    if torch_kernel(model, device, torch.bfloat16) == SDPBackend.CUDNN_ATTENTION:
+            return FlashAttention3(flash_attn_3_func, scores)
+    if not scores.composed and torch_kernel(model, device, torch.bfloat16) == SDPBackend.CUDNN_ATTENTION:
         return _by_torch(model, device, "cuDNN is faster than flash-attn 2 on this GPU")
     try:
         from flash_attn import flash_attn_func
     except ImportError as error:  # not installed, or built for another torch
-        return _by_torch(model, device, f"flash-attn cannot be imported: {error}")
-    return FlashAttention(flash_attn_func)
+        return _otherwise(model, device, f"flash-attn cannot be imported: {error}")
+    return FlashAttention(flash_attn_func, scores)
+
+
+def _otherwise(model: ModelPlan, device: torch.device, reason: str) -> Attend:
+    """What computes on a GPU on which flash-attn does not."""
+    return _by_blocks(model, device) or _by_torch(model, device, reason)
 
 
 def _by_torch(model: ModelPlan, device: torch.device, reason: str = "") -> ScaledDotProduct:
     """Attention to all earlier tokens by torch."""
-    if device.type != "cuda":
-        return QueryBlocks(reason=reason)
-    return ScaledDotProduct(reason=reason, kernel=lambda dtype: _KERNELS[torch_kernel(model, device, dtype)])
+    scores = Scores.of(model)
+    if device.type != "cuda" and not scores.composed:
+        return QueryBlocks(reason=reason, scores=scores)
+    kernel = None if scores.composed else lambda dtype: _KERNELS[torch_kernel(model, device, dtype)]
+    return ScaledDotProduct(reason=reason, kernel=kernel, scores=scores)
 
 
 def torch_kernel(model: ModelPlan, device: torch.device, dtype: torch.dtype) -> SDPBackend:
@@ -288,10 +444,12 @@ def torch_kernel(model: ModelPlan, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _by_blocks(model: ModelPlan, device: torch.device, window: int | None = None) -> Attend | None:
-    """FlexAttention if the model masks documents or uses a window on a GPU; otherwise None."""
-    if device.type != "cuda" or not (model.reset_attention_mask or (window and not model.attention_dropout)):
+    """FlexAttention if the model masks documents, uses a window or changes scores on a GPU; otherwise None."""
+    scores = Scores.of(model)
+    without_dropout = not model.attention_dropout and (window or scores.composed)
+    if device.type != "cuda" or not (model.reset_attention_mask or without_dropout):
         return None
     if model.head_size < SMALLEST_FLEX_HEAD:
-        reason = f"FlexAttention takes heads of at least {SMALLEST_FLEX_HEAD} and these are {model.head_size}"
-        return ScaledDotProduct(window, f"with a mask of s x s: {reason}")
-    return FlexAttention(window)
+        size = f"FlexAttention takes heads of at least {SMALLEST_FLEX_HEAD} and these are {model.head_size}"
+        return ScaledDotProduct(window, size if scores.composed else f"with a mask of s x s: {size}", scores=scores)
+    return FlexAttention(window, scores=scores)

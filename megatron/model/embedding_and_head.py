@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.plan import ModelPlan
-from megatron.model.attention_backends import block_windows
+from megatron.model.attention_backends import Scores, block_windows
 from megatron.model.block_mask import block_lists
 from megatron.model.cache import KVCache
 from megatron.model.init import weight_initialisers
@@ -44,6 +44,7 @@ class Embedding(VocabParallelEmbedding):
         self.noise_alpha = model.neftune_noise_alpha
         self.reset_mask, self.reset_positions = model.reset_attention_mask, model.reset_position_ids
         self.block_windows = block_windows(model, grid.device)
+        self.changed_scores = Scores.of(model).composed
 
     def forward(self, inputs: LayerInput, cache: KVCache | None = None) -> LayerInput:  # type: ignore[override]
         """Token ids [b, s] int64 -> [b, s, h]. With a cache the tokens are its next step.
@@ -77,7 +78,8 @@ class Embedding(VocabParallelEmbedding):
     def _with_blocks(self, masking: Masking, length: int, device: torch.device) -> Masking:
         """Add the lists of blocks, if a layer attends by blocks and would skip any; see `block_mask.py`."""
         first = masking.document_start if self.reset_mask else None
-        if first is None and all(window is None or window >= length for window in self.block_windows):
+        whole = all(window is None or window >= length for window in self.block_windows)
+        if first is None and whole and not self.changed_scores:
             return masking
         if not self.block_windows:
             return masking

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megatron.config.plan import ModelPlan, RopeScaling
 from megatron.errors import UserError
 from megatron.model.init import weight_initialisers
+from megatron.model.score_bias import Alibi, RelativePositions, RoundedAlibi, ScoreBias
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.layers import replicated_parameter
 from megatron.parallel.parameter import new_parameter
@@ -25,10 +26,13 @@ Rotation = Callable[[Tensor, Tensor | None, int | None], Tensor]
 
 @dataclass(frozen=True)
 class PositionEmbedding:
-    """A kind of position embedding: a module after the token embedding, a rotation of queries and keys, or neither."""
+    """A kind of position embedding: a module after the token embedding, a rotation of queries and keys, a bias of the
+    attention scores, or nothing of these.
+    """
 
     at_embedding: Callable[[ModelPlan, ParallelGrid], nn.Module] | None = None  # forward(hidden, positions) -> hidden
     at_attention: Callable[[ModelPlan, ParallelGrid], Rotation] | None = None  # shared by layers
+    at_scores: Callable[[ModelPlan, ParallelGrid], ScoreBias] | None = None  # one for each layer
 
 
 class LearnedTable(nn.Module):
@@ -227,4 +231,7 @@ def positions_in_documents(document_start: Tensor) -> Tensor:
 learned = PositionEmbedding(at_embedding=LearnedTable)
 sinusoidal = PositionEmbedding(at_embedding=Sinusoids)
 rotary = PositionEmbedding(at_attention=RotaryTable)
+alibi = PositionEmbedding(at_scores=Alibi)
+alibi_bf16 = PositionEmbedding(at_scores=RoundedAlibi)
+rpe = PositionEmbedding(at_scores=RelativePositions)
 none = PositionEmbedding()

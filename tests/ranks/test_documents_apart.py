@@ -32,6 +32,8 @@ MODELS = {
     "learned": {"position_embedding": "learned", "tied_embeddings": True},
     "local": {"attention_kinds": ("local", "global") * 2, "sliding_window": 3, "num_kv_heads": 2},
     "by blocks": {"attention_kinds": ("flex", "local_flex") * 2, "sliding_window": 3, "num_kv_heads": 2},
+    "alibi": {"position_embedding": "alibi", "attention_softcap": 2.0},
+    "relative": {"position_embedding": "rpe", "attention_kinds": ("local", "global") * 2, "sliding_window": 3},
     "parallel": {"parallel_residual": True, "position_embedding": "none"},
 }
 

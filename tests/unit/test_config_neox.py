@@ -149,7 +149,6 @@ def test_a_gated_default_width_which_differs_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("pos_emb: alibi", 'pos_emb ("alibi") is not supported: rotary'),
         ("optimizer: {type: OneBitAdam}", 'optimizer.type ("OneBitAdam") is not supported: Adam'),
         ("zero_optimization: {offload_optimizer: {device: nvme}}", "zero_optimization.offload_optimizer.device"),
         ("deepspeed: false", "deepspeed (false) is not supported"),

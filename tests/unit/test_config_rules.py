@@ -67,6 +67,12 @@ BROKEN = [
         },
         "rope_scaling.low_freq_factor (4) must be below high_freq_factor (4)",
     ),
+    ({"rpe_max_distance": 64}, "rpe_max_distance (64) has no effect with pos_emb learned; leave it out"),
+    ({"pos_emb": "rpe", "rpe_num_buckets": 1}, "rpe_num_buckets (1) must be at least 2"),
+    (
+        {"pos_emb": "rpe", "rpe_max_distance": 16},
+        "rpe_max_distance (16) must be above half of rpe_num_buckets (32), whose distances have a bucket each; 128",
+    ),
     (
         {"pos_emb": "rotary", "rope_scaling": {"rope_type": "longrope", "factor": 8.0}},
         "rope_scaling.rope_type (longrope) needs original_max_position_embeddings, short_factor, long_factor",

@@ -38,7 +38,7 @@ PAIRS = [
     ("optimizer: {params: {betas: [0.9]}}", "optimizer: {params: {betas: [0.9, 0.95]}}", ["F:9", "too short"]),
     ("zero_optimization: {stage: 4}", "zero_optimization: {stage: 3}", ["F:9: zero_optimization.stage (4)", "most 3"]),
     ("norm: rms", "norm: rmsnorm", ["F:9: norm", '"rms"', 'Did you mean "rmsnorm"?']),
-    ("pos_emb: alibi", "pos_emb: rotary", ['F:9: pos_emb ("alibi") is not supported']),
+    ("pos_emb: alibbi", "pos_emb: alibi", ["F:9", 'unknown position embedding "alibbi"', 'Did you mean "alibi"?']),
     ("activation: swigul", "activation: swiglu", ["F:9", 'Did you mean "swiglu"?']),
     ("precision: bf16", "precision: bfloat16", ['F:9: precision ("bf16")', "write bfloat16"]),
     ("seed: '1234'", "seed: 1234", ['F:9: seed ("1234") must be a whole number']),

@@ -47,6 +47,9 @@ def check(tmp_path: Path, here: dict, there: dict) -> None:
         {"activation": "gelu_tanh"},
         {"gpt_j_residual": True},
         {"attention_config": [[["global", "local"], 1]], "sliding_window_width": 4},
+        {"attention_scale": 1.0},
+        {"attn_logit_softcapping": 50.0},
+        {"clip_qkv": 8.0},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -68,6 +71,7 @@ def test_a_setting_that_changes_what_the_weights_compute_is_an_error_that_names_
         {"attention_config": [[["flash"], "all"]]},
         {"init_method": "small_init"},
         {"rms_norm_epsilon": 1e-3},
+        {"attention_scale": 8**-0.5},  # the default for heads of 8
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -30,7 +30,8 @@ HONOURED: dict[str, str] = {
     "layernorm_epsilon": "",
     "rms_norm_epsilon": "",
     "scalenorm_epsilon": "",
-    "pos_emb": "learned, sinusoidal, rotary or none",
+    "pos_emb": "rpe has a table in each layer, where GPT-NeoX has one in each "
+    "stage of the pipeline, whose values it multiplies by the square root of the head size",
     "no_weight_tying": "",
     "attention_config": "global, flash and local",
     "make_vocab_size_divisible_by": "model_parallel_size must divide the result and does not multiply it, so that the "
@@ -483,10 +484,6 @@ VALUES: dict[tuple[str, object], Answer] = {
     ("activation", "swish"): Answer("translated", "the same function", change=lambda value, _: {"activation": "silu"}),
     ("norm", "te_rmsnorm"): Answer("translated", "the same norm in torch", change=lambda value, _: {"norm": "rmsnorm"}),
     ("norm", "te_layernorm"): Answer("translated", "the same norm in torch", change=lambda v, _: {"norm": "layernorm"}),
-    **{
-        ("pos_emb", name): Answer("refused", "rotary, learned, sinusoidal or none would work")
-        for name in ("rpe", "alibi")
-    },
     **{
         ("optimizer.type", name): Answer("refused", "Adam or SGD would work; ZeRO shards their states")
         for name in ("onebitadam", "cpu_adam", "cpu_torch_adam", "sm3", "madgrad_wd", "lion")

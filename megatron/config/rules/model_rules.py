@@ -167,6 +167,24 @@ def _rotary_part_is_even(config: Config) -> Iterator[str]:
         )
 
 
+@rule(MODEL_RULES, "pos_emb", "rpe_num_buckets", "rpe_max_distance")
+def _buckets_belong_to_relative_positions(config: Config) -> Iterator[str]:
+    model = config.model
+    written = {"rpe_num_buckets": model.rpe_num_buckets, "rpe_max_distance": model.rpe_max_distance}
+    for name, value in written.items():
+        if model.pos_emb != "rpe" and value != type(model).model_fields[name].default:
+            yield f"{name} ({value}) has no effect with pos_emb {model.pos_emb}; leave it out"
+    if model.pos_emb != "rpe":
+        return
+    if model.rpe_num_buckets < 2:
+        yield f"rpe_num_buckets ({model.rpe_num_buckets}) must be at least 2; GPT-NeoX and T5 have 32"
+    elif model.rpe_max_distance <= model.rpe_num_buckets // 2:
+        yield (
+            f"rpe_max_distance ({model.rpe_max_distance}) must be above half of rpe_num_buckets "
+            f"({model.rpe_num_buckets}), whose distances have a bucket each; {model.rpe_num_buckets * 4} would work"
+        )
+
+
 @rule(MODEL_RULES, "gpt_j_residual", "gpt_j_tied")
 def _one_norm_needs_one_residual(config: Config) -> Iterator[str]:
     if config.model.gpt_j_tied and not config.model.gpt_j_residual:

@@ -164,13 +164,14 @@ class ModelKeys(Group):
     """Smallest length by which scalenorm divides."""
 
     pos_emb: Annotated[str, registered("position_embedding")] = "learned"
-    """Position embedding: learned, sinusoidal, rotary, alibi, rpe (relative, T5) or none."""
+    """Position embedding: learned, sinusoidal, rotary, alibi (linear biases: BLOOM, MPT), alibi_bf16 (the same, rounded
+    and scaled as in Falcon-RW), rpe (learned relative biases in each layer: T5) or none."""
 
     position_offset: NotNegativeInt = 0
     """Rows of the learned table before that of position 0 (OPT: 2)."""
 
     rpe_num_buckets: PositiveInt = 32
-    """Buckets of relative distances (rpe)."""
+    """Buckets of relative distances (rpe), half of which hold one distance each."""
 
     rpe_max_distance: PositiveInt = 128
     """Distance from which on all tokens share the last bucket (rpe)."""
