@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.config.plan import RopeScaling
 from megatron.engine.distributed import start_layout
 from megatron.engine.training import TrainingEngine
 from megatron.model.gpt import gpt_layers
@@ -52,7 +53,7 @@ def reference(tmp_path_factory):
     known = {}
 
     def get(**settings):
-        key = json.dumps(settings, sort_keys=True)
+        key = json.dumps(settings, sort_keys=True, default=str)
         if key not in known:
             known[key] = curve(tmp_path_factory.mktemp("reference"), **settings)
         return known[key]
@@ -126,6 +127,28 @@ SPLIT = {"pipe": 2, "tensor": 2, "sequence_parallel": True}
     ],
 )
 def test_norms_of_every_kind_train_like_one_rank(tmp_path, reference, model, layout):
+    assert_same(curve(tmp_path, model=model, **layout), reference(model=model))
+
+
+ENDS = {"embedding_norm": True, "embedding_multiplier": 4.0, "logit_multiplier": 0.5, "logit_softcap": 5.0}
+ROTATIONS = {
+    "attention_kinds": ("local", "global", "local", "global"),
+    "sliding_window": 5,
+    "rotary_base_local": 100.0,
+    "rope_scaling": RopeScaling("dynamic", 2.0, original_positions=8),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        pytest.param(ENDS | {"head_bias": True}, {"tensor": 2, "data": 2, "zero": 3}, id="untied, ZeRO 3"),
+        pytest.param(ENDS | TIED, SPLIT, id="tied, pipeline"),
+        pytest.param(ENDS | {"head_bias": True}, SPLIT, id="untied, pipeline", marks=pytest.mark.long),
+        pytest.param(ROTATIONS, {"context": 2, "tensor": 2}, id="two bases, context", marks=pytest.mark.long),
+    ],
+)
+def test_norm_and_factors_at_the_ends_and_bases_by_layer_train_like_one_rank(tmp_path, reference, model, layout):
     assert_same(curve(tmp_path, model=model, **layout), reference(model=model))
 
 

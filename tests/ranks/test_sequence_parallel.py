@@ -25,6 +25,7 @@ from megatron.parallel.layers import (
 )
 from megatron.parallel.parameter import load_whole
 from megatron.parallel.random import dropout
+from tests.models import small
 from tests.ranks.run import make_grid, own_device, run_ranks
 
 RANKS = pytest.mark.parametrize("ranks", [2, 4])
@@ -124,7 +125,7 @@ def layers_body() -> None:
 
     for own, plain in ((LayerNorm, nn.LayerNorm), (RMSNorm, partial(nn.RMSNorm))):
         norm = plain(8, eps=1e-5).to(grid.device)
-        layer = load(own(8, 1e-5, grid), norm)
+        layer = load(own(small(hidden_size=8, norm_epsilon=1e-5), grid), norm)
         mine, theirs = copy_of(part(whole, 1)), copy_of(whole)
         out, wanted = layer(mine), norm(theirs)
         assert_close(out, part(wanted, 1))
