@@ -70,6 +70,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python bench/checkpoint_save.py
 	$(BIN)/python bench/checkpoint_load.py
 	$(BIN)/python bench/checkpoint_moves.py
+	$(BIN)/python bench/convert.py
 	$(BIN)/python bench/start.py
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/layouts.py
