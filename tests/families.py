@@ -83,8 +83,59 @@ CASES: dict[str, dict[str, Settings]] = {
         },
     },
     "gptj": {"GPT-J": {**GPT2, "n_embd": 48, "n_head": 6, "rotary_dim": 4}},
+    "gpt_neo": {
+        "windows in every second layer": {
+            "vocab_size": 61,
+            "hidden_size": 48,
+            "num_layers": 4,
+            "num_heads": 6,
+            "attention_types": [[["global", "local"], 2]],
+            "window_size": 5,
+            "max_position_embeddings": LENGTH,
+        },
+    },
+    "opt": {
+        "OPT": {**UNGATED, "ffn_dim": 86, "word_embed_proj_dim": 48},
+        "gelu, without biases": {
+            **UNGATED,
+            "ffn_dim": 86,
+            "word_embed_proj_dim": 48,
+            "activation_function": "gelu",
+            "enable_bias": False,
+        },
+    },
+    "bloom": {"BLOOM": {"vocab_size": 61, "hidden_size": 48, "n_layer": 3, "n_head": 6, "seq_length": LENGTH}},
+    "falcon": {
+        "Falcon-7B: one key/value head": {**UNGATED, "multi_query": True},
+        "Falcon-40B: two norms, groups": {**UNGATED, "new_decoder_architecture": True, "num_kv_heads": 2},
+        "Falcon 11B: one norm, groups": {
+            **UNGATED,
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+            "num_ln_in_parallel_attn": 1,
+        },
+        "Falcon-RW: alibi, serial, biases": {
+            **UNGATED,
+            "alibi": True,
+            "multi_query": False,
+            "parallel_attn": False,
+            "bias": True,
+        },
+    },
+    "mpt": {
+        "MPT-7B": {"vocab_size": 61, "d_model": 48, "n_heads": 6, "n_layers": 3, "max_seq_len": LENGTH},
+        "clamped, another scale": {
+            "vocab_size": 61,
+            "d_model": 48,
+            "n_heads": 6,
+            "n_layers": 3,
+            "max_seq_len": LENGTH,
+            "attn_config": {"clip_qkv": 0.5, "softmax_scale": 0.2},
+        },
+    },
     "llama": {
         "grouped queries": {**GROUPED, "rms_norm_eps": 1e-3},
+        "one key/value head": {**SIZES, "num_key_value_heads": 1},
         "Llama 1: biases, tied, another base": {
             **SIZES,
             "attention_bias": True,
@@ -151,8 +202,41 @@ CASES: dict[str, dict[str, Settings]] = {
         },
     },
     "gemma": {"Gemma": {**GROUPED, "head_dim": 16}},
+    "gemma2": {
+        "Gemma 2: windows, caps, another scale": {
+            **GROUPED,
+            "head_dim": 16,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 5.0,
+        },
+        "without caps": {
+            **GROUPED,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 5,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+        },
+    },
+    "gemma3_text": {
+        "Gemma 3: windows with another base": {
+            **GROUPED,
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 12,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    },
     "olmo": {
         "OLMo": SIZES,
+        "clamped, groups, tied": {**GROUPED, "clip_qkv": 0.5, "tie_word_embeddings": True},
     },
     "olmo2": {
         "grouped queries": {**GROUPED, "rms_norm_eps": 1e-3},
@@ -176,6 +260,15 @@ CASES: dict[str, dict[str, Settings]] = {
         "Command R": GROUPED,
         "Command R+: queries and keys normalized": {**GROUPED, "use_qk_norm": True, "logit_scale": 0.8},
     },
+    "granite": {
+        "Granite": {
+            **GROUPED,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.3,
+            "logits_scaling": 7.0,
+        }
+    },
 }
 
 
@@ -194,11 +287,16 @@ FIRST = {family: Case(family, next(iter(variants))) for family, variants in CASE
 PIPELINES = [FIRST[family] for family in ("gpt2", "llama", "gemma2", "bloom") if family in FIRST]
 
 
+# One key/value head, which tensor-parallel ranks cannot share.
+ON_ONE_RANK = [case for case in ALL if "one key/value head" in case.variant]
+
+
 def their_config(case: Case) -> transformers.PretrainedConfig:
     """The configuration of a small model."""
     no_ids = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}  # which a small vocabulary has not
     config = transformers.CONFIG_MAPPING[case.family](**CASES[case.family][case.variant], **no_ids)
-    config._attn_implementation = "eager"
+    # their eager attention adds Falcon's alibi twice
+    config._attn_implementation = "sdpa" if getattr(config, "alibi", False) else "eager"
     return config
 
 
@@ -249,6 +347,8 @@ class Measurements:
         if (ranks, pipe) not in self.known:
             self.known.add((ranks, pipe))
             chosen = [number for case, number in self.numbers.items() if pipe == 1 or case in PIPELINES]
+            if ranks > pipe:  # tensor-parallel
+                chosen = [number for number in chosen if number not in {self.numbers.get(c) for c in ON_ONE_RANK}]
             run_ranks(ranks, measure, str(self.folder), chosen, pipe, timeout=60 + 5 * len(chosen))
         found = json.loads(Path(self.folder, f"{self.numbers[case]}.{pipe}.{ranks}.json").read_text())
         assert "error" not in found, found["error"]
