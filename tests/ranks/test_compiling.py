@@ -66,6 +66,7 @@ SPLIT = [
     {"tensor": 2, "sequence_parallel": True, "model": {"float8": True}},
     {"tensor": 2, "model": {"qk_norm": "full", "activation": "swiglu"}},
     {"context": 2},
+    {"context": 2, "model": {"position_embedding": "rpe", "attention_softcap": 2.0}},
 ]
 
 
