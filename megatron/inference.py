@@ -51,6 +51,7 @@ class FoundModel:
     tokenizer: Tokenizer
     checkpoint: Path
     published: PublishedModel | None = None  # whose folder `checkpoint` is
+    base: str | None = None  # the folder of the base of adapters, if it has moved
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def find_trained_model(config: Config) -> FoundModel:
     plan = resolve(config, int(os.environ.get("WORLD_SIZE", "1")), tokenizer.vocab_size, inference=True)
     if "model" not in keys.allow_changes:
         check_same_model(plan.model, checkpoint)
-    return FoundModel(plan, tokenizer, checkpoint)
+    return FoundModel(plan, tokenizer, checkpoint, base=config.tuning.lora.base)
 
 
 def _find_published(config: Config, name: str) -> FoundModel:
@@ -154,7 +155,7 @@ def open_trained_model(found: FoundModel, backend: str | None, timeout_minutes: 
         load_published(engine, found.published)
     else:
         agree_on_checkpoint(found.checkpoint)
-        load_weights(engine, found.checkpoint)
+        load_weights(engine, found.checkpoint, found.base)
     log.info("%s", found.tokenizer.describe())
     log.info("model: weights of %s in %s", found.checkpoint, found.plan.engine.precision)
     for line in products:

@@ -4,7 +4,7 @@ Shared by training, generation and evaluation.
 """
 
 from collections.abc import Mapping, Set
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from megatron.checkpoint.store import checkpoint_config
@@ -55,6 +55,7 @@ BEHAVIOR_KEYS = {
     "attention_scale": "attention_scale",
     "attention_softcap": "attn_logit_softcapping",
     "clip_qkv": "clip_qkv",
+    "lora": "lora (rank, alpha, targets)",
 }
 
 # Fields that have no effect without rotary positions.
@@ -68,7 +69,7 @@ ROTARY = {
 }
 
 # The groups of keys that the model depends on.
-BEHAVIOR_GROUPS = frozenset({"model", "parallelism", "data"})
+BEHAVIOR_GROUPS = frozenset({"model", "parallelism", "data", "tuning"})
 
 
 def open_tokenizer(config: Config) -> Tokenizer:
@@ -110,6 +111,8 @@ def check_same_model(model: ModelPlan, checkpoint: Path) -> None:
     """
     config = written_config(checkpoint_config(checkpoint), str(checkpoint / "config.json"))
     written = resolve(config, config.parallelism.model_parallel_size, model.vocab_size, inference=True).model
+    if written.lora is None:  # adapters are put on it
+        model = replace(model, lora=None)
     here, there = _behavior(model), _behavior(written)
     differing = [
         f"  {key} is {here[field]} here, and was {there[field]} there"
@@ -143,4 +146,6 @@ def _behavior(model: ModelPlan) -> dict[str, object]:
     unused = unused | (set() if local else {"sliding_window", "rotary_base_local"})
     unused = unused | (set() if model.position_embedding == "rpe" else {"relative_distance"})
     scale = model.attention_scale or model.head_size**-0.5
-    return asdict(model) | {"local_layers": local, "attention_scale": scale} | dict.fromkeys(unused)
+    lora = model.lora and (model.lora.rank, model.lora.alpha, model.lora.targets)
+    computed = {"local_layers": local, "attention_scale": scale, "lora": lora}
+    return asdict(model) | computed | dict.fromkeys(unused)

@@ -22,6 +22,7 @@ from megatron.checkpoint.reading import SafeReader, causes, in_words, tensor_sha
 from megatron.checkpoint.snapshot import Snapshot
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.writing import Writer
+from megatron.config.parameter_shapes import is_adapter
 from megatron.engine.inference import InferenceEngine
 from megatron.engine.optimizer_state import MASTER
 from megatron.engine.training import TrainingEngine
@@ -50,6 +51,8 @@ class CheckpointWriter:
         """
         self._engine, self._folder = engine, folder
         self._documents = {"config.json": config, "identity.json": identity or {}}
+        if engine.base is not None:
+            self._documents["base.json"] = describe_base(engine.base)
         self._retention = retention or folders.Retention()
         self._snapshot = Snapshot(self._owned_chunks(), engine.grid.device) if asynchronous else None
         # a group of its own: collectives of the writing thread must not interleave with those of the training
@@ -103,7 +106,10 @@ class CheckpointWriter:
 
     def _owned_chunks(self) -> dict[str, LocalChunks]:
         state, grid = self._engine.state, self._engine.grid
-        return local_chunks(state.fragments(), grid, owned_only=True, replicated_over_data=state.replicated_over_data)
+        owned = local_chunks(state.fragments(), grid, owned_only=True, replicated_over_data=state.replicated_over_data)
+        if self._engine.base is None:
+            return owned
+        return {name: local for name, local in owned.items() if is_adapter(name)}
 
     def _write_in_background(self, snapshot: Snapshot, *arguments: Any) -> None:
         device = self._engine.grid.device
@@ -164,10 +170,12 @@ class CheckpointWriter:
             raise RunError(f"cannot save into {self._folder}: {failure[0]}")
 
 
-def load_checkpoint(engine: TrainingEngine, path: Path, *, optimizer: bool = True) -> TrainState:
+def load_checkpoint(
+    engine: TrainingEngine, path: Path, *, optimizer: bool = True, base: str | None = None
+) -> TrainState:
     """Load the state saved in `path` into `engine`, whatever layout wrote it. Collective.
 
-    optimizer: False keeps moments, update count and loss scale of the fresh engine.
+    optimizer: False keeps moments, update count and loss scale of the fresh engine. base: as of `find_base`.
     Raises UserError if the checkpoint holds another model.
     """
     document = folders.read_document(path / "progress.json")
@@ -176,16 +184,25 @@ def load_checkpoint(engine: TrainingEngine, path: Path, *, optimizer: bool = Tru
         updates, loss_scale = document["optimizer_updates"], document["loss_scale"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path / 'progress.json'} does not hold the progress of a run ({in_words(error)})") from error
-    _load(engine, path, None if optimizer else (MASTER,))
+    if engine.is_adapted and not _holds_adapters(path):
+        raise UserError(
+            f"{path} holds no adapters, but the configuration has lora; to adapt this model: finetune: true"
+        )
+    _load(engine, path, None if optimizer else (MASTER,), base)
     if optimizer:
         engine.state.updates = updates
         engine.state.loss_scale = loss_scale
     return progress
 
 
-def load_weights(engine: TrainingEngine | InferenceEngine, path: Path) -> None:
-    """Load the weights of `path` and nothing else. Collective. Raises UserError if it holds another model."""
-    _load(engine, path, (MASTER,))
+def load_weights(engine: TrainingEngine | InferenceEngine, path: Path, base: str | None = None) -> None:
+    """Load the weights of `path` and nothing else. Collective. Raises UserError if it holds another model.
+
+    Adapters that it does not hold keep their values in training. base: as of `find_base`.
+    """
+    if isinstance(engine, InferenceEngine) and engine.is_adapted and not _holds_adapters(path):
+        raise UserError(f"{path} holds no adapters, but the configuration has lora; leave lora out")
+    _load(engine, path, (MASTER,), base)
 
 
 def checkpoint_config(path: Path) -> dict[str, Any]:
@@ -193,9 +210,57 @@ def checkpoint_config(path: Path) -> dict[str, Any]:
     return folders.read_document(path / "config.json")
 
 
-def _load(engine: TrainingEngine | InferenceEngine, path: Path, kinds: tuple[str, ...] | None) -> None:
+def describe_base(path: Path) -> dict[str, str]:
+    """What an adapter's checkpoint says of its base: where it is, and the hash of its manifest, thus of all files."""
+    return {"path": str(path.resolve()), "manifest_sha256": folders.file_hash(path / folders.MANIFEST)}
+
+
+def find_base(path: Path, folder: str | None = None) -> Path:
+    """The base of the adapters in the checkpoint `path`: where it was, or in `folder`.
+
+    Raises UserError if it is not there or not the same.
+    """
+    document = folders.read_document(path / "base.json")
+    try:
+        there, wanted = Path(document["path"]), document["manifest_sha256"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path / 'base.json'} does not name a checkpoint") from error
+    base = there if folder is None else Path(folder) / there.name
+    if not (base / folders.MANIFEST).is_file():
+        raise UserError(f"{path} holds adapters of {base}, which is missing; lora.base names the folder it is in now")
+    if folders.file_hash(base / folders.MANIFEST) != wanted:
+        raise UserError(f"{path} holds adapters of a model that was in {there}; what is in {base} is another one")
+    if problems := folders.damage(base):
+        raise folders.damaged(base, problems)
+    return base
+
+
+def _holds_adapters(path: Path) -> bool:
+    return any(map(is_adapter, tensor_shapes(SafeReader(path / "state"))))
+
+
+def _load(
+    engine: TrainingEngine | InferenceEngine, path: Path, kinds: tuple[str, ...] | None, base: str | None
+) -> None:
+    """Load what `path` holds; adapters after their base."""
     held = local_chunks(engine.state.fragments(), engine.grid, owned_only=False, replicated_over_data=False)
-    chunks = {name: local for name, local in held.items() if kinds is None or name.rpartition("/")[2] in kinds}
+    if not _holds_adapters(path):
+        chunks = {name: local for name, local in held.items() if not is_adapter(name)}
+        if engine.is_adapted:
+            engine.base = path
+            chunks = {name: local for name, local in chunks.items() if name.endswith(f"/{MASTER}")}
+    elif not engine.is_adapted:
+        raise UserError(f"{path} holds adapters only; set lora as in its config.json, or merge them into their base")
+    else:
+        engine.base = find_base(path, base)
+        _load_chunks(engine, engine.base, {n: c for n, c in held.items() if not is_adapter(n)})
+        chunks = {name: local for name, local in held.items() if is_adapter(name)}
+    chunks = {name: local for name, local in chunks.items() if kinds is None or name.rpartition("/")[2] in kinds}
+    _load_chunks(engine, path, chunks)
+    engine.state.finish_loading()
+
+
+def _load_chunks(engine: TrainingEngine | InferenceEngine, path: Path, chunks: dict[str, LocalChunks]) -> None:
     reader = SafeReader(path / "state")
     stored = tensor_shapes(reader)
     if all(name.endswith(f"/{MASTER}") for name in stored) and not all(name.endswith(f"/{MASTER}") for name in chunks):
@@ -213,7 +278,6 @@ def _load(engine: TrainingEngine | InferenceEngine, path: Path, kinds: tuple[str
             f"{path} cannot be read: {causes(error)}",
             "with verify: full, files are checked first, and the newest whole checkpoint is taken",
         ) from error
-    engine.state.finish_loading()
 
 
 def agree_on_checkpoint(

@@ -7,7 +7,7 @@ Letters: h hidden size, f feed-forward width, n query heads, g key/value heads, 
 from collections.abc import Iterable
 from dataclasses import replace
 
-from megatron.config.parameter_shapes import trained_parameters
+from megatron.config.parameter_shapes import adapter_shapes, trained_parameters
 from megatron.config.plan import ModelPlan, Plan
 from megatron.config.widths import is_gated
 
@@ -33,7 +33,13 @@ def layer_parameters(model: ModelPlan, split: int = 1) -> list[int]:
     rows = model.padded_vocab_size // split
     embedding, head = rows * model.hidden_size, rows * (model.hidden_size + model.head_bias)
     embedding += _positions(model) * model.hidden_size + _norm(model) * model.embedding_norm
-    return [embedding, *[_block(model, split)] * model.num_layers, _norm(model), head]
+    inside = _block(model, split)
+    blocks = [inside + _adapters(model, layer, split) for layer in range(model.num_layers)]
+    return [embedding, *blocks, _norm(model), head]
+
+
+def _adapters(model: ModelPlan, layer: int, split: int) -> int:
+    return sum(shape.elements(split) for shape in adapter_shapes(model, layer).values())
 
 
 def held_parameters(model: ModelPlan, split: int, layers: Iterable[int]) -> int:
@@ -66,10 +72,14 @@ def held_trained(plan: Plan, layers: Iterable[int]) -> int:
 
 
 def checkpoint_bytes(plan: Plan) -> int:
-    """Bytes of a checkpoint: fp32 weights and moments, 12 per parameter with Adam; of frozen ones the weights alone."""
+    """Bytes of a checkpoint: fp32 weights and moments, 12 per parameter with Adam; of frozen ones the weights alone.
+
+    With LoRA the adapters alone.
+    """
     trained = trained_count(plan)
     frozen = (parameter_count(plan.model) - trained) * WIDTH[plan.engine.precision]
-    return 4 * (1 + MOMENTS.get(plan.optimizer.kind, 2)) * trained + frozen
+    stored = frozen if plan.model.lora is None else 0
+    return 4 * (1 + MOMENTS.get(plan.optimizer.kind, 2)) * trained + stored
 
 
 def _positions(model: ModelPlan) -> int:

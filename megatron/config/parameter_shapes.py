@@ -27,6 +27,7 @@ class Shape:
 
 
 Shapes = dict[str, Shape]
+ALL_BUT_ADAPTERS = r"^(?!.*\.lora\.).*"  # what LoRA freezes
 
 
 def layer_shapes(model: ModelPlan) -> list[Shapes]:
@@ -44,7 +45,10 @@ def layer_shapes(model: ModelPlan) -> list[Shapes]:
     if model.tied_embeddings:
         head = {"embedding.weight": vocabulary}
     inside = _block(model)
-    blocks = [{f"blocks.{layer}.{name}": shape for name, shape in inside.items()} for layer in range(model.num_layers)]
+    blocks = [
+        {f"blocks.{layer}.{name}": shape for name, shape in (inside | adapter_shapes(model, layer)).items()}
+        for layer in range(model.num_layers)
+    ]
     return [embedding, *blocks, _norm("final_norm", model), head]
 
 
@@ -71,6 +75,8 @@ def _block(model: ModelPlan) -> Shapes:
         shapes |= _norm(name, model)
     shapes |= _linear("attention.query_key_value", queries + 2 * keys, hidden, model.bias_in_query_key_value, 0)
     shapes |= _linear("attention.dense", hidden, queries, model.bias_in_dense, 1)
+    if model.position_embedding == "rpe":
+        shapes["attention.score_bias.weight"] = Shape((model.relative_buckets, model.num_attention_heads), 1)
     if model.qk_norm is not None:
         shared = model.qk_norm == "head"
         biased = model.norm == "layernorm" and model.norm_bias and model.qk_norm != "each_head"
@@ -81,6 +87,75 @@ def _block(model: ModelPlan) -> Shapes:
     for name in ("mlp.gate", "mlp.up") if is_gated(model.activation) else ("mlp.up",):
         shapes |= _linear(name, wide, hidden, model.bias_in_mlp, 0)
     return shapes | _linear("mlp.down", hidden, wide, model.bias_in_mlp, 1)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A low-rank adapter of a linear layer of a block."""
+
+    layer: str  # the name in the block
+    part: str | None  # of the fused layer: query, key or value; None: of the whole layer
+    inputs: int
+    outputs: int
+    outputs_are_sharded: bool  # by tensor parallelism; else the inputs are
+
+    @property
+    def name(self) -> str:
+        """The name in the block, of which A and B are `.a` and `.b`."""
+        return f"{self.layer}.lora" + (f".{self.part}" if self.part else "")
+
+
+def adapters_of(model: ModelPlan, layer: int) -> list[Adapter]:
+    """The adapters of a block, by `model.lora.targets`.
+
+    A pattern is compared with the global names of linear layers. Queries, keys and values are attention.query, .key and
+    .value; where a pattern is attention.query_key_value, one adapter serves them all.
+    """
+    if model.lora is None:
+        return []
+    fused = "attention.query_key_value"
+    queries, keys = model.num_attention_heads * model.head_size, model.num_kv_heads * model.head_size
+    hidden, wide = model.hidden_size, model.ffn_hidden_size
+    adapters = [Adapter(fused, None, hidden, queries + 2 * keys, True)]
+    if not _is_target(model.lora.targets, layer, fused):
+        widths = {"query": queries, "key": keys, "value": keys}
+        adapters = [Adapter(fused, part, hidden, width, True) for part, width in widths.items()]
+    adapters.append(Adapter("attention.dense", None, queries, hidden, False))
+    gated = ("mlp.gate", "mlp.up") if is_gated(model.activation) else ("mlp.up",)
+    adapters += [Adapter(name, None, hidden, wide, True) for name in gated]
+    adapters.append(Adapter("mlp.down", None, wide, hidden, False))
+    return [each for each in adapters if _is_target(model.lora.targets, layer, _target_name(each))]
+
+
+def target_names(model: ModelPlan) -> list[str]:
+    """The global names that a pattern of `lora.targets` may match."""
+    names = ["query_key_value", "query", "key", "value", "dense"]
+    inside = [f"attention.{name}" for name in names]
+    inside += ["mlp.gate"] * is_gated(model.activation) + ["mlp.up", "mlp.down"]
+    return [f"blocks.{layer}.{name}" for layer in range(model.num_layers) for name in inside]
+
+
+def _target_name(adapter: Adapter) -> str:
+    return adapter.layer if adapter.part is None else f"attention.{adapter.part}"
+
+
+def _is_target(targets: Iterable[str], layer: int, name: str) -> bool:
+    return any(matches(pattern, f"blocks.{layer}.{name}") for pattern in targets)
+
+
+def adapter_shapes(model: ModelPlan, layer: int) -> Shapes:
+    """The parameters of a block's adapters, by their name in the block."""
+    shapes: Shapes = {}
+    rank = model.lora.rank if model.lora else 0
+    for each in adapters_of(model, layer):
+        shapes[f"{each.name}.a"] = Shape((rank, each.inputs), None if each.outputs_are_sharded else 1)
+        shapes[f"{each.name}.b"] = Shape((each.outputs, rank), 0 if each.outputs_are_sharded else None)
+    return shapes
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a global name, or that of a tensor in a checkpoint, belongs to an adapter."""
+    return ".lora." in name
 
 
 def norms_of_a_block(model: ModelPlan) -> Sequence[str]:

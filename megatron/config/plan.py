@@ -62,6 +62,16 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class LoraPlan:
+    """Low-rank adapters: a linear layer W x becomes W x + alpha / rank * B A x, and only A and B train."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]  # patterns of names of linear layers
+
+
+@dataclass(frozen=True)
 class ModelPlan:
     """The model. Sizes are of the whole model, never of one rank."""
 
@@ -117,6 +127,7 @@ class ModelPlan:
     reset_attention_mask: bool = False  # tokens attend only to their own document
     reset_position_ids: bool = False  # positions restart at each document
     float8: bool = False  # the products of the blocks' linear layers
+    lora: LoraPlan | None = None
 
     @property
     def keeps_documents_apart(self) -> bool:

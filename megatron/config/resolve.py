@@ -9,12 +9,13 @@ from megatron.config.errors import ConfigError
 from megatron.config.flops import common_flops
 from megatron.config.gradient_reduction import stage_for_whole_sums
 from megatron.config.parameter_counts import MOMENTS, held_parameters, layer_parameters
-from megatron.config.parameter_shapes import layer_shapes, trained_parameters, unmatched
+from megatron.config.parameter_shapes import ALL_BUT_ADAPTERS, layer_shapes, target_names, trained_parameters, unmatched
 from megatron.config.pipeline_stages import stage_layers
 from megatron.config.plan import (
     BatchPlan,
     EnginePlan,
     Layout,
+    LoraPlan,
     LossScalePlan,
     ModelPlan,
     OptimizerPlan,
@@ -64,7 +65,13 @@ def _tuning_problems(plan: Plan) -> Iterator[str]:
     freeze, layers = plan.engine.freeze, layer_shapes(plan.model)
     if not freeze:
         return
-    yield from unmatched("freeze", freeze, dict.fromkeys(name for shapes in layers for name in shapes))
+    names = [name for shapes in layers for name in shapes]
+    yield from unmatched("freeze", [p for p in freeze if p != ALL_BUT_ADAPTERS], names)
+    lora = plan.model.lora
+    if lora and (problems := list(unmatched("lora.targets", lora.targets, target_names(plan.model)))):
+        yield from problems
+        return
+    chosen = ("lora.targets", lora.targets) if lora else ("freeze", freeze)
     stages = stage_layers(plan)
     for number, held in enumerate(stages):
         if trained_parameters(plan.model, freeze, 1, held) == 0:
@@ -72,7 +79,7 @@ def _tuning_problems(plan: Plan) -> Iterator[str]:
             if len(stages) > 1:
                 where = f" of stage {number} of the pipeline"
                 way = f"freeze less, or lower pipe_parallel_size ({len(stages)}): each stage has to train something"
-            yield f"freeze ({', '.join(freeze)}) leaves no parameter{where} to train; {way}"
+            yield f"{chosen[0]} ({', '.join(chosen[1])}) leaves no parameter{where} to train; {way}"
 
 
 def padded_vocabulary(config: Config, vocab_size: int) -> int:
@@ -211,7 +218,17 @@ def _model(config: Config, vocab_size: int, rows: int, inference: bool) -> Model
         reset_attention_mask=config.data.reset_attention_mask,
         reset_position_ids=config.data.reset_position_ids,
         float8=config.precision.precision_linear == "float8" and not inference,
+        lora=_lora(config),
     )
+
+
+def _lora(config: Config) -> LoraPlan | None:
+    keys = config.tuning.lora
+    return LoraPlan(keys.rank, keys.alpha, keys.dropout, keys.targets) if keys.rank else None
+
+
+def _frozen(config: Config) -> tuple[str, ...]:
+    return config.tuning.freeze + ((ALL_BUT_ADAPTERS,) if config.tuning.lora.rank else ())
 
 
 def _rope_scaling(config: Config) -> RopeScaling | None:
@@ -281,7 +298,7 @@ def _engine(config: Config, model: ModelPlan, layout: Layout, batch: BatchPlan, 
     if whole_sums and keys.zero_optimization.offload_optimizer.device == "none":
         layers = range(len(layer_parameters(model)))
         parameters = held_parameters(model, layout.tensor, layers)
-        if freeze := config.tuning.freeze:
+        if freeze := _frozen(config):
             parameters = trained_parameters(model, freeze, layout.tensor, layers)
         moments = MOMENTS.get(config.optimizer.optimizer.type, 2)
         stage = stage_for_whole_sums(parameters, moments, layout, batch, config.launcher.gpu_memory)
@@ -304,7 +321,7 @@ def _engine(config: Config, model: ModelPlan, layout: Layout, batch: BatchPlan, 
         fp32_allreduce=in_fp32 if keys.fp32_allreduce is None else keys.fp32_allreduce,
         compile=compile,
         async_tensor_parallel=keys.async_tensor_parallel and layout.sequence_parallel,
-        freeze=config.tuning.freeze,
+        freeze=_frozen(config),
     )
 
 

@@ -39,6 +39,7 @@ TRAINING = {
     "reset_attention_mask": False,
     "reset_position_ids": False,
     "float8": False,
+    "lora": None,
 }
 # The usual values of fields that have no default in ModelPlan.
 USUAL = {

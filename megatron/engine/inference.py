@@ -2,11 +2,13 @@
 
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from megatron.config.parameter_shapes import is_adapter
 from megatron.engine.modules import Sequential, cast_parameters
 from megatron.engine.optimizer_state import ModuleState, draw_initial_values
 from megatron.model.attention_backends import kernels_for_decoding
@@ -26,6 +28,8 @@ class InferenceEngine:
         draw_initial_values(self.module, self.state)
         self.grid = grid
         self.dtype = dtype
+        self.is_adapted = any(is_adapter(name) for name in self.parameter_names)
+        self.base: Path | None = None  # the checkpoint that adapters belong to
 
     @property
     def parameter_names(self) -> set[str]:

@@ -50,9 +50,14 @@ class ModuleState:
 
 def draw_initial_values(module: nn.Module, state: "ModuleState | OptimizerState") -> None:
     """Draw the weights of `module` into its `state`, as a checkpoint is loaded, if they have a seed. Collective."""
-    if any(cast(PlacedParameter, parameter).seed is not None for parameter in module.parameters()):
-        draw((found.parameter, found.start, found.tensors[MASTER]) for found in state.fragments())
+    if any(_is_drawn(parameter) for parameter in module.parameters()):
+        fragments = [found for found in state.fragments() if _is_drawn(found.parameter)]
+        draw((found.parameter, found.start, found.tensors[MASTER]) for found in fragments)
         state.finish_loading()
+
+
+def _is_drawn(parameter: nn.Parameter) -> bool:
+    return cast(PlacedParameter, parameter).seed is not None
 
 
 class OptimizerState:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -87,6 +88,8 @@ class TrainingEngine:
                 share_memory(grid)
             recompute = 0 if within else recompute
         self._grid, self._seed = grid, plan.engine.seed
+        self.is_adapted = plan.model.lora is not None
+        self.base: Path | None = None  # the checkpoint that adapters belong to
         self._accumulation = plan.batch.accumulation_steps
         self._pipelined = plan.layout.pipe > 1
         settings, unit = deepspeed_settings(plan), ModelParallelUnit(grid)

@@ -11,7 +11,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from megatron.config.parameter_shapes import is_adapter
 from megatron.config.plan import ModelPlan
+from megatron.model.adapters import attach_adapters
 from megatron.model.block import TransformerBlock
 from megatron.model.embedding_and_head import Embedding, FinalNorm, Head, apply_head
 from megatron.model.layer import Layer
@@ -22,16 +24,16 @@ from megatron.parallel.parameter import PlacedParameter, name_parameters
 from megatron.registry import resolve
 
 
-def gpt_layers(model: ModelPlan, grid: ParallelGrid, seed: int | None) -> list[Layer]:
+def gpt_layers(model: ModelPlan, grid: ParallelGrid, seed: int | None, adapter_seed: int | None = None) -> list[Layer]:
     """The layers of the whole model, in order; memory is allocated when a layer is built.
 
     seed: with a parameter's name it determines the initial value, the same under every layout. An engine draws it;
-    None: the values are loaded, and zero until then.
+    None: the values are loaded, and zero until then. adapter_seed: that of adapters, if they are not loaded with them.
     """
     kind: PositionEmbedding = resolve("position_embedding", model.position_embedding)
 
     def layer(module_class: type[nn.Module], name: str, *arguments: Any, **options: Any) -> Layer:
-        build = partial(_build, module_class, name, seed, model, grid, *arguments)
+        build = partial(_build, module_class, name, (seed, adapter_seed), model, grid, *arguments)
         return Layer(module_class, build, **options)
 
     blocks = [
@@ -57,9 +59,21 @@ def parameter_shapes(model: ModelPlan) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _build(module_class: type[nn.Module], name: str, seed: int | None, *arguments: Any) -> nn.Module:
-    module = module_class(*arguments)
+def _build(
+    module_class: type[nn.Module],
+    name: str,
+    seeds: tuple[int | None, int | None],
+    model: ModelPlan,
+    grid: ParallelGrid,
+    *arguments: Any,
+) -> nn.Module:
+    module, (seed, adapter_seed) = module_class(model, grid, *arguments), seeds
+    attach_adapters(module, name, model, grid)
     name_parameters(module, name, seed)
+    if seed is None:
+        for parameter in module.parameters():
+            placed = cast(PlacedParameter, parameter)
+            placed.seed = adapter_seed if is_adapter(placed.global_name) else None
     return module
 
 

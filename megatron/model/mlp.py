@@ -10,7 +10,7 @@ from megatron.config.plan import ModelPlan
 from megatron.model.activations import Activation
 from megatron.model.init import weight_initialisers
 from megatron.parallel.grid import ParallelGrid
-from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear, column_parallel
+from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear, column_parallel_layers
 from megatron.registry import resolve
 
 
@@ -37,7 +37,5 @@ class MLP(nn.Module):
         """The activations before the output projection: [b, s, h] or [b, s/tp, h] -> [b, s, f/tp]."""
         if self.gate is None:
             return self.function(self.up(hidden))
-        gate, up = column_parallel(
-            hidden, self.grid, (self.gate.weight, self.gate.bias), (self.up.weight, self.up.bias), float8=self.up.float8
-        )
+        gate, up = column_parallel_layers(hidden, self.gate, self.up)
         return self.function(gate) * up

@@ -49,10 +49,19 @@ class ColumnParallelLinear(nn.Module):
         self.grid, self.float8 = grid, float8
         self.weight = new_parameter((outputs, inputs), 0, initialise, grid)
         self.bias = new_parameter((outputs,), 0, zeros, grid) if bias else None
+        self.lora: nn.Module | None = None  # see lora.py
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[b, s, i], the same on every rank ([b, s/tp, i] with sequence parallelism) -> [b, s, o/tp]."""
-        return column_parallel(inputs, self.grid, (self.weight, self.bias), float8=self.float8)[0]
+        return column_parallel_layers(inputs, self)[0]
+
+
+def column_parallel_layers(inputs: Tensor, *layers: ColumnParallelLinear) -> list[Tensor]:
+    """Several layers of the same inputs, with their adapters; see `column_parallel`."""
+    weights = [(layer.weight, layer.bias) for layer in layers]
+    outputs = column_parallel(inputs, layers[0].grid, *weights, float8=layers[0].float8)
+    pairs = zip(outputs, layers, strict=True)
+    return [output if layer.lora is None else output + layer.lora(inputs) for output, layer in pairs]
 
 
 def column_parallel(
@@ -105,10 +114,16 @@ class RowParallelLinear(nn.Module):
         self.grid, self.float8 = grid, float8
         self.weight = new_parameter((outputs, inputs), 1, initialise, grid)
         self.bias = new_parameter((outputs,), None, zeros, grid) if bias else None
+        self.lora: nn.Module | None = None  # see lora.py
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[b, s, i/tp] -> [b, s, o], the same on every rank; [b, s/tp, o] with sequence parallelism."""
         return row_parallel_sum((self, inputs))
+
+    def partial(self, inputs: Tensor) -> Tensor:
+        """This rank's summand of the outputs, without the bias: [b, s, i/tp] -> [b, s, o]."""
+        outputs = linear(inputs, self.weight, None, self.float8)
+        return outputs if self.lora is None else outputs + self.lora(inputs)
 
 
 def row_parallel_sum(*branches: tuple[RowParallelLinear, Tensor]) -> Tensor:
@@ -117,7 +132,7 @@ def row_parallel_sum(*branches: tuple[RowParallelLinear, Tensor]) -> Tensor:
     One all-reduce (or reduce-scatter) forward for all. The sum of the biases is added after it: torch 2.13's inductor
     cannot compile the backward of two bf16 biases with the same gradient.
     """
-    partial = sum_of([linear(inputs, layer.weight, None, layer.float8) for layer, inputs in branches])
+    partial = sum_of([layer.partial(inputs) for layer, inputs in branches])
     grid = branches[0][0].grid
     whole = sum_over_ranks(partial, grid)
     biases = [layer.bias for layer, _ in branches if layer.bias is not None]

@@ -175,8 +175,8 @@ def set_up(config: Config, prepared: Prepared) -> tuple[Run, TrainState]:
     check = partial(check_fits, config, plan, prepared.tokenizer)
     checkpoint = agreed(prepared.checkpoint, config.checkpoint, check)
     seed = plan.engine.seed if checkpoint is None and prepared.published is None else None
-    engine = TrainingEngine(gpt_layers(plan.model, grid, seed), grid, plan)
-    state, beginning = begin(engine, checkpoint, config.checkpoint, prepared.published)
+    engine = TrainingEngine(gpt_layers(plan.model, grid, seed, plan.engine.seed), grid, plan)
+    state, beginning = begin(engine, checkpoint, config.checkpoint, prepared.published, config.tuning.lora.base)
     for line in [*_description(prepared, grid), *products, *nondeterministic, *_where_files_go(config), beginning]:
         log.info("%s", line)
     if checkpoint is not None and not config.checkpoint.finetune:

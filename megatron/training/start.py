@@ -61,11 +61,15 @@ def agreed(checkpoint: Path | None, keys: CheckpointKeys, check: Callable[[Path]
 
 
 def begin(
-    engine: TrainingEngine, checkpoint: Path | None, keys: CheckpointKeys, published: PublishedModel | None = None
+    engine: TrainingEngine,
+    checkpoint: Path | None,
+    keys: CheckpointKeys,
+    published: PublishedModel | None = None,
+    base: str | None = None,
 ) -> tuple[TrainState, str]:
     """Load `checkpoint`, or else `published`, if any, into `engine`. Collective.
 
-    Returns the first state and a line for the log.
+    base: the folder of the base of adapters, if it has moved. Returns the first state and a line for the log.
     """
     if checkpoint is None and published is not None:
         load_published(engine, published)
@@ -73,9 +77,9 @@ def begin(
     if checkpoint is None:
         return TrainState(), "starting fresh: weights from the seed, step 0"
     if keys.finetune:
-        load_weights(engine, checkpoint)
+        load_weights(engine, checkpoint, base)
         return TrainState(), f"starting at step 0 with the weights of {checkpoint} (finetune)"
-    state = load_checkpoint(engine, checkpoint, optimizer=not keys.no_load_optim)
+    state = load_checkpoint(engine, checkpoint, optimizer=not keys.no_load_optim, base=base)
     without = ", without the optimizer's state (no_load_optim)" if keys.no_load_optim else ""
     return state, f"resuming from {checkpoint}{without}: step {state.step}, {state.consumed_samples:,} samples seen"
 

@@ -111,3 +111,37 @@ def test_a_pipeline_balances_the_parameters_that_train():
     _, plan = planned(2, pipe_parallel_size=2, pipe_partition_method="parameters", freeze=["embedding", "blocks.0"])
     with_all = replace(plan, engine=replace(plan.engine, freeze=()))
     assert stage_memories(plan)[0].layers != stage_memories(with_all)[0].layers
+
+
+LORA = {"rank": 4, "alpha": 8, "targets": ["query", "value", "blocks.0.mlp.up"]}
+
+
+def test_the_plan_of_adapters_trains_them_alone():
+    config, plan = planned(lora=LORA)
+    _, whole = planned()
+    # A and B of queries and values in 4 layers of width 48, and of one layer of 48 to 192
+    wanted = 4 * (4 * 2 * (48 + 48) + (4 * (48 + 192)) // 4)
+    assert trained_count(plan) == wanted
+    found, everything = stage_memories(plan)[0], stage_memories(whole)[0]
+    assert found.parameters == everything.parameters + wanted
+    assert found.optimizer == wanted * 12
+    assert checkpoint_bytes(plan) == 12 * wanted
+    assert f"trainable parameters: {wanted:,} of" in dry_run(config, plan, "train.py", [])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"targets": ["queri"]}, 'lora.targets: "queri" matches no parameter of this model. Did you mean "query"?'),
+        ({"targets": ["blocks.1"], "pipe_parallel_size": 2}, "lora.targets (blocks.1) leaves no parameter of stage 1"),
+        ({"load": "hf:gpt2"}, "needs a base that its checkpoints can name, not load (hf:gpt2)"),
+        ({"load": "base", "save_hf": "out"}, "excludes save_hf (out)"),
+    ],
+    ids=str,
+)
+def test_adapters_that_cannot_be_are_refused(keys, message):
+    flat = {key: value for key, value in keys.items() if key != "targets"}
+    lora = LORA | {key: value for key, value in keys.items() if key == "targets"}
+    with pytest.raises(ConfigError) as refused:
+        planned(keys.get("pipe_parallel_size", 1), lora=lora, **flat)
+    assert message in str(refused.value)

@@ -11,6 +11,7 @@ from megatron.config.schema.key_group import (
     Group,
     NotNegativeFloat,
     NotNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     WholeNumber,
@@ -94,6 +95,28 @@ def _pattern(text: str) -> str:
 Pattern = Annotated[str, Field(min_length=1), AfterValidator(_pattern)]
 
 
+class LoraKeys(Group):
+    """`lora`: low-rank adapters (LoRA): `{rank: 8, alpha: 16, targets: [query, value]}`."""
+
+    rank: NotNegativeInt = 0
+    """Rank of the matrices A and B of an adapter; 0: no adapters."""
+
+    alpha: PositiveFloat = 16.0
+    """Adapters are multiplied by alpha / rank."""
+
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout of the inputs of the adapters, in training."""
+
+    targets: Annotated[tuple[Pattern, ...], Field(min_length=1)] = ("query_key_value",)
+    """Linear layers with an adapter, by regular expressions for whole parts of their global names:
+    attention.query_key_value (one adapter for all three, as in GPT-NeoX and GPT-2), or attention.query, attention.key
+    and attention.value (one for each, as in Llama), attention.dense, mlp.gate, mlp.up and mlp.down."""
+
+    base: PathText | None = None
+    """Folder of checkpoints with the base of the adapters that load names. Unset: where it was when they were
+    trained. Its content must be the same."""
+
+
 class TuningKeys(Group):
     """Training a part of a model that is already trained."""
 
@@ -101,6 +124,10 @@ class TuningKeys(Group):
     """Parameters that do not train: they have no gradient and no optimizer state, and checkpoints hold them as ever, in
     the format of the weights. Each entry is a regular expression for whole parts of a global name, such as embedding,
     norm.*, mlp.up or blocks.[0-3] (which is blocks 0 to 3 only); inspect_checkpoint.py prints the names."""
+
+    lora: LoraKeys = LoraKeys()
+    """Train low-rank adapters of linear layers, with all other parameters frozen: load names the base, with finetune.
+    Checkpoints hold the adapters and their optimizer state, and name their base, which is loaded with them."""
 
 
 class Fp16Keys(Group):
