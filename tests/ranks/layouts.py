@@ -52,6 +52,45 @@ LLAMA = {
     "bias_in_mlp": False,
 }
 OLMO = {"norm": "rmsnorm", "activation": "swiglu", "qk_norm": "full", "norm_placement": "output"}
+# Two layers with what most sets these families apart; each with every arrangement of ranks (`cases_of_families`).
+FAMILIES: dict[str, Settings] = {
+    "Gemma": {
+        "num_layers": 2,
+        "attention_kinds": ("local", "global"),
+        "sliding_window": 5,
+        "norm": "rmsnorm_1p",
+        "norm_placement": "both",
+        "qk_norm": "head",
+        "activation": "geglu_tanh",
+        "num_kv_heads": 2,
+        "rotary_fraction": 1.0,
+        "rotary_base_local": 100.0,
+        "embedding_multiplier": tiny.MODEL.hidden_size**0.5,
+        "attention_scale": 0.3,
+        "attention_softcap": 5.0,
+        "logit_softcap": 3.0,
+        "bias_in_query_key_value": False,
+        "bias_in_dense": False,
+        "bias_in_mlp": False,
+    },
+    "BLOOM": {
+        "num_layers": 2,
+        "attention_kinds": ("global",) * 2,
+        "position_embedding": "alibi",
+        "embedding_norm": True,
+        "activation": "gelu_tanh",
+    },
+    "Falcon": {
+        "num_layers": 2,
+        "attention_kinds": ("global",) * 2,
+        "parallel_residual": True,
+        "num_kv_heads": 2,
+        "rotary_fraction": 1.0,
+        "bias_in_query_key_value": False,
+        "bias_in_dense": False,
+        "bias_in_mlp": False,
+    },
+}
 FACTORS: dict[str, dict[str, Settings]] = {
     "ranks": {
         "one": {},
@@ -108,7 +147,9 @@ class Case:
         """For tests.tiny.plan, of the factors named, by default of all."""
         merged: Settings = {}
         for factor in factors or FACTORS:
-            for key, value in FACTORS[factor][self.name(factor)].items():
+            name = self.name(factor)
+            chosen = {"model": FAMILIES[name]} if name in FAMILIES else FACTORS[factor][name]
+            for key, value in chosen.items():
                 merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
         return merged
 
@@ -117,13 +158,15 @@ def is_possible(case: Case) -> bool:
     """Whether the rules of the configuration allow it and it says something new."""
     settings = case.settings()
     zero, tensor = settings.get("zero", 0), settings.get("tensor", 1)
-    kv_heads = settings.get("model", {}).get("num_kv_heads", tiny.MODEL.num_kv_heads)
+    model = settings.get("model", {})
+    kv_heads = model.get("num_kv_heads", tiny.MODEL.num_kv_heads)
     return not (
         (settings.get("pipe", 1) > 1 and zero > 1)
         or ("zero_options" in settings and not zero)
         or (settings.get("sequence_parallel") and tensor == 1)
         or (case.name("recompute") == "selective" and zero == 3)
         or kv_heads % (tensor * settings.get("context", 1))
+        or settings.get("pipe", 1) > model.get("num_layers", tiny.MODEL.num_layers)
     )
 
 
@@ -146,6 +189,21 @@ def cases() -> tuple[Case, ...]:
         best = max(pool, key=lambda case: (len(pairs[case] & missing), not case.name("dropout")))
         chosen.append(best)
         missing -= pairs[best]
+    return tuple(chosen)
+
+
+@cache
+def cases_of_families() -> tuple[Case, ...]:
+    """Each of FAMILIES with each arrangement of ranks that is possible, in fp32; ZeRO and the rest are drawn."""
+    draw, chosen = random.Random(2), []
+    fixed = {"precision": "fp32", "ends": "tied", "offload": "", "dropout": "", "clip": "clip"}
+    for model, ranks in itertools.product(FAMILIES, FACTORS["ranks"]):
+        given = fixed | {"model": model, "ranks": ranks}
+        tried = [
+            Case(tuple(given[factor] if factor in given else draw.choice(list(FACTORS[factor])) for factor in FACTORS))
+            for _ in range(40)
+        ]
+        chosen += [case for case in tried if is_possible(case)][:1]
     return tuple(chosen)
 
 

@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 
-from tests.ranks.layouts import FACTORS, Case, bound, carry_out, cases, is_possible
+from tests.ranks.layouts import FACTORS, FAMILIES, Case, bound, carry_out, cases, cases_of_families, is_possible
 
 ALL = cases()
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", ALL, ids=str)
+@pytest.mark.parametrize("case", [*ALL, *cases_of_families()], ids=str)
 def test_a_layout_trains_like_one_rank(case):
     outcome = carry_out(case)
     assert outcome.finite
@@ -26,6 +26,16 @@ def test_every_pair_of_values_that_may_stand_together_does():
         assert together <= set(itertools.product(FACTORS[first], FACTORS[second]))
         missing = set(itertools.product(FACTORS[first], FACTORS[second])) - together
         assert len(missing) <= 8, f"{first} x {second}: {missing}"
+
+
+def test_every_family_meets_every_arrangement_of_ranks_that_it_can():
+    met = {(case.name("model"), case.name("ranks")) for case in cases_of_families()}
+    missing = set(itertools.product(FAMILIES, FACTORS["ranks"])) - met
+    assert all(map(is_possible, cases_of_families()))
+    # two layers make two stages, and two key/value heads go to two ranks
+    without = {(model, "pp4") for model in FAMILIES}
+    without |= {(model, ranks) for model in ("Gemma", "Falcon") for ranks in ("tp4", "tp2 cp2")}
+    assert missing == without
 
 
 def test_a_bound_is_not_wider_than_what_it_is_for():
