@@ -56,7 +56,8 @@ def continue_texts(
     for _ in range(settings.maximum_tokens):
         logits = next_logits(texts)
         draws = torch.tensor([stream.random() for stream in streams], dtype=torch.float64)
-        chosen = choose(logits, settings.sampling, draws).tolist()
+        # a model may know more ids than its tokenizer, which nothing in the data has trained
+        chosen = choose(logits[:, : model.tokenizer.vocab_size], settings.sampling, draws).tolist()
         for i, token in enumerate(chosen):
             texts[i].append(token)
             if i not in growing:

@@ -387,7 +387,8 @@ def flash_attention(model: ModelPlan, device: torch.device) -> Attend:
 
     On Hopper FlashAttention-3 if it is installed, else torch's cuDNN kernel if it can run (about twice as fast as
     flash-attn 2, https://github.com/pytorch/pytorch/issues/142132); elsewhere the package flash-attn; else torch's.
-    Capped scores and ALiBi are for flash-attn too, a cap alone for FlashAttention-3; else torch's FlexAttention.
+    Capped scores and ALiBi are for flash-attn too, a cap alone for FlashAttention-3; else torch's FlexAttention, or
+    blocks of queries with dropout.
     """
     scores = Scores.of(model)
     if model.reset_attention_mask and (attend := _by_blocks(model, device)) is not None:
@@ -399,6 +400,8 @@ def flash_attention(model: ModelPlan, device: torch.device) -> Attend:
         return _otherwise(model, device, f"flash-attn needs Ampere or newer, not {torch.cuda.get_device_name(device)}")
     if model.head_size > 256:
         return _otherwise(model, device, f"flash-attn takes heads of at most 256 and these are {model.head_size}")
+    if scores.softcap is not None and model.attention_dropout:
+        return _otherwise(model, device, "flash-attn has no dropout of capped scores")
     if scores.biased and model.position_embedding != "alibi":
         return _otherwise(model, device, f"flash-attn has no bias for pos_emb {model.position_embedding}")
     if capability == HOPPER and not model.attention_dropout and not scores.biased:

@@ -88,6 +88,15 @@ def test_generation_ends_with_the_document_and_does_not_show_its_end_token(model
     assert found[0].finished
 
 
+def test_ids_that_only_the_model_knows_are_not_generated(model):
+    tokenizer = copy(model.tokenizer)
+    tokenizer.vocab_size = 100  # the model has more
+    small = replace(model, tokenizer=tokenizer)
+    for settings in (DecodingSettings(Sampling(), 12), DecodingSettings(Sampling(temperature=2.0), 12)):
+        free, bound = tokens(ending_with(model, -1), PROMPTS, settings), tokens(small, PROMPTS, settings)
+        assert max(map(max, free)) >= 100 > max(map(max, bound))
+
+
 def test_logits_are_kept_for_each_generated_token_if_asked_for(model):
     [found] = continue_texts(model, [PROMPTS[0]], DecodingSettings(Sampling(), 5, keep_logits=True), ["0"])
     assert len(found.logits) == len(found.tokens) == 5

@@ -183,6 +183,17 @@ def test_flash_is_the_fastest_kernel_for_the_gpu(monkeypatch, capability, chosen
     assert found in flash_attention(small(), torch.device("cuda")).describe(torch.bfloat16)
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["ampere", "hopper"])
+def test_flash_attn_is_not_asked_to_drop_weights_of_capped_scores(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for name in ("flash_attn", "flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(flash_attn_func=flash_attn_func))
+    capped = small(attention_softcap=5.0)
+    assert "flash_attn_func" in flash_attention(capped, torch.device("cuda")).describe(torch.bfloat16)
+    both = flash_attention(small(attention_softcap=5.0, attention_dropout=0.1), torch.device("cuda"))
+    assert "blocks of 128 queries" in both.describe(torch.bfloat16), "flash-attn refuses both at once"
+
+
 STEPS = {
     "plain": {},
     "grouped queries": {"num_kv_heads": 2},

@@ -28,7 +28,7 @@ HONOURED: dict[str, str] = {
     "max_position_embeddings": "unset: seq_length",
     "norm": "",
     "layernorm_epsilon": "",
-    "rms_norm_epsilon": "",
+    "rms_norm_epsilon": "added to the mean square; GPT-NeoX adds it to the root",
     "scalenorm_epsilon": "",
     "pos_emb": "rpe has a table in each layer, where GPT-NeoX has one in each "
     "stage of the pipeline, whose values it multiplies by the square root of the head size",
@@ -347,7 +347,7 @@ TRANSLATED: tuple[tuple[tuple[str, ...], Answer], ...] = (
         ("opt_pos_emb_offset",),
         Answer(
             "translated",
-            "the table of positions has max_position_embeddings rows and so many more",
+            "the table of positions has so many rows more than max_position_embeddings, which counts them in GPT-NeoX",
             change=lambda value, _: {"position_offset": value},
         ),
     ),
