@@ -7,6 +7,7 @@ No other file does. `pyproject.toml` pins DeepSpeed's minor version because of t
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -43,6 +44,18 @@ def head_as_loss(pipeline: Any) -> None:
     """Call the last layer of a `PipelineModule` with the labels, as its loss function, and not in its forward pass."""
     head = pipeline.forward_funcs.pop()
     pipeline.loss_fn = lambda inputs, targets: head(inputs, targets=targets)
+
+
+def keep_gradients_of_the_head(engine: Any) -> None:
+    """Stop a pipeline's BF16_Optimizer from clearing the gradients of the head (`head_as_loss`).
+
+    DeepSpeed clears 16-bit gradients when the gradient of the last stage's output is known. By then that of the head's
+    weight is as well. Now they are cleared once they are added to the fp32 sums.
+    """
+    optimizer = engine.optimizer
+    if type(optimizer).__name__ == "BF16_Optimizer":
+        optimizer.backward_prologue = lambda: None
+        optimizer.backward_epilogue = partial(optimizer.backward_epilogue, clear_lp_grads=True)
 
 
 def wrap_instructions(engine: Any, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:

@@ -25,6 +25,7 @@ from megatron.engine.clipping import GradientNorm, clip_and_skip
 from megatron.engine.compiling import compiled_layers, gather_whole_blocks, share_memory
 from megatron.engine.deepspeed_internals import (
     disable_gradient_averaging,
+    keep_gradients_of_the_head,
     keep_loss_on_the_device,
     keep_norms_on_the_device,
     skip_extensions,
@@ -122,6 +123,7 @@ class TrainingEngine:
             )
         if self._pipelined:
             keep_loss_on_the_device(self._engine)
+            keep_gradients_of_the_head(self._engine)
         if masters:
             masters.attach(optimizer)
         self._norm: Callable[[], Tensor | float] = partial(zero_gradient_norm, self._engine.optimizer)
