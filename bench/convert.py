@@ -60,10 +60,12 @@ def convert(way: str, source: Path, output: Path) -> dict[str, float]:
     from transformers import AutoModelForCausalLM  # noqa: F401 (imported when it is first named)
 
     from megatron.hugging_face.incoming import import_model
+    from megatron.hugging_face.memory import return_freed_tensors
     from megatron.hugging_face.outgoing import export_model, open_checkpoint, plan_export
     from megatron.hugging_face.published import open_published
 
     transformers.CONFIG_MAPPING["llama"]
+    return_freed_tensors()
     before, started = memory("VmRSS"), time.perf_counter()
     if way == "in":
         import_model(open_published(str(source)), output, check=True, tell=lambda line: None)

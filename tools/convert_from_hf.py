@@ -21,6 +21,7 @@ from pathlib import Path
 from megatron.config.yaml_file import yaml_text
 from megatron.errors import exit_code
 from megatron.hugging_face.incoming import import_model
+from megatron.hugging_face.memory import return_freed_tensors
 from megatron.hugging_face.published import configuration_keys, open_published
 from megatron.preprocessing.commands import new_parser
 
@@ -39,6 +40,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
 def run(arguments: Namespace) -> None:
     """Convert, and print what was written."""
+    return_freed_tensors()
     if arguments.yaml:
         print(yaml_text(configuration_keys(arguments.model)), end="")
     else:

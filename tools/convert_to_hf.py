@@ -22,6 +22,7 @@ from megatron.config.load import OVERRIDE
 from megatron.config.yaml_file import normal_key, parse_value
 from megatron.convert.family import KIND
 from megatron.errors import UserError, exit_code
+from megatron.hugging_face.memory import return_freed_tensors
 from megatron.hugging_face.outgoing import LARGEST, export_model, open_checkpoint, plan_export
 from megatron.preprocessing.commands import new_parser
 
@@ -67,6 +68,7 @@ def changes(words: Sequence[str]) -> dict[str, Any]:
 
 def run(arguments: Namespace) -> None:
     """Convert, and print what was written."""
+    return_freed_tensors()
     trained = open_checkpoint(arguments.load, arguments.iteration, changes(arguments.overrides))
     export = plan_export(trained.model, trained.vocab_file, trained.tokenizer, arguments.dtype, arguments.family)
     export_model(trained, export, arguments.output, arguments.max_shard_size, not arguments.no_check)

@@ -49,6 +49,8 @@ USUAL = {
     "tied_norm": False,
     "sliding_window": None,
 }
+# What transformers reads from a configuration whose class does not declare it.
+READ_UNDECLARED = ("head_dim", "quantization_config", "use_bidirectional_attention")
 ROTARY_ONLY = {
     "rotary_fraction": 1.0,
     "rotary_base": 10000.0,
@@ -192,12 +194,27 @@ def families_for(model: ModelPlan) -> list[Family]:
 
 
 def _unknown_fields(family: Family, values: Values, defaults: Values) -> list[str]:
+    """A message for each field that may change what is computed.
+
+    A published config.json has fields of other programs and other versions as well. What transformers' class does not
+    declare changes nothing there, but for the few fields that it reads where they are.
+    """
     known = ALWAYS_IGNORED | set(family.fields)
-    return [
-        f"{name} {values[name]!r} is not known here, and not at its default ({defaults.get(name)!r})"
-        for name in values
-        if name not in known and values[name] != defaults.get(name)
+    problems = [
+        f"{name} {values[name]!r} is not known here, and not at its default ({default!r})"
+        for name, default in defaults.items()
+        if name not in known and values[name] != default
     ]
+    return problems + [
+        f"{name} {values[name]!r} is not known here"
+        for name in READ_UNDECLARED
+        if name not in {*known, *defaults} and values.get(name) and not _usual_head(name, values)
+    ]
+
+
+def _usual_head(name: str, values: Values) -> bool:
+    heads, size = values.get("num_attention_heads", 1), values.get("hidden_size", 0)
+    return name == "head_dim" and bool(values["head_dim"] * heads == size)
 
 
 def what_computes(model: ModelPlan) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from megatron.config.load import config_from_flat
 from megatron.config.resolve import resolve
 from megatron.config.yaml_file import yaml_text
 from megatron.engine.optimizer_state import MASTER
-from megatron.errors import RunError, UserError
+from megatron.errors import RunError, UserError, work_begins
 from megatron.hugging_face.parity import compare
 from megatron.hugging_face.published import PublishedModel
 from megatron.hugging_face.tokenizer_files import copy_files
@@ -92,8 +92,9 @@ def require_space(output: Path, needed: int) -> None:
 def unfinished(output: Path) -> Iterator[Path]:
     """A folder beside `output` to write into, which takes its name when the block ends well, and is removed if not.
 
-    Raises UserError if it cannot be made, RunError if writing fails.
+    Raises UserError if it cannot be made, RunError if the block fails.
     """
+    output = output.absolute()  # "." has no name
     folder = output.with_name(f".{output.name}.unfinished")
     try:
         shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
@@ -101,7 +102,8 @@ def unfinished(output: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{output} cannot be created: {error.strerror}") from error
     try:
-        yield folder
+        with work_begins():
+            yield folder
         folder.rename(output)
     except OSError as error:
         free = shutil.disk_usage(output.absolute().parent).free

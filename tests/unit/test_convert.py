@@ -102,8 +102,8 @@ def test_all_that_a_configuration_says_and_we_cannot_hold_is_named_at_once():
         **settings_of("gpt2"),
         "scale_attn_weights": False,
         "activation_function": "quick_gelu",
-        "new_trick": 3,
         "is_encoder_decoder": True,
+        "quantization_config": {"quant_method": "gptq"},
     }
     with pytest.raises(UserError) as raised:
         family_named("gpt2").model(config)
@@ -111,9 +111,36 @@ def test_all_that_a_configuration_says_and_we_cannot_hold_is_named_at_once():
         "config.json of GPT-2: activation_function 'quick_gelu' has no counterpart here; known: "
         "gelu, gelu_new, gelu_pytorch_tanh, gelu_fast, relu, silu, swish",
         "config.json of GPT-2: is_encoder_decoder True is not known here, and not at its default (False)",
-        "config.json of GPT-2: new_trick 3 is not known here, and not at its default (None)",
+        "config.json of GPT-2: quantization_config {'quant_method': 'gptq'} is not known here",
         "config.json of GPT-2: scale_attn_weights must be True here, not False",
     ]
+
+
+# What published files hold beside the fields of transformers' class, from other programs and older versions.
+STRAY = {
+    "gpt2": {"n_special": 0, "predict_special_tokens": True},
+    "gpt_neox": {"attention_probs_dropout_prob": 0, "hidden_dropout_prob": 0},
+    "llama": {"is_llama_config": True, "rope_interleaved": False, "max_sequence_length": 2048},
+    "mpt": {"tokenizer_name": "EleutherAI/gpt-neox-20b", "verbose": 0},
+    "falcon": {"apply_residual_connection_post_layernorm": False},
+    "phi3": {"attention_bias": False, "lm_head_bias": False, "full_attn_mod": 1, "interpolate_factor": 1},
+    "gemma": {"hidden_activation": "gelu_pytorch_tanh"},
+    "gemma2": {"cache_implementation": "hybrid", "hidden_act": "gelu_pytorch_tanh"},
+    "qwen2": {"use_mrope": False, "head_dim": 8},
+    "starcoder2": {"mlp_type": "default", "norm_type": "layer_norm", "attention_softmax_in_fp32": True},
+    "cohere": {"model_max_length": 131072},
+}
+
+
+@pytest.mark.parametrize("family", STRAY)
+def test_what_transformers_does_not_read_changes_nothing_here(family):
+    table = family_named(family)
+    assert table.model({**settings_of(family), **STRAY[family]}) == table.model(settings_of(family))
+
+
+def test_a_size_of_heads_that_transformers_reads_without_declaring_it_is_refused():
+    with pytest.raises(UserError, match="head_dim 16 is not known here"):
+        family_named("qwen2").model({**settings_of("qwen2"), "head_dim": 16})
 
 
 SCALINGS = {

@@ -99,6 +99,20 @@ def test_one_disturbed_weight_is_refused_by_its_layer_and_leaves_nothing(llama, 
     assert in_folder(tmp_path) == []
 
 
+class Failing(StoredTensors):
+    """Files that cannot be read any more once the writing has begun."""
+
+    def read(self, name: str) -> torch.Tensor:
+        raise UserError(f"{self.tensors[name].file} cannot be read")
+
+
+def test_files_that_fail_once_work_has_begun_are_no_wrong_input(llama, tmp_path):
+    published = replace(open_published(str(llama)), tensors=Failing(llama))
+    with pytest.raises(RunError, match=r"safetensors cannot be read"):
+        import_model(published, tmp_path / "ours", check=False)
+    assert in_folder(tmp_path) == []
+
+
 def test_an_output_that_exists_is_left_alone(llama, tmp_path):
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "notes").write_text("mine")
@@ -165,7 +179,10 @@ SPOILT = {
         lambda folder: change(folder / "config.json", num_hidden_layers=4),
         "model.layers.3.input_layernorm.weight: not among the stored tensors",
     ),
-    "an unknown field": (lambda folder: change(folder / "config.json", mystery=3), "mystery 3 is not known here"),
+    "an unknown field": (
+        lambda folder: change(folder / "config.json", is_encoder_decoder=True),
+        "is_encoder_decoder True is not known here",
+    ),
     "an architecture without a table": (
         lambda folder: change(folder / "config.json", model_type="lama"),
         'unknown hugging face family "lama". Did you mean "llama"',

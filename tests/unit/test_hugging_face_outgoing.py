@@ -142,6 +142,17 @@ def test_a_disk_that_fails_in_mid_export_leaves_nothing(trained, tmp_path):
     assert in_folder(tmp_path) == []
 
 
+def test_a_checkpoint_that_cannot_be_read_in_mid_export_is_no_wrong_input(trained, tmp_path):
+    def fails() -> torch.Tensor:
+        raise UserError("a file of the checkpoint cannot be read")
+
+    name = "blocks.2.mlp.up.weight"
+    broken = {**trained.weights, name: StoredWeight(trained.weights[name].shape, fails)}
+    with pytest.raises(RunError, match="cannot be read"):
+        export(replace(trained, weights=broken), tmp_path / "back")
+    assert in_folder(tmp_path) == []
+
+
 def test_a_model_that_no_architecture_holds_is_refused_with_the_reasons_of_the_nearest(trained):
     model = replace(trained.model, qk_norm="head", clip_qkv=3.0)
     with pytest.raises(UserError, match=r"no architecture of Hugging Face .*\n.*cannot hold this model"):
