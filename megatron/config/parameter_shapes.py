@@ -32,27 +32,31 @@ ALL_BUT_ADAPTERS = r"^(?!.*\.lora\.).*"  # what LoRA freezes
 
 def layer_shapes(model: ModelPlan) -> list[Shapes]:
     """The parameters of each layer: embedding, blocks, final norm, head. A tied head has the embedding's weight."""
-    vocabulary = Shape((model.padded_vocab_size, model.hidden_size), 0)
-    embedding = {"embedding.weight": vocabulary}
-    if model.position_embedding == "learned":
-        positions = model.max_position_embeddings + model.position_offset
-        embedding["embedding.positions.weight"] = Shape((positions, model.hidden_size), None)
-    if model.embedding_norm:
-        embedding |= _norm("embedding.norm", model)
-    head = {"head.weight": vocabulary}
-    if model.head_bias:
-        head["head.bias"] = Shape((model.padded_vocab_size,), 0)
-    if model.tied_embeddings:
-        head = {"embedding.weight": vocabulary}
-    inside = _block(model)
+    inside = block_shapes(model)
     blocks = [
         {f"blocks.{layer}.{name}": shape for name, shape in (inside | adapter_shapes(model, layer)).items()}
         for layer in range(model.num_layers)
     ]
-    return [embedding, *blocks, _norm("final_norm", model), head]
+    return [embedding_shapes(model), *blocks, norm_shapes("final_norm", model), head_shapes(model)]
 
 
-def _norm(name: str, model: ModelPlan) -> Shapes:
+def embedding_shapes(model: ModelPlan) -> Shapes:
+    """The parameters of the embedding: of tokens and, if learned, positions, and of its norm."""
+    embedding = {"embedding.weight": Shape((model.padded_vocab_size, model.hidden_size), 0)}
+    if model.position_embedding == "learned":
+        positions = model.max_position_embeddings + model.position_offset
+        embedding["embedding.positions.weight"] = Shape((positions, model.hidden_size), None)
+    return embedding | (norm_shapes("embedding.norm", model) if model.embedding_norm else {})
+
+
+def head_shapes(model: ModelPlan) -> Shapes:
+    """The parameters of the head; a tied one has the embedding's weight."""
+    name = "embedding" if model.tied_embeddings else "head"
+    head = {f"{name}.weight": Shape((model.padded_vocab_size, model.hidden_size), 0)}
+    return head | ({"head.bias": Shape((model.padded_vocab_size,), 0)} if model.head_bias else {})
+
+
+def norm_shapes(name: str, model: ModelPlan) -> Shapes:
     """The parameters of a norm over h; a plugin's is taken to have a weight and a bias."""
     if model.norm == "non_parametric_layernorm":
         return {}
@@ -67,12 +71,13 @@ def _linear(name: str, outputs: int, inputs: int, bias: bool, shard_dim: int) ->
     return shapes | ({f"{name}.bias": Shape((outputs,), None if shard_dim else 0)} if bias else {})
 
 
-def _block(model: ModelPlan) -> Shapes:
+def block_shapes(model: ModelPlan) -> Shapes:
+    """The parameters of a block by their name in it, without adapters."""
     hidden, wide = model.hidden_size, model.ffn_hidden_size
     queries, keys = model.num_attention_heads * model.head_size, model.num_kv_heads * model.head_size
     shapes: Shapes = {}
     for name in norms_of_a_block(model):
-        shapes |= _norm(name, model)
+        shapes |= norm_shapes(name, model)
     shapes |= _linear("attention.query_key_value", queries + 2 * keys, hidden, model.bias_in_query_key_value, 0)
     shapes |= _linear("attention.dense", hidden, queries, model.bias_in_dense, 1)
     if model.position_embedding == "rpe":
