@@ -105,7 +105,10 @@ def _layout(config: Config, world_size: int, inference: bool, problems: list[str
 def _vocabulary(config: Config, tokenizer_ids: int, problems: list[str]) -> int:
     size = config.model.vocab_size or tokenizer_ids
     if size < tokenizer_ids:
-        problems.append(f"the tokenizer has {tokenizer_ids} ids, more than vocab_size ({size}); it is another model's")
+        problems.append(
+            f"the tokenizer has {tokenizer_ids} ids, more than vocab_size ({size}); it is another model's, or has "
+            "added tokens without a row in the embedding, which tools/convert_from_hf.py leaves out"
+        )
     return size
 
 

@@ -21,7 +21,7 @@ from megatron.engine.optimizer_state import MASTER
 from megatron.errors import RunError, UserError, work_begins
 from megatron.hugging_face.parity import compare
 from megatron.hugging_face.published import PublishedModel
-from megatron.hugging_face.tokenizer_files import copy_files
+from megatron.hugging_face.tokenizer_files import copy_files, drop_tokens_beyond
 from megatron.units import short_number
 
 NOT_CHECKED = "NOT CHECKED (--no-check): nothing shows that the two sides compute the same"
@@ -45,6 +45,8 @@ def import_model(published: PublishedModel, output: Path, check: bool, tell: Cal
         with progress(len(published.weights()), "writing") as step:
             path = write_converted(folder, published.weights(), keys, step)
         copy_files(published.folder, folder / FILES)
+        if keys.get("tokenizer_type") == "HFTokenizer":
+            drop_tokens_beyond(folder / FILES / "tokenizer.json", published.model.vocab_size)
         run = {"load": str(output), "finetune": True}
         (folder / "model.yml").write_text(yaml_text(keys | run), encoding="utf-8")
         if check:

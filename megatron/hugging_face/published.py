@@ -6,12 +6,14 @@ published.keys()                                       # our configuration
 published.weights()                                    # our parameters, read one by one
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from torch import Tensor
 
@@ -28,9 +30,11 @@ from megatron.engine.training import TrainingEngine
 from megatron.errors import UserError
 from megatron.hugging_face.folder import find_folder
 from megatron.hugging_face.stored import DTYPES, StoredTensors, read_json
-from megatron.hugging_face.tokenizer_files import tokenizer_keys
+from megatron.hugging_face.tokenizer_files import tokenizer_keys, without_tokens_beyond
 from megatron.model.gpt import parameter_shapes
+from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer
+from megatron.tokenizer.huggingface import HuggingFaceTokenizer
 
 PREFIX = "hf:"  # in `load`
 
@@ -204,11 +208,20 @@ def _check_tokenizer(published: PublishedModel) -> None:
     tokenizer = build_tokenizer(
         keys["tokenizer_type"], keys["vocab_file"], keys.get("merge_file"), keys.get("end_of_document_token")
     )
-    if tokenizer.vocab_size > published.model.vocab_size:
+    size = published.model.vocab_size
+    if tokenizer.end_of_document >= size or _ids_for(tokenizer, size) > size:
         raise UserError(
             f"{keys['vocab_file']} has {tokenizer.vocab_size} ids, more than vocab_size in config.json "
-            f"({published.model.vocab_size}): this tokenizer does not belong to this model"
+            f"({size}): this tokenizer does not belong to this model"
         )
+
+
+def _ids_for(tokenizer: Tokenizer, vocab_size: int) -> int:
+    """The ids of a tokenizer without added tokens that a model of `vocab_size` rows cannot embed."""
+    if not isinstance(tokenizer, HuggingFaceTokenizer) or tokenizer.vocab_size <= vocab_size:
+        return tokenizer.vocab_size
+    fitting = json.dumps(without_tokens_beyond(tokenizer.definition(), vocab_size))
+    return max(tokenizers.Tokenizer.from_str(fitting).get_vocab().values()) + 1
 
 
 def _too_many(heading: str, problems: Sequence[str]) -> UserError:

@@ -65,6 +65,23 @@ def copy_files(folder: Path, into: Path, names: Iterable[str] = (*TOKENIZER_FILE
             shutil.copyfile(folder / name, into / name)
 
 
+def without_tokens_beyond(definition: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """A tokenizer.json without the added tokens that a model of `vocab_size` rows cannot embed.
+
+    Some published tokenizers have such, as Gemma 3's token of an image or a padding that was added later.
+    """
+    added = definition.get("added_tokens") or []
+    return {**definition, "added_tokens": [token for token in added if token["id"] < vocab_size]}
+
+
+def drop_tokens_beyond(file: Path, vocab_size: int) -> None:
+    """Take the added tokens out of the file that a model of `vocab_size` rows cannot embed. Raises OSError."""
+    definition = read_json(file)
+    fitting = without_tokens_beyond(definition, vocab_size)
+    if fitting["added_tokens"] != (definition.get("added_tokens") or []):
+        write_json(file, fitting)
+
+
 def folder_of(vocab_file: str | None) -> Path | None:
     """The folder of a published model's tokenizer, whose file or folder `vocab_file` is; None for other tokenizers."""
     if vocab_file is None:

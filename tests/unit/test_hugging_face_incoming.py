@@ -147,6 +147,17 @@ def without_a_tensor(folder: Path) -> None:
     save_file(tensors, file)
 
 
+def test_added_tokens_without_a_row_in_the_embedding_are_left_out(copy, tmp_path):
+    content = json.loads((copy / "tokenizer.json").read_text())
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content["added_tokens"] += [{"id": id_, "content": f"<{id_}>", **token} for id_ in range(400, VOCABULARY + 1)]
+    write(copy / "tokenizer.json", content)
+    import_model(open_published(str(copy)), tmp_path / "ours", check=False, tell=lambda line: None)
+    found = find_trained_model(load_config([str(tmp_path / "ours" / "model.yml")])).tokenizer
+    assert found.vocab_size == VOCABULARY
+    assert found.encode("<410>") == [410] and max(found.encode("<411>")) < 400
+
+
 def not_a_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text('{"model": 3}')
 
