@@ -110,7 +110,9 @@ def check_same_model(model: ModelPlan, checkpoint: Path) -> None:
     Raises UserError with each setting in which `model` differs from that of the run that wrote `checkpoint`.
     """
     config = written_config(checkpoint_config(checkpoint), str(checkpoint / "config.json"))
-    written = resolve(config, config.parallelism.model_parallel_size, model.vocab_size, inference=True).model
+    # other numbers of ids are found with the shapes of the weights
+    ids = min(model.vocab_size, config.model.vocab_size or model.vocab_size)
+    written = resolve(config, config.parallelism.model_parallel_size, ids, inference=True).model
     if written.lora is None:  # adapters are put on it
         model = replace(model, lora=None)
     here, there = _behavior(model), _behavior(written)

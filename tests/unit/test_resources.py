@@ -79,6 +79,12 @@ def test_what_does_not_change_the_function_may_differ(tmp_path, change):
     check(tmp_path, here={}, there=change)
 
 
+@pytest.mark.parametrize("ids", [270, 300])
+def test_the_number_of_ids_is_left_to_the_shapes_of_the_weights(tmp_path, ids):
+    """Whose message has both numbers."""
+    check(tmp_path, here={"vocab_size": ids}, there={"vocab_size": 280, "padded_vocab_size": 290})
+
+
 def test_every_setting_that_is_compared_is_one_of_the_plan():
     plan = resolve(config_from_flat(MODEL), 1, 257, inference=True).model
     assert {field for field in BEHAVIOR_KEYS if not hasattr(plan, field)} == {"local_layers"}
