@@ -1,12 +1,14 @@
 """OPT, but for OPT-350M, whose norms follow the sum and whose embedding has another width."""
 
+from typing import Any
+
 from megatron.convert.family import Family
-from megatron.convert.fields import IGNORED, PLAIN, SIZES, Choice, Computed, Required, dropouts
+from megatron.convert.fields import IGNORED, PLAIN, SIZES, Choice, Computed, Required, Values, dropouts
 from megatron.convert.parameters import separate_heads
 from megatron.errors import UserError
 
 
-def _same_width(config):  # type: ignore[no-untyped-def]
+def _same_width(config: Values) -> dict[str, Any]:
     if config["word_embed_proj_dim"] != config["hidden_size"]:
         raise UserError("word_embed_proj_dim must be hidden_size here")
     return {}
