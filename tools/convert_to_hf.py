@@ -4,8 +4,9 @@ r"""Write a checkpoint as a model of Hugging Face, and check that both compute t
     python tools/convert_to_hf.py --load checkpoints/my --iteration 1000 --output my-model --dtype bf16
     python tools/convert_to_hf.py --load checkpoints/my --output my-model vocab_file=tokenizer.json
 
-The folder loads with transformers' AutoModelForCausalLM and AutoTokenizer. Words of the form key=value replace keys of
-the run, such as the path of the tokenizer. One tensor is in memory at a time.
+The folder loads with transformers' AutoModelForCausalLM and AutoTokenizer. A checkpoint that holds low-rank adapters
+becomes an adapter folder of PEFT, which PeftModel.from_pretrained loads over the model that they adapt. Words of the
+form key=value replace keys of the run, such as the path of the tokenizer. One tensor is in memory at a time.
 
 Exit code: 0; 1 when writing failed or the two sides differ, with nothing left behind; 2 when the input is wrong.
 """
@@ -22,6 +23,7 @@ from megatron.config.load import OVERRIDE
 from megatron.config.yaml_file import normal_key, parse_value
 from megatron.convert.family import KIND
 from megatron.errors import UserError, exit_code
+from megatron.hugging_face.adapters import export_adapters
 from megatron.hugging_face.memory import return_freed_tensors
 from megatron.hugging_face.outgoing import LARGEST, export_model, open_checkpoint, plan_export
 from megatron.preprocessing.commands import new_parser
@@ -70,6 +72,9 @@ def run(arguments: Namespace) -> None:
     """Convert, and print what was written."""
     return_freed_tensors()
     trained = open_checkpoint(arguments.load, arguments.iteration, changes(arguments.overrides))
+    if trained.model.lora is not None:
+        export_adapters(trained, arguments.output, arguments.dtype, arguments.family)
+        return
     export = plan_export(trained.model, trained.vocab_file, trained.tokenizer, arguments.dtype, arguments.family)
     export_model(trained, export, arguments.output, arguments.max_shard_size, not arguments.no_check)
 

@@ -90,10 +90,12 @@ def write_converted(
     weights: Mapping[str, StoredWeight],
     config: Mapping[str, Any],
     done: Callable[[], object] = lambda: None,
+    base: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `weights`, by global name, as checkpoint 0 in the folder `save`, and return its path.
 
-    config: the flat configuration of the model. done: called after each tensor. Nothing is left behind on failure.
+    config: the flat configuration of the model. done: called after each tensor. base: of adapters, what `describe_base`
+    says. Nothing is left behind on failure.
     Raises UserError for a folder that holds checkpoints, and RunError if the disk fails.
     """
     refuse_occupied(save)
@@ -103,6 +105,8 @@ def write_converted(
     chunks = {f"{name}/{MASTER}": _LazyChunks(name, weight, reading) for name, weight in weights.items()}
     progress = asdict(TrainState()) | {"optimizer_updates": 0, "validation_loss": None, "loss_scale": {}}
     documents = {"config.json": dict(config), "identity.json": {}, "progress.json": progress}
+    if base is not None:
+        documents["base.json"] = dict(base)
     with SaveLock(save) as lock, _removed_on_failure(unfinished):
         lock.take()
         try:

@@ -1,8 +1,7 @@
 """Low-rank adapters in the format of PEFT (https://github.com/huggingface/peft), in both directions.
 
-Our A [r, i] and B [o, r] of a layer become lora_A.weight and lora_B.weight of theirs, of the same shapes: the rows of B
-are ordered as the rows of their weight. Where their queries, keys and values are layers of their own, so are our
-Our A [r, i] and B [o, r] of a layer become their lora_A.weight and lora_B.weight, of the same shapes: the rows of B
+Our A [r, i] and B [o, r] of a layer become their lora_A.weight and lora_B.weight, of the same shapes; the rows of B are
+ordered as those of the weight. Where their queries, keys and values are layers of their own, so are our adapters.
 """
 
 import re

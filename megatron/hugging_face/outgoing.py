@@ -111,16 +111,26 @@ def plan_export(
     this is, if it fits, or else the first that does.
     Raises UserError where no architecture, or not the chosen one, can hold the model.
     """
-    require_transformers("an export to Hugging Face")
     model = without_padding(model)
-    origin = folder_of(vocab_file)
-    published = read_optional(origin / "config.json") if origin is not None else None
-    chosen = _family(model, family, (published or {}).get("model_type"))
+    chosen, published = architecture_for(model, vocab_file, family)
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
     kind = DTYPES[dtype]
     config = chosen.config(model) | {"dtype": names[kind]} | token_ids(tokenizer, published)
     parameters = chosen.parameters(model)
     return Export(chosen, model, config, parameters, expected_shapes(parameters, model), kind)
+
+
+def architecture_for(
+    model: ModelPlan, vocab_file: str | None, family: str | None = None
+) -> tuple[Family, dict[str, Any] | None]:
+    """The architecture of an export, and the config.json of the published model whose tokenizer this is, or None.
+
+    As for `plan_export`.
+    """
+    require_transformers("an export to Hugging Face")
+    origin = folder_of(vocab_file)
+    published = read_optional(origin / "config.json") if origin is not None else None
+    return _family(model, family, (published or {}).get("model_type")), published
 
 
 def export_model(

@@ -87,7 +87,9 @@ class StoredTensors:
             if (self.folder / index).is_file():
                 return self._files_of(self.folder / index)
         if (self.folder / "adapter_config.json").is_file():
-            raise UserError(f"{self.folder} holds an adapter, not a model; merge it into its base first")
+            raise UserError(
+                f"{self.folder} holds adapters, not a model; name the checkpoint of the model they adapt (--base)"
+            )
         found = ", ".join(sorted(path.name for path in self.folder.iterdir())[:8]) or "nothing"
         raise UserError(
             f"{self.folder} holds no weights: {SAFE}, {TORCH} or the index of either is needed, and there is: {found}"

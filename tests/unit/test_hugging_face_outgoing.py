@@ -5,17 +5,22 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron.checkpoint.converted import StoredWeight
+from megatron.checkpoint.merge import adapter_weight, merge_adapters
 from megatron.checkpoint.state import TrainState
+from megatron.config.parameter_shapes import adapters_of
+from megatron.config.plan import LoraPlan
 from megatron.errors import RunError, UserError
-from megatron.hugging_face.incoming import import_model
+from megatron.hugging_face.adapters import export_adapters, import_adapters
+from megatron.hugging_face.incoming import checkpoint_weights, import_model
 from megatron.hugging_face.model_card import model_card
 from megatron.hugging_face.outgoing import TrainedWeights, export_model, open_checkpoint, plan_export
 from megatron.hugging_face.published import open_published
@@ -75,6 +80,61 @@ def test_the_tokenizer_its_template_and_the_settings_of_generation_go_along(llam
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == TEMPLATE
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (llama / name).read_bytes()
+
+
+def test_adapters_become_a_folder_that_peft_loads_over_the_model(llama, trained, tmp_path):
+    from peft import PeftModel
+
+    ours(llama, tmp_path / "base")
+    model = replace(trained.model, lora=LoraPlan(3, 6.0, 0.0, ("query", "value", "down")))
+    found = [(layer, each) for layer in range(model.num_layers) for each in adapters_of(model, layer)]
+    draw = torch.Generator().manual_seed(1)
+    adapters, merged = {}, {name: stored.read() for name, stored in trained.weights.items()}
+    for layer, each in found:
+        a, b = (torch.randn(shape, generator=draw) for shape in ((3, each.inputs), (each.outputs, 3)))
+        adapters |= {f"blocks.{layer}.{each.name}.a": a, f"blocks.{layer}.{each.name}.b": b}
+        merged[f"blocks.{layer}.{each.layer}.weight"] += adapter_weight(a, b, each, model)
+    adapted, whole = (
+        {name: StoredWeight(tuple(tensor.shape), partial(torch.clone, tensor)) for name, tensor in tensors.items()}
+        for tensors in (adapters, merged)
+    )
+    told: list[str] = []
+    export_adapters(replace(trained, model=model, weights=adapted), tmp_path / "adapters", tell=told.append)
+    export(replace(trained, weights=whole), tmp_path / "merged", check=False)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    tokens = torch.randint(VOCABULARY, (2, 19), generator=torch.Generator().manual_seed(3))
+    over_base = PeftModel.from_pretrained(theirs, str(tmp_path / "adapters")).eval()(tokens).logits.detach()
+    wanted = logits(tmp_path / "merged")
+    assert (over_base - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    assert (logits(llama) - wanted).abs().max() > 1e-2 * wanted.abs().max()
+    assert "adapters for LlamaForCausalLM" in told[0]
+
+    import_adapters(tmp_path / "adapters", tmp_path / "base", tmp_path / "again", tell=told.append)
+    again = open_checkpoint(tmp_path / "again", None, {})
+    assert again.model.lora is not None and (again.model.lora.rank, again.model.lora.alpha) == (3, 6.0)
+    assert {name: stored.read().tolist() for name, stored in again.weights.items()} == {
+        name: tensor.tolist() for name, tensor in adapters.items()
+    }
+    path = merge_adapters(tmp_path / "again" / "global_step0", again.model, tmp_path / "once", trained.keys)
+    for name, stored in checkpoint_weights(path).items():
+        assert torch.equal(stored.read(), merged[name])
+
+
+def test_a_folder_without_adapters_or_of_another_model_is_refused(llama, trained, tmp_path):
+    base, output = tmp_path / "base", tmp_path / "out"
+    ours(llama, base)
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    with pytest.raises(UserError, match=r"adapter_config\.json"):
+        import_adapters(adapters, base, output)
+    (adapters / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors cannot be read"):
+        import_adapters(adapters, base, output)
+    names = [f"base_model.model.model.layers.9.mlp.up_proj.lora_{kind}.weight" for kind in "AB"]
+    save_file({name: torch.ones(2, 2) for name in names}, adapters / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"layers\.9\.mlp\.up_proj: our model has no layer"):
+        import_adapters(adapters, base, output)
+    assert not output.exists()
 
 
 def test_shards_are_no_larger_than_asked_and_have_an_index(trained, tmp_path):
