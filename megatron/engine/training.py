@@ -38,6 +38,7 @@ from megatron.engine.optimizer_state import OptimizerState, draw_initial_values
 from megatron.engine.phases import Timed, time_phases
 from megatron.engine.recompute import checkpoint_function
 from megatron.engine.settings import DTYPES, deepspeed_settings
+from megatron.errors import UserError
 from megatron.model.layer import Layer, LayerInput, Targets, pack, unpack
 from megatron.optimizers.build import build_optimizer
 from megatron.optimizers.traits import traits_of
@@ -79,8 +80,14 @@ class TrainingEngine:
         The last layer gives the loss, the sum over tokens of weight * negative log likelihood. The weights of a global
         batch sum to accumulation steps * data-parallel size, so that DeepSpeed's mean over micro-batches and replicas
         is the mean over the tokens.
+        Raises UserError for fp16 on a device for which DeepSpeed does not support it.
         """
         deepspeed = _import_deepspeed(grid)
+        if plan.engine.precision == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
+            raise UserError(
+                f"precision (fp16) is not supported by DeepSpeed on this device ({grid.device.type.upper()}); "
+                "write precision: bfloat16"
+            )
         recompute, checkpoint = plan.engine.recompute_layers, checkpoint_function(plan.engine, grid)
         if plan.engine.compile:
             within = checkpoint if recompute and plan.engine.recompute_selective else None

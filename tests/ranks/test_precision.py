@@ -15,6 +15,7 @@ from megatron.config.plan import LossScalePlan
 from megatron.engine.distributed import be_deterministic, choose_matmul_precision, start_layout
 from megatron.engine.modules import Sequential
 from megatron.engine.training import TrainingEngine
+from megatron.errors import UserError
 from megatron.model.gpt import gpt_layers
 from megatron.parallel.initial_values import initialise
 from tests import tiny
@@ -54,6 +55,16 @@ def first_update(precision: str, zero: int) -> None:
         adamw.step()
         # one step of size lr: rounding of the recovered gradient is 1e-7 of it. A wrong bias correction is 0.25 of it.
         assert_close(after[name], wanted.detach(), rtol=1e-6, atol=1e-4 * RATE, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def fp16_on_a_cpu() -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"fp16.*not supported.*CPU.*bfloat16"):
+            build(tiny.plan(precision="fp16"))
+
+
+def test_fp16_on_a_cpu_is_refused_with_what_works():
+    run_ranks(1, fp16_on_a_cpu)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
