@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron.checkpoint.store import checkpoint_config
 from megatron.config.load import config_from_flat
+from megatron.config.parameter_shapes import Adapter, adapters_of
 from megatron.config.plan import ModelPlan
 from megatron.config.resolve import resolve
 from megatron.config.schema.config import Config, group_of_key
@@ -115,6 +116,8 @@ def check_same_model(model: ModelPlan, checkpoint: Path) -> None:
     written = resolve(config, config.parallelism.model_parallel_size, ids, inference=True).model
     if written.lora is None:  # adapters are put on it
         model = replace(model, lora=None)
+    elif model.lora is not None and _adapters(model) == _adapters(written):  # the same ones, by other patterns
+        model = replace(model, lora=replace(model.lora, targets=written.lora.targets))
     here, there = _behavior(model), _behavior(written)
     differing = [
         f"  {key} is {here[field]} here, and was {there[field]} there"
@@ -138,6 +141,10 @@ def written_config(flat: Mapping[str, object], source: str, groups: Set[str] = B
     group_of = group_of_key() | {"plugins": ""}
     chosen = {key: value for key, value in flat.items() if group_of.get(key, "model") in groups}
     return config_from_flat(chosen, source)
+
+
+def _adapters(model: ModelPlan) -> list[list[Adapter]]:
+    return [adapters_of(model, layer) for layer in range(model.num_layers)]
 
 
 def _behavior(model: ModelPlan) -> dict[str, object]:

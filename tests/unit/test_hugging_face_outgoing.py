@@ -24,6 +24,7 @@ from megatron.hugging_face.incoming import checkpoint_weights, import_model
 from megatron.hugging_face.model_card import model_card
 from megatron.hugging_face.outgoing import TrainedWeights, export_model, open_checkpoint, plan_export
 from megatron.hugging_face.published import open_published
+from megatron.resources import check_same_model
 from tests.hugging_face_files import TEMPLATE, VOCABULARY, write_model
 from tests.unit.test_hugging_face_incoming import OF_EACH_FAMILY, in_folder
 from tools.convert_to_hf import size
@@ -115,6 +116,10 @@ def test_adapters_become_a_folder_that_peft_loads_over_the_model(llama, trained,
     assert {name: stored.read().tolist() for name, stored in again.weights.items()} == {
         name: tensor.tolist() for name, tensor in adapters.items()
     }
+    check_same_model(replace(again.model, lora=model.lora), tmp_path / "again" / "global_step0")  # by other patterns
+    with pytest.raises(UserError, match="lora"):
+        fewer = replace(again.model, lora=replace(model.lora, targets=("query",)))
+        check_same_model(fewer, tmp_path / "again" / "global_step0")
     path = merge_adapters(tmp_path / "again" / "global_step0", again.model, tmp_path / "once", trained.keys)
     for name, stored in checkpoint_weights(path).items():
         assert torch.equal(stored.read(), merged[name])
