@@ -17,6 +17,7 @@ from megatron.checkpoint.converted import write_model
 from megatron.config.resolve import resolve
 from megatron.convert.litgpt import read_config, stored_parameters
 from megatron.errors import exit_code
+from megatron.hugging_face.memory import return_freed_tensors
 from megatron.preprocessing.commands import new_parser
 from megatron.resources import open_tokenizer
 
@@ -33,6 +34,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
 def run(arguments: Namespace) -> None:
     """Convert, and print what was written."""
+    return_freed_tensors()
     config = read_config(arguments.input, arguments.overrides)
     model = resolve(config, 1, open_tokenizer(config).vocab_size).model
     print(write_model(arguments.output, stored_parameters(arguments.input, model), config))

@@ -21,6 +21,7 @@ from megatron.checkpoint.converted import write_model
 from megatron.config.resolve import resolve
 from megatron.convert.neox_checkpoint import NeoXFiles, find_step, read_config, stored_parameters
 from megatron.errors import exit_code
+from megatron.hugging_face.memory import return_freed_tensors
 from megatron.preprocessing.commands import new_parser
 from megatron.resources import open_tokenizer
 
@@ -38,6 +39,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
 def run(arguments: Namespace) -> None:
     """Convert, and print what was written."""
+    return_freed_tensors()
     files = NeoXFiles(find_step(arguments.input))
     config = read_config(files, arguments.config or (), arguments.overrides)
     model = resolve(config, 1, open_tokenizer(config).vocab_size).model
