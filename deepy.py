@@ -12,6 +12,12 @@ from megatron.doors import enter
 
 if __name__ == "__main__":
     enter(__file__)
-    from megatron.launch.main import main
+    from megatron.errors import exit_code
 
-    sys.exit(main(sys.argv[1:], Path(__file__).resolve().parent))
+    def start() -> int:
+        """Import what takes a while, so that Ctrl-C meanwhile is no traceback, and run."""
+        from megatron.launch.main import main
+
+        return main(sys.argv[1:], Path(__file__).resolve().parent)
+
+    sys.exit(exit_code(start))
