@@ -19,7 +19,7 @@ from bench.attention import attention, documents
 from bench.gpu_proof import SAME_WHEN_QUICK, STEPS, Step, main
 from bench.gpu_steps.loop import covered
 from bench.gpu_steps.parity import FP32_BOUND, Case, bound, curves_of
-from megatron.model.attention_backends import ScaledDotProduct
+from megatron.model.attention_backends import ScaledDotProduct, Scores
 from tests import flex, tiny
 from tests.end_to_end.commands import ENVIRONMENT, ROOT, json_lines
 
@@ -153,7 +153,7 @@ def test_attention_alone_computes_the_same_by_blocks_as_with_a_mask():
         first, pairs = documents(2, LENGTH, model.reset_attention_mask, model.sliding_window, CPU)
         query, key, value = (torch.randn(2, LENGTH, heads, 8) for heads in (4, 2, 2))
         wanted = attention(ScaledDotProduct(model.sliding_window), model, first)(query, key, value)
-        found = attention(flex.on_cpu(model.sliding_window), model, first)(query, key, value)
+        found = attention(flex.on_cpu(model.sliding_window, Scores.of(model)), model, first)(query, key, value)
         torch.testing.assert_close(found, wanted)
         mask = order(first, model.sliding_window)
         assert pairs == int(mask.sum())
