@@ -82,7 +82,7 @@ def test_a_layout_trains_what_is_not_frozen_as_one_rank_does(tmp_path, reference
         {"precision": "bf16", "model": TIED},
         {"precision": "fp16", "data": 2, "zero": 2},
         {"precision": "bf16", "data": 2, "zero": 3},
-        {"pipe": 2, "zero": 1, "data": 2, "precision": "bf16"},
+        {"pipe": 2, "zero": 1, "data": 2, "precision": "bf16", "accumulation": 2},
     ],
     ids=str,
 )

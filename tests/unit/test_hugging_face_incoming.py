@@ -208,7 +208,7 @@ SPOILT = {
     ),
     "a broken tokenizer": (not_a_tokenizer, "is not a tokenizer.json"),
     "a tokenizer of another model": (with_a_larger_tokenizer, r"has 420 ids, more than vocab_size .*\(411\)"),
-    "an adapter": (an_adapter, "holds an adapter, not a model"),
+    "an adapter": (an_adapter, "holds adapters, not a model"),
 }
 
 
