@@ -26,7 +26,7 @@ from bench.contenders import NEOX, plan_of, shape
 from megatron import registry
 from megatron.config.plan import ModelPlan
 from megatron.errors import UserError
-from megatron.model.attention_backends import Attend, FlexAttention, Visible
+from megatron.model.attention_kernels import Attend, FlexAttention, Visible
 from megatron.model.block_mask import block_lists, block_mask
 from megatron.model.cache import Positions
 

@@ -56,6 +56,11 @@ def exit_code(main: Callable[[], int | None], failures: tuple[type[Exception], .
         return INTERRUPTED
 
 
+def first_line(error: Exception) -> str:
+    """The type of an exception of a library, and the first line of its text, which may be empty."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
 def _in_words(error: Exception) -> str:
     """An OSError with its file first and without its number; anything else as it is."""
     if isinstance(error, OSError) and error.strerror:

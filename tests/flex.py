@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from megatron.config.plan import ModelPlan
-from megatron.model.attention_backends import FlexAttention, Scores
+from megatron.model.attention_kernels import FlexAttention, Scores
 from megatron.registry import TABLE
 
 NAMES = {"flex": "tests.flex:flex_attention", "local_flex": "tests.flex:local_flex_attention"}

@@ -4,7 +4,6 @@ Our A [r, i] and B [o, r] of a layer become their lora_A.weight and lora_B.weigh
 ordered as those of the weight. Where their queries, keys and values are layers of their own, so are our adapters.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -149,11 +148,11 @@ def _targets(ours: Mapping[str, Tensor], model: ModelPlan) -> tuple[str, ...]:
     """Patterns for the layers: the same in all blocks without their number."""
     names: dict[str, set[str]] = {}
     for name in ours:
-        layer, inside = re.fullmatch(r"(blocks\.\d+)\.(.+)\.[ab]", name).groups()  # type: ignore[union-attr]
-        module, _, part = inside.partition(".lora")
-        names.setdefault(f"attention{part}" if part else module, set()).add(layer)
+        blocks, number, *inside, _ = name.split(".")
+        module, _, part = ".".join(inside).partition(".lora")
+        names.setdefault(f"attention{part}" if part else module, set()).add(f"{blocks}.{number}")
     found: list[str] = []
-    for inside, layers in names.items():
+    for target, layers in names.items():
         everywhere = len(layers) == model.num_layers
-        found += [inside] if everywhere else [f"{layer}.{inside}" for layer in sorted(layers)]
+        found += [target] if everywhere else [f"{layer}.{target}" for layer in sorted(layers)]
     return tuple(found)

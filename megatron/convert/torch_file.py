@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron.errors import UserError
+from megatron.errors import UserError, first_line
 
 # What checkpoints hold beside tensors and plain values: the state of numpy's random numbers, in arrays. The names are
 # those of numpy 1 and 2. None of them calls anything that a file could choose.
@@ -36,7 +36,7 @@ def read_torch_file(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: {_reason(error)}") from error
     except Exception as error:  # a damaged file may raise nearly anything
-        raise UserError(f"{path} cannot be decoded: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} cannot be decoded: {first_line(error)}") from error
 
 
 def _is_archive(path: Path) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron.config.parameter_shapes import is_adapter
 from megatron.engine.modules import Sequential, cast_parameters
 from megatron.engine.optimizer_state import ModuleState, draw_initial_values
-from megatron.model.attention_backends import kernels_for_decoding
+from megatron.model.attention_kernels import kernels_for_decoding
 from megatron.model.layer import Layer, Masking, Targets, pack, unpack
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.parameter import PlacedParameter

@@ -151,7 +151,7 @@ def _query_key_norm(plan: Plan) -> int:
 
 
 def _needs_mask(plan: Plan, on_cpu: bool) -> bool:
-    """Whether sliding windows need a mask; attention by blocks does not (model/attention_backends.py)."""
+    """Whether sliding windows need a mask; attention by blocks does not (model/attention_kernels.py)."""
     by_blocks = _has_flex_attention(plan, on_cpu) or _composes_scores(plan, on_cpu)
     return not by_blocks and (plan.model.sliding_window or plan.batch.sequence_length) < plan.batch.sequence_length
 

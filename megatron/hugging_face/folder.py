@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from megatron.errors import UserError
+from megatron.errors import UserError, first_line
 from megatron.files import exists, is_folder
 
 NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -42,6 +42,6 @@ def _downloaded(name: str) -> Path:
     except Exception as error:  # of many kinds: no network, no such name, a proxy's answer
         raise UserError(
             f"there is no folder {name}, it is not in the cache of the Hugging Face hub, and the hub cannot be reached "
-            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"({first_line(error)})"
         ) from error
     return folder

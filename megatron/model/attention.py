@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.plan import AttentionKind, ModelPlan
-from megatron.model.attention_backends import Attend, FlexAttention, Scores, Visible, block_windows
+from megatron.model.attention_backends import block_windows
+from megatron.model.attention_kernels import Attend, FlexAttention, Scores, Visible
 from megatron.model.block_mask import block_mask
 from megatron.model.cache import KVCache, Positions
 from megatron.model.init import weight_initialisers
@@ -72,12 +73,11 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.append(self.index, key, value)
             visible = cache.visibility()
-        bias = () if self.score_bias is None else (self.score_bias,)
         if not (self.training and self.dropout):
-            mixed = self.attend(query, key, value, visible, 0.0, *bias)
+            mixed = self.attend(query, key, value, visible, 0.0, self.score_bias)
         else:
             with own_stream(self.grid):
-                mixed = self.attend(query, key, value, visible, self.dropout, *bias)
+                mixed = self.attend(query, key, value, visible, self.dropout, self.score_bias)
         return exchange(mixed, 1, 2, self.grid.group("context")).flatten(2)
 
     def _visible(self, masking: Masking, length: int, device: torch.device) -> Visible:

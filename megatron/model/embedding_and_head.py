@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.plan import ModelPlan
-from megatron.model.attention_backends import Scores, block_windows
+from megatron.model.attention_backends import block_windows
+from megatron.model.attention_kernels import Scores
 from megatron.model.block_mask import block_lists
 from megatron.model.cache import KVCache
 from megatron.model.init import weight_initialisers

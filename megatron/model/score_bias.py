@@ -49,8 +49,7 @@ class Alibi:
     of_keys = False
 
     def __init__(self, model: ModelPlan, grid: ParallelGrid) -> None:
-        self.heads, self.device = heads_of_rank(model, grid), grid.device
-        self.power = 2 ** math.floor(math.log2(model.num_attention_heads))
+        self.heads, self.count, self.device = heads_of_rank(model, grid), model.num_attention_heads, grid.device
 
     def __call__(self, keys: int) -> Tensor:
         """The table [n, keys] by distance."""
@@ -58,33 +57,37 @@ class Alibi:
 
     def slopes(self) -> Tensor:
         """[n] fp32."""
-        heads = torch.arange(self.heads.start, self.heads.stop, dtype=torch.float32, device=self.device)
-        later = heads - self.power
-        return torch.exp2(-8 / self.power * torch.where(later < 0, heads + 1, later + 0.5))
+        return alibi_slopes(self.heads, self.count, self.device)
 
 
-class RoundedAlibi(Alibi):
-    """ALiBi as Falcon-RW has it: slope * position of the key / sqrt(head size), where slope and product are bf16.
+def alibi_slopes(heads: range, count: int, device: torch.device) -> Tensor:
+    """The slopes of `heads` among `count`, fp32; see `Alibi`."""
+    power = 2 ** math.floor(math.log2(count))
+    number = torch.arange(heads.start, heads.stop, dtype=torch.float32, device=device)
+    later = number - power
+    return torch.exp2(-8 / power * torch.where(later < 0, number + 1, later + 0.5))
 
-    The softmax does not change if all scores of a query do, so that this is ALiBi but for the rounding, which depends
-    on the position, and for slopes that are smaller by sqrt(head size).
+
+class RoundedAlibi:
+    """ALiBi as Falcon-RW computes it: slope * position of the key / sqrt(head size), slope and product rounded to bf16.
+
+    Adding the same number to all scores of a query does not change their softmax. So the position of the key serves as
+    well as its distance, except that the rounding depends on it.
     """
 
     of_keys = True
 
     def __init__(self, model: ModelPlan, grid: ParallelGrid) -> None:
-        super().__init__(model, grid)
+        self.heads, self.count, self.device = heads_of_rank(model, grid), model.num_attention_heads, grid.device
         self.divisor = math.sqrt(model.head_size)
 
     def __call__(self, keys: int) -> Tensor:
         """The table [n, keys] by position of the key."""
-        return self._rounded_slopes()[:, None].mul(torch.arange(keys, device=self.device)).float() / self.divisor
+        slopes = alibi_slopes(self.heads, self.count, self.device).bfloat16()
+        return (slopes[:, None] * torch.arange(keys, device=self.device)).float() / self.divisor
 
-    def _rounded_slopes(self) -> Tensor:
-        return super().slopes().bfloat16()
-
-    def slopes(self) -> None:  # type: ignore[override]
-        """The bias is not linear."""
+    def slopes(self) -> None:
+        """Rounding makes the bias not linear."""
         return None
 
 

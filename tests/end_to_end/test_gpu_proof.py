@@ -19,7 +19,7 @@ from bench.attention import attention, documents
 from bench.gpu_proof import SAME_WHEN_QUICK, STEPS, Step, main
 from bench.gpu_steps.loop import covered
 from bench.gpu_steps.parity import FP32_BOUND, Case, bound, curves_of
-from megatron.model.attention_backends import ScaledDotProduct, Scores
+from megatron.model.attention_kernels import ScaledDotProduct, Scores
 from tests import flex, tiny
 from tests.end_to_end.commands import ENVIRONMENT, ROOT, json_lines
 

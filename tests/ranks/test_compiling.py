@@ -12,7 +12,7 @@ from megatron.engine.compiling import compiled, compiled_layers, share_memory
 from megatron.engine.distributed import start_layout
 from megatron.engine.recompute import checkpoint_function
 from megatron.errors import UserError
-from megatron.model.attention_backends import QueryBlocks, ScaledDotProduct
+from megatron.model.attention_kernels import QueryBlocks, ScaledDotProduct
 from megatron.model.gpt import gpt_layers
 from tests import tiny
 from tests.forking import BACKEND

@@ -11,14 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron.model import attention_backends
 from megatron.model.attention import describe_attention
-from megatron.model.attention_backends import (
-    HOPPER,
-    FlashAttention,
-    FlashAttention3,
-    ScaledDotProduct,
-    flash_attention,
-    torch_kernel,
-)
+from megatron.model.attention_backends import HOPPER, flash_attention, torch_kernel
+from megatron.model.attention_kernels import FlashAttention, FlashAttention3, ScaledDotProduct
 from megatron.model.cache import Positions
 from megatron.model.positions import document_starts
 from megatron.registry import names, resolve

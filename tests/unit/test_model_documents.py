@@ -6,13 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
-from megatron.model.attention_backends import (
-    FlexAttention,
-    ScaledDotProduct,
-    flash_attention,
-    global_attention,
-    local_attention,
-)
+from megatron.model.attention_backends import flash_attention, global_attention, local_attention
+from megatron.model.attention_kernels import FlexAttention, ScaledDotProduct
 from megatron.model.block_mask import BLOCK, block_lists, block_mask
 from megatron.model.cache import Positions
 from megatron.model.positions import document_starts, positions_in_documents

@@ -16,7 +16,7 @@ from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from megatron.model.attention_backends import FlashAttention, FlashAttention3, ScaledDotProduct, Scores
+from megatron.model.attention_kernels import FlashAttention, FlashAttention3, ScaledDotProduct, Scores
 from megatron.model.cache import Positions
 from megatron.model.composed_attention import QUERY_BLOCK, composed_attention
 from megatron.model.score_bias import Alibi, RelativePositions, RoundedAlibi
