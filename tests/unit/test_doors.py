@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.errors import RunError, UserError, exit_code
+from megatron.errors import RunError, UserError, exit_code, first_line
 
 ROOT = Path(__file__).resolve().parents[2]
 DOORS = ("train.py", "generate.py", "evaluate.py")
@@ -175,3 +175,8 @@ def test_inside_evaluate_py_the_package_evaluate_is_the_one_that_the_harness_imp
 @pytest.mark.parametrize("door", DOORS)
 def test_a_door_is_short(door):
     assert len((ROOT / door).read_text().splitlines()) <= 30
+
+
+def test_an_exception_without_text_is_named_by_its_type():
+    assert first_line(ValueError()) == "ValueError"
+    assert first_line(EOFError("ran out\nof input")) == "EOFError: ran out"
