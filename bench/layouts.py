@@ -4,7 +4,7 @@
     python bench/layouts.py --quick    only of small models like Gemma, BLOOM and Falcon, each with every arrangement
     python bench/layouts.py --write    writes the table of all into docs/layouts.md
 
-Takes about a quarter of an hour on two cores. With RANKS_BACKEND=nccl the ranks are GPUs, and layouts with more ranks
+Takes about ten minutes on two cores. With RANKS_BACKEND=nccl the ranks are GPUs, and layouts with more ranks
 than GPUs are skipped.
 """
 
