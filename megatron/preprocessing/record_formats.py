@@ -123,25 +123,27 @@ class Chat:
         return found.from_string(self.template, globals=dict(self.names))
 
 
-def chat_template(key: str, file: Path | None, vocab_file: str | None, today: date | None = None) -> Chat:
+def chat_template(
+    key: str, file: Path | None, vocab_file: str | None, today: date | None = None, option: str = "--chat-template"
+) -> Chat:
     """The template in `file`, else the one next to the tokenizer: chat_template.jinja, or in tokenizer_config.json.
 
-    vocab_file: of the tokenizer, or the folder of a model.
+    vocab_file: of the tokenizer, or the folder of a model. option: the flag or key of `file`, for messages.
     today: the date for templates that write one. Raises UserError where there is no template, or it cannot be read.
     """
     folder = (Path(vocab_file) if is_folder(vocab_file) else Path(vocab_file).parent) if vocab_file else None
     config = _tokenizer_config(folder / "tokenizer_config.json") if folder else {}
     template: Any = config.get("chat_template")
     if file is not None:
-        template = read_text(file, "--chat-template")
+        template = read_text(file, option)
     elif folder and is_file(folder / "chat_template.jinja"):
         template = read_text(folder / "chat_template.jinja", "the chat template")
     if isinstance(template, list):  # several with names
         named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
         template = named.get("default")
     if not isinstance(template, str):
-        place = f"in {folder}" if folder else "without --vocab-file"
-        raise UserError(f"there is no chat template {place}; give one with --chat-template FILE")
+        place = f"in {folder}" if folder else "without a vocabulary file"
+        raise UserError(f"there is no chat template {place}; give the file of one with {option}")
     tokens = {name: value for name, value in config.items() if name.endswith("_token")}
     names = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
     return Chat(key, template, {name: value for name, value in names.items() if isinstance(value, str)}, today)

@@ -146,7 +146,7 @@ def test_broken_files_of_a_template_are_named(tmp_path: Path, file: str, content
 def test_a_template_file_with_a_byte_order_mark_is_read_without_it(tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_bytes(b"\xef\xbb\xbf{{ messages[0].content }}")
     assert chat_template("m", tmp_path / "own.jinja", None).render(TALK[2:3]) == "Good."
-    with pytest.raises(UserError, match="there is no chat template without --vocab-file"):
+    with pytest.raises(UserError, match="there is no chat template without a vocabulary file"):
         chat_template("m", None, None)
     with pytest.raises(UserError, match=r"--chat-template .* cannot be read"):
         chat_template("m", tmp_path / "absent.jinja", None)

@@ -34,6 +34,10 @@ class TokenizerKeys(Group):
     end_of_document_token: str | None = None
     """Text of the token that ends a document, which must be in the vocabulary. Unset: the tokenizer's own."""
 
+    chat_template: PathText | None = None
+    """File with the template in Jinja that writes a chat as text, for generation. Unset: the tokenizer's own, next to
+    vocab_file."""
+
 
 class CheckpointKeys(Group):
     """Saving checkpoints, and resuming from them."""
