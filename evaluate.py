@@ -11,4 +11,4 @@ from megatron.doors import enter, run
 
 if __name__ == "__main__":
     enter(__file__)
-    sys.exit(run(__file__, "megatron.evaluation:evaluate"))
+    sys.exit(run(__file__, "megatron.evaluation.run:evaluate"))

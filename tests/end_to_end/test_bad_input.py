@@ -54,6 +54,10 @@ CASES = {
     "an output that cannot be written": ("generate.py", ["load=trained", "-o", "text.txt/out"], ["text.txt/out"]),
     "another model to generate with": ("generate.py", ["load=trained", "gpt_j_residual=true"], ["gpt_j_residual"]),
     "tasks of the harness": ("evaluate.py", ["load=trained", "--eval_tasks", "piqqa"], ["eval_tasks", "piqqa"]),
+    "text to evaluate that is not there": ("evaluate.py", ["load=trained", "eval_data=[gone, cut_text_document]"], [
+        'no data at "gone"', "cut_text_document.bin has",
+    ]),
+    "a stride beyond the window": ("evaluate.py", ["load=trained", "eval_stride=33"], ["eval_stride (33)", "(32)"]),
     "no tokens to evaluate": ("evaluate.py", ["load=trained", *GOOD, "split='1'"], ["no valid tokens"]),
 }  # fmt: skip
 
@@ -61,7 +65,7 @@ CASES = {
 TARGETS = {
     "train.py": "megatron.training.run:train",
     "generate.py": "megatron.generation.run:generate",
-    "evaluate.py": "megatron.evaluation:evaluate",
+    "evaluate.py": "megatron.evaluation.run:evaluate",
 }
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.config.schema.run_keys import GenerationKeys
 from megatron.data.mock import MockStream
 from megatron.engine.distributed import start
-from megatron.evaluation import negative_log_likelihood
+from megatron.evaluation.perplexity import WindowSettings, negative_log_likelihood
 from megatron.generation.records import JsonLinesFile
 from megatron.generation.run import Prompt, write_all
 from tests.ranks.run import run_ranks
@@ -49,7 +49,7 @@ def test_every_layout_writes_the_same_texts_in_order(tmp_path, tensor, keys):
 def score(out: str, tensor: int) -> None:
     model = trained_model(start(tensor=tensor))
     stream = MockStream("valid", 1003, 200, seed=1)
-    nats = negative_log_likelihood(model, stream, sequence=16, batch=3)
+    nats = negative_log_likelihood(model, stream, WindowSettings(labels=16, stride=16, batch=3))
     Path(f"{out}.{dist.get_rank()}").write_text(str(nats))
 
 

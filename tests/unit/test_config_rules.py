@@ -238,6 +238,12 @@ BROKEN = [
     ({"text_gen_type": "input-file"}, "needs sample_input_file"),
     ({"include": "localhost:0", "num_gpus": 1}, "include (localhost:0) and num_gpus (1) exclude each other"),
     ({"eval_num_fewshot": 5, "eval_limit": 0.5}, "eval_num_fewshot (5) and eval_limit (0.5) need eval_tasks"),
+    (
+        {"eval_stride": 4, "eval_split": "test", "eval_tasks": ["piqa"]},
+        'eval_split ("test") and eval_stride (4) concern perplexity, which eval_tasks replaces',
+    ),
+    ({"eval_data": ["a.txt"], "eval_split": "test"}, "eval_data and eval_split (test) each name the text to score"),
+    ({"eval_stride": 9}, "eval_stride (9) must be at most seq_length (8)"),
 ]
 
 
@@ -260,6 +266,7 @@ RIGHT = [
     {"pipe_partition_method": "type:transformer|mlp"},
     {"weight_decay": 0.2, "optimizer": {"params": {"weight_decay": 0.2}}},
     {"eval_num_fewshot": 0, "eval_limit": 10, "eval_include_path": "mine", "eval_tasks": ["piqa"]},
+    {"eval_data": "a.txt", "eval_stride": 8},
     {"optimizer": {"params": {"weight_decay": 0.2}}},
     {"fp16": {"fp16": True, "enabled": True}, "precision": "fp16"},
     {"split": "1"},

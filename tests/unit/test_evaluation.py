@@ -8,24 +8,23 @@ from datetime import datetime
 import numpy as np
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
 from megatron.config.load import config_from_flat
+from megatron.convert.families import gpt_neox
+from megatron.convert.model_keys import model_keys
 from megatron.errors import UserError
-from megatron.evaluation import (
-    TextSize,
-    evaluate,
-    measure_text,
-    negative_log_likelihood,
-    results_file,
-    score,
-    table,
-    unigram_entropy,
-    window_batches,
-)
+from megatron.evaluation.held_out import open_held_out
+from megatron.evaluation.perplexity import WindowSettings, negative_log_likelihood, score, table, window_batches
+from megatron.evaluation.run import evaluate, results_file
+from megatron.evaluation.text_size import TextSize, measure_text, unigram_entropy
 from megatron.tokenizer.build import build_tokenizer
-from tests.tokenizer_files import bpe_file, sentencepiece_file
+from tests.harness_tasks import Weights, vocabulary
+from tests.models import random_tensor, spread
+from tests.ranks.run import one_rank
+from tests.tokenizer_files import TEXT, bpe_file, sentencepiece_file
 from tests.trained import one_rank_model
 
 MODEL = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "seq_length": 8}
@@ -50,7 +49,7 @@ class Stream:
 def test_each_token_is_a_label_once_behind_the_token_before_it(count, batch):
     stream = Stream(tuple(range(100, 100 + count)))
     pairs = []
-    for ids, weights in window_batches(stream, sequence=8, batch=batch, first_token=7):
+    for ids, weights in window_batches(stream, WindowSettings(8, 8, batch), first_token=7):
         assert ids.shape[1] == 9 and weights.shape == ids[:, 1:].shape
         for row, row_weights in zip(ids.tolist(), weights.tolist(), strict=True):
             pairs += [(row[i], row[i + 1]) for i, weight in enumerate(row_weights) if weight]
@@ -66,7 +65,8 @@ def test_the_likelihood_is_that_of_the_same_windows_scored_one_token_at_a_time()
             start = place - place % sequence
             seen = [text[start - 1] if start else model.tokenizer.end_of_document, *text[start:place]]
             expected -= float(model.logits(torch.tensor([seen]))[0, -1].log_softmax(-1)[token])
-        totals = [negative_log_likelihood(model, Stream(text), sequence, batch) for batch in (1, 4)]
+        windows = [WindowSettings(sequence, sequence, batch) for batch in (1, 4)]
+        totals = [negative_log_likelihood(model, Stream(text), each) for each in windows]
     assert totals == pytest.approx([expected, expected], rel=1e-5)
 
 
@@ -79,7 +79,7 @@ def test_words_and_bytes_are_of_the_documents_without_the_tokens_that_end_them()
 
 
 def test_long_documents_are_measured_in_pieces(monkeypatch):
-    monkeypatch.setattr("megatron.evaluation.PIECE", 5)
+    monkeypatch.setattr("megatron.evaluation.text_size.PIECE", 5)
     tokenizer = build_tokenizer("CharLevelTokenizer")
     ids = (*b"abcdefghijklmnopqrstuvw", *b"xyz" * 10, tokenizer.end_of_document, 65, 66)
     assert measure_text(Stream(ids), tokenizer).bytes == len(ids) - 1
@@ -191,6 +191,83 @@ def test_a_word_that_two_pieces_share_is_counted_once_and_keeps_its_space(tmp_pa
     tokenizer = build_tokenizer("SPMTokenizer", sentencepiece_file(tmp_path, **keys))
     text = "the lazy dog again and again, the quick fox"
     for piece in (3, 4, 5, 7):
-        monkeypatch.setattr("megatron.evaluation.PIECE", piece)
+        monkeypatch.setattr("megatron.evaluation.text_size.PIECE", piece)
         size = measure_text(streamed(tokenizer, [text, text]), tokenizer)
         assert (size.words, size.bytes) == (18, 2 * len(text))
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+@pytest.mark.parametrize("count", [5, 8, 9, 12, 13, 40])
+def test_windows_that_overlap_score_each_token_once_from_as_many_tokens_as_the_stride_leaves(count, stride):
+    stream, seen = Stream(tuple(range(100, 100 + count))), []
+    for ids, weights in window_batches(stream, WindowSettings(8, stride, 3), first_token=99):
+        for row, row_weights in zip(ids.tolist(), weights.tolist(), strict=True):
+            seen += [(row[place + 1], place + 1) for place, weight in enumerate(row_weights) if weight]
+    assert [token for token, _ in seen] == list(stream.ids)
+    assert all(before == (token - 99 if token < 108 else max(before, 9 - stride)) for token, before in seen)
+
+
+def twin(folder):
+    """Weights for our model, and the model of transformers with the same."""
+    path = vocabulary(folder)
+    config = transformers.GPTNeoXConfig(
+        vocab_size=build_tokenizer("HFTokenizer", path).vocab_size, hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=4, intermediate_size=72, max_position_embeddings=16,
+    )  # fmt: skip
+    theirs = transformers.GPTNeoXForCausalLM(config).eval().requires_grad_(False)
+    for index, (name, parameter) in enumerate(theirs.named_parameters()):
+        parameter.copy_(spread(name, random_tensor(parameter.shape, index)))
+    weights = Weights(model_keys(gpt_neox.FAMILY.model(config.to_dict())), path, {})
+    state = gpt_neox.FAMILY.parameters(weights.plan().model).from_hugging_face(theirs.state_dict())
+    return Weights(weights.keys, path, state), theirs
+
+
+@pytest.mark.parametrize("stride", [16, 6])
+def test_the_likelihood_with_a_stride_is_that_of_the_recipe_of_transformers(tmp_path, stride):
+    """Its windows have `max_length` ids, of which the last is a label only: ours have one input less."""
+    weights, theirs = twin(tmp_path)
+    tokenizer = weights.tokenizer
+    text = tokenizer.encode(" ".join(TEXT[:3]) * 2)
+    ids, max_length, end, expected = torch.tensor([[tokenizer.end_of_document, *text]]), 17, 0, 0.0
+    for begin in range(0, ids.shape[1], stride):
+        fresh = min(begin + max_length, ids.shape[1]) - end
+        end += fresh
+        labels = ids[:, begin:end].clone()
+        labels[:, :-fresh] = -100
+        scored = int((labels[:, 1:] != -100).sum())
+        expected += float(theirs(ids[:, begin:end], labels=labels).loss) * scored
+        if end == ids.shape[1]:
+            break
+    with one_rank() as grid:
+        found = negative_log_likelihood(weights.on(grid), Stream(tuple(text)), WindowSettings(16, stride, 3))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def held_out(folder, **keys):
+    tokenizer = build_tokenizer("HFTokenizer", bpe_file(folder))
+    return tokenizer, open_held_out(config_from_flat(MODEL | keys), tokenizer)
+
+
+def test_files_of_text_have_the_tokens_of_their_documents_with_ends_and_the_words_and_bytes_they_were_written_with(
+    tmp_path,
+):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*CODE, ""]))
+    (tmp_path / "b.txt").write_text("Größe\n\n two")
+    tokenizer, (lines, whole) = held_out(tmp_path, eval_data=[f"{tmp_path}/a.jsonl", f"{tmp_path}/b.txt"])
+    assert lines.stream.tokens(0, 1000).tolist() == list(streamed(tokenizer, CODE).ids)
+    assert whole.stream.tokens(0, 1000).tolist() == list(streamed(tokenizer, ["Größe\n\n two"]).ids)
+    assert (lines.measure().words, lines.measure().bytes) == SIZE
+    assert (whole.measure().words, whole.measure().bytes) == (2, 13)
+    assert lines.measure().entropy == measure_text(lines.stream, tokenizer).entropy
+
+
+def test_all_text_that_cannot_be_read_is_named_at_once(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"content": "b"}\n')
+    (tmp_path / "packed.txt").write_bytes(b"\x1f\x8b123")
+    names = ("empty.txt", "bad.jsonl", "packed.txt", "gone.txt", "gone")
+    with pytest.raises(UserError) as raised:
+        held_out(tmp_path, eval_data=[f"{tmp_path}/{name}" for name in names])
+    reasons = ("holds no text", 'line 2: no text under the key "text"', "is gzip data", "no data at", "no data at")
+    for name, reason, problem in zip(names, reasons, raised.value.problems, strict=True):
+        assert problem.startswith("eval_data: ") and f"{tmp_path}/{name}" in problem and reason in problem

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from megatron.config.pipeline_stages import BLOCK_CLASS
 from megatron.config.precision import chosen_formats, excluded_formats, resolve_precision
 from megatron.config.rules.data_rules import DATA_RULES
+from megatron.config.rules.evaluation_rules import EVALUATION_RULES
 from megatron.config.rules.model_rules import MODEL_RULES
 from megatron.config.rules.rule import Rule, rule
 from megatron.config.schema.config import Config
@@ -26,7 +27,7 @@ def broken_rules(config: Config, wrong: set[str], script: str | None = None, pla
     """
     needed = [
         rule
-        for rule in (*MODEL_RULES, *DATA_RULES, *RUN_RULES)
+        for rule in (*MODEL_RULES, *DATA_RULES, *EVALUATION_RULES, *RUN_RULES)
         if (not rule.scripts or script in rule.scripts) and (rule.for_plans or not planning)
     ]
     return [problem for rule in needed if not wrong.intersection(rule.keys) for problem in rule.check(config)]
@@ -267,15 +268,6 @@ def _devices_are_chosen_once(config: Config) -> Iterator[str]:
     given = [f"{name} ({value})" for name, value in chosen.items() if value is not None]
     if len(given) > 1:
         yield f"{' and '.join(given)} exclude each other; keep one of them"
-
-
-@rule(RUN_RULES, "eval_tasks", "eval_num_fewshot", "eval_limit", "eval_include_path")
-def _harness_keys_have_tasks(config: Config) -> Iterator[str]:
-    keys = config.evaluation
-    named = ("eval_num_fewshot", "eval_limit", "eval_include_path")
-    given = [f"{name} ({getattr(keys, name)})" for name in named if getattr(keys, name) is not None]
-    if given and not keys.eval_tasks:
-        yield f"{' and '.join(given)} need eval_tasks; name the tasks, or leave them out"
 
 
 @rule(

@@ -200,6 +200,11 @@ def _separate_words(value: object) -> object:
     return tuple(part.strip() for word in words for part in word.split(",") if part.strip())
 
 
+def _one_or_several(value: object) -> object:
+    """A single text as a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
 class EvaluationKeys(Group):
     """evaluate.py."""
 
@@ -220,7 +225,15 @@ class EvaluationKeys(Group):
     """Prefix of the name of the results file."""
 
     eval_split: Literal["train", "valid", "test"] = "valid"
-    """Split whose perplexity is measured, without eval_tasks."""
+    """Split whose perplexity is measured, without eval_tasks and eval_data."""
+
+    eval_data: Annotated[tuple[PathText, ...] | None, BeforeValidator(_one_or_several)] = None
+    """Text whose perplexity is measured instead of eval_split, each by itself: prefixes of .bin and .idx files, or
+    files ending in .txt (one document), .jsonl (with a field text) or .parquet; .txt.gz, .jsonl.zst and so on."""
+
+    eval_stride: PositiveInt | None = None
+    """Tokens that each window of perplexity adds to the one before, which is its context: the smaller, the more context
+    each token has, and the more is computed. Unset: seq_length, so that no token is read twice."""
 
 
 class LauncherKeys(Group):

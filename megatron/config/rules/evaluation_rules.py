@@ -1,0 +1,31 @@
+"""Rules between the keys of evaluation."""
+
+from collections.abc import Iterator
+
+from megatron.config.rules.rule import Rule, rule
+from megatron.config.schema.config import Config
+from megatron.config.yaml_file import show
+
+EVALUATION_RULES: list[Rule] = []
+PERPLEXITY_KEYS = ("eval_data", "eval_split", "eval_stride")
+
+
+@rule(EVALUATION_RULES, "eval_tasks", "eval_num_fewshot", "eval_limit", "eval_include_path")
+def _harness_keys_have_tasks(config: Config) -> Iterator[str]:
+    keys = config.evaluation
+    named = ("eval_num_fewshot", "eval_limit", "eval_include_path")
+    given = [f"{name} ({getattr(keys, name)})" for name in named if getattr(keys, name) is not None]
+    if given and not keys.eval_tasks:
+        yield f"{' and '.join(given)} need eval_tasks; name the tasks, or leave them out"
+
+
+@rule(EVALUATION_RULES, "eval_tasks", "eval_data", "eval_split", "eval_stride", "seq_length")
+def _perplexity_is_of_one_text(config: Config) -> Iterator[str]:
+    keys, length = config.evaluation, config.model.seq_length
+    given = [f"{name} ({show(getattr(keys, name))})" for name in PERPLEXITY_KEYS if name in keys.model_fields_set]
+    if given and keys.eval_tasks:
+        yield f"{' and '.join(given)} concern perplexity, which eval_tasks replaces; leave out the one or the other"
+    if keys.eval_data and "eval_split" in keys.model_fields_set:
+        yield f"eval_data and eval_split ({keys.eval_split}) each name the text to score; keep one of them"
+    if keys.eval_stride is not None and keys.eval_stride > length:
+        yield f"eval_stride ({keys.eval_stride}) must be at most seq_length ({length}), or windows leave out tokens"
