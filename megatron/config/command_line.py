@@ -40,6 +40,7 @@ KEY_FLAGS: tuple[tuple[tuple[str, ...], str, type, str], ...] = (
     (("--limit", "--eval_limit"), "eval_limit", float, "documents of each task; below 1: a fraction of them"),
     (("--include_path", "--eval_include_path"), "eval_include_path", str, "folder with your own tasks"),
     (("--eval_results_prefix",), "eval_results_prefix", str, "prefix of the name of the results file"),
+    (("--references", "--eval_references"), "eval_references", str, "file of references for the model's answers"),
     (("--iteration",), "iteration", int, "step of the checkpoint to load"),
     (("--wandb_group",), "wandb_group", str, "Weights & Biases group"),
     (("--wandb_run_name",), "wandb_run_name", str, "Weights & Biases run name"),

@@ -39,7 +39,7 @@ class WindowSettings:
 
 
 def measure_perplexity(config: Config, found: FoundModel) -> dict[str, Any]:
-    """The figures of each text by its name, printed as tables too. Collective; empty on all ranks but the first.
+    """The figures of each text under `results` by its name, printed as tables too. Collective; for the first rank.
 
     Raises UserError, before work begins, for text that cannot be read.
     """
@@ -58,7 +58,7 @@ def measure_perplexity(config: Config, found: FoundModel) -> dict[str, Any]:
                 log.info("%s", table(text.name, results[text.name]))
                 if size.reason:
                     log.warning("%s", size.reason)
-    return results
+    return {"results": results}
 
 
 def negative_log_likelihood(model: TrainedModel, stream: TokenStream, windows: WindowSettings) -> float:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.config.schema.config import Config
 from megatron.engine.distributed import stop
 from megatron.errors import UserError
+from megatron.evaluation.answers import measure_answers
 from megatron.evaluation.perplexity import measure_perplexity
 from megatron.harness.run import evaluate_tasks
 from megatron.inference import find_trained_model
@@ -30,10 +31,11 @@ def evaluate(config: Config) -> None:
     if config.evaluation.eval_tasks:
         evaluate_tasks(config, found, target)
     else:
-        results = measure_perplexity(config, found)
+        measure = measure_answers if config.evaluation.eval_references else measure_perplexity
+        results = measure(config, found)
         if dist.get_rank() == 0:
             document = {
-                "results": results,
+                **results,
                 "checkpoint": str(found.checkpoint),
                 "tokenizer": found.tokenizer.describe(),
                 "config": config.to_flat(),

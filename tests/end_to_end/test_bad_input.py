@@ -57,6 +57,9 @@ CASES = {
     "text to evaluate that is not there": ("evaluate.py", ["load=trained", "eval_data=[gone, cut_text_document]"], [
         'no data at "gone"', "cut_text_document.bin has",
     ]),
+    "references of other prompts": ("evaluate.py", ["load=trained", "-i", "long.txt", "--references", "text.txt"], [
+        "text.txt) has 1 lines", "long.txt) has 2 prompts",
+    ]),
     "a stride beyond the window": ("evaluate.py", ["load=trained", "eval_stride=33"], ["eval_stride (33)", "(32)"]),
     "no tokens to evaluate": ("evaluate.py", ["load=trained", *GOOD, "split='1'"], ["no valid tokens"]),
 }  # fmt: skip

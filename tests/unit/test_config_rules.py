@@ -240,7 +240,17 @@ BROKEN = [
     ({"eval_num_fewshot": 5, "eval_limit": 0.5}, "eval_num_fewshot (5) and eval_limit (0.5) need eval_tasks"),
     (
         {"eval_stride": 4, "eval_split": "test", "eval_tasks": ["piqa"]},
-        'eval_split ("test") and eval_stride (4) concern perplexity, which eval_tasks replaces',
+        'eval_split ("test") and eval_stride (4) set how perplexity is measured, which eval_tasks replaces',
+    ),
+    (
+        {"eval_stride": 4, "eval_references": "a.jsonl"},
+        "eval_stride (4) set how perplexity is measured, which eval_references replaces",
+    ),
+    ({"eval_tasks": ["piqa"], "eval_references": "a.jsonl"}, "eval_tasks and eval_references (a.jsonl) exclude each"),
+    ({"eval_references": "a.txt"}, "eval_references (a.txt) needs sample_input_file"),
+    (
+        {"eval_references": "a.jsonl", "sample_input_file": "b.txt"},
+        "eval_references (a.jsonl) holds prompts itself; leave out sample_input_file (b.txt)",
     ),
     ({"eval_data": ["a.txt"], "eval_split": "test"}, "eval_data and eval_split (test) each name the text to score"),
     ({"eval_stride": 9}, "eval_stride (9) must be at most seq_length (8)"),
@@ -267,6 +277,8 @@ RIGHT = [
     {"weight_decay": 0.2, "optimizer": {"params": {"weight_decay": 0.2}}},
     {"eval_num_fewshot": 0, "eval_limit": 10, "eval_include_path": "mine", "eval_tasks": ["piqa"]},
     {"eval_data": "a.txt", "eval_stride": 8},
+    {"eval_references": "a.txt", "sample_input_file": "b.txt"},
+    {"eval_references": "a.jsonl"},
     {"optimizer": {"params": {"weight_decay": 0.2}}},
     {"fp16": {"fp16": True, "enabled": True}, "precision": "fp16"},
     {"split": "1"},

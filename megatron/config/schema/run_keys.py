@@ -231,6 +231,11 @@ class EvaluationKeys(Group):
     """Text whose perplexity is measured instead of eval_split, each by itself: prefixes of .bin and .idx files, or
     files ending in .txt (one document), .jsonl (with a field text) or .parquet; .txt.gz, .jsonl.zst and so on."""
 
+    eval_references: PathText | None = None
+    """File of references, which the model's answers to prompts are compared with by BLEU, chrF and exact match, instead
+    of perplexity: .jsonl with prompt and reference (or a list, references) in each line; or text with a reference in
+    each line, for the prompts of sample_input_file. Answers are generated as the keys of generate.py say."""
+
     eval_stride: PositiveInt | None = None
     """Tokens that each window of perplexity adds to the one before, which is its context: the smaller, the more context
     each token has, and the more is computed. Unset: seq_length, so that no token is read twice."""
