@@ -7,11 +7,10 @@ loads the weights.
 
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -58,6 +57,7 @@ class FoundModel:
 class TrainedModel:
     """A model with its weights on the ranks of `grid`; each data-parallel replica computes independently.
 
+    All ranks of a replica make the same calls. Of a pipeline only the last stage has logits (`grid.is_last_stage`).
     few_widths: pad sequences to few widths, for each of which kernels are compiled; without a cache only.
     """
 
@@ -73,7 +73,7 @@ class TrainedModel:
         return self.plan.model.max_position_embeddings
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The input of the head for int64 tokens [b, s]: [b, s, h]. A cache is continued."""
+        """The input of the head for int64 tokens [b, s]: [b, s, h]. With a cache: the step it has begun."""
         if cache is not None:
             return self.engine.hidden(tokens, cache)
         return self.engine.hidden(self._padded(tokens))[:, : tokens.shape[1]]
@@ -90,27 +90,33 @@ class TrainedModel:
         """All logits at any positions: [..., h] -> float32 [..., v], the same bits on every tensor-parallel rank."""
         return gather_logits(self.engine.logits(hidden), self.grid, self.plan.model.vocab_size).float()
 
-    def logits(self, tokens: Tensor, cache: KVCache | None = None, columns: slice = slice(None)) -> Tensor:
+    def logits(self, tokens: Tensor, columns: slice = slice(None)) -> Tensor:
         """`logits_of` the given columns of int64 tokens [b, s]; no other logit is computed."""
-        return self.logits_of(self.hidden(tokens, cache)[:, columns])
+        return self.logits_of(self.hidden(tokens)[:, columns])
+
+    def from_last_stage(self, tensor: Tensor) -> Tensor:
+        """The last stage's `tensor` on all stages of a pipeline, whose own are overwritten. A broadcast."""
+        if self.grid.size("pipe") > 1:
+            dist.broadcast(tensor, group=self.grid.group("pipe"), group_src=self.grid.size("pipe") - 1)
+        return tensor
 
     def _padded(self, tokens: Tensor) -> Tensor:
         """Pad on the right, where no token attends, to one of a few widths: see `few_widths`."""
         length = tokens.shape[1]
         return pad(tokens, (0, width_for(length, self.context) - length)) if self.few_widths else tokens
 
-    def new_cache(self, padding: Sequence[int], columns: int) -> KVCache:
-        """An empty cache for `len(padding)` texts of up to `columns` tokens; padding: columns to ignore on the left."""
-        model = self.plan.model
+    def new_cache(self, slots: int, capacity: int, longest_step: int | None = None) -> KVCache:
+        """An empty cache for `slots` texts of up to `capacity` tokens, on this stage; see `KVCache`."""
+        kv_heads = self.plan.model.num_kv_heads // self.grid.size("tensor")
         return KVCache(
-            num_layers=model.num_layers,
-            batch=len(padding),
-            max_length=columns,
-            kv_heads_local=model.num_kv_heads // self.grid.size("tensor"),
-            head_size=model.head_size,
-            dtype=self.engine.dtype,
-            device=self.grid.device,
-            padding=torch.tensor(list(padding), device=self.grid.device),
+            self.plan.model,
+            slots,
+            capacity,
+            kv_heads,
+            self.engine.dtype,
+            self.grid.device,
+            longest_step=longest_step,
+            layers=self.engine.blocks,
         )
 
 
@@ -148,9 +154,11 @@ def open_trained_model(found: FoundModel, backend: str | None, timeout_minutes: 
 
     backend: of torch.distributed, or None for the default. timeout_minutes: of collectives.
     """
-    grid = start(tensor=found.plan.layout.tensor, backend=backend, timeout_minutes=timeout_minutes)
+    layout, model = found.plan.layout, found.plan.model
+    grid = start(layout.pipe, layout.tensor, backend, timeout_minutes)
     products = choose_matmul_precision(found.plan.engine, grid.device)
-    engine = InferenceEngine(gpt_layers(found.plan.model, grid, seed=None), grid, DTYPES[found.plan.engine.precision])
+    precision = DTYPES[found.plan.engine.precision]
+    engine = InferenceEngine(gpt_layers(model, grid, seed=None), grid, precision, model.hidden_size)
     if found.published is not None:
         load_published(engine, found.published)
     else:

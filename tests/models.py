@@ -1,7 +1,7 @@
 """Small models for tests, with values in every parameter that make a mistake visible."""
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron.config.plan import ModelPlan, RopeScaling
 from megatron.engine.modules import Sequential
+from megatron.model.cache import KVCache
 from megatron.model.gpt import gpt_layers
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.parameter import load_whole
@@ -176,3 +177,29 @@ def random_tensor(shape: Iterable[int], seed: int) -> Tensor:
 def random_tokens(model: ModelPlan, batch: int, length: int, seed: int = 5) -> Tensor:
     """Token ids [batch, length] of the true vocabulary."""
     return torch.randint(0, model.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def new_cache(model: ModelPlan, slots: int, capacity: int, kv_heads: int | None = None, **options: Any) -> KVCache:
+    """A cache in fp32 on the CPU."""
+    heads = model.num_kv_heads if kv_heads is None else kv_heads
+    return KVCache(model, slots, capacity, heads, torch.float32, torch.device("cpu"), **options)
+
+
+def read_in_steps(module: nn.Module, tokens: Tensor, cache: KVCache, steps: Iterable[int]) -> Tensor:
+    """Read `tokens` [b, s] into slots 0 to b-1 in steps of the given lengths; what the module gives, joined."""
+    rows, start, results = range(len(tokens)), 0, []
+    for part in tokens.split(list(steps), dim=1):
+        cache.begin_step(rows, [start] * len(rows), [part.shape[1]] * len(rows))
+        results.append(module(part, cache))
+        start += part.shape[1]
+    return torch.cat(results, dim=1)
+
+
+def read_rows(
+    module: nn.Module, rows: Sequence[Tensor], slots: Sequence[int], starts: Sequence[int], cache: KVCache
+) -> list[Tensor]:
+    """One step of rows of different lengths; the result of each."""
+    sizes = [len(row) for row in rows]
+    cache.begin_step(slots, starts, sizes)
+    padded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    return [result[:size] for result, size in zip(module(padded, cache), sizes, strict=True)]

@@ -42,7 +42,8 @@ def resolve(config: Config, world_size: int, vocab_size: int, *, inference: bool
     """Derive everything from a checked Config.
 
     world_size: ranks of the run. vocab_size: ids that the tokenizer can produce; the key vocab_size may add more.
-    inference: the layout for generation and evaluation: whole sequences, no pipeline, micro-batch 1 by default.
+    inference: the layout for generation and evaluation: whole sequences, a pipeline only if its stages fit the ranks,
+    micro-batch 1 by default.
     Raises ConfigError with every rule that the ranks or the vocabulary break.
     """
     problems: list[str] = []
@@ -89,7 +90,9 @@ def padded_vocabulary(config: Config, vocab_size: int) -> int:
 
 def _layout(config: Config, world_size: int, inference: bool, problems: list[str]) -> Layout:
     keys = config.parallelism
-    pipe = 1 if inference else max(1, keys.pipe_parallel_size)
+    pipe = max(1, keys.pipe_parallel_size)
+    if inference and world_size % (pipe * keys.model_parallel_size):
+        pipe = 1  # a model trained in a pipeline is often tried on fewer ranks
     context, sequence_parallel = (1, False) if inference else (keys.context_parallel_size, keys.sequence_parallel)
     tensor = keys.model_parallel_size
     taken = pipe * context * tensor

@@ -1,4 +1,7 @@
-"""The forward pass of a list of layers for generation and evaluation, without DeepSpeed and gradients."""
+"""The forward pass of a list of layers for generation and evaluation, without DeepSpeed and gradients.
+
+Shapes: b rows, s columns, h hidden, v vocabulary in memory, tp tensor-parallel ranks.
+"""
 
 from contextlib import nullcontext
 from functools import partial
@@ -6,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron.config.parameter_shapes import is_adapter
@@ -18,18 +22,28 @@ from megatron.parallel.parameter import PlacedParameter
 
 
 class InferenceEngine:
-    """The whole model on this rank, or its tensor-parallel shard."""
+    """This rank's stage of the model, or its tensor-parallel shard of it."""
 
-    def __init__(self, layers: list[Layer], grid: ParallelGrid, dtype: torch.dtype = torch.float32) -> None:
-        """Build `layers` with weights of `dtype` on the grid's device; draw them if `layers` have a seed."""
-        module = Sequential(layers, prepare=partial(cast_parameters, dtype=dtype))
+    def __init__(
+        self, layers: list[Layer], grid: ParallelGrid, dtype: torch.dtype = torch.float32, hidden_size: int = 0
+    ) -> None:
+        """Build this stage of `layers` with weights of `dtype` on the grid's device; draw them if `layers` have a seed.
+
+        hidden_size: of what stages send to each other; needed in a pipeline.
+        """
+        self.blocks = blocks_of_stage(len(layers) - 3, grid)
+        first = 0 if grid.is_first_stage else self.blocks.start + 1
+        last = len(layers) if grid.is_last_stage else self.blocks.stop + 1
+        module = Sequential(layers[first:last], prepare=partial(cast_parameters, dtype=dtype))
         self.module = module.to(grid.device).eval().requires_grad_(False)
         self.state = ModuleState(self.module)
         draw_initial_values(self.module, self.state)
         self.grid = grid
         self.dtype = dtype
+        self.hidden_size = hidden_size
         self.is_adapted = any(is_adapter(name) for name in self.parameter_names)
         self.base: Path | None = None  # the checkpoint that adapters belong to
+        self._sending: tuple[dist.Work, Tensor] | None = None
 
     @property
     def parameter_names(self) -> set[str]:
@@ -38,24 +52,49 @@ class InferenceEngine:
 
     @torch.inference_mode()
     def hidden(self, tokens: Tensor, cache: Any = None, document_start: Tensor | None = None) -> Tensor:
-        """Tokens [b, s] in, the input of the head [b, s, h] out. With a cache, `tokens` continue the sequences in it.
+        """Tokens [b, s] in, this stage's output [b, s, h] out: in the last stage the input of the head.
 
+        Every stage calls it with the same arguments. With a cache, `tokens` are its step, begun by the caller.
         document_start: int32 [b, s], the column in which each token's document begins; None: column 0.
         """
-        tokens = tokens.to(self.grid.device)
         if document_start is not None:
             document_start = document_start.to(self.grid.device)
+        inputs = tokens.to(self.grid.device) if self.grid.is_first_stage else self._received(tokens)
+        layers = slice(-1) if self.grid.is_last_stage else slice(None)
         with nullcontext() if cache is None else kernels_for_decoding():
-            return unpack(self.module(pack(tokens, Masking(document_start)), cache, slice(-1)))[0]
+            hidden = unpack(self.module(pack(inputs, Masking(document_start)), cache, layers))[0]
+        if not self.grid.is_last_stage:
+            self._send(hidden)
+        return hidden
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """The head: any positions of `hidden`, [..., h] -> [..., v/tp]."""
+        """The head, in the last stage: any positions of `hidden`, [..., h] -> [..., v/tp]."""
         logits: Tensor = self.module(hidden, layers=slice(-1, None))
         return logits
 
     @torch.inference_mode()
     def loss(self, hidden: Tensor, targets: Targets) -> Tensor:
-        """The head with its loss, summed over `hidden` [b, s, h]: a scalar in fp32."""
+        """The head with its loss, in the last stage, summed over `hidden` [b, s, h]: a scalar in fp32."""
         loss: Tensor = self.module(hidden, layers=slice(-1, None), targets=targets)
         return loss
+
+    def _received(self, tokens: Tensor) -> Tensor:
+        """The output of the stage before this one, [b, s, h]."""
+        hidden = torch.empty(*tokens.shape, self.hidden_size, dtype=self.dtype, device=self.grid.device)
+        dist.recv(hidden, group=self.grid.group("pipe"), group_src=self.grid.rank("pipe") - 1)
+        return hidden
+
+    def _send(self, hidden: Tensor) -> None:
+        """Send to the next stage; the tensor is kept until it has left, which the next call waits for."""
+        if self._sending is not None:
+            self._sending[0].wait()
+        hidden = hidden.contiguous()
+        work = dist.isend(hidden, group=self.grid.group("pipe"), group_dst=self.grid.rank("pipe") + 1)
+        self._sending = (cast(dist.Work, work), hidden)
+
+
+def blocks_of_stage(count: int, grid: ParallelGrid) -> range:
+    """This stage's share of `count` blocks; sizes differ by at most one."""
+    stage, stages = grid.rank("pipe"), grid.size("pipe")
+    return range(count * stage // stages, count * (stage + 1) // stages)

@@ -70,10 +70,11 @@ def negative_log_likelihood(model: TrainedModel, stream: TokenStream, windows: W
             first = int(batch[1].any(dim=0).int().argmax())  # before it every column is context, which needs no head
             ids, weights = (tensor.to(model.grid.device) for tensor in batch)
             hidden = model.hidden_of_documents(ids[:, :-1])[:, first:]
-            total += model.engine.loss(hidden, (ids[:, 1 + first :], weights[:, first:])).double()
+            if model.grid.is_last_stage:
+                total += model.engine.loss(hidden, (ids[:, 1 + first :], weights[:, first:])).double()
     if replicas > 1:
         dist.all_reduce(total, group=model.grid.group("data"))
-    return float(total)
+    return float(model.from_last_stage(total))
 
 
 def window_batches(stream: TokenStream, windows: WindowSettings, first_token: int) -> Iterator[tuple[Tensor, Tensor]]:

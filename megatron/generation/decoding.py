@@ -86,17 +86,17 @@ class NextLogits:
 
     def __call__(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """Float32 [b, v] for the current texts, which continue those of the last call by one token each."""
-        if self._cache is not None and max(map(len, texts)) <= self._model.context:
-            return self._last(torch.tensor([text[-1:] for text in texts]), self._cache)
         windows = [text[-self._model.context :] for text in texts]
-        columns = max(map(len, windows))
-        room = min(self._room, self._model.context - columns) if self._use_cache else 0
-        padding = [columns - len(window) for window in windows]
-        cache = self._model.new_cache(padding, columns + room)
-        padded = [[0] * empty + list(window) for empty, window in zip(padding, windows, strict=True)]
-        self._cache = cache if room else None
-        return self._last(torch.tensor(padded), cache)
-
-    def _last(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
-        """The logits of the last column."""
-        return self._model.logits(tokens, cache, slice(-1, None))[:, 0]
+        starts = [len(window) - 1 for window in windows]
+        if self._cache is None or max(map(len, texts)) > self._model.context:
+            starts = [0] * len(texts)
+            room = self._room if self._use_cache else 0
+            self._cache = self._model.new_cache(len(texts), min(self._model.context, max(map(len, windows)) + room))
+        rows = [list(window[start:]) for window, start in zip(windows, starts, strict=True)]
+        sizes = [len(row) for row in rows]
+        self._cache.begin_step(range(len(rows)), starts, sizes)
+        tokens = torch.tensor([row + [0] * (max(sizes) - len(row)) for row in rows])
+        hidden = self._model.hidden(tokens, self._cache)[range(len(rows)), [size - 1 for size in sizes]]
+        if not self._use_cache:
+            self._cache = None
+        return self._model.logits_of(hidden)

@@ -38,13 +38,14 @@ def score_rows(model: TrainedModel, rows: Sequence[Row]) -> list[list[Likelihood
     hidden = model.hidden_of_documents(torch.tensor([[*row.tokens, *[0] * (width - len(row.tokens))] for row in rows]))
     positions, answers = _positions_and_answers(rows)
     nats, greedy = torch.zeros(len(answers), dtype=torch.float64), torch.zeros(len(answers), dtype=torch.bool)
-    for number, part in enumerate(positions.split(POSITIONS)):
+    for number, part in enumerate(positions.split(POSITIONS) if model.grid.is_last_stage else ()):
         logits = model.logits_of(hidden[part.to(hidden.device).unbind(1)])
         here = answers[:, 0] // POSITIONS == number
         position, token = answers[here].to(hidden.device).unbind(1)
         position = position % POSITIONS
         nats[here] = logits.log_softmax(-1)[position, token].double().cpu()
         greedy[here] = (logits.argmax(-1)[position] == token).cpu()
+    nats, greedy = model.from_last_stage(torch.stack((nats, greedy.double())).to(hidden.device)).cpu().unbind()
     lengths = [len(ids) for row in rows for ids in row.continuations]
     scores = iter(
         [(float(n.sum()), bool(g.all())) for n, g in zip(nats.split(lengths), greedy.split(lengths), strict=True)]

@@ -72,7 +72,7 @@ class Attention(nn.Module):
         visible = self._visible(masking, query.shape[1], hidden.device)
         if cache is not None:
             key, value = cache.append(self.index, key, value)
-            visible = cache.visibility()
+            visible = cache.visibility(self.index)
         if not (self.training and self.dropout):
             mixed = self.attend(query, key, value, visible, 0.0, self.score_bias)
         else:
@@ -108,9 +108,9 @@ class Attention(nn.Module):
             positions = None if cache is None else cache.positions
             if document_start is not None and self.reset_positions:
                 positions = positions_in_documents(document_start)
-            # a cache's capacity: all its keys are rotated alike, whatever step they come from
-            length = None if cache is None else cache.max_length
-            queries_and_key = self.rotation(queries_and_key, positions, length)
+            # of the whole text: all its keys are rotated alike, whatever step they come from
+            lengths = None if cache is None else cache.lengths
+            queries_and_key = self.rotation(queries_and_key, positions, lengths)
         query, key = queries_and_key.split([self.queries_per_key, 1], dim=3)
         return query.flatten(2, 3), key.squeeze(3), value.squeeze(3)
 

@@ -142,6 +142,7 @@ class ScaledDotProduct:
             visible.keys,
             visible.first,
             bias is not None and bias.of_keys,
+            visible.in_order,
             self.window,
             self.scores.scale or query.shape[-1] ** -0.5,
             self.scores.softcap,

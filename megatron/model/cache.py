@@ -1,15 +1,20 @@
 """Key-value cache: keys and values of earlier tokens, so that decoding computes each token once.
 
-Shapes: b batch, s tokens of this step, k tokens so far including this step's, g key/value heads on this rank,
-d head size.
-Sequences of a batch may be padded on the left, so that they end together. A token's position is its column minus its
-sequence's padding: negative for padding, which no real token sees.
+Shapes: b rows of a step, s tokens of a row (short rows are padded on the right), k columns of keys, g key/value heads
+on this rank, d head size.
+The cache has slots, each of which holds one text from position 0 on. A step computes the next tokens of some slots, as
+many of each as it likes. A layer with a window keeps no more columns than its queries see: its slots are rings, whose
+column p modulo their size holds position p.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from megatron.config.plan import ModelPlan
+from megatron.registry import resolve
 
 
 @dataclass(frozen=True)
@@ -17,80 +22,180 @@ class Positions:
     """Positions of queries and keys in their sequences; a query sees the keys that are not after it."""
 
     queries: Tensor  # [b or 1, s] int64
-    keys: Tensor  # [b or 1, k] int64
+    keys: Tensor  # [b or 1, k] int64; negative: no key
     first: Tensor | None = None  # [b, s] the first key that each query sees; None: all before it
+    in_order: bool = True  # the keys are consecutive, and the queries are the last of them
 
     def visible(self, window: int | None = None) -> Tensor:
-        """Which keys each query sees, bool [b or 1, 1, s, k]; with a window, only the last `window` keys.
-
-        Padding sees padding: a query without any key would give NaN.
-        """
+        """Which keys each query sees, bool [b or 1, 1, s, k]; with a window, only the last `window` keys."""
         queries, keys = self.queries[:, None, :, None], self.keys[:, None, None, :]
-        seen = (keys <= queries) & ((keys >= 0) | (queries < 0))
+        seen = (keys <= queries) & (keys >= 0)
         if self.first is not None:
             seen = seen & (keys >= self.first[:, None, :, None])
         return seen if window is None else seen & (keys > queries - window)
 
 
-class KVCache:
-    """Keys and values of all layers on this rank, and the range of the current step.
+@dataclass(frozen=True)
+class StepPositions(Positions):
+    """Positions of a step of decoding, whose mask is the same for all layers of one kind."""
 
-    The embedding begins a step; each block appends its keys and values.
-    """
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def visible(self, window: int | None = None) -> Tensor:
+        """See `Positions`."""
+        if window not in self.masks:
+            self.masks[window] = super().visible(window)
+        return self.masks[window]
+
+
+@dataclass
+class _Columns:
+    """How layers of one kind use their columns in the current step. size: columns of a slot."""
+
+    size: int
+    window: int | None
+    written: Tensor = field(default_factory=lambda: torch.empty(0))  # [b, s]; padding is written to column `size`
+    shown: int = 0  # columns that hold keys
+    positions: StepPositions | None = None
+
+
+class KVCache:
+    """Keys and values of this rank's layers, and the rows of the current step."""
 
     def __init__(
         self,
-        num_layers: int,
-        batch: int,
-        max_length: int,
-        kv_heads_local: int,
-        head_size: int,
+        model: ModelPlan,
+        slots: int,
+        capacity: int,
+        kv_heads: int,
         dtype: torch.dtype,
         device: torch.device,
-        padding: Tensor | None = None,
+        *,
+        longest_step: int | None = None,
+        layers: range | None = None,
     ) -> None:
-        """Allocate `max_length` tokens, padding included. padding: [b] left-padding tokens of each sequence."""
-        shape = (num_layers, batch, max_length, kv_heads_local, head_size)
-        self._keys = torch.zeros(shape, dtype=dtype, device=device)
-        self._values = torch.zeros(shape, dtype=dtype, device=device)
-        self._padded = padding is not None and bool(padding.any())
-        self._positions = torch.arange(max_length, device=device).unsqueeze(0)
-        if padding is not None and self._padded:
-            self._positions = self._positions - padding.to(device).unsqueeze(1)
-        self._start = self._end = 0
+        """Allocate `slots` texts of up to `capacity` tokens.
 
-    @property
-    def length(self) -> int:
-        """Tokens so far, padding included."""
-        return self._end
-
-    @property
-    def max_length(self) -> int:
-        """Capacity in tokens."""
-        return self._keys.shape[2]
-
-    def begin_step(self, tokens: int) -> None:
-        """Begin a step of `tokens` tokens. Raises ValueError if they do not fit."""
-        if self._end + tokens > self.max_length:
-            raise ValueError(f"the cache holds {self._end} of {self.max_length} tokens; {tokens} more do not fit")
-        self._start, self._end = self._end, self._end + tokens
-
-    @property
-    def positions(self) -> Tensor:
-        """Positions of this step's tokens, [b or 1, s]; 0 for padding."""
-        return self._positions[:, self._start : self._end].clamp(min=0)
-
-    def visibility(self) -> Positions | None:
-        """Positions of this step's queries and all keys; None: each query sees all keys up to its own.
-
-        None without padding in the first step and in a step of one token, the cases with fast kernels.
+        kv_heads: on this rank. longest_step: most tokens of a row in a step; None: capacity. layers: of this rank;
+        None: all.
         """
-        if not self._padded and (self._start == 0 or self._end - self._start == 1):
+        self.capacity, self.longest_step = capacity, longest_step or capacity
+        self._device = device
+        self._reset_mask, self._reset_positions = model.reset_attention_mask, model.reset_position_ids
+        self._full = _Columns(capacity, None)
+        self._kinds = [self._full]
+        own = range(model.num_layers) if layers is None else layers
+        self._of_layer: dict[int, _Columns] = {}
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+        for layer in own:
+            columns = self._of_layer[layer] = self._columns(model, layer)
+            shape = (slots, columns.size + 1, kv_heads, model.head_size)
+            self._keys[layer] = torch.zeros(shape, dtype=dtype, device=device)
+            self._values[layer] = torch.zeros(shape, dtype=dtype, device=device)
+        self._from_nothing = False
+        self._rows: slice | Tensor = slice(0, 0)
+        self._indices = torch.empty(0)
+        self.positions = torch.empty(0)
+        self.lengths: tuple[int, ...] = ()
+
+    def _columns(self, model: ModelPlan, layer: int) -> _Columns:
+        """The columns of a layer. A bias of scores needs the keys in order, so no ring."""
+        window = model.sliding_window if model.attention_kinds[layer] == "local" else None
+        biased = resolve("position_embedding", model.position_embedding).at_scores is not None
+        if window is None or biased or window - 1 + self.longest_step >= self.capacity:
+            return self._full
+        if len(self._kinds) == 1:
+            self._kinds.append(_Columns(window - 1 + self.longest_step, window))
+        return self._kinds[1]
+
+    def begin_step(
+        self,
+        slots: Sequence[int],
+        starts: Sequence[int],
+        sizes: Sequence[int],
+        *,
+        lengths: Sequence[int] | None = None,
+        document_start: Tensor | None = None,
+    ) -> None:
+        """Begin a step of the tokens at positions start to start + size - 1 of each slot.
+
+        A row of size 0 computes nothing that counts. lengths: of the whole texts, by which some rotary scaling chooses
+        its frequencies; None: the capacity. document_start: [b, s], the position at which each token's document
+        begins, if the model keeps documents apart.
+        Raises ValueError for tokens that do not fit.
+        """
+        ends = [start + size for start, size in zip(starts, sizes, strict=True)]
+        width = max(sizes)
+        if max(ends) > self.capacity or width > self.longest_step:
+            raise ValueError(
+                f"{width} tokens up to position {max(ends)} do not fit: a step has at most {self.longest_step}, a slot "
+                f"{self.capacity}"
+            )
+        steps = torch.arange(width)
+        begins, stops = torch.tensor(starts).unsqueeze(1), torch.tensor(ends).unsqueeze(1)
+        last = (stops - 1).clamp(min=0)
+        places = torch.minimum(begins + steps, last)  # padding sees what the last token sees
+        real = steps < stops - begins
+        start = None if document_start is None else document_start.to(self._device)
+        first = start if self._reset_mask else None
+        self.positions = places.to(self._device)
+        self.lengths = tuple(lengths or [self.capacity] * len(slots))
+        self._indices = torch.tensor(slots, device=self._device).unsqueeze(1)
+        in_a_row = list(slots) == list(range(slots[0], slots[0] + len(slots)))
+        self._rows = slice(slots[0], slots[0] + len(slots)) if in_a_row else self._indices.squeeze(1)
+        even = len(set(sizes)) == 1 and len(set(ends)) == 1
+        self._from_nothing = even and starts[0] == 0 and first is None
+        for kind in self._kinds:
+            kind.written = torch.where(real, places % kind.size, kind.size).to(self._device)
+            kind.shown = min(kind.size, max(ends))
+            kind.positions = self._positions(kind, last, even, even and (width == 1 or starts[0] == 0), first)
+        if start is not None and self._reset_positions:
+            self.positions = self.positions - start
+
+    def _positions(
+        self, kind: _Columns, last: Tensor, even: bool, causal: bool, first: Tensor | None
+    ) -> StepPositions | None:
+        """What queries of a kind of layers see; None: each one all keys up to its own, the cases with fast kernels."""
+        columns = torch.arange(kind.shown)
+        wrapped = kind.window is not None and int(last.max()) >= kind.size
+        if causal and first is None and not wrapped:
             return None
-        return Positions(self._positions[:, self._start : self._end], self._positions[:, : self._end])
+        keys = last - (last - columns) % kind.size if kind.window is not None else columns.unsqueeze(0)
+        return StepPositions(self.positions, keys.to(self._device), first, in_order=even and not wrapped)
+
+    def visibility(self, layer: int) -> Positions | None:
+        """Positions of this step's queries and all keys; None: each query sees all keys up to its own."""
+        return self._of_layer[layer].positions
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's keys and values [b, s, g, d] of this step; returns all so far, [b, k, g, d]."""
-        self._keys[layer, :, self._start : self._end] = keys
-        self._values[layer, :, self._start : self._end] = values
-        return self._keys[layer, :, : self._end], self._values[layer, :, : self._end]
+        """Store a layer's keys and values [b, s, g, d] of this step; returns those of all tokens, [b, k, g, d]."""
+        kind, stored = self._of_layer[layer], (self._keys[layer], self._values[layer])
+        for tensor, new in zip(stored, (keys, values), strict=True):
+            tensor[self._indices, kind.written] = new
+        if self._from_nothing:
+            return keys, values
+        shown_keys, shown_values = (tensor[self._rows, : kind.shown] for tensor in stored)
+        return shown_keys, shown_values
+
+    def can_copy(self, length: int, tokens: int) -> bool:
+        """Whether a slot that has read `length` tokens still has all that the one after its first `tokens` sees."""
+        return all(
+            kind.window is None or length - kind.size <= max(0, tokens - kind.window + 1) for kind in self._kinds
+        )
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int], tokens: int) -> None:
+        """Copy slots as they were after their first `tokens` tokens; a target may be another one's source."""
+        taken, given = (torch.tensor(slots, device=self._device) for slots in (sources, targets))
+        for layer, kind in self._of_layer.items():
+            columns = slice(min(tokens, kind.size) if kind.window is None else kind.size)
+            for stored in (self._keys[layer], self._values[layer]):
+                stored[given, columns] = stored[taken, columns]
+
+
+def bytes_of_slot(
+    model: ModelPlan, capacity: int, kv_heads: int, dtype: torch.dtype, longest_step: int, layers: range
+) -> int:
+    """Bytes of one slot of a `KVCache` with these arguments."""
+    lone = KVCache(model, 1, capacity, kv_heads, dtype, torch.device("meta"), longest_step=longest_step, layers=layers)
+    return sum(tensor.nbytes for tensor in (*lone._keys.values(), *lone._values.values()))

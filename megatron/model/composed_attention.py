@@ -26,6 +26,7 @@ class _Blocks:
     table: Tensor | None
     positions: Positions
     of_keys: bool
+    in_order: bool
     window: int | None
     scale: float
     softcap: float | None
@@ -39,7 +40,8 @@ class _Blocks:
             rows = slice(start, min(start + QUERY_BLOCK, queries))
             # a column is further from another one than a window if their positions are
             first = 0 if self.window is None else max(0, keys - queries + start - self.window + 1)
-            yield _Block(self, rows, slice(first, keys - queries + rows.stop), generator)
+            columns = slice(first, keys - queries + rows.stop) if self.in_order else slice(0, keys)
+            yield _Block(self, rows, columns, generator)
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ def composed_attention(
     keys: Tensor,
     first: Tensor | None,
     of_keys: bool,
+    in_order: bool,
     window: int | None,
     scale: float,
     softcap: float | None,
@@ -112,14 +115,14 @@ def composed_attention(
 ) -> tuple[Tensor, Tensor]:
     """softmax(cap(scale * query key^T) + bias) value: query [b, s, n, d], key and value [b, k, g, d] -> [b, s, n, d].
 
-    table: the bias, [n, at least k] (`score_bias.py`). queries, keys, first: the fields of `Positions`.
+    table: the bias, [n, at least k] (`score_bias.py`). queries, keys, first, in_order: the fields of `Positions`.
     window: keys that a query sees, its own included. softcap: c of c * tanh(scores / c).
     dropout: probability of dropping an attention weight.
     The second result is the seed of the masks, which the backward pass draws again.
     """
     seed = torch.randint(2**63 - 1, ()) if dropout else torch.zeros((), dtype=torch.int64)
     positions = Positions(queries, keys, first)
-    blocks = _Blocks(key, table, positions, of_keys, window, scale, softcap, dropout, int(seed))
+    blocks = _Blocks(key, table, positions, of_keys, in_order, window, scale, softcap, dropout, int(seed))
     mixed = torch.empty_like(query, memory_format=torch.contiguous_format)
     for block in blocks:
         weights, _ = block.weights(block.grouped(query), block.of_columns(key))
@@ -147,6 +150,7 @@ def _backward_operation(
     first: Tensor | None,
     seed: Tensor,
     of_keys: bool,
+    in_order: bool,
     window: int | None,
     scale: float,
     softcap: float | None,
@@ -154,7 +158,7 @@ def _backward_operation(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key, value and table (an empty tensor if there is none)."""
     positions = Positions(queries, keys, first)
-    blocks = _Blocks(key, table, positions, of_keys, window, scale, softcap, dropout, int(seed))
+    blocks = _Blocks(key, table, positions, of_keys, in_order, window, scale, softcap, dropout, int(seed))
     of_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     of_key, of_value = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (key, value))
     of_table = torch.zeros_like(table) if table is not None else query.new_empty(0)
@@ -203,7 +207,7 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     gradients = _backward_operation(gradient, *ctx.saved_tensors, *ctx.settings)
-    return (*gradients[:3], gradients[3] if ctx.has_table else None, *[None] * 8)
+    return (*gradients[:3], gradients[3] if ctx.has_table else None, *[None] * 9)
 
 
 composed_attention.register_autograd(_backward, setup_context=_keep_inputs)

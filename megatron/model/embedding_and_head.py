@@ -52,12 +52,10 @@ class Embedding(VocabParallelEmbedding):
 
         With context parallelism the tokens are this rank's part, [b, s/cp]; with sequence parallelism the result is
         its part of those, [b, s/cp/tp, h]. `Masking` stays unsharded.
-        Raises ValueError for more tokens, padding included, than max_position_embeddings.
+        Raises ValueError for more tokens than max_position_embeddings.
         """
         tokens, masking = unpack(inputs)
-        if cache is not None:
-            cache.begin_step(tokens.shape[1])
-        length = tokens.shape[1] * self.grid.size("context") if cache is None else cache.length
+        length = tokens.shape[1] * self.grid.size("context")
         if length > self.max_positions:
             raise ValueError(f"{length} tokens are more than max_position_embeddings ({self.max_positions})")
         hidden = super().forward(tokens)

@@ -5,7 +5,7 @@ m max_position_embeddings. Positions are [b, s] int64, or None for 0 to s-1 in e
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,8 +20,8 @@ from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.layers import replicated_parameter
 from megatron.parallel.parameter import new_parameter
 
-# (queries or keys [b, s, ..., d], positions, length of the whole sequences) -> the same shape
-Rotation = Callable[[Tensor, Tensor | None, int | None], Tensor]
+# (queries or keys [b, s, ..., d], positions, lengths of the whole sequences) -> the same shape
+Rotation = Callable[[Tensor, Tensor | None, Sequence[int] | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,14 @@ class RotaryTable:
         if self.scaling is not None and self.scaling.kind in ("dynamic", "longrope"):
             self.short = min(self.positions, self.scaling.original_positions)
         self.tables = self._tables(self.short)
-        self.long_tables = self._tables(self.positions) if self.positions > self.short else self.tables
+        self.long_tables = self._tables(self.positions) if self.positions > self.short else None
 
-    def __call__(self, heads: Tensor, positions: Tensor | None = None, length: int | None = None) -> Tensor:
+    def __call__(self, heads: Tensor, positions: Tensor | None = None, lengths: Sequence[int] | None = None) -> Tensor:
         """Rotate queries or keys [b, s, ..., d] by their positions, in fp32; returns the input's type.
 
-        length: of the whole sequences, by which dynamic and longrope scaling choose the frequencies; unset: s.
+        lengths: of the whole sequences, by which dynamic and longrope scaling choose the frequencies; unset: s.
         """
-        tables = self._tables_for(heads.shape[1] if length is None else length)
-        cosine, sine = (self._at(table, heads, positions) for table in tables)
+        cosine, sine = self._cosine_and_sine(heads, positions, lengths or [heads.shape[1]])
         if self.interleaved:
             pairs, rest = heads.split([self.width, heads.shape[-1] - self.width], dim=-1)
             first, second = pairs.unflatten(-1, (-1, 2)).unbind(-1)
@@ -119,8 +118,23 @@ class RotaryTable:
         rotated = (first * cosine - second * sine, second * cosine + first * sine)
         return torch.cat((*rotated, rest), dim=-1).to(heads.dtype)
 
+    def _cosine_and_sine(
+        self, heads: Tensor, positions: Tensor | None, lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """[b or 1, s, 1..., p/2] each."""
+        first, *others = [self._tables_for(length) for length in lengths] if self.long_tables else [self.tables]
+        if positions is None or all(other is first for other in others):
+            cosine, sine = (self._at(table, heads, positions) for table in first)
+            return cosine, sine
+        rows = [
+            [self._at(table, heads, positions[row : row + 1]) for table in tables]
+            for row, tables in enumerate((first, *others))
+        ]
+        cosine, sine = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        return cosine, sine
+
     def _tables_for(self, length: int) -> tuple[Tensor, Tensor]:
-        if length <= self.short:
+        if length <= self.short or self.long_tables is None:
             return self.tables
         if length == self.positions or (self.scaling is not None and self.scaling.kind == "longrope"):
             return self.long_tables

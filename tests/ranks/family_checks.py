@@ -15,12 +15,12 @@ from megatron.convert.parameters import ParameterMap
 from megatron.engine.distributed import start_layout
 from megatron.engine.modules import Sequential
 from megatron.engine.training import TrainingEngine
-from megatron.model.cache import KVCache
 from megatron.model.gpt import gather_logits, gpt_layers
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.parameter import load_state
 from megatron.registry import resolve
 from tests import tiny
+from tests.models import new_cache, read_in_steps
 from tests.ranks.run import make_grid, own_device
 
 Figures = dict[str, float]  # check -> the largest gap, relative
@@ -83,10 +83,9 @@ def _decode(module: Sequential, tokens: Tensor, model: ModelPlan, grid: Parallel
     """Logits of half of the text read at once, and the rest token by token."""
     heads = max(1, model.num_kv_heads // grid.size("tensor"))
     batch, length = tokens.shape
-    cache = KVCache(model.num_layers, batch, length, heads, model.head_size, torch.float32, tokens.device)
     steps = [length // 2] + [1] * (length - length // 2)
-    parts = [gather_logits(module(part, cache), grid, model.vocab_size) for part in tokens.split(steps, dim=1)]
-    return torch.cat(parts, dim=1)
+    decoded = read_in_steps(module, tokens, new_cache(model, batch, length, heads), steps)
+    return gather_logits(decoded, grid, model.vocab_size)
 
 
 def _gap_of_gradients(module: Sequential, reference: Reference) -> float:

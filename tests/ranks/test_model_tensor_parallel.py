@@ -11,10 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.config.plan import ModelPlan
-from megatron.model.cache import KVCache
 from megatron.model.gpt import gather_logits
 from megatron.parallel.grid import ParallelGrid
-from tests.models import VARIETY, build, random_tokens
+from tests.models import VARIETY, build, new_cache, random_tokens, read_in_steps
 from tests.ranks.run import make_grid, one_rank, run_ranks
 
 TOLERANCE = 2e-5
@@ -75,11 +74,10 @@ def test_four_ranks_compute_what_one_computes():
 def decode_body(model: ModelPlan, expected: Tensor) -> None:
     grid = make_grid(tensor=dist.get_world_size())
     module, tokens = build(model, grid).eval(), random_tokens(model, batch=2, length=12).to(grid.device)
-    kv_heads, padding = model.num_kv_heads // grid.size("tensor"), torch.tensor([0, 3])
-    cache = KVCache(3, 2, 12, kv_heads, model.head_size, torch.float32, grid.device, padding)
+    cache = new_cache(model, 2, 12, model.num_kv_heads // grid.size("tensor"))
     with torch.inference_mode():
-        steps = [gather_logits(module(part, cache), grid, model.vocab_size) for part in tokens.split([6, 1, 1, 4], 1)]
-    assert_near(torch.cat(steps, dim=1)[:, 3:], expected, "logits")
+        decoded = gather_logits(read_in_steps(module, tokens, cache, [6, 1, 1, 4]), grid, model.vocab_size)
+    assert_near(decoded, expected, "logits")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "local"])
@@ -88,8 +86,8 @@ def test_decoding_on_two_ranks_equals_reading_everything_on_one(name):
     tokens = random_tokens(model, batch=2, length=12)
     with one_rank() as grid, torch.no_grad():
         module = build(model, grid).eval()
-        alone = [module(tokens[:1])[:, 3:], module(tokens[1:, 3:])]
-    run_ranks(2, decode_body, model, torch.cat(alone)[..., : model.vocab_size])
+        alone = module(tokens)[..., : model.vocab_size]
+    run_ranks(2, decode_body, model, alone)
 
 
 def padding_body(model: ModelPlan) -> None:

@@ -143,7 +143,9 @@ def test_decoding_leaves_cudnn_out_and_everything_else_does_not():
     with one_rank_model() as model:
         block = model.engine.module.layers[1]
         block.register_forward_pre_hook(lambda *_: enabled.append(torch.backends.cuda.cudnn_sdp_enabled()))
-        model.hidden(torch.arange(5)[None], model.new_cache([0], 8))
+        cache = model.new_cache(1, 8)
+        cache.begin_step([0], [0], [5])
+        model.hidden(torch.arange(5)[None], cache)
         model.hidden(torch.arange(5)[None])
     assert enabled == [False, True] and torch.backends.cuda.cudnn_sdp_enabled()
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megatron.config.plan import ModelPlan
 from megatron.engine.modules import Sequential
-from megatron.model.cache import KVCache, Positions
-from tests.models import VARIETY, build, random_tokens, small
+from megatron.model.cache import KVCache, Positions, bytes_of_slot
+from tests.models import VARIETY, build, new_cache, random_tokens, read_in_steps, read_rows, small
 from tests.ranks.run import one_rank
 
 TOLERANCE = 1e-5
@@ -22,6 +22,7 @@ MODELS = {
     "narrow window": small(position_embedding="learned", attention_kinds=("local",) * 3, sliding_window=1),
     "flash": small(attention_kinds=("flash",) * 3, num_kv_heads=2),
 }
+WINDOWS = [name for name, model in MODELS.items() if "local" in model.attention_kinds]
 
 
 @pytest.fixture(scope="module")
@@ -30,31 +31,13 @@ def grid():
         yield grid
 
 
-def cache_for(model: ModelPlan, batch: int, padding: Tensor | None = None, length: int = LENGTH) -> KVCache:
-    return KVCache(
-        model.num_layers,
-        batch,
-        length,
-        model.num_kv_heads,
-        model.head_size,
-        torch.float32,
-        torch.device("cpu"),
-        padding,
-    )
-
-
-def decode(module: Sequential, tokens: Tensor, cache: KVCache, steps: list[int]) -> Tensor:
-    """Read `tokens` in steps of the given lengths."""
-    return torch.cat([module(part, cache) for part in tokens.split(steps, dim=1)], dim=1)
-
-
 def assert_near(actual: Tensor, expected: Tensor) -> None:
     assert actual.isfinite().all()
     assert (actual - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
-def true_logits(module: Sequential, tokens: Tensor, model: ModelPlan, cache: KVCache | None = None) -> Tensor:
-    return module(tokens, cache)[..., : model.vocab_size]
+def true_logits(module: Sequential, tokens: Tensor, model: ModelPlan) -> Tensor:
+    return module(tokens)[..., : model.vocab_size]
 
 
 @pytest.mark.parametrize("steps", [[1] * LENGTH, [9] + [1] * 7, [5, 4, 1, 6], [LENGTH]], ids=str)
@@ -62,40 +45,87 @@ def true_logits(module: Sequential, tokens: Tensor, model: ModelPlan, cache: KVC
 def test_decoding_equals_reading_everything_at_once(grid, name, steps):
     model = MODELS[name]
     module, tokens = build(model, grid).eval(), random_tokens(model, batch=2, length=LENGTH)
-    decoded = decode(module, tokens, cache_for(model, 2), steps)[..., : model.vocab_size]
+    decoded = read_in_steps(module, tokens, new_cache(model, 2, LENGTH), steps)[..., : model.vocab_size]
     assert_near(decoded, true_logits(module, tokens, model))
 
 
-@pytest.mark.parametrize("steps", [[7] + [1] * 5, [7, 3, 2]], ids=str)
+@pytest.mark.parametrize("step", [1, 2, 4])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_a_layer_with_a_window_keeps_only_what_its_queries_see(grid, name, step):
+    """However small its ring is, the logits are those of the whole text."""
+    model = MODELS[name]
+    module, tokens = build(model, grid).eval(), random_tokens(model, batch=2, length=LENGTH)
+    cache = new_cache(model, 2, LENGTH, longest_step=step)
+    decoded = read_in_steps(module, tokens, cache, [step] * (LENGTH // step))[..., : model.vocab_size]
+    assert_near(decoded, true_logits(module, tokens, model))
+    layer, expected = model.attention_kinds.index("local"), model.sliding_window - 1 + step
+    assert cache._keys[layer].shape[1] == expected + 1  # and a column for what padding would write
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_left_padding_changes_nothing(grid, name, steps):
+def test_texts_of_different_lengths_share_steps(grid, name):
+    """Slots are neither neighbours nor in order; rows are read in pieces of different sizes."""
     model, lengths = MODELS[name], [12, 9, 6]
-    module, tokens = build(model, grid).eval(), random_tokens(model, batch=3, length=12)
-    padding = torch.tensor([12 - length for length in lengths])
-    decoded = decode(module, tokens, cache_for(model, 3, padding), steps)[..., : model.vocab_size]
-    for row, length in enumerate(lengths):
-        alone = true_logits(module, tokens[row : row + 1, 12 - length :], model)
-        assert_near(decoded[row : row + 1, 12 - length :], alone)
+    module, cache = build(model, grid).eval(), new_cache(model, 5, 12, longest_step=7)
+    texts = [random_tokens(model, 1, length, seed=length)[0] for length in lengths]
+    slots, done, found = [3, 0, 4], [0, 0, 0], [[], [], []]
+    for sizes in ([7, 3, 1], [2, 4, 1], [1, 1, 1], [2, 1, 3]):
+        rows = [text[start : start + size] for text, start, size in zip(texts, done, sizes, strict=True)]
+        for place, result in enumerate(read_rows(module, rows, slots, done, cache)):
+            found[place].append(result)
+            done[place] += sizes[place]
+    assert done == lengths
+    for text, parts in zip(texts, found, strict=True):
+        assert_near(torch.cat(parts)[..., : model.vocab_size], true_logits(module, text[None], model)[0])
 
 
-def test_what_stands_in_the_padding_does_not_matter(grid):
-    model = MODELS["neox"]
-    module, tokens = build(model, grid).eval(), random_tokens(model, batch=2, length=10)
-    padding = torch.tensor([0, 4])
-    other = tokens.clone()
-    other[1, :4] = (tokens[1, :4] + 7) % model.vocab_size
-    results = [decode(module, ids, cache_for(model, 2, padding), [6, 1, 3])[1, 4:] for ids in (tokens, other)]
-    assert torch.equal(*results)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_slot_that_held_another_text_and_rows_without_tokens_change_nothing(grid, name):
+    model = MODELS[name]
+    module, cache = build(model, grid).eval(), new_cache(model, 3, 12, longest_step=4)
+    read_in_steps(module, random_tokens(model, 3, 12, seed=1), cache, [4, 4, 4])
+    text, slots = random_tokens(model, 1, 8)[0], [0, 1, 2]
+    none = text[:0]
+    parts = [read_rows(module, [none, text[i : i + 2], none], slots, [0, i, 0], cache)[1] for i in (0, 2, 4, 6)]
+    assert_near(torch.cat(parts)[..., : model.vocab_size], true_logits(module, text[None], model)[0])
 
 
-def test_a_cache_that_is_full_says_so(grid):
-    model = MODELS["neox"]
-    module, tokens = build(model, grid).eval(), random_tokens(model, batch=1, length=6)
-    cache = cache_for(model, 1, length=5)
-    module(tokens[:, :4], cache)
-    assert cache.length == 4 and cache.max_length == 5
-    with pytest.raises(ValueError, match="holds 4 of 5 tokens; 2 more do not fit"):
-        module(tokens[:, 4:], cache)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_copied_beginning_continues_as_if_it_had_been_read(grid, name):
+    model, shared = MODELS[name], 6
+    module, cache = build(model, grid).eval(), new_cache(model, 3, LENGTH, longest_step=4)
+    first = random_tokens(model, 1, 8)[0]
+    for start in (0, 4):
+        read_rows(module, [first[start : start + 4]], [2], [start], cache)
+    assert cache.can_copy(8, shared)
+    other = torch.cat((first[:shared], random_tokens(model, 1, 6, seed=9)[0]))
+    cache.copy([2], [0], shared)
+    parts = [read_rows(module, [other[i : i + 2]], [0], [i], cache)[0] for i in (6, 8, 10)]
+    assert_near(torch.cat(parts)[..., : model.vocab_size], true_logits(module, other[None], model)[0, shared:])
+
+
+def test_a_ring_that_has_lost_what_a_beginning_needs_is_not_copied():
+    model = MODELS["narrow window"]
+    cache = new_cache(model, 2, 64, longest_step=2)
+    assert cache.can_copy(6, 5) and not cache.can_copy(40, 5) and cache.can_copy(1, 1)
+
+
+def test_slots_may_change_places():
+    model = small()
+    cache = new_cache(model, 3, 4)
+    for slot in range(3):
+        cache._keys[0][slot] = slot
+    cache.copy([1, 2, 2], [0, 1, 2], 4)
+    assert cache._keys[0][:, :4].mean((1, 2, 3)).tolist() == [1, 2, 2]
+
+
+def test_tokens_that_do_not_fit_are_refused():
+    cache = new_cache(small(), 1, 5, longest_step=4)
+    cache.begin_step([0], [1], [4])
+    with pytest.raises(ValueError, match="2 tokens up to position 6 do not fit: a step has at most 4, a slot 5"):
+        cache.begin_step([0], [4], [2])
+    with pytest.raises(ValueError, match="5 tokens up to position 5 do not fit"):
+        cache.begin_step([0], [0], [5])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "neox"])
@@ -104,26 +134,30 @@ def test_more_tokens_than_positions_are_refused(grid, name):
     module, tokens = build(model, grid).eval(), random_tokens(model, batch=1, length=LENGTH + 1)
     with pytest.raises(ValueError, match=r"17 tokens are more than max_position_embeddings \(16\)"):
         module(tokens)
-    cache = cache_for(model, 1, length=LENGTH + 1)
-    module(tokens[:, :LENGTH], cache)
-    with pytest.raises(ValueError, match=r"17 tokens are more than max_position_embeddings \(16\)"):
-        module(tokens[:, LENGTH:], cache)
 
 
 def test_the_type_of_the_cache_may_be_bf16(grid):
     model = MODELS["llama"]
     module, tokens = build(model, grid).eval().to(torch.bfloat16), random_tokens(model, batch=2, length=8)
-    cache = KVCache(3, 2, 8, model.num_kv_heads, model.head_size, torch.bfloat16, torch.device("cpu"))
-    decoded = decode(module, tokens, cache, [4, 1, 1, 2])[..., : model.vocab_size]
+    cache = KVCache(model, 2, 8, model.num_kv_heads, torch.bfloat16, torch.device("cpu"))
+    decoded = read_in_steps(module, tokens, cache, [4, 1, 1, 2])[..., : model.vocab_size]
     whole = true_logits(module, tokens, model)
     assert decoded.dtype == torch.bfloat16
     # bf16 keeps 8 bits: each of a dozen roundings on the way moves a logit by up to 1/256 of its parts
     assert (decoded - whole).abs().max() <= 0.05 * whole.abs().max()
 
 
-def test_visibility_follows_order_padding_and_window():
+def test_a_slot_takes_the_bytes_that_it_is_said_to_take():
+    model = MODELS["gemma 2"]
+    cache = new_cache(model, 3, 12, longest_step=2)
+    held = sum(tensor.nbytes for tensor in (*cache._keys.values(), *cache._values.values()))
+    size = bytes_of_slot(model, 12, model.num_kv_heads, torch.float32, 2, range(model.num_layers))
+    assert held == 3 * size
+    assert size < bytes_of_slot(model, 12, model.num_kv_heads, torch.float32, 12, range(model.num_layers))
+
+
+def test_visibility_follows_order_and_window():
     keys = torch.tensor([[-1, 0, 1, 2]])
-    positions = Positions(queries=keys, keys=keys)
-    expected = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]
-    assert positions.visible()[0, 0].int().tolist() == expected
-    assert positions.visible(window=2)[0, 0].int().tolist() == [*expected[:3], [0, 0, 1, 1]]
+    positions = Positions(queries=torch.tensor([[0, 1, 2]]), keys=keys)
+    assert positions.visible()[0, 0].int().tolist() == [[0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]
+    assert positions.visible(window=2)[0, 0].int().tolist() == [[0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]

@@ -123,7 +123,7 @@ def test_documents_and_padding_stay_apart_with_capped_scores():
     expected = written_out(query, key, value, positions.visible()[:, 0])
     torch.testing.assert_close(attend(query, key, value, positions, 0.0), expected)
     shifted = torch.arange(LENGTH) - torch.tensor([[0], [5]])
-    padded = Positions(shifted, shifted)
+    padded = Positions(shifted.clamp(min=0), shifted, in_order=False)
     expected = written_out(query, key, value, padded.visible()[:, 0])
     torch.testing.assert_close(attend(query, key, value, padded, 0.0), expected)
 
@@ -136,7 +136,7 @@ def test_backward_drops_the_weights_that_forward_dropped():
 
     def dropped(query, key, value, table, probability=0.3):
         torch.manual_seed(3)
-        last = (columns, columns, None, False, None, SCALE, SOFTCAP, probability)
+        last = (columns, columns, None, False, True, None, SCALE, SOFTCAP, probability)
         return composed_attention(query, key, value, table, *last)[0]
 
     # with unit vectors as values the result is the weights themselves
