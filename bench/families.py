@@ -20,7 +20,6 @@ sys.path.insert(0, str(ROOT))
 from tests.families import (  # noqa: E402
     ALL,
     CASES,
-    ON_ONE_RANK,
     PIPELINES,
     Measurements,
     check_settings_return,
@@ -52,11 +51,7 @@ def main() -> int:
             for case in cases:
                 check_weights_return(case)
                 check_settings_return(case)
-                layouts = [
-                    (1, 1),
-                    *([(2, 1)] if case not in ON_ONE_RANK else []),
-                    *([(2, 2)] if case in PIPELINES else []),
-                ]
+                layouts = [(1, 1), (2, 1), *([(2, 2)] if case in PIPELINES else [])]
                 for figures in (measurements.of(case, *layout) for layout in layouts):
                     largest |= {check: max(gap, largest.get(check, 0.0)) for check, gap in figures.items()}
             held = held and max(largest.values()) <= BOUND

@@ -37,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "attention dropout": {"model": ATTENTION},
     "selective recomputation": {"recompute": 1, "engine": {"recompute_selective": True, "compile": True}},
     "tensor 2": {"tensor": 2},
+    "tensor 2, one key/value head": {"tensor": 2, "model": {"num_kv_heads": 1}},
     "tensor 2, sequence parallel": SEQUENCE_PARALLEL,
     "tensor 2, sequence parallel, float8": SEQUENCE_PARALLEL | {"model": {"float8": True}},
     "tensor 2, sequence parallel, hidden dropout": SEQUENCE_PARALLEL | {"model": HIDDEN},

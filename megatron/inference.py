@@ -107,7 +107,7 @@ class TrainedModel:
 
     def new_cache(self, slots: int, capacity: int, longest_step: int | None = None) -> KVCache:
         """An empty cache for `slots` texts of up to `capacity` tokens, on this stage; see `KVCache`."""
-        kv_heads = self.plan.model.num_kv_heads // self.grid.size("tensor")
+        kv_heads = self.plan.model.kv_heads_on_rank(self.grid.size("tensor"))
         return KVCache(
             self.plan.model,
             slots,

@@ -287,10 +287,6 @@ FIRST = {family: Case(family, next(iter(variants))) for family, variants in CASE
 PIPELINES = [FIRST[family] for family in ("gpt2", "llama", "gemma2", "bloom") if family in FIRST]
 
 
-# One key/value head, which tensor-parallel ranks cannot share.
-ON_ONE_RANK = [case for case in ALL if "one key/value head" in case.variant]
-
-
 def their_config(case: Case) -> transformers.PretrainedConfig:
     """The configuration of a small model."""
     no_ids = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}  # which a small vocabulary has not
@@ -347,8 +343,6 @@ class Measurements:
         if (ranks, pipe) not in self.known:
             self.known.add((ranks, pipe))
             chosen = [number for case, number in self.numbers.items() if pipe == 1 or case in PIPELINES]
-            if ranks > pipe:  # tensor-parallel
-                chosen = [number for number in chosen if number not in {self.numbers.get(c) for c in ON_ONE_RANK}]
             run_ranks(ranks, measure, str(self.folder), chosen, pipe, timeout=60 + 5 * len(chosen))
         found = json.loads(Path(self.folder, f"{self.numbers[case]}.{pipe}.{ranks}.json").read_text())
         assert "error" not in found, found["error"]

@@ -88,6 +88,12 @@ VARIETY = {
         bias_in_dense=False,
         bias_in_mlp=False,
     ),
+    # key/value heads that two ranks share: each of the norms that differ by head, biases and clamped values
+    "three key/value heads": small(
+        num_attention_heads=6, num_kv_heads=3, qk_norm="each_head", norm_bias=False, clip_qkv=2.0
+    ),
+    "three key/value heads, full layernorm": small(num_attention_heads=6, num_kv_heads=3, qk_norm="full"),
+    "one key/value head": small(norm="rmsnorm", activation="swiglu", num_kv_heads=1, qk_norm="full"),
     "qwen 2, granite": small(  # biases of Qwen 2, factors of Granite
         norm="rmsnorm",
         activation="swiglu",

@@ -4,6 +4,7 @@ Higher floors read the Plan. It is plain, frozen data without torch, so that a l
 """
 
 from dataclasses import dataclass
+from math import gcd
 from typing import Literal
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -128,6 +129,17 @@ class ModelPlan:
     reset_position_ids: bool = False  # positions restart at each document
     float8: bool = False  # the products of the blocks' linear layers
     lora: LoraPlan | None = None
+
+    def queries_per_key(self, ranks: int) -> int:
+        """Query heads for each key/value head on one of `ranks` ranks, which divide the query heads.
+
+        If they do not divide the key/value heads, ranks have copies of them, with fewer queries each.
+        """
+        return gcd(self.num_attention_heads // self.num_kv_heads, self.num_attention_heads // ranks)
+
+    def kv_heads_on_rank(self, tensor: int, context: int = 1) -> int:
+        """Key/value heads of a tensor-parallel rank, copies included; with context parallelism before the exchange."""
+        return self.num_attention_heads // tensor // self.queries_per_key(tensor * context)
 
     @property
     def keeps_documents_apart(self) -> bool:

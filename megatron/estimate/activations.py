@@ -102,14 +102,14 @@ def _statistics(plan: Plan) -> int:
 def _attention(plan: Plan, on_cpu: bool) -> int:
     model, tokens, width = plan.model, tokens_on_rank(plan), WIDTH[plan.engine.precision]
     queries = model.num_attention_heads * model.head_size // plan.layout.tensor
-    keys = model.num_kv_heads * model.head_size // plan.layout.tensor
+    kv_heads = model.kv_heads_on_rank(plan.layout.tensor, plan.layout.context)
+    keys = kv_heads * model.head_size
     elements = queries + 2 * keys + queries  # the fused projection, of which the values are a view; the result
     if model.position_embedding == "rotary" or model.qk_norm is not None:
         elements += queries + keys  # rotated, or scaled by the norm's weight
     if plan.layout.context > 1:  # queries, keys, values and result, exchanged
         elements = queries + 2 * keys + 2 * queries
-    several = model.num_kv_heads // (plan.layout.tensor * plan.layout.context) > 1
-    if several and model.num_kv_heads != model.num_attention_heads:
+    if kv_heads > plan.layout.context and model.queries_per_key(plan.layout.tensor * plan.layout.context) > 1:
         elements += queries  # queries, regrouped
     if model.clip_qkv is not None:
         elements += queries + 2 * keys  # before they are clamped
@@ -146,7 +146,8 @@ def _query_key_norm(plan: Plan) -> int:
     result = 4 if model.norm == "rmsnorm_1p" else width
     copied = (together and (centred or width < 4)) or result > width
     statistics = 0 if together else 8 if centred else 4
-    heads = (model.num_attention_heads + model.num_kv_heads) // plan.layout.tensor
+    kv_heads = model.kv_heads_on_rank(plan.layout.tensor, plan.layout.context)
+    heads = model.num_attention_heads // plan.layout.tensor + kv_heads
     return tokens * heads * (model.head_size * (result + 4 * copied) + statistics)
 
 
@@ -182,6 +183,7 @@ def _scores_in_flight(plan: Plan) -> int:
     """Bytes of the scores of a block of queries and of what is computed with them, and of the gradients in fp32."""
     model, length, ranks = plan.model, plan.batch.sequence_length, plan.layout.tensor * plan.layout.context
     scores = plan.batch.micro_size * model.num_attention_heads // ranks * min(SCORE_BLOCK, length) * length
-    keys = 2 * plan.batch.micro_size * length * model.num_kv_heads * model.head_size // ranks
+    kv_heads = model.kv_heads_on_rank(plan.layout.tensor, plan.layout.context) // plan.layout.context
+    keys = 2 * plan.batch.micro_size * length * kv_heads * model.head_size
     tensors = SCORE_TENSORS + 2 * (model.attention_softcap is not None)
     return 4 * (tensors * scores + 2 * keys)

@@ -46,7 +46,7 @@ def inference_lines(plan: Plan, gpu_memory: float | None) -> list[str]:
     model, width = plan.model, WIDTH[plan.engine.precision]
     everything = range(len(layer_classes(model)))
     weights = held_parameters(model, plan.layout.tensor, everything) * width
-    token = 2 * model.num_layers * model.num_kv_heads * model.head_size // plan.layout.tensor * width
+    token = 2 * model.num_layers * model.kv_heads_on_rank(plan.layout.tensor) * model.head_size * width
     lines = [f"  memory of a rank: {_gib(weights)} of weights, and {token:,} bytes of cache per token"]
     if gpu_memory is not None:
         left = gpu_memory * GIB * (1 - FRAGMENTATION) - RESERVE - weights

@@ -6,6 +6,7 @@ from torch import nn
 
 from megatron.config.parameter_shapes import adapters_of
 from megatron.config.plan import ModelPlan
+from megatron.model.shared_heads import key_exchange
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.parallel.lora import ColumnAdapter, HeadsAdapter, RowAdapter
@@ -16,17 +17,20 @@ def attach_adapters(module: nn.Module, name: str, model: ModelPlan, grid: Parall
     lora, parts = model.lora, dict[str, dict[str, nn.Module]]()
     if lora is None or not name.startswith("blocks."):
         return
+    shared = model.queries_per_key(grid.size("tensor") * grid.size("context"))
     for adapter in adapters_of(model, int(name.removeprefix("blocks."))):
-        kind = ColumnAdapter if adapter.outputs_are_sharded else RowAdapter
-        made = kind(adapter.inputs, adapter.outputs, lora.rank, lora.alpha / lora.rank, lora.dropout, grid)
+        linear = cast(ColumnParallelLinear | RowParallelLinear, module.get_submodule(adapter.layer))
+        sizes = adapter.inputs, adapter.outputs, lora.rank, lora.alpha / lora.rank, lora.dropout
+        made: nn.Module
+        if isinstance(linear, RowParallelLinear):
+            made = RowAdapter(*sizes, grid)
+        elif adapter.part is None:
+            made = ColumnAdapter(*sizes, grid, linear.exchange)
+        else:
+            made = ColumnAdapter(*sizes, grid, None if adapter.part == "query" else key_exchange(model, grid))
         if adapter.part is None:
-            _linear(module, adapter.layer).lora = made
+            linear.lora = made
         else:
             parts.setdefault(adapter.layer, {})[adapter.part] = made
     for layer, adapters in parts.items():
-        shared = model.num_attention_heads // model.num_kv_heads
-        _linear(module, layer).lora = HeadsAdapter(adapters, shared, model.head_size)
-
-
-def _linear(module: nn.Module, name: str) -> ColumnParallelLinear | RowParallelLinear:
-    return cast(ColumnParallelLinear | RowParallelLinear, module.get_submodule(name))
+        module.get_submodule(layer).lora = HeadsAdapter(adapters, shared, model.head_size)

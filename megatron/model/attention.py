@@ -3,7 +3,8 @@
 Shapes: b micro-batch, s sequence, h hidden, n query heads and g key/value heads on this rank, r = n/g query heads per
 key/value head, d head size.
 One matrix projects to queries, keys and values. Its rows are ordered by key/value head: the r query heads that share
-it, the key, the value. So a tensor-parallel shard is one slice, with grouped queries too.
+it, the key, the value. So a tensor-parallel shard is one slice, with grouped queries too. If the ranks do not divide
+the key/value heads, n, g and r count copies (shared_heads.py).
 """
 
 import torch
@@ -19,6 +20,7 @@ from megatron.model.layer import NO_MASKING, Masking
 from megatron.model.positions import Rotation, positions_in_documents
 from megatron.model.query_key_norm import query_key_norm
 from megatron.model.score_bias import ScoreBias
+from megatron.model.shared_heads import fused_exchange
 from megatron.parallel.collectives import exchange
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -38,7 +40,13 @@ class Attention(nn.Module):
         outputs = width + 2 * model.num_kv_heads * model.head_size
         init, output_init = weight_initialisers(model)
         self.query_key_value = ColumnParallelLinear(
-            model.hidden_size, outputs, model.bias_in_query_key_value, init, grid, model.float8
+            model.hidden_size,
+            outputs,
+            model.bias_in_query_key_value,
+            init,
+            grid,
+            model.float8,
+            fused_exchange(model, grid),
         )
         self.norm = query_key_norm(model, grid)
         self.dense = RowParallelLinear(width, model.hidden_size, model.bias_in_dense, output_init, grid, model.float8)
@@ -50,8 +58,8 @@ class Attention(nn.Module):
         if isinstance(self.attend, FlexAttention):
             self.by_blocks = block_windows(model, grid.device).index(self.attend.window), self.attend.window
         self.index, self.rotation, self.dropout, self.grid = index, rotation, model.attention_dropout, grid
-        self.kv_heads = model.num_kv_heads // grid.size("tensor")
-        self.queries_per_key = model.num_attention_heads // model.num_kv_heads
+        self.kv_heads = model.kv_heads_on_rank(grid.size("tensor"), grid.size("context"))
+        self.queries_per_key = model.queries_per_key(grid.size("tensor") * grid.size("context"))
         self.head_size, self.clip = model.head_size, model.clip_qkv
         self.reset_mask, self.reset_positions = model.reset_attention_mask, model.reset_position_ids
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config.plan import ModelPlan
+from megatron.model.shared_heads import key_exchange
 from megatron.parallel.collectives import copy_to_group, reduce_from_group
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.initial_values import ones, zeros
@@ -36,13 +37,16 @@ class QueryKeyNorm(nn.Module):
 
     def __init__(self, model: ModelPlan, grid: ParallelGrid) -> None:
         super().__init__()
-        self.widths = (model.num_attention_heads * model.head_size, model.num_kv_heads * model.head_size)
+        widths = (model.num_attention_heads * model.head_size, model.num_kv_heads * model.head_size)
         self.shared, self.over_all = model.qk_norm == "head", model.qk_norm == "full"
         self.centred, self.one_plus = model.norm == "layernorm", model.norm == "rmsnorm_1p"
-        sizes = (model.head_size,) * 2 if self.shared else self.widths
+        sizes = (model.head_size,) * 2 if self.shared else widths
         has_bias = self.centred and model.norm_bias and model.qk_norm != "each_head"
         self.query, self.key = (Weights(size, None if self.shared else 0, model, has_bias, grid) for size in sizes)
-        self.group, self.epsilon = grid.group("tensor"), model.norm_epsilon
+        self.group, self.epsilon, self.exchange = grid.group("tensor"), model.norm_epsilon, key_exchange(model, grid)
+        tensor, context = grid.size("tensor"), grid.size("context")
+        copies = tensor * model.kv_heads_on_rank(tensor, context)
+        self.summed = (widths[0], copies * model.head_size)  # elements that all ranks have; as many copies of each key
 
     def forward(self, heads: Tensor) -> Tensor:
         """[b, s, g, r+1, d] -> the same shape.
@@ -69,6 +73,7 @@ class QueryKeyNorm(nn.Module):
         if self.shared:
             query, key = copy_to_group(query, self.group), copy_to_group(key, self.group)
             return torch.cat((query.expand(share, -1), key.unsqueeze(0)))
+        key = key if self.exchange is None else self.exchange(key)
         return torch.cat((query.view(groups, share, size), key.view(groups, 1, size)), dim=1)
 
     def _normed_together(self, heads: Tensor) -> Tensor:
@@ -85,7 +90,7 @@ class QueryKeyNorm(nn.Module):
         sums = torch.stack((of_heads[..., :-1].sum(-1), of_heads[..., -1]), dim=-1)
         # every rank uses the total sum, so its gradient is a sum over the ranks as well
         sums = copy_to_group(reduce_from_group(sums, self.group), self.group)
-        return sums / sums.new_tensor(self.widths)
+        return sums / sums.new_tensor(self.summed)
 
 
 def _to_heads(values: Tensor, heads: Tensor) -> Tensor:

@@ -60,6 +60,14 @@ def exchange(tensor: Tensor, split: int, join: int, group: dist.ProcessGroup) ->
     return tensor if dist.get_world_size(group) == 1 else _Exchange.apply(tensor, split, join, group)
 
 
+def exchange_rows(tensor: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Send the first `sent[0]` rows of `tensor` to the first rank, the next ones to the second, and so on.
+
+    Returns the `received[i]` rows from each rank, concatenated. One all-to-all forward and its inverse backward.
+    """
+    return tensor if dist.get_world_size(group) == 1 else _ExchangeRows.apply(tensor, sent, received, group)
+
+
 def all_gather_sequence(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[b, s/p, ...] of each rank -> [b, s, ...] on every rank. Not differentiable."""
     ranks = dist.get_world_size(group)
@@ -149,6 +157,19 @@ class _Exchange(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         return _exchanged(gradient, ctx.join, ctx.split, ctx.group), None, None, None
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _finished(_functional.all_to_all_single(tensor, received, sent, group.group_name))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        rows = _functional.all_to_all_single(gradient.contiguous(), ctx.sent, ctx.received, ctx.group.group_name)
+        return _finished(rows), None, None, None
 
 
 def _exchanged(tensor: Tensor, split: int, join: int, group: dist.ProcessGroup) -> Tensor:

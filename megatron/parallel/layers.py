@@ -24,6 +24,7 @@ from megatron.parallel.collectives import (
     reduce_scatter_sequence,
     scatter_sequence,
 )
+from megatron.parallel.column_exchange import ColumnExchange
 from megatron.parallel.cross_entropy import (
     EAGER,
     UNCHANGED,
@@ -43,25 +44,39 @@ class ColumnParallelLinear(nn.Module):
     """A linear layer with sharded outputs: each rank computes o/tp of them."""
 
     def __init__(
-        self, inputs: int, outputs: int, bias: bool, initialise: Initialiser, grid: ParallelGrid, float8: bool = False
+        self,
+        inputs: int,
+        outputs: int,
+        bias: bool,
+        initialise: Initialiser,
+        grid: ParallelGrid,
+        float8: bool = False,
+        exchange: ColumnExchange | None = None,
     ) -> None:
+        """exchange: if ranks use other outputs than those they compute."""
         super().__init__()
-        self.grid, self.float8 = grid, float8
+        self.grid, self.float8, self.exchange = grid, float8, exchange
         self.weight = new_parameter((outputs, inputs), 0, initialise, grid)
         self.bias = new_parameter((outputs,), 0, zeros, grid) if bias else None
         self.lora: nn.Module | None = None  # see lora.py
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[b, s, i], the same on every rank ([b, s/tp, i] with sequence parallelism) -> [b, s, o/tp]."""
+        """[b, s, i], the same on every rank ([b, s/tp, i] with sequence parallelism) -> [b, s, o/tp].
+
+        With `exchange` [b, s, the outputs that this rank wants].
+        """
         return column_parallel_layers(inputs, self)[0]
 
 
 def column_parallel_layers(inputs: Tensor, *layers: ColumnParallelLinear) -> list[Tensor]:
-    """Several layers of the same inputs, with their adapters; see `column_parallel`."""
+    """Several layers of the same inputs, with their exchanges and adapters; see `column_parallel`."""
     weights = [(layer.weight, layer.bias) for layer in layers]
     outputs = column_parallel(inputs, layers[0].grid, *weights, float8=layers[0].float8)
-    pairs = zip(outputs, layers, strict=True)
-    return [output if layer.lora is None else output + layer.lora(inputs) for output, layer in pairs]
+    pairs = [
+        (output if layer.exchange is None else layer.exchange(output), layer.lora)
+        for output, layer in zip(outputs, layers, strict=True)
+    ]
+    return [output if lora is None else output + lora(inputs) for output, lora in pairs]
 
 
 def column_parallel(

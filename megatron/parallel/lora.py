@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.parallel.collectives import copy_to_group, gather_sequence
+from megatron.parallel.column_exchange import ColumnExchange
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.initial_values import Independent, zeros
 from megatron.parallel.layers import replicated_parameter
@@ -23,9 +24,19 @@ from megatron.parallel.random import dropout, own_stream
 class ColumnAdapter(nn.Module):
     """Of a layer with sharded outputs: A [r, i] is replicated, B [o/tp, r] sharded."""
 
-    def __init__(self, inputs: int, outputs: int, rank: int, factor: float, dropout: float, grid: ParallelGrid) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        rank: int,
+        factor: float,
+        dropout: float,
+        grid: ParallelGrid,
+        exchange: ColumnExchange | None = None,
+    ) -> None:
+        """exchange: of the layer's outputs, here of the rows of B."""
         super().__init__()
-        self.grid, self.factor, self.dropout = grid, factor, dropout
+        self.grid, self.factor, self.dropout, self.exchange = grid, factor, dropout, exchange
         self.a = new_parameter((rank, inputs), None, _kaiming(inputs), grid)
         self.b = new_parameter((outputs, rank), 0, zeros, grid)
 
@@ -38,7 +49,8 @@ class ColumnAdapter(nn.Module):
         inputs = dropout(inputs, self.dropout, self.training, self.grid)
         low, group = F.linear(inputs, replicated_parameter(self.a, self.grid)), self.grid.group("tensor")
         low = gather_sequence(low, group) if self.grid.sequence_parallel else copy_to_group(low, group)
-        return F.linear(low, self.b) * self.factor
+        b = self.b if self.exchange is None else self.exchange(self.b.t()).t()
+        return F.linear(low, b) * self.factor
 
 
 class RowAdapter(nn.Module):

@@ -81,7 +81,7 @@ def _figures(reference: Reference) -> Figures:
 
 def _decode(module: Sequential, tokens: Tensor, model: ModelPlan, grid: ParallelGrid) -> Tensor:
     """Logits of half of the text read at once, and the rest token by token."""
-    heads = max(1, model.num_kv_heads // grid.size("tensor"))
+    heads = model.kv_heads_on_rank(grid.size("tensor"))
     batch, length = tokens.shape
     steps = [length // 2] + [1] * (length - length // 2)
     decoded = read_in_steps(module, tokens, new_cache(model, batch, length, heads), steps)

@@ -159,13 +159,13 @@ def is_possible(case: Case) -> bool:
     settings = case.settings()
     zero, tensor = settings.get("zero", 0), settings.get("tensor", 1)
     model = settings.get("model", {})
-    kv_heads = model.get("num_kv_heads", tiny.MODEL.num_kv_heads)
+    heads = model.get("num_attention_heads", tiny.MODEL.num_attention_heads)
     return not (
         (settings.get("pipe", 1) > 1 and zero > 1)
         or ("zero_options" in settings and not zero)
         or (settings.get("sequence_parallel") and tensor == 1)
         or (case.name("recompute") == "selective" and zero == 3)
-        or kv_heads % (tensor * settings.get("context", 1))
+        or heads % (tensor * settings.get("context", 1))
         or settings.get("pipe", 1) > model.get("num_layers", tiny.MODEL.num_layers)
     )
 

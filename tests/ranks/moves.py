@@ -87,6 +87,8 @@ MOVES = [
     Move({"data": 2, "zero": 3} | ALL_OFFLOADED, {"pipe": 2}, {"precision": "bf16"}),
     Move({"pipe": 2, "data": 2, "zero": 1} | SUMMED, {"data": 2}, {"precision": "bf16", "model": TIED}),
     Move({"tensor": 2}, {"data": 2, "zero": 1} | SUMMED, {"precision": "bf16"}),
+    Move({"tensor": 2}, {}, {"model": {"num_kv_heads": 1}}),
+    Move({}, {"tensor": 2, "zero": 1}, {"model": {"num_kv_heads": 1}}),
 ]
 
 

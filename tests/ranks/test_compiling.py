@@ -65,6 +65,7 @@ def whole_graph_body(layout: dict[str, object]) -> None:
 SPLIT = [
     {"tensor": 2, "sequence_parallel": True, "model": {"float8": True}},
     {"tensor": 2, "model": {"qk_norm": "full", "activation": "swiglu"}},
+    {"tensor": 2, "model": {"num_attention_heads": 6, "num_kv_heads": 3, "qk_norm": "full"}},
     {"context": 2},
     {"context": 2, "model": {"position_embedding": "rpe", "attention_softcap": 2.0}},
 ]

@@ -9,7 +9,7 @@ import pytest
 
 from megatron import registry
 from megatron.convert.family import KIND
-from tests.families import ALL, CASES, ON_ONE_RANK, PIPELINES, Measurements, check_settings_return, check_weights_return
+from tests.families import ALL, CASES, PIPELINES, Measurements, check_settings_return, check_weights_return
 from tests.ranks.family_checks import BOUND
 
 each_case = pytest.mark.parametrize("case", ALL, ids=str)
@@ -27,11 +27,7 @@ def test_every_family_has_a_case():
     assert list(CASES) == registry.names(KIND)
 
 
-@pytest.mark.parametrize(
-    ("case", "ranks"),
-    [(case, ranks) for case in ALL for ranks in (1, 2) if ranks == 1 or case not in ON_ONE_RANK],
-    ids=str,
-)
+@pytest.mark.parametrize(("case", "ranks"), [(case, ranks) for case in ALL for ranks in (1, 2)], ids=str)
 def test_logits_decoding_and_gradients_equal_those_of_transformers(measurements, case, ranks):
     figures = measurements.of(case, ranks)
     assert len(figures) == (3 if ranks == 1 else 2)

@@ -130,6 +130,25 @@ def test_norms_of_every_kind_train_like_one_rank(tmp_path, reference, model, lay
     assert_same(curve(tmp_path, model=model, **layout), reference(model=model))
 
 
+# on two tensor-parallel ranks: heads 0, 0, 1 and 1, 2, 2; the same head
+THREE = {"num_attention_heads": 6, "num_kv_heads": 3, "norm": "rmsnorm", "qk_norm": "full"}
+ONE = {"num_kv_heads": 1, "activation": "swiglu"}
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        pytest.param(THREE, {"tensor": 2, "data": 2, "zero": 3}, id="three, ZeRO 3"),
+        pytest.param(THREE, {"tensor": 2, "data": 2, "zero": 1}, id="three, ZeRO 1", marks=pytest.mark.long),
+        pytest.param(ONE, SPLIT | {"zero": 1}, id="one, pipeline"),
+        pytest.param(ONE, {"tensor": 2, "context": 2}, id="one, context"),
+        pytest.param(THREE, {"context": 2}, id="three, context alone", marks=pytest.mark.long),
+    ],
+)
+def test_key_value_heads_that_ranks_share_train_like_one_rank(tmp_path, reference, model, layout):
+    assert_same(curve(tmp_path, model=model, **layout), reference(model=model))
+
+
 ENDS = {"embedding_norm": True, "embedding_multiplier": 4.0, "logit_multiplier": 0.5, "logit_softcap": 5.0}
 ROTATIONS = {
     "attention_kinds": ("local", "global", "local", "global"),

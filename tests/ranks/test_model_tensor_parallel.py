@@ -64,8 +64,8 @@ def test_two_ranks_compute_what_one_computes(name):
     run_ranks(2, compare, model, logits, loss, gradients)
 
 
-def test_four_ranks_compute_what_one_computes():
-    model = VARIETY["neox"]
+@pytest.mark.parametrize("model", [VARIETY["neox"], VARIETY["llama"]], ids=["neox", "two key/value heads"])
+def test_four_ranks_compute_what_one_computes(model):
     with one_rank() as grid:
         logits, loss, parameters = run(model, grid)
     run_ranks(4, compare, model, logits, loss, {key: parameter.grad for key, parameter in parameters.items()})
@@ -74,13 +74,13 @@ def test_four_ranks_compute_what_one_computes():
 def decode_body(model: ModelPlan, expected: Tensor) -> None:
     grid = make_grid(tensor=dist.get_world_size())
     module, tokens = build(model, grid).eval(), random_tokens(model, batch=2, length=12).to(grid.device)
-    cache = new_cache(model, 2, 12, model.num_kv_heads // grid.size("tensor"))
+    cache = new_cache(model, 2, 12, model.kv_heads_on_rank(grid.size("tensor")))
     with torch.inference_mode():
         decoded = gather_logits(read_in_steps(module, tokens, cache, [6, 1, 1, 4]), grid, model.vocab_size)
     assert_near(decoded, expected, "logits")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "local"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "local", "three key/value heads"])
 def test_decoding_on_two_ranks_equals_reading_everything_on_one(name):
     model = VARIETY[name]
     tokens = random_tokens(model, batch=2, length=12)

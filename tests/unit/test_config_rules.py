@@ -29,7 +29,7 @@ BROKEN = [
     ),
     (
         {"num_kv_heads": 4, "context_parallel_size": 4, "model_parallel_size": 2},
-        "num_kv_heads (4) / model_parallel_size (2) must be divisible by context_parallel_size (4); 1 or 2 would work",
+        "num_attention_heads (12) / model_parallel_size (2) must be divisible by context_parallel_size (4); 2, 3 or 6",
     ),
     (
         {"context_parallel_size": 2, "pipe_parallel_size": 2},
@@ -134,8 +134,8 @@ BROKEN = [
         "num_attention_heads (12) must be divisible by num_kv_heads (5); num_kv_heads 3, 4 or 6",
     ),
     (
-        {"num_kv_heads": 2, "model_parallel_size": 4},
-        "num_kv_heads (2) must be divisible by model_parallel_size (4)",
+        {"num_kv_heads": 3, "head_dim": 1, "pos_emb": "learned", "model_parallel_size": 4},
+        "num_kv_heads (3) x head size (1) must be divisible by model_parallel_size (4); 1 or 3 would work",
     ),
     (
         {"ffn_hidden_size": 30, "model_parallel_size": 4},
@@ -268,6 +268,8 @@ def test_a_broken_rule_names_both_values_and_a_way_out(keys, message):
 RIGHT = [
     {},
     {"num_kv_heads": 4, "model_parallel_size": 4, "ffn_hidden_size": 28},
+    {"num_kv_heads": 1, "model_parallel_size": 2, "context_parallel_size": 2, "seq_length": 16},
+    {"num_kv_heads": 3, "model_parallel_size": 2},
     {"attention_config": [[["global", "local"], 1], [["flash"], 2]], "sliding_window_width": 3},
     {"gpt_j_tied": True, "gpt_j_residual": True},
     {"norm_bias": False, "qk_norm": "each_head"},

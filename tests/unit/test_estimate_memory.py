@@ -141,6 +141,13 @@ def test_generation_is_told_its_weights_and_the_room_for_texts():
     assert "gpu_memory 1 GiB: it does not fit" in text, "CUDA takes that much"
 
 
+def test_every_rank_that_shares_a_key_value_head_caches_it():
+    config = config_from_flat(SHAPE | {"num_kv_heads": 1, "model_parallel_size": 2, "save": "x"})
+    text = dry_run(config, resolve(config, 2, 1000, inference=True), "generate.py", [])
+    one_head = 1536 // config.model.num_attention_heads
+    assert f" {one_head} bytes of cache per token" in text
+
+
 @pytest.mark.parametrize(
     "keys",
     [

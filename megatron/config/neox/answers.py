@@ -19,7 +19,7 @@ HONOURED: dict[str, str] = {
     "num_layers": "",
     "hidden_size": "",
     "num_attention_heads": "",
-    "num_kv_heads": "must be divisible by model_parallel_size",
+    "num_kv_heads": "need not be divisible by model_parallel_size",
     "intermediate_size": "for activations without a gate; with a gated one it is refused, because GPT-NeoX counts it "
     "three times: write ffn_hidden_size, as the message proposes",
     "mlp_multiple_of": "the default width is rounded up; a written width must be a multiple",

@@ -50,13 +50,14 @@ def _groups_divide_the_heads(config: Config) -> Iterator[str]:
         )
 
 
-@rule(MODEL_RULES, "num_kv_heads", "model_parallel_size")
+@rule(MODEL_RULES, "num_kv_heads", "head_dim", "hidden_size", "num_attention_heads", "model_parallel_size")
 def _groups_can_be_split(config: Config) -> Iterator[str]:
-    groups, split = config.model.num_kv_heads, config.parallelism.model_parallel_size
-    if groups is not None and groups % split:
+    """Key/value heads that ranks share are computed in equal parts (model/shared_heads.py)."""
+    groups, split, size = config.model.num_kv_heads, config.parallelism.model_parallel_size, head_size(config.model)
+    if groups is not None and groups * size % split:
         yield (
-            f"num_kv_heads ({groups}) must be divisible by model_parallel_size ({split}); "
-            f"{would_work(divisors(groups), split)}"
+            f"num_kv_heads ({groups}) x head size ({size}) must be divisible by model_parallel_size ({split}); "
+            f"{would_work(divisors(groups * size), split)}"
         )
 
 
@@ -71,16 +72,14 @@ def _sequence_can_be_split(config: Config) -> Iterator[str]:
         yield f"seq_length ({length}) must be divisible by {' x '.join(named)}; {round_up(length, parts)} would work"
 
 
-@rule(MODEL_RULES, "num_attention_heads", "num_kv_heads", "context_parallel_size", "model_parallel_size")
+@rule(MODEL_RULES, "num_attention_heads", "context_parallel_size", "model_parallel_size")
 def _context_shares_the_heads(config: Config) -> Iterator[str]:
-    model, keys = config.model, config.parallelism
+    heads, keys = config.model.num_attention_heads, config.parallelism
     context, split = keys.context_parallel_size, keys.model_parallel_size
-    name = "num_attention_heads" if model.num_kv_heads is None else "num_kv_heads"
-    heads = model.num_kv_heads or model.num_attention_heads
     if context > 1 and heads % split == 0 and heads // split % context:
         choices = would_work(divisors(heads // split), context)
         each = f" / model_parallel_size ({split})" if split > 1 else ""
-        yield f"{name} ({heads}){each} must be divisible by context_parallel_size ({context}); {choices}"
+        yield f"num_attention_heads ({heads}){each} must be divisible by context_parallel_size ({context}); {choices}"
 
 
 @rule(MODEL_RULES, "context_parallel_size", "pipe_parallel_size")

@@ -92,8 +92,8 @@ class ParallelismKeys(Group):
 
     context_parallel_size: PositiveInt = 1
     """Ranks over which each sequence is sharded, for long sequences: each holds a slice of the tokens, and in attention
-    all tokens of a subset of the heads (Ulysses). Must divide the key/value heads of a rank and seq_length; excludes
-    a pipeline."""
+    all tokens of a subset of the heads (Ulysses). Must divide the query heads of a rank and seq_length; excludes a
+    pipeline."""
 
     pipe_partition_method: str = "type:transformer"
     """How layers are assigned to stages: "type:REGEX" balances the layers whose class name matches,
@@ -116,7 +116,8 @@ class ModelKeys(Group):
     """Size of each head. Unset: hidden_size / num_attention_heads."""
 
     num_kv_heads: PositiveInt | None = None
-    """Key/value heads (grouped-query attention). Must divide num_attention_heads. Unset: num_attention_heads."""
+    """Key/value heads (grouped-query attention). Must divide num_attention_heads; model_parallel_size may be larger, or
+    not divide them. Unset: num_attention_heads."""
 
     ffn_hidden_size: PositiveInt | None = None
     """Width of the feed-forward layer, gated or not, as intermediate_size in Hugging Face.
