@@ -19,7 +19,7 @@ from megatron.config.plan import ModelPlan
 from megatron.engine.distributed import start, stop
 from megatron.engine.inference import InferenceEngine
 from megatron.generation.decoding import DecodingSettings, continue_texts
-from megatron.generation.sampling import Sampling
+from megatron.generation.requests import Sampling
 from megatron.inference import TrainedModel
 from megatron.model.gpt import gpt_layers
 from megatron.resources import open_tokenizer

@@ -6,12 +6,12 @@ Every rank of a tensor-parallel group has the same logits and chooses the same t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from random import Random
 
 import torch
 from torch import Tensor
 
-from megatron.generation.sampling import Sampling, choose
+from megatron.generation.requests import Request, Sampling
+from megatron.generation.sampling import Chooser, Row
 from megatron.inference import TrainedModel
 from megatron.model.cache import KVCache
 
@@ -49,25 +49,23 @@ def continue_texts(
     of the latter. Beyond the context each token is predicted from the last `context` tokens, without a cache.
     """
     next_logits = NextLogits(model, settings)
-    texts = [list(prompt) for prompt in prompts]
-    found = [Continuation() for _ in texts]
-    streams = [Random(seed) for seed in seeds]
-    growing = set(range(len(texts)))
+    rows = [
+        Row(Request(tuple(prompt), settings.maximum_tokens, settings.sampling, seed, keep_logits=settings.keep_logits))
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    chooser = Chooser(model.tokenizer.vocab_size, model.tokenizer.end_of_document)
+    found = [Continuation() for _ in rows]
+    growing = set(range(len(rows)))
     for _ in range(settings.maximum_tokens):
-        logits = next_logits(texts)
-        draws = torch.tensor([stream.random() for stream in streams], dtype=torch.float64)
-        # a model may know more ids than its tokenizer, which nothing in the data has trained
-        chosen = choose(logits[:, : model.tokenizer.vocab_size], settings.sampling, draws).tolist()
-        for i, token in enumerate(chosen):
-            texts[i].append(token)
+        for i, token in enumerate(chooser.choose(next_logits([row.ids for row in rows]), rows)):
             if i not in growing:
                 continue
-            found[i].finished = token == model.tokenizer.end_of_document
+            found[i].finished = token.id == model.tokenizer.end_of_document
             if not found[i].finished:
-                found[i].tokens.append(token)
+                found[i].tokens.append(token.id)
                 if settings.keep_logits:
-                    found[i].logits.append(logits[i].tolist())
-            if found[i].finished or is_complete(texts[i], len(found[i].tokens)):
+                    found[i].logits.append(list(token.logits))
+            if found[i].finished or is_complete(rows[i].ids, len(found[i].tokens)):
                 growing.remove(i)
         if not growing:
             break

@@ -16,23 +16,23 @@ Reason = Literal["end", "stop", "length", "cancelled"]
 class Sampling:
     """How the next token is chosen from the logits. All at their defaults: greedy.
 
-    The order is that of the fields, as in Transformers: penalties and bias on the logits, temperature, then the limits.
+    The order is that of the fields, as in Transformers: bias and penalties on the logits, temperature, then the limits.
 
+    logit_bias: (token id, what is added to its logit).
     repetition_penalty: logits of tokens that the prompt or the text has are divided by it where positive, multiplied
     where negative (https://arxiv.org/abs/1909.05858); 1: off.
     presence_penalty: subtracted from the logits of tokens that the text, without the prompt, has.
     frequency_penalty: subtracted times the number of occurrences in the text, without the prompt.
-    logit_bias: (token id, what is added to its logit).
     temperature: divides the logits; 0: greedy, except that 0 with top_k, top_p or min_p counts as 1, as in GPT-NeoX.
     top_k: the likeliest k tokens only; 0: all.
     top_p: the fewest likeliest tokens that reach this probability (https://arxiv.org/abs/1904.09751); 0 or 1: all.
     min_p: tokens with this share of the likeliest one's probability (https://arxiv.org/abs/2407.01082); 0: all.
     """
 
+    logit_bias: tuple[tuple[int, float], ...] = ()
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 0.0

@@ -19,7 +19,7 @@ from megatron.files import refuse_overwriting
 from megatron.generation.decoding import DecodingSettings, continue_texts
 from megatron.generation.prompts import encode_prompts, read_prompts, typed_prompts
 from megatron.generation.records import JsonLinesFile, record
-from megatron.generation.sampling import Sampling
+from megatron.generation.requests import Sampling
 from megatron.inference import FoundModel, TrainedModel, find_trained_model, open_trained_model
 from megatron.logging import configure
 
@@ -107,7 +107,7 @@ def ignored_at_a_prompt(keys: GenerationKeys) -> list[str]:
 def decoding_settings(keys: GenerationKeys) -> DecodingSettings:
     """The decoding settings of the keys."""
     return DecodingSettings(
-        Sampling(keys.temperature, keys.top_k, keys.top_p),
+        Sampling(temperature=keys.temperature, top_k=keys.top_k, top_p=keys.top_p),
         maximum_tokens=keys.maximum_tokens,
         use_cache=not keys.recompute,
         keep_logits=keys.return_logits,

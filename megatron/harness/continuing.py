@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron.generation.decoding import DecodingSettings, continue_texts
-from megatron.generation.sampling import Sampling
+from megatron.generation.requests import Sampling
 from megatron.inference import TrainedModel
 from megatron.tokenizer.base import Tokenizer
 

@@ -13,7 +13,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron.errors import UserError
-from megatron.generation.sampling import Sampling
+from megatron.generation.requests import Sampling
 from megatron.harness.continuing import ContinuationSettings, Opening, continue_openings
 from megatron.harness.scoring import Likelihood, Row, score_rows
 from megatron.harness.team import Team
@@ -178,7 +178,8 @@ def sampling(options: Mapping[str, Any]) -> Sampling:
     temperature = float(options.get("temperature") or 0.0)
     if not options.get("do_sample", temperature > 0):
         return Sampling()
-    return Sampling(temperature, int(options.get("top_k") or 0), float(options.get("top_p") or 0.0))
+    top_k, top_p = int(options.get("top_k") or 0), float(options.get("top_p") or 0.0)
+    return Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
 
 
 def in_order(numbers: Sequence[Sequence[int]], answers: Sequence[Sequence[Item]]) -> list[Item]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron.generation.decoding import DecodingSettings, continue_texts
-from megatron.generation.sampling import Sampling
+from megatron.generation.requests import Sampling
 from tests.trained import one_rank_model
 
 PROMPTS = [list(text.encode()) for text in ("a", "hello wor", "To be, or", "xyz")]

@@ -20,7 +20,7 @@ from megatron.config.load import config_from_flat
 from megatron.convert.families import gpt_neox, llama
 from megatron.convert.model_keys import model_keys
 from megatron.errors import RunError, UserError
-from megatron.generation.sampling import Sampling
+from megatron.generation.requests import Sampling
 from megatron.harness.continuing import StopsAt, continue_openings, cut
 from megatron.harness.language_model import HarnessModel, sampling
 from megatron.harness.results import as_json, as_table
@@ -222,9 +222,12 @@ def test_an_answer_longer_than_the_context_is_refused():
     [
         ({}, Sampling()),
         ({"temperature": 0.0, "do_sample": False}, Sampling()),
-        ({"temperature": 0.7}, Sampling(0.7)),
+        ({"temperature": 0.7}, Sampling(temperature=0.7)),
         ({"temperature": 0.7, "do_sample": False}, Sampling()),
-        ({"do_sample": True, "temperature": 0.2, "top_p": 0.95, "top_k": 7}, Sampling(0.2, 7, 0.95)),
+        (
+            {"do_sample": True, "temperature": 0.2, "top_p": 0.95, "top_k": 7},
+            Sampling(temperature=0.2, top_k=7, top_p=0.95),
+        ),
     ],
 )
 def test_sampling_is_what_a_task_asks_for(options, expected):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron.generation.decoding import DecodingSettings, NextLogits
-from megatron.generation.sampling import Sampling
+from megatron.generation.requests import Sampling
 from megatron.harness import scoring
 from megatron.harness.scoring import Row, score_rows
 from megatron.inference import TrainedModel, width_for
