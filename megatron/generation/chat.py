@@ -24,12 +24,22 @@ class ChatFormat:
     template: Chat
     tokenizer: Tokenizer
 
-    def prompt(self, messages: Sequence[Message]) -> str:
-        """The messages as text that the model's answer follows. Raises UserError with the template's reason."""
+    def prompt(self, messages: Sequence[Message], answer_begun: bool = False) -> str:
+        """The messages as text that the model's answer follows. Raises UserError with the template's reason.
+
+        answer_begun: the last message is the beginning of the answer, so that the text ends with it.
+        """
+        if answer_begun:
+            *before, last = messages
+            messages = [*before, {**last, "content": f"{last['content']}{ANSWER} "}]
         try:
-            return self.template.render(messages, ask=True)
+            written = self.template.render(messages, ask=not answer_begun)
         except BadRecordError as error:
             raise UserError(str(error)) from error
+        if not answer_begun:
+            return written
+        begun, _, after = written.rpartition(ANSWER)
+        return begun if after.startswith(" ") else begun.rstrip()  # as the template does with the end of a message
 
     def encode(self, prompt: str) -> list[int]:
         """Ids of what `prompt` returned. A template writes special tokens itself, so the tokenizer adds none."""

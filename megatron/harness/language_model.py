@@ -13,12 +13,13 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron.errors import UserError
+from megatron.generation.chat import ChatFormat
 from megatron.generation.requests import Sampling
 from megatron.harness.continuing import ContinuationSettings, Opening, continue_openings
 from megatron.harness.scoring import Likelihood, Row, score_rows
 from megatron.harness.team import Team
 from megatron.text import well_formed
-from megatron.tokenizer.base import Tokenizer
+from megatron.tokenizer.base import Tokenizer, digest
 
 Item = TypeVar("Item")
 Tokenized = tuple[Any, list[int], list[int]]  # the strings, the ids of the context, the ids of the continuation
@@ -31,16 +32,22 @@ class HarnessModel(TemplateLM):
     """A trained model for the harness, on the first rank."""
 
     def __init__(
-        self, tokenizer: Tokenizer, context: int, batch: int, seed: int, open_team: Callable[[], Team]
+        self,
+        tokenizer: Tokenizer,
+        context: int,
+        batch: int,
+        seed: int,
+        open_team: Callable[[], Team],
+        chat: ChatFormat | None = None,
     ) -> None:
         """context: tokens that the model sees at once. batch: texts computed together on a replica.
 
         open_team: starts the process group and loads the weights; called for the first request, when the tasks have
-        been checked.
+        been checked. chat: what questions are written with, if they are to be chats.
         """
         super().__init__()
         self._tokenizer, self._context, self._batch, self._seed = tokenizer, context, batch, seed
-        self._open_team = open_team
+        self._open_team, self._chat = open_team, chat
         self.was_needed = False
         self._task_of: dict[Any, str] = {}  # by context and continuation, for messages
         self._prefix = tokenizer.affixes[0][0] if tokenizer.affixes[0] else tokenizer.end_of_document
@@ -79,8 +86,22 @@ class HarnessModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's caches."""
-        return self._tokenizer.fingerprint
+        """For the harness's cache of requests, which depend on the chat template."""
+        return digest(self._tokenizer.fingerprint, self._chat.template.template if self._chat else "")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The chat as text, up to where the model's answer begins, or within the last message if it is one to continue.
+
+        Without the messages of the role "system" where the template rejects them. Raises UserError for others.
+        """
+        assert self._chat is not None
+        try:
+            return self._chat.prompt(chat_history, answer_begun=not add_generation_prompt)
+        except UserError:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            return self._chat.prompt(others, answer_begun=not add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Ids, with the tokenizer's prefix unless the text spells it or `add_special_tokens` is false; no suffix."""

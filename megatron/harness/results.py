@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lm_eval.utils import handle_non_serializable, make_table
@@ -10,6 +11,17 @@ from lm_eval.utils import handle_non_serializable, make_table
 def as_json(results: Mapping[str, Any]) -> str:
     """The results as the harness writes them."""
     return json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n"
+
+
+def write_samples(results: dict[str, Any], target: Path) -> list[Path]:
+    """Move the samples in `results`, if there are any, to JSON lines next to `target`, a file for each task."""
+    written = []
+    for task, samples in results.pop("samples", {}).items():
+        name = target.name.replace("eval_results", f"eval_samples_{task.replace('/', '_')}")
+        written.append(target.with_name(name).with_suffix(".jsonl"))
+        lines = (json.dumps(each, default=handle_non_serializable, ensure_ascii=False) + "\n" for each in samples)
+        written[-1].write_text("".join(lines), encoding="utf-8")
+    return written
 
 
 def as_table(results: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Find the requested tasks among the harness's own and those of `eval_include_path`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,32 @@ def find_tasks(patterns: Sequence[str], manager: Any) -> list[str]:
         folder = manager.include_path
         raise UserError(*problems, *(broken_files(Path(folder)) if isinstance(folder, str) else ()))
     return list(dict.fromkeys(name for names in matches.values() for name in names))
+
+
+def configurations(names: Sequence[str], manager: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Names and settings of the tasks that `names`, groups and tags among them, stand for. Nothing is loaded."""
+    for name in names:
+        entry = manager.task_index.get(name)
+        if entry is None:
+            continue
+        settings = entry.cfg or {}
+        if entry.kind.name == "TAG":
+            yield from configurations(sorted(entry.tags), manager)
+        elif entry.kind.name == "GROUP":
+            members = settings["task"] if isinstance(settings.get("task"), list) else []
+            named = [each if isinstance(each, str) else each.get("task", each.get("group")) for each in members]
+            yield from configurations([each for each in named if isinstance(each, str) and each != name], manager)
+        else:
+            yield name, settings
+
+
+def texts(value: Any) -> Iterator[str]:
+    """All texts in nested lists and dictionaries, such as the files of a dataset."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | Sequence):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from texts(each)
 
 
 def _no_such_task(pattern: str, known: Sequence[str]) -> str:

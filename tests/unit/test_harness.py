@@ -17,13 +17,17 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
 from megatron.config.load import config_from_flat
+from megatron.config.schema.run_keys import TokenizerKeys
 from megatron.convert.families import gpt_neox, llama
 from megatron.convert.model_keys import model_keys
 from megatron.errors import RunError, UserError
+from megatron.generation.chat import open_chat
 from megatron.generation.requests import Sampling
 from megatron.harness.continuing import StopsAt, continue_openings, cut
+from megatron.harness.hub import require_datasets
 from megatron.harness.language_model import HarnessModel, sampling
-from megatron.harness.results import as_json, as_table
+from megatron.harness.requests_cache import use_requests_cache
+from megatron.harness.results import as_json, as_table, write_samples
 from megatron.harness.run import evaluate_tasks, run_harness
 from megatron.harness.scoring import score_rows
 from megatron.harness.tasks import check_harness, find_tasks, open_tasks
@@ -41,6 +45,9 @@ SIZES = {
     "intermediate_size": 72,
     "max_position_embeddings": CONTEXT,
 }
+CHAT = """{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}
+{%- for m in messages %}{{ '[' + m.role + ']' + (m.content | trim) + '\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"""
 ALL = ["own_text", "own_continuation", "own_group"]
 KINDS = {
     "NeoX": (gpt_neox.FAMILY, transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig, {}),
@@ -89,6 +96,25 @@ def ours(pair):
     weights, _ = pair
     with one_rank() as grid:
         yield HarnessModel(weights.tokenizer, CONTEXT, 4, 1234, lambda: Team(weights.on(grid)))
+
+
+def test_questions_as_chats_have_the_scores_of_the_harness_own_model(pair, manager, tmp_path):
+    weights, theirs = pair
+    (tmp_path / "chat.jinja").write_text(CHAT)
+    chat = open_chat(TokenizerKeys(chat_template=f"{tmp_path}/chat.jinja"), weights.tokenizer)
+    theirs.tokenizer.chat_template = CHAT
+    with one_rank() as grid:
+        ours = HarnessModel(weights.tokenizer, CONTEXT, 4, 1234, lambda: Team(weights.on(grid)), chat)
+        options = {"apply_chat_template": True, "fewshot_as_multiturn": True, "num_fewshot": 1}
+        found, expected = (run_harness(model, ["own_choice"], manager, **options) for model in (ours, theirs))
+    assert found["results"]["own_choice"] == pytest.approx(expected["results"]["own_choice"])
+    for system in ([{"role": "system", "content": "Be brief."}], []):  # the template rejects one
+        for begun in ("The answer is ", "The"):
+            chats = [*system, {"role": "user", "content": "Who?"}, {"role": "assistant", "content": begun}]
+            for last, wanted in ((3, False), (2, True)):
+                asked = chats[: last + len(system) - 1]
+                written = [model.apply_chat_template(asked, add_generation_prompt=wanted) for model in (ours, theirs)]
+                assert written[0] == written[1]
 
 
 def unopened(**changes):
@@ -151,14 +177,14 @@ def test_tasks_have_the_scores_of_the_harness_own_model(ours, pair, manager):
 
 
 def test_few_shot_and_limit_reach_the_harness_and_the_counts_stand_beside_the_scores(ours, manager):
-    all_, few = (run_harness(ours, ALL, manager, *settings) for settings in ((None, None), (1, 3)))
+    all_, few = (run_harness(ours, ALL, manager, **options) for options in ({}, {"num_fewshot": 1, "limit": 3}))
     assert all_["n-shot"]["own_choice"] == 2 and few["n-shot"]["own_choice"] == 1
     said = as_table(all_)
     for name, count in (("own_choice", QUESTIONS), ("own_text", TEXTS), ("own_group", 2 * QUESTIONS)):
         assert f"{name} ({count} documents)" in said
     said = as_table(few)
     assert f"own_choice (3 of {QUESTIONS} documents)" in said and f"own_group (6 of {2 * QUESTIONS} documents)" in said
-    assert run_harness(ours, ["own_text"], manager, None, 0.5)["n-samples"]["own_text"]["effective"] == 3
+    assert run_harness(ours, ["own_text"], manager, limit=0.5)["n-samples"]["own_text"]["effective"] == 3
 
 
 def test_a_failure_after_the_ranks_met_is_no_wrong_command(ours, manager, monkeypatch):
@@ -318,3 +344,70 @@ def test_contexts_do_not_end_with_the_token_that_a_template_puts_at_the_end(tmp_
     assert model.tok_encode("dog") == tokenizer.encode("dog")[:-1]
     context, answer = model._encode_pair("the", " dog")
     assert 0 not in [*context, *answer] and tokenizer.decode([*context, *answer]) == "the dog"
+
+
+NEWS = """
+task: news
+dataset_path: nobody/news
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_target: text
+"""
+
+
+def test_without_a_network_tasks_on_the_hub_are_named_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.load_dataset", None)
+    folder = write_tasks(tmp_path / "tasks")
+    (folder / "news.yaml").write_text(NEWS)
+    address = NEWS.replace("news\n", "far\n").replace("nobody/far", "json")
+    (folder / "far.yaml").write_text(address + "dataset_kwargs: {data_files: {test: 'https://example.org/a.json'}}\n")
+    (folder / "here.yaml").write_text(NEWS.replace("task: news", "task: here").replace("nobody/news", str(tmp_path)))
+    (folder / "mixed.yaml").write_text(
+        "group: mixed\ntask: [own_choice, here, {group: inner, task: [own_text]}, news]\n"
+    )
+    manager = open_tasks(str(folder), include_defaults=False)
+    require_datasets([*ALL, "here", "own_tag"], manager)
+    with pytest.raises(UserError) as raised:
+        require_datasets(["mixed", "far"], manager)
+    needed = {"far": "https://example.org/a.json", "news": "nobody/news"}
+    for (task, dataset), problem in zip(needed.items(), raised.value.problems, strict=True):
+        assert problem.startswith(
+            f"eval_tasks: {task} needs {dataset} from the Hugging Face hub, which cannot be reached"
+        )
+    (tmp_path / "cache/nobody___news/default/0.0.0/abc").mkdir(parents=True)
+    require_datasets(["mixed"], manager)
+
+
+def test_samples_are_lines_of_a_file_for_each_task(ours, manager, tmp_path):
+    results = run_harness(ours, ["own_group"], manager, limit=3, log_samples=True)
+    [choice, letters] = write_samples(results, tmp_path / "own_eval_results_1.json")
+    assert [choice.name, letters.name] == [
+        "own_eval_samples_own_choice_1.jsonl",
+        "own_eval_samples_own_letters_1.jsonl",
+    ]
+    rows = [json.loads(line) for line in choice.read_text().splitlines()]
+    assert [row["doc_id"] for row in rows] == [0, 1, 2]
+    assert sum(row["acc"] for row in rows) / 3 == results["results"]["own_choice"]["acc,none"]
+    assert "samples" not in results and as_json(results)
+
+
+def test_requests_are_kept_until_the_task_or_its_documents_change(ours, tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr("lm_eval.caching.cache.PATH", None)  # set back after the test
+    folder = write_tasks(tmp_path / "tasks")
+    built = []
+
+    def scores():
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        use_requests_cache(f"{tmp_path}/requests", ["own_choice"], manager)
+        kept = len(list((tmp_path / "requests").rglob("*.pickle")))
+        found = run_harness(ours, ["own_choice"], manager, cache_requests=True)["results"]
+        built.append(len(list((tmp_path / "requests").rglob("*.pickle"))) - kept)
+        return found
+
+    first = scores()
+    assert scores() == first and built == [1, 0]
+    lines = (folder / "own_choice.jsonl").read_text().splitlines(keepends=True)
+    (folder / "own_choice.jsonl").write_text("".join(lines[:5]))
+    assert scores() != first and built == [1, 0, 1]

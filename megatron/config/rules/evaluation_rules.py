@@ -7,14 +7,22 @@ from megatron.config.schema.config import Config
 from megatron.config.yaml_file import show
 
 EVALUATION_RULES: list[Rule] = []
+HARNESS_KEYS = (
+    "eval_num_fewshot",
+    "eval_limit",
+    "eval_include_path",
+    "eval_chat_template",
+    "eval_log_samples",
+    "eval_requests_cache",
+)
 PERPLEXITY_KEYS = ("eval_data", "eval_split", "eval_stride")
 
 
-@rule(EVALUATION_RULES, "eval_tasks", "eval_num_fewshot", "eval_limit", "eval_include_path")
+@rule(EVALUATION_RULES, "eval_tasks", *HARNESS_KEYS)
 def _harness_keys_have_tasks(config: Config) -> Iterator[str]:
-    keys = config.evaluation
-    named = ("eval_num_fewshot", "eval_limit", "eval_include_path")
-    given = [f"{name} ({getattr(keys, name)})" for name in named if getattr(keys, name) is not None]
+    keys, fields = config.evaluation, type(config.evaluation).model_fields
+    changed = {name: value for name in HARNESS_KEYS if (value := getattr(keys, name)) != fields[name].default}
+    given = [f"{name} ({str(value).lower() if value is True else value})" for name, value in changed.items()]
     if given and not keys.eval_tasks:
         yield f"{' and '.join(given)} need eval_tasks; name the tasks, or leave them out"
 

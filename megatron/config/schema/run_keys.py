@@ -221,6 +221,18 @@ class EvaluationKeys(Group):
     eval_include_path: PathText | None = None
     """Folder with your own task files, which override the harness's."""
 
+    eval_chat_template: bool = False
+    """Write each question of eval_tasks as a chat, with the tokenizer's chat template (or chat_template)."""
+
+    eval_fewshot_as_multiturn: bool = True
+    """With eval_chat_template: few-shot examples are earlier turns of the chat, instead of a part of the question."""
+
+    eval_log_samples: bool = False
+    """Also write every document, prompt, answer and score of eval_tasks, as JSON lines, a file for each task."""
+
+    eval_requests_cache: PathText | None = None
+    """Folder in which the harness keeps the requests that it builds from the documents of eval_tasks. Unset: none."""
+
     eval_results_prefix: PathText = ""
     """Prefix of the name of the results file."""
 
