@@ -32,7 +32,7 @@ from megatron.config.load import config_from_flat
 from megatron.config.plan import Plan
 from megatron.config.resolve import resolve
 from megatron.engine.distributed import start_layout, stop
-from megatron.engine.modules import Sequential
+from megatron.engine.modules import Sequential, freeze_parameters
 from megatron.engine.recompute import checkpoint_function
 from megatron.engine.settings import DTYPES
 from megatron.engine.training import TrainingEngine, context_slice
@@ -74,6 +74,7 @@ LLAMA = NEOX | {
 GPT2 = NEOX | {"pos_emb": "learned", "activation": "gelu_tanh", "no_weight_tying": False}
 BF16 = {"precision": "bfloat16"}
 RECOMPUTE = {"checkpoint_activations": True}
+LORA = {"lora": {"rank": 8, "dropout": 0.1, "targets": ["query", "value", "up"]}}
 
 
 def zero(stage: int) -> dict[str, object]:
@@ -102,6 +103,15 @@ CASES: dict[str, tuple[int, dict[str, object]]] = {
     "NeoX, bf16, tensor 2": (2, NEOX | BF16 | {"model_parallel_size": 2}),
     "NeoX, bf16, tensor 2, sequence": (2, NEOX | BF16 | {"model_parallel_size": 2, "sequence_parallel": True}),
     "NeoX, bf16, context 2": (2, NEOX | BF16 | zero(1) | {"context_parallel_size": 2}),
+    "Llama, bf16, LoRA": (1, LLAMA | BF16 | LORA),
+    "Llama, bf16, LoRA in half of the layers": (
+        1,
+        LLAMA | BF16 | {"lora": {"rank": 8, "targets": ["blocks.[23].attention.query"]}},
+    ),
+    "NeoX, bf16, LoRA, recompute selective": (
+        1,
+        NEOX | BF16 | LORA | RECOMPUTE | {"recompute_granularity": "selective"},
+    ),
     "NeoX, bf16, pipeline 2, accumulation 4": (
         2,
         NEOX | BF16 | {"pipe_parallel_size": 2, "gradient_accumulation_steps": 4},
@@ -191,6 +201,7 @@ def measure(plan: Plan) -> Figures:
         if plan.layout.pipe == 1:
             checkpoint = checkpoint_function(plan.engine, grid)
             module = Sequential(gpt_layers(plan.model, grid, 1), plan.engine.recompute_layers, checkpoint)
+            freeze_parameters(module, plan.engine.freeze)
             initialise(module)
             inputs, targets = context_slice(batches[0], grid)
             saved = _saved(lambda: module(inputs, targets=targets), module.to(grid.device), plan)

@@ -25,6 +25,7 @@ from megatron.engine.settings import DTYPES
 from megatron.errors import UserError
 from megatron.hugging_face.published import (
     PublishedModel,
+    base_of_adapters,
     check_same_published,
     load_published,
     open_published,
@@ -125,10 +126,14 @@ def find_trained_model(config: Config) -> FoundModel:
 
     Raises UserError where they are missing or do not match.
     """
-    keys = config.checkpoint
+    keys, rank = config.checkpoint, config.tuning.lora.rank
     folder = keys.load or keys.save
     if (name := published_name(folder)) is not None:
-        return _find_published(config, name)
+        if not rank:
+            return _find_published(config, name)
+        folder = keys.save  # of the adapters, which began there
+        if folder is None:
+            raise UserError(f"lora.rank ({rank}) with load ({keys.load}) needs save, the folder of the adapters")
     if folder is None:
         raise UserError("load is not set: name the folder of the model's checkpoints")
     checkpoint = find_checkpoint(Path(folder), keys.iteration, keys.verify)
@@ -138,7 +143,7 @@ def find_trained_model(config: Config) -> FoundModel:
     plan = resolve(config, int(os.environ.get("WORLD_SIZE", "1")), tokenizer.vocab_size, inference=True)
     if "model" not in keys.allow_changes:
         check_same_model(plan.model, checkpoint)
-    return FoundModel(plan, tokenizer, checkpoint, base=config.tuning.lora.base)
+    return FoundModel(plan, tokenizer, checkpoint, base=base_of_adapters(config))
 
 
 def _find_published(config: Config, name: str) -> FoundModel:

@@ -124,6 +124,9 @@ TABLE: dict[str, dict[str, str]] = {
     "weights_source": {  # of `load: hf:MODEL`: a function from MODEL to keys of the configuration
         "hf": "megatron.hugging_face.published:configuration_keys",
     },
+    "adapter_base": {  # of adapters whose base is hf:MODEL: a function that loads it
+        "hf": "megatron.hugging_face.published:load_base",
+    },
     "hook": {
         "breakdown": "megatron.training.hooks.breakdown:breakdown",
         "profiling": "megatron.training.hooks.profiling:profiling",

@@ -15,11 +15,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron.checkpoint.converted import checkpoint_weights, write_converted
 from megatron.checkpoint.folder import find_checkpoint
-from megatron.checkpoint.merge import merge_adapters
+from megatron.checkpoint.merge import merged_weights
 from megatron.checkpoint.store import checkpoint_config
 from megatron.config.resolve import resolve
 from megatron.errors import UserError, exit_code
+from megatron.hugging_face.adapters import base_weights
 from megatron.preprocessing.commands import new_parser
 from megatron.resources import written_config
 
@@ -30,7 +32,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     add = parser.add_argument
     add("--load", type=Path, required=True, metavar="DIR", help="the folder of the checkpoints with adapters")
     add("--iteration", type=int, metavar="STEP", help="the step of the checkpoint (default: the latest)")
-    add("--base", metavar="DIR", help="the folder of the base's checkpoints, if it has moved")
+    add("--base", metavar="DIR", help="the folder of the base's checkpoints, or hf:MODEL, if it has moved")
     add("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     return parser.parse_args(arguments)
 
@@ -47,8 +49,9 @@ def run(arguments: Namespace) -> None:
     if model.lora is None:
         raise UserError(f"{checkpoint} holds no adapters: its configuration has no lora")
     merged = {key: value for key, value in flat.items() if key not in ("lora", "freeze")}
-    with tqdm(unit="tensors", disable=not sys.stderr.isatty()) as bar:
-        path = merge_adapters(checkpoint, model, arguments.output, merged, arguments.base, bar.update)
+    weights = merged_weights(base_weights(checkpoint, arguments.base), checkpoint_weights(checkpoint), model)
+    with tqdm(total=len(weights), unit="tensors", disable=not sys.stderr.isatty()) as bar:
+        path = write_converted(arguments.output, weights, merged, bar.update)
     print(f"{path}: the model of {checkpoint}, with its adapters merged")
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from megatron.checkpoint import folder as folders
 from megatron.checkpoint.chunks import LocalChunks, SavePlanner
 from megatron.checkpoint.lock import SaveLock
-from megatron.checkpoint.reading import causes
+from megatron.checkpoint.reading import SafeReader, causes, read_tensors, tensor_shapes
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.writing import Writer
 from megatron.config.schema.config import Config
@@ -41,6 +41,20 @@ class StoredWeight:
 
     shape: Sequence[int]
     read: Callable[[], Tensor]
+
+
+def checkpoint_weights(path: Path) -> dict[str, StoredWeight]:
+    """The parameters of a checkpoint of ours by global name, each read when it is needed."""
+    reader = SafeReader(path / "state")
+
+    def read(name: str) -> Tensor:
+        return read_tensors(reader, [name])[name]
+
+    return {
+        name.removesuffix(f"/{MASTER}"): StoredWeight(tuple(shape), partial(read, name))
+        for name, shape in tensor_shapes(reader).items()
+        if name.endswith(f"/{MASTER}")
+    }
 
 
 class _Reading:

@@ -1,51 +1,39 @@
-"""Merge low-rank adapters into the weights of their base: a checkpoint of a whole model."""
+"""Low-rank adapters merged into the weights of their base: those of a whole model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.converted import StoredWeight, write_converted
-from megatron.checkpoint.reading import SafeReader, read_tensors, tensor_shapes
-from megatron.checkpoint.store import find_base
-from megatron.config.parameter_shapes import Adapter, adapters_of
+from megatron.checkpoint.converted import StoredWeight
+from megatron.config.parameter_shapes import Adapter, adapters_of, is_adapter
 from megatron.config.plan import ModelPlan
-from megatron.engine.optimizer_state import MASTER
 
 
-def merge_adapters(
-    checkpoint: Path,
-    model: ModelPlan,
-    save: Path,
-    config: Mapping[str, Any],
-    base: str | None = None,
-    done: Callable[[], object] = lambda: None,
-) -> Path:
-    """Write the base of the adapters in `checkpoint`, with W + alpha / rank * B A for W, into the folder `save`.
+def merged_weights(
+    base: Mapping[str, StoredWeight], adapters: Mapping[str, StoredWeight], model: ModelPlan
+) -> dict[str, StoredWeight]:
+    """The weights of the base, with W + alpha / rank * B A for W; what they are made of is read when they are.
 
-    model: with adapters. config: the flat configuration of the model without them. base: as of `find_base`. One tensor
-    is in memory at a time. Returns the path of the checkpoint. Raises UserError and RunError as `write_converted`.
+    base and adapters: by global name; each may have more. model: with adapters.
     """
-    weights, adapters = SafeReader(find_base(checkpoint, base) / "state"), SafeReader(checkpoint / "state")
     found: dict[str, list[Adapter]] = {}
     for layer in range(model.num_layers):
         for each in adapters_of(model, layer):
             found.setdefault(f"blocks.{layer}.{each.layer}.weight", []).append(each)
 
-    def merged(name: str) -> Tensor:
-        whole = _read(weights, name)
+    def read(name: str) -> Tensor:
+        whole = base[name].read().float()
         for each in found.get(name, []):
             prefix = name.partition(each.layer)[0] + each.name
-            whole += adapter_weight(_read(adapters, f"{prefix}.a"), _read(adapters, f"{prefix}.b"), each, model)
+            a, b = (adapters[f"{prefix}.{kind}"].read().float() for kind in "ab")
+            whole = whole + adapter_weight(a, b, each, model)
         return whole
 
-    suffix = f"/{MASTER}"
-    shapes = {n.removesuffix(suffix): shape for n, shape in tensor_shapes(weights).items() if n.endswith(suffix)}
-    stored = {name: StoredWeight(shape, partial(merged, name)) for name, shape in shapes.items()}
-    return write_converted(save, stored, config, done)
+    return {
+        name: StoredWeight(weight.shape, partial(read, name)) for name, weight in base.items() if not is_adapter(name)
+    }
 
 
 def adapter_weight(a: Tensor, b: Tensor, adapter: Adapter, model: ModelPlan) -> Tensor:
@@ -59,7 +47,3 @@ def adapter_weight(a: Tensor, b: Tensor, adapter: Adapter, model: ModelPlan) -> 
     rows = torch.zeros(model.num_kv_heads, share + 2, model.head_size, a.shape[1])
     rows[:, first : first + heads] = product.view(model.num_kv_heads, heads, model.head_size, -1)
     return rows.flatten(0, 2)
-
-
-def _read(reader: SafeReader, name: str) -> Tensor:
-    return read_tensors(reader, [f"{name}/{MASTER}"])[f"{name}/{MASTER}"]

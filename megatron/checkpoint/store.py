@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from megatron import registry
 from megatron.checkpoint import folder as folders
+from megatron.checkpoint.adapter_base import describe_base, find_base, read_base
 from megatron.checkpoint.chunks import LoadPlanner, LocalChunks, SavePlanner, local_chunks
 from megatron.checkpoint.reading import SafeReader, causes, in_words, tensor_shapes
 from megatron.checkpoint.snapshot import Snapshot
@@ -29,6 +31,8 @@ from megatron.engine.training import TrainingEngine
 from megatron.errors import RunError, UserError
 
 log = logging.getLogger(__name__)
+
+ADAPTER_BASE = "adapter_base"  # kind in the registry
 
 
 class CheckpointWriter:
@@ -52,7 +56,7 @@ class CheckpointWriter:
         self._engine, self._folder = engine, folder
         self._documents = {"config.json": config, "identity.json": identity or {}}
         if engine.base is not None:
-            self._documents["base.json"] = describe_base(engine.base)
+            self._documents["base.json"] = engine.base
         self._retention = retention or folders.Retention()
         self._snapshot = Snapshot(self._owned_chunks(), engine.grid.device) if asynchronous else None
         # a group of its own: collectives of the writing thread must not interleave with those of the training
@@ -175,7 +179,8 @@ def load_checkpoint(
 ) -> TrainState:
     """Load the state saved in `path` into `engine`, whatever layout wrote it. Collective.
 
-    optimizer: False keeps moments, update count and loss scale of the fresh engine. base: as of `find_base`.
+    optimizer: False keeps moments, update count and loss scale of the fresh engine. base: where the base of adapters is
+    now, if it has moved: a folder of checkpoints, or hf:MODEL.
     Raises UserError if the checkpoint holds another model.
     """
     document = folders.read_document(path / "progress.json")
@@ -198,7 +203,7 @@ def load_checkpoint(
 def load_weights(engine: TrainingEngine | InferenceEngine, path: Path, base: str | None = None) -> None:
     """Load the weights of `path` and nothing else. Collective. Raises UserError if it holds another model.
 
-    Adapters that it does not hold keep their values in training. base: as of `find_base`.
+    Adapters that it does not hold keep their values in training. base: as of `load_checkpoint`.
     """
     if isinstance(engine, InferenceEngine) and engine.is_adapted and not _holds_adapters(path):
         raise UserError(f"{path} holds no adapters, but the configuration has lora; leave lora out")
@@ -208,31 +213,6 @@ def load_weights(engine: TrainingEngine | InferenceEngine, path: Path, base: str
 def checkpoint_config(path: Path) -> dict[str, Any]:
     """The flat configuration of the run that wrote `path`. Raises UserError if it cannot be read."""
     return folders.read_document(path / "config.json")
-
-
-def describe_base(path: Path) -> dict[str, str]:
-    """What an adapter's checkpoint says of its base: where it is, and the hash of its manifest, thus of all files."""
-    return {"path": str(path.resolve()), "manifest_sha256": folders.file_hash(path / folders.MANIFEST)}
-
-
-def find_base(path: Path, folder: str | None = None) -> Path:
-    """The base of the adapters in the checkpoint `path`: where it was, or in `folder`.
-
-    Raises UserError if it is not there or not the same.
-    """
-    document = folders.read_document(path / "base.json")
-    try:
-        there, wanted = Path(document["path"]), document["manifest_sha256"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path / 'base.json'} does not name a checkpoint") from error
-    base = there if folder is None else Path(folder) / there.name
-    if not (base / folders.MANIFEST).is_file():
-        raise UserError(f"{path} holds adapters of {base}, which is missing; lora.base names the folder it is in now")
-    if folders.file_hash(base / folders.MANIFEST) != wanted:
-        raise UserError(f"{path} holds adapters of a model that was in {there}; what is in {base} is another one")
-    if problems := folders.damage(base):
-        raise folders.damaged(base, problems)
-    return base
 
 
 def _holds_adapters(path: Path) -> bool:
@@ -247,17 +227,29 @@ def _load(
     if not _holds_adapters(path):
         chunks = {name: local for name, local in held.items() if not is_adapter(name)}
         if engine.is_adapted:
-            engine.base = path
+            engine.base = describe_base(path)
             chunks = {name: local for name, local in chunks.items() if name.endswith(f"/{MASTER}")}
     elif not engine.is_adapted:
         raise UserError(f"{path} holds adapters only; set lora as in its config.json, or merge them into their base")
     else:
-        engine.base = find_base(path, base)
-        _load_chunks(engine, engine.base, {n: c for n, c in held.items() if not is_adapter(n)})
+        _load_base(engine, path, base, {name: local for name, local in held.items() if not is_adapter(name)})
         chunks = {name: local for name, local in held.items() if is_adapter(name)}
     chunks = {name: local for name, local in chunks.items() if kinds is None or name.rpartition("/")[2] in kinds}
     _load_chunks(engine, path, chunks)
     engine.state.finish_loading()
+
+
+def _load_base(
+    engine: TrainingEngine | InferenceEngine, path: Path, moved: str | None, chunks: dict[str, LocalChunks]
+) -> None:
+    """Load the base of the adapters in `path` from where it was, or from `moved`."""
+    kind, _, model = (moved or read_base(path)["path"]).partition(":")
+    if kind in registry.names(ADAPTER_BASE):
+        registry.resolve(ADAPTER_BASE, kind)(engine, model, path)
+        return
+    base = find_base(path, moved)
+    engine.base = describe_base(base)
+    _load_chunks(engine, base, chunks)
 
 
 def _load_chunks(engine: TrainingEngine | InferenceEngine, path: Path, chunks: dict[str, LocalChunks]) -> None:

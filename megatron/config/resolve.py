@@ -110,7 +110,7 @@ def _vocabulary(config: Config, tokenizer_ids: int, problems: list[str]) -> int:
     if size < tokenizer_ids:
         problems.append(
             f"the tokenizer has {tokenizer_ids} ids, more than vocab_size ({size}); it is another model's, or has "
-            "added tokens without a row in the embedding, which tools/convert_from_hf.py leaves out"
+            "added tokens without a row in the embedding: these are left out where the model's config.json is beside it"
         )
     return size
 

@@ -51,6 +51,12 @@ USUAL = {
 }
 # What transformers reads from a configuration whose class does not declare it.
 READ_UNDECLARED = ("head_dim", "quantization_config", "use_bidirectional_attention")
+# What is read of a config.json elsewhere: by us, or by transformers, which moves it to other fields.
+ELSEWHERE = {
+    *("model_type", "bos_token_id", "eos_token_id", "pad_token_id", "text_config"),
+    *("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "rotary_pct", "rotary_emb_base"),
+    "sliding_window_pattern",
+}
 ROTARY_ONLY = {
     "rotary_fraction": 1.0,
     "rotary_base": 10000.0,
@@ -137,6 +143,16 @@ class Family:
         values.setdefault("attention_kinds", ("global",) * values["num_layers"])
         return ModelPlan(padded_vocab_size=values["vocab_size"], **values)
 
+    def unused_fields(self, config: Values) -> list[str]:
+        """The names in a valid config.json that change nothing here: neither we nor transformers' class read them."""
+        from transformers import CONFIG_MAPPING
+
+        kind = CONFIG_MAPPING[self.model_type]
+        values = _Recorded(kind.from_dict(dict(config)).to_dict())
+        read_fields(self.fields, values)
+        used = {*values.read, *ELSEWHERE, *READ_UNDECLARED}
+        return sorted(name for name in config if kind.attribute_map.get(name, name) not in used)
+
     def config(self, model: ModelPlan) -> dict[str, Any]:
         """The config.json of a model. Raises UserError with every setting that the architecture cannot hold."""
         try:
@@ -191,6 +207,22 @@ def families_for(model: ModelPlan) -> list[Family]:
             continue
         found.append(family)
     return found
+
+
+class _Recorded(dict[str, Any]):
+    """Fields of which it is recorded which are read."""
+
+    def __init__(self, values: Values) -> None:
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
 
 
 def _unknown_fields(family: Family, values: Values, defaults: Values) -> list[str]:

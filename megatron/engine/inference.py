@@ -5,7 +5,6 @@ Shapes: b rows, s columns, h hidden, v vocabulary in memory, tp tensor-parallel 
 
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -42,7 +41,7 @@ class InferenceEngine:
         self.dtype = dtype
         self.hidden_size = hidden_size
         self.is_adapted = any(is_adapter(name) for name in self.parameter_names)
-        self.base: Path | None = None  # the checkpoint that adapters belong to
+        self.base: dict[str, str] | None = None  # which model adapters belong to, as in base.json
         self._sending: tuple[dist.Work, Tensor] | None = None
 
     @property

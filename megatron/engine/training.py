@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -97,7 +96,7 @@ class TrainingEngine:
             recompute = 0 if within else recompute
         self._grid, self._seed = grid, plan.engine.seed
         self.is_adapted = plan.model.lora is not None
-        self.base: Path | None = None  # the checkpoint that adapters belong to
+        self.base: dict[str, str] | None = None  # which model adapters belong to, as in base.json
         self._accumulation = plan.batch.accumulation_steps
         self._pipelined = plan.layout.pipe > 1
         settings, unit = deepspeed_settings(plan), ModelParallelUnit(grid)

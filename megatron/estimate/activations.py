@@ -4,6 +4,8 @@ Sizes are those that torch's operations save, uncompiled. on_cpu: RMSNorm is com
 saves its input and its result before the weight, both in fp32. ScaleNorm is composed everywhere.
 """
 
+from megatron.config.parameter_counts import held_trained
+from megatron.config.parameter_shapes import adapters_of, trains
 from megatron.config.pipeline_stages import layer_classes
 from megatron.config.plan import ModelPlan, Plan
 from megatron.config.widths import is_gated
@@ -13,9 +15,12 @@ SCORE_TENSORS = 4  # of the size of these scores, and two more with a cap
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
-def blocks_among(plan: Plan, layers: range) -> int:
-    """Number of blocks among the layers."""
-    return sum(0 < layer <= plan.model.num_layers for layer in layers)
+def saving_blocks(plan: Plan, layers: range) -> list[int]:
+    """The numbers of the blocks among the layers that save activations: those before anything that trains do not."""
+    first = 0
+    if 0 in layers and plan.engine.freeze:
+        first = next((layer for layer in layers if held_trained(plan, [layer])), 0) - 1
+    return [layer - 1 for layer in layers if max(0, first) < layer <= plan.model.num_layers]
 
 
 def tokens_on_rank(plan: Plan) -> int:
@@ -34,10 +39,13 @@ def saved_bytes(plan: Plan, layers: range, group: int, on_cpu: bool = False) -> 
     group: blocks that are recomputed together, of which only the input is stored; 0: no recomputation.
     """
     hidden = stream_tokens(plan) * plan.model.hidden_size * WIDTH[plan.engine.precision]
-    blocks = blocks_among(plan, layers)
-    saved = -(-blocks // group) * _kept_inputs(plan, hidden) if group else blocks * block_bytes(plan, on_cpu)
+    blocks = saving_blocks(plan, layers)
+    if group:
+        saved = -(-len(blocks) // group) * _kept_inputs(plan, hidden)
+    else:
+        saved = sum(block_bytes(plan, block, on_cpu) for block in blocks)
     if group and plan.engine.recompute_selective:
-        saved += blocks * product_bytes(plan)
+        saved += sum(product_bytes(plan, block) for block in blocks)
     last = len(layer_classes(plan.model)) - 1
     if 0 in layers:
         saved += 8 * tokens_on_rank(plan)  # token ids
@@ -58,7 +66,7 @@ def _kept_inputs(plan: Plan, hidden: int) -> int:
     return hidden // (plan.layout.tensor if cut else 1)
 
 
-def product_bytes(plan: Plan) -> int:
+def product_bytes(plan: Plan, block: int) -> int:
     """Bytes of a block's matrix products and attention results, which selective recomputation stores."""
     model, tokens, width = plan.model, tokens_on_rank(plan), WIDTH[plan.engine.precision]
     queries = model.num_attention_heads * model.head_size // plan.layout.tensor
@@ -66,31 +74,70 @@ def product_bytes(plan: Plan) -> int:
     wide = (2 if is_gated(model.activation) else 1) * model.ffn_hidden_size // plan.layout.tensor
     softmax = 4 * tokens * model.num_attention_heads // plan.layout.tensor
     outputs = (1 if model.parallel_residual else 2) * model.hidden_size
+    rank = model.lora.rank if model.lora else 0
+    for adapter in adapters_of(model, block):
+        outputs += rank + adapter.outputs // (plan.layout.tensor if adapter.outputs_are_sharded else 1)
     return tokens * (queries + 2 * keys + queries + wide + outputs) * width + softmax
 
 
-def block_bytes(plan: Plan, on_cpu: bool = False) -> int:
+def block_bytes(plan: Plan, block: int, on_cpu: bool = False) -> int:
     """Bytes that one block saves: its input, and what its operations need for the backward pass."""
-    return _norms_and_stream(plan, on_cpu) + _attention(plan, on_cpu) + _feed_forward(plan)
+    norms = _norms_and_stream(plan, on_cpu, trains(f"blocks.{block}.input_norm.weight", plan.engine.freeze))
+    return norms + _attention(plan, on_cpu) + _feed_forward(plan) + _inputs_of_products(plan, block, on_cpu)
 
 
-def _norms_and_stream(plan: Plan, on_cpu: bool) -> int:
+def _inputs_of_products(plan: Plan, block: int, on_cpu: bool) -> int:
+    """Bytes of the inputs of linear layers that the gradients of these and of their adapters need.
+
+    An adapter also saves its product with A and, with dropout, an input of its own and the mask: a byte an element, on
+    a CPU an element of the same type.
+    """
+    model, tokens, width = plan.model, tokens_on_rank(plan), WIDTH[plan.engine.precision]
+    hidden, mixed = stream_tokens(plan) * model.hidden_size, tokens * model.num_attention_heads * model.head_size
+    wide = tokens * model.ffn_hidden_size
+    always = plan.layout.sequence_parallel or model.float8  # even where the weight is frozen
+    first, second = (
+        ("attention.query_key_value",),
+        ("mlp.gate", "mlp.up") if is_gated(model.activation) else ("mlp.up",),
+    )
+    # layers of the same input, its elements, and whether it is saved in any case, here or by another operation
+    inputs = [(first, hidden, always), (second, hidden, always)]
+    if model.tied_norm:
+        inputs = [((*first, *second), hidden, always)]
+    by_activation = not is_gated(model.activation) and SAVED_BY_ACTIVATION.get(model.activation, 1) == 0
+    inputs.append((("mlp.down",), wide // plan.layout.tensor, by_activation or model.float8))
+    rank, dropout = (model.lora.rank, model.lora.dropout) if model.lora else (0, 0.0)
+    dropped = width + (width if on_cpu else 1)
+    adapted, saved = [adapter.layer for adapter in adapters_of(model, block)], 0
+    for layers, elements, in_any_case in inputs:
+        weights = any(trains(f"blocks.{block}.{layer}.weight", plan.engine.freeze) for layer in layers)
+        adapters = sum(layer in layers for layer in adapted)
+        if weights or in_any_case or (adapters and not dropout):
+            saved += elements * width
+        if dropout:
+            saved += adapters * elements * dropped
+    if dropout:
+        saved += adapted.count("attention.dense") * mixed // plan.layout.tensor * dropped
+    return saved + len(adapted) * rank * tokens * width
+
+
+def _norms_and_stream(plan: Plan, on_cpu: bool, trained: bool) -> int:
+    """trained: whether the weights of norms are."""
     model, tokens = plan.model, stream_tokens(plan)
-    hidden = tokens * model.hidden_size * WIDTH[plan.engine.precision]
     inputs = 1 if model.tied_norm else 2  # of attention and feed-forward layer
     streams = 1 if model.parallel_residual else 2  # inputs of the norms that differ
     norms, normed = (4, 4) if model.norm_placement == "both" else (inputs, streams)
     dropped = streams * tokens * model.hidden_size if model.hidden_dropout else 0  # masks, a byte each
-    return inputs * hidden + _norm_inputs(plan, norms, normed, on_cpu) + norms * _statistics(plan) + dropped
+    return _norm_inputs(plan, norms, normed, on_cpu, trained) + norms * _statistics(plan) + dropped
 
 
-def _norm_inputs(plan: Plan, norms: int, inputs: int, on_cpu: bool) -> int:
+def _norm_inputs(plan: Plan, norms: int, inputs: int, on_cpu: bool, trained: bool = True) -> int:
     """Bytes that norms save of elements. inputs: distinct input tensors."""
     elements, width = stream_tokens(plan) * plan.model.hidden_size, WIDTH[plan.engine.precision]
     norm = plan.model.norm
     composed = norm == "scalenorm" or (on_cpu and norm in ("rmsnorm", "rmsnorm_1p"))
     copied = width < 4 and (composed or norm == "rmsnorm_1p")  # each norm makes its own fp32 copy
-    results = norms * elements * 4 if composed else 0  # before the weight
+    results = norms * elements * 4 if composed and trained else 0  # before the weight
     return results + (norms * elements * 4 if copied else inputs * elements * width)
 
 
@@ -157,13 +204,13 @@ def _needs_mask(plan: Plan, on_cpu: bool) -> bool:
     return not by_blocks and (plan.model.sliding_window or plan.batch.sequence_length) < plan.batch.sequence_length
 
 
-# Tensors that an activation saves besides its result; the others save their input.
+# Tensors that an activation saves besides the input of the next product; the others save their input.
 SAVED_BY_ACTIVATION = {"relu": 0, "reglu": 0, "glu": 0, "bilinear": 0, "softsign": 2}
 
 
 def _feed_forward(plan: Plan) -> int:
-    """Bytes saved by the activation, and its result; gated: up and the product as well."""
-    saved = (3 if is_gated(plan.model.activation) else 1) + SAVED_BY_ACTIVATION.get(plan.model.activation, 1)
+    """Bytes saved by the activation; gated: its result and up as well."""
+    saved = (2 if is_gated(plan.model.activation) else 0) + SAVED_BY_ACTIVATION.get(plan.model.activation, 1)
     width = plan.model.ffn_hidden_size // plan.layout.tensor
     return saved * tokens_on_rank(plan) * width * WIDTH[plan.engine.precision]
 

@@ -15,10 +15,10 @@ from megatron.config.widths import loss_chunk
 from megatron.estimate.activations import (
     WIDTH,
     block_bytes,
-    blocks_among,
     gradients_in_flight,
     product_bytes,
     saved_bytes,
+    saving_blocks,
     stream_tokens,
     tokens_on_rank,
 )
@@ -105,9 +105,8 @@ def _least(plan: Plan, memory: StageMemory, kept: int) -> int:
     are all gradients at each moment.
     kept: activation bytes if every norm is a kernel.
     """
-    several, blocks = plan.batch.accumulation_steps > 1, max(1, blocks_among(plan, memory.layers))
-    there = product_bytes(plan) if plan.engine.recompute_selective else 0
-    again = (block_bytes(plan) - there) * plan.engine.recompute_layers
+    several, blocks = plan.batch.accumulation_steps > 1, max(1, len(saving_blocks(plan, memory.layers)))
+    again = _recomputed(plan, memory.layers, on_cpu=False)
     last = kept + again + (memory.gradients if several else _head_weight_gradient(plan, memory))
     first = kept // blocks + again + (memory.gradients if several else _later_gradients(plan, memory))
     return memory.weights + memory.optimizer + max(last, first, memory.gradients)
@@ -124,20 +123,31 @@ def _peak(plan: Plan, memory: StageMemory, passing: int, on_cpu: bool) -> int:
     held = gradients if several else 0
     # gathered weights, and bf16 gradients beside their sums; buckets are released after each backward pass
     lasting = passing if stage == 3 or (several and reduces_whole_sums(plan.engine)) else 0
-    there = product_bytes(plan) if plan.engine.recompute_selective else 0
-    again = (block_bytes(plan, on_cpu) - there) * plan.engine.recompute_layers + gradients_in_flight(plan, on_cpu)
+    again = _recomputed(plan, memory.layers, on_cpu) + gradients_in_flight(plan, on_cpu)
     head = 0 if several else _head_weight_gradient(plan, memory)
     moments = {
         "loss": held + lasting + memory.activations + memory.loss,
         "backward pass of the last block": held + passing + memory.activations + head + again,
         "backward pass of the first block": (gradients if several else min(gradients, _later_gradients(plan, memory)))
-        + memory.activations // max(1, blocks_among(plan, memory.layers))
+        + memory.activations // max(1, len(saving_blocks(plan, memory.layers)))
         + again
         + passing,
         "gradient reduction": gradients + averaging,
         "optimizer step": gradients + _step(plan, memory.trained, stage),
     }
     return memory.weights + memory.optimizer + memory.permanent_buffers + max(moments.values())
+
+
+def _recomputed(plan: Plan, layers: range, on_cpu: bool) -> int:
+    """Bytes of a group of blocks that is recomputed, of the blocks that save most, besides what is stored of them."""
+    group, selective = plan.engine.recompute_layers, plan.engine.recompute_selective
+    if not group:
+        return 0
+    sizes = (
+        block_bytes(plan, block, on_cpu) - (product_bytes(plan, block) if selective else 0)
+        for block in saving_blocks(plan, layers)
+    )
+    return group * max(sizes, default=0)
 
 
 def _later_gradients(plan: Plan, memory: StageMemory) -> int:

@@ -1,6 +1,6 @@
 """Low-rank adapters, in and out: ours, and those in a folder of PEFT."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron.checkpoint.converted import StoredWeight, write_converted
+from megatron.checkpoint.adapter_base import describe_base, find_base, read_base
+from megatron.checkpoint.converted import StoredWeight, checkpoint_weights, write_converted
 from megatron.checkpoint.folder import find_checkpoint, read_document
-from megatron.checkpoint.store import describe_base
 from megatron.config.yaml_file import yaml_text
 from megatron.convert.peft import from_peft, to_peft
 from megatron.engine.settings import DTYPES
@@ -20,7 +20,7 @@ from megatron.errors import UserError
 from megatron.files import replaced_when_complete
 from megatron.hugging_face.incoming import refuse_existing, unfinished
 from megatron.hugging_face.outgoing import TrainedWeights, architecture_for, open_checkpoint
-from megatron.hugging_face.published import without_padding
+from megatron.hugging_face.published import open_base, published_name, without_padding
 from megatron.hugging_face.tokenizer_files import write_json, write_tokenizer
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -43,6 +43,7 @@ def export_adapters(
     model = without_padding(trained.model)
     chosen, _ = architecture_for(replace(model, lora=None), trained.vocab_file, family)
     config, tensors = to_peft({name: stored.read() for name, stored in trained.weights.items()}, model, chosen)
+    config["base_model_name_or_path"] = published_name(trained.base)
     with unfinished(output) as folder:
         write_json(folder / SETTINGS, config)
         cast = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in tensors.items()}
@@ -79,6 +80,15 @@ def import_adapters(adapters: Path, base: Path, output: Path, tell: Callable[[st
     with replaced_when_complete(output / "model.yml") as file:
         file.write(yaml_text(keys))
     tell(f"{path}: {len(tensors)} tensors of adapters for {checkpoint}, described by {output / 'model.yml'}")
+
+
+def base_weights(checkpoint: Path, moved: str | None = None) -> Mapping[str, StoredWeight]:
+    """The weights, by global name, of the base of the adapters in `checkpoint`: where it was, or in `moved`.
+
+    moved: a folder of our checkpoints, or hf:MODEL. Raises UserError if it is not there or not the same.
+    """
+    model = published_name(moved or read_base(checkpoint)["path"])
+    return checkpoint_weights(find_base(checkpoint, moved)) if model is None else open_base(model, checkpoint).weights()
 
 
 def _tensors(adapters: Path) -> dict[str, Tensor]:

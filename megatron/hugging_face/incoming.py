@@ -4,24 +4,20 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from megatron.checkpoint.converted import StoredWeight, write_converted
-from megatron.checkpoint.reading import SafeReader, read_tensors, tensor_shapes
+from megatron.checkpoint.converted import checkpoint_weights, write_converted
 from megatron.config.load import config_from_flat
 from megatron.config.resolve import resolve
 from megatron.config.yaml_file import yaml_text
-from megatron.engine.optimizer_state import MASTER
 from megatron.errors import RunError, UserError, work_begins
 from megatron.hugging_face.parity import compare
 from megatron.hugging_face.published import PublishedModel
-from megatron.hugging_face.tokenizer_files import copy_files, drop_tokens_beyond
+from megatron.hugging_face.tokenizer_files import copy_files, write_json
 from megatron.units import short_number
 
 NOT_CHECKED = "NOT CHECKED (--no-check): nothing shows that the two sides compute the same"
@@ -45,8 +41,8 @@ def import_model(published: PublishedModel, output: Path, check: bool, tell: Cal
         with progress(len(published.weights()), "writing") as step:
             path = write_converted(folder, published.weights(), keys, step)
         copy_files(published.folder, folder / FILES)
-        if keys.get("tokenizer_type") == "HFTokenizer":
-            drop_tokens_beyond(folder / FILES / "tokenizer.json", published.model.vocab_size)
+        if published.tokenizer is not None and not (folder / FILES / "tokenizer.json").is_file():
+            write_json(folder / FILES / "tokenizer.json", published.tokenizer.definition())
         run = {"load": str(output), "finetune": True}
         (folder / "model.yml").write_text(yaml_text(keys | run), encoding="utf-8")
         if check:
@@ -56,23 +52,11 @@ def import_model(published: PublishedModel, output: Path, check: bool, tell: Cal
             line = NOT_CHECKED
     count = short_number(sum(torch.Size(weight.shape).numel() for weight in published.weights().values()))
     tell(f"{output}: {published.family.name} with {count} parameters, described by {output / 'model.yml'}")
-    if "tokenizer_type" not in keys:
+    if unused := published.family.unused_fields(published.config):
+        tell(f"config.json: without effect here: {', '.join(unused)}")
+    if published.tokenizer is None:
         tell(f"{published.folder} has no tokenizer that Deepy reads: set tokenizer_type and vocab_file")
     tell(line)
-
-
-def checkpoint_weights(path: Path) -> dict[str, StoredWeight]:
-    """The parameters of a checkpoint of ours by global name, each read when it is needed."""
-    reader = SafeReader(path / "state")
-
-    def read(name: str) -> Tensor:
-        return read_tensors(reader, [name])[name]
-
-    return {
-        name.removesuffix(f"/{MASTER}"): StoredWeight(tuple(shape), partial(read, name))
-        for name, shape in tensor_shapes(reader).items()
-        if name.endswith(f"/{MASTER}")
-    }
 
 
 def refuse_existing(output: Path) -> None:

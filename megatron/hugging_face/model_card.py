@@ -70,6 +70,8 @@ def _training(keys: Mapping[str, Any], state: TrainState, validation_loss: float
         value = keys.get(key)
         if value not in (None, [], ()):
             rows[title] = _shown(value, is_path=key in PATHS)
+    if (lora := keys.get("lora") or {}).get("rank"):
+        rows["LoRA, merged"] = f"rank {lora['rank']}, alpha {lora['alpha']}, {', '.join(lora['targets'])}"
     if validation_loss is not None:
         rows["Validation loss"] = f"{validation_loss:.4f} (perplexity {perplexity(validation_loss):.2f})"
     return [

@@ -6,7 +6,7 @@ says how the model was trained.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from megatron import registry
-from megatron.checkpoint.converted import StoredWeight
+from megatron.checkpoint.adapter_base import read_base
+from megatron.checkpoint.converted import StoredWeight, checkpoint_weights
 from megatron.checkpoint.folder import find_checkpoint, read_document
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.store import checkpoint_config
@@ -26,7 +27,6 @@ from megatron.engine.settings import DTYPES
 from megatron.errors import UserError
 from megatron.hugging_face.incoming import (
     NOT_CHECKED,
-    checkpoint_weights,
     progress,
     refuse_existing,
     require_space,
@@ -53,7 +53,8 @@ LARGEST = 5 * 10**9  # bytes of a file, as transformers writes them
 class TrainedWeights:
     """What an export is made from.
 
-    weights: by global name, whole, without padding of the vocabulary. keys: the flat configuration of the run.
+    weights: by global name, whole, without padding of the vocabulary. keys: the flat configuration of the run. base:
+    where that of adapters was when they were trained: the path of a checkpoint, or hf:MODEL.
     """
 
     model: ModelPlan
@@ -62,6 +63,7 @@ class TrainedWeights:
     keys: Mapping[str, Any]
     state: TrainState
     validation_loss: float | None = None
+    base: str | None = None
 
     @property
     def vocab_file(self) -> str | None:
@@ -99,19 +101,22 @@ def open_checkpoint(folder: Path, iteration: int | None, changes: Mapping[str, A
     model = resolve(config, config.parallelism.model_parallel_size, tokenizer.vocab_size, inference=True).model
     document = read_document(path / "progress.json")
     state = TrainState(*(int(document.get(name, 0)) for name in ("step", "consumed_samples", "consumed_tokens")))
-    return TrainedWeights(model, checkpoint_weights(path), tokenizer, flat, state, document.get("validation_loss"))
+    base = read_base(path)["path"] if model.lora is not None else None
+    return TrainedWeights(
+        model, checkpoint_weights(path), tokenizer, flat, state, document.get("validation_loss"), base
+    )
 
 
 def plan_export(
     model: ModelPlan, vocab_file: str | None, tokenizer: Tokenizer, dtype: str, family: str | None = None
 ) -> Export:
-    """What an export of `model` consists of.
+    """What an export of `model`, with adapters merged, consists of.
 
     dtype: "fp32", "bf16" or "fp16". family: the model_type to write; None: that of the published model whose tokenizer
     this is, if it fits, or else the first that does.
     Raises UserError where no architecture, or not the chosen one, can hold the model.
     """
-    model = without_padding(model)
+    model = replace(without_padding(model), lora=None)
     chosen, published = architecture_for(model, vocab_file, family)
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
     kind = DTYPES[dtype]

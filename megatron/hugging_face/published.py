@@ -6,21 +6,22 @@ published.keys()                                       # our configuration
 published.weights()                                    # our parameters, read one by one
 """
 
-import json
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 from torch import Tensor
 
 from megatron import registry
+from megatron.checkpoint.adapter_base import read_base
 from megatron.checkpoint.chunks import local_chunks
 from megatron.checkpoint.converted import StoredWeight
 from megatron.config.plan import ModelPlan
+from megatron.config.schema.config import Config
 from megatron.convert.family import KIND, Family, family_of, what_computes
 from megatron.convert.model_keys import model_keys
 from megatron.convert.parameters import Entry, ParameterMap
@@ -28,15 +29,15 @@ from megatron.engine.inference import InferenceEngine
 from megatron.engine.optimizer_state import MASTER
 from megatron.engine.training import TrainingEngine
 from megatron.errors import UserError
+from megatron.files import is_folder
 from megatron.hugging_face.folder import find_folder
 from megatron.hugging_face.stored import DTYPES, StoredTensors, read_json
-from megatron.hugging_face.tokenizer_files import tokenizer_keys, without_tokens_beyond
+from megatron.hugging_face.tokenizer_files import tokenizer_keys
 from megatron.model.gpt import parameter_shapes
-from megatron.tokenizer.base import Tokenizer
-from megatron.tokenizer.build import build_tokenizer
-from megatron.tokenizer.huggingface import HuggingFaceTokenizer
+from megatron.tokenizer.huggingface import HuggingFaceTokenizer, build_hf_tokenizer
 
 PREFIX = "hf:"  # in `load`
+MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,14 @@ class PublishedModel:
     """A folder of Hugging Face that has been checked: every tensor of the model is there and has the right shape."""
 
     folder: Path
+    name: str  # on the hub, or the absolute path of the folder
     config: dict[str, Any]  # config.json
     family: Family
     model: ModelPlan
     parameters: ParameterMap
     tensors: StoredTensors
     stored_names: dict[str, str]  # in the map of parameters -> in the files
+    tokenizer: HuggingFaceTokenizer | None = None  # if Deepy can read it
 
     def keys(self, folder: Path | None = None) -> dict[str, Any]:
         """The keys of our configuration for the model and its tokenizer.
@@ -57,6 +60,22 @@ class PublishedModel:
         folder: where the tokenizer's files will lie; None: where they are.
         """
         return model_keys(self.model) | tokenizer_keys(self.folder, folder or self.folder)
+
+    def describe_base(self) -> dict[str, str]:
+        """What a checkpoint of adapters says of this model as their base (`read_base`).
+
+        The hash is of config.json and, of each file of weights, of its size and its first and last MiB: other weights
+        differ there, and reading a few MiB takes no time.
+        """
+        state = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for path in sorted({tensor.file for tensor in self.tensors.tensors.values()}):
+            size = path.stat().st_size
+            state.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                state.update(file.read(MIB))
+                file.seek(max(0, size - MIB))
+                state.update(file.read(MIB))
+        return {"path": f"{PREFIX}{self.name}", "ends_sha256": state.hexdigest()}
 
     def read(self, name: str) -> Tensor:
         """Their tensor, by its name in the map of parameters."""
@@ -80,6 +99,12 @@ def published_name(load: str | None) -> str | None:
     return load.removeprefix(PREFIX) if load is not None and load.startswith(PREFIX) else None
 
 
+def base_of_adapters(config: Config) -> str | None:
+    """Where the base of adapters is, if it is not where it was: in `lora.base`, or in `load` if that is hf:MODEL."""
+    load = config.checkpoint.load
+    return config.tuning.lora.base or (load if published_name(load) is not None else None)
+
+
 def open_published(model: str) -> PublishedModel:
     """The published model in a folder, or of a name on the hub. Raises UserError with everything that is wrong."""
     require_transformers("a model of Hugging Face")
@@ -90,14 +115,14 @@ def open_published(model: str) -> PublishedModel:
     parameters = family.parameters(plan)
     tensors = StoredTensors(folder)
     try:
-        names = parameters.find(tensors.tensors)
+        stored_names = parameters.find(tensors.tensors)
     except UserError as error:
         raise _too_many(f"{folder} does not hold the model of its config.json:", error.problems) from error
-    published = PublishedModel(folder, config, family, plan, parameters, tensors, names)
+    name = str(folder.resolve()) if is_folder(model) else model
+    published = PublishedModel(folder, name, config, family, plan, parameters, tensors, stored_names)
     if problems := _tensor_problems(published):
         raise _too_many(f"{folder} does not hold the model of its config.json:", problems)
-    _check_tokenizer(published)
-    return published
+    return replace(published, tokenizer=_tokenizer_of(folder, plan))
 
 
 def check_same_published(model: ModelPlan, published: PublishedModel, any_behavior: bool = False) -> None:
@@ -111,7 +136,8 @@ def check_same_published(model: ModelPlan, published: PublishedModel, any_behavi
         for name in here
         if here[name] != there[name] and (name != "max_position_embeddings" or model.position_embedding == "learned")
     ]
-    shapes = parameter_shapes(without_padding(model)) != parameter_shapes(published.model)
+    whole = replace(without_padding(model), lora=None)  # of which adapters would be no part
+    shapes = parameter_shapes(whole) != parameter_shapes(published.model)
     if shapes or (differing and not any_behavior):
         way_out = [] if shapes else ["to load its weights nevertheless: allow_changes=[model]"]
         raise UserError(
@@ -120,7 +146,7 @@ def check_same_published(model: ModelPlan, published: PublishedModel, any_behavi
 
 
 def load_published(engine: TrainingEngine | InferenceEngine, published: PublishedModel) -> None:
-    """Load the weights into `engine`, under any layout. Collective.
+    """Load the weights into `engine`, under any layout; adapters keep their values. Collective.
 
     Each rank reads the tensors that it holds a part of, one after another; of those that need no reordering the files'
     mapped pages hold no more than its part.
@@ -136,6 +162,30 @@ def load_published(engine: TrainingEngine | InferenceEngine, published: Publishe
                 part = tuple(slice(at, at + size) for at, size in zip(offsets, chunk.shape, strict=True))
                 chunk.copy_(whole[part])
     engine.state.finish_loading()
+    if engine.is_adapted:
+        engine.base = published.describe_base()
+
+
+def open_base(model: str, checkpoint: Path) -> PublishedModel:
+    """The published model that is the base of the adapters in `checkpoint`. Raises UserError if it is another one."""
+    try:
+        published = open_published(model)
+    except UserError as error:
+        raise UserError(
+            f"{checkpoint} holds adapters of {PREFIX}{model}; lora.base names it where it is now:", *error.problems
+        ) from error
+    there, here = read_base(checkpoint), published.describe_base()
+    if here["ends_sha256"] != there.get("ends_sha256"):
+        raise UserError(
+            f"{checkpoint} holds adapters of a model that was in {there['path']}; what is in {published.folder} is "
+            "another one"
+        )
+    return published
+
+
+def load_base(engine: TrainingEngine | InferenceEngine, model: str, checkpoint: Path) -> None:
+    """Registry entry: load `open_base` into `engine`. Collective. Raises UserError."""
+    load_published(engine, open_base(model, checkpoint))
 
 
 def configuration_keys(model: str) -> dict[str, Any]:
@@ -200,28 +250,18 @@ def _tensor_problems(published: PublishedModel) -> list[str]:
     return problems
 
 
-def _check_tokenizer(published: PublishedModel) -> None:
-    """Raise UserError if the tokenizer cannot be read, or produces ids that the model does not know."""
-    keys = tokenizer_keys(published.folder, published.folder)
+def _tokenizer_of(folder: Path, model: ModelPlan) -> HuggingFaceTokenizer | None:
+    """The tokenizer in a folder, if any. Raises UserError if it cannot be read, or has ids unknown to the model."""
+    keys = tokenizer_keys(folder, folder)
     if not keys:
-        return
-    tokenizer = build_tokenizer(
-        keys["tokenizer_type"], keys["vocab_file"], keys.get("merge_file"), keys.get("end_of_document_token")
-    )
-    size = published.model.vocab_size
-    if tokenizer.end_of_document >= size or _ids_for(tokenizer, size) > size:
+        return None
+    tokenizer = build_hf_tokenizer(keys["vocab_file"], None, keys.get("end_of_document_token"))
+    if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"{keys['vocab_file']} has {tokenizer.vocab_size} ids, more than vocab_size in config.json "
-            f"({size}): this tokenizer does not belong to this model"
+            f"({model.vocab_size}): this tokenizer does not belong to this model"
         )
-
-
-def _ids_for(tokenizer: Tokenizer, vocab_size: int) -> int:
-    """The ids of a tokenizer without added tokens that a model of `vocab_size` rows cannot embed."""
-    if not isinstance(tokenizer, HuggingFaceTokenizer) or tokenizer.vocab_size <= vocab_size:
-        return tokenizer.vocab_size
-    fitting = json.dumps(without_tokens_beyond(tokenizer.definition(), vocab_size))
-    return max(tokenizers.Tokenizer.from_str(fitting).get_vocab().values()) + 1
+    return tokenizer
 
 
 def _too_many(heading: str, problems: Sequence[str]) -> UserError:

@@ -11,7 +11,7 @@ from megatron.errors import UserError
 from megatron.files import is_folder
 from megatron.hugging_face.stored import read_json
 from megatron.tokenizer.base import Tokenizer
-from megatron.tokenizer.huggingface import HuggingFaceTokenizer
+from megatron.tokenizer.huggingface import SOURCES, HuggingFaceTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +33,8 @@ def tokenizer_keys(folder: Path, later: Path) -> dict[str, Any]:
     keys = {"end_of_document_token": end} if end is not None else {}
     if (folder / "tokenizer.json").is_file():
         return {"tokenizer_type": "HFTokenizer", "vocab_file": str(later / "tokenizer.json")} | keys
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        files = {"vocab_file": str(later / "vocab.json"), "merge_file": str(later / "merges.txt")}
-        return {"tokenizer_type": "GPT2BPETokenizer"} | files | keys
-    if (folder / "tokenizer.model").is_file():
-        return {"tokenizer_type": "SPMTokenizer", "vocab_file": str(later / "tokenizer.model")} | keys
+    if any(all((folder / name).is_file() for name in names) for names in SOURCES):
+        return {"tokenizer_type": "HFTokenizer", "vocab_file": str(later)} | keys
     return {}
 
 
@@ -63,23 +60,6 @@ def copy_files(folder: Path, into: Path, names: Iterable[str] = (*TOKENIZER_FILE
     for name in names:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, into / name)
-
-
-def without_tokens_beyond(definition: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """A tokenizer.json without the added tokens that a model of `vocab_size` rows cannot embed.
-
-    Some published tokenizers have such, as Gemma 3's token of an image or a padding that was added later.
-    """
-    added = definition.get("added_tokens") or []
-    return {**definition, "added_tokens": [token for token in added if token["id"] < vocab_size]}
-
-
-def drop_tokens_beyond(file: Path, vocab_size: int) -> None:
-    """Take the added tokens out of the file that a model of `vocab_size` rows cannot embed. Raises OSError."""
-    definition = read_json(file)
-    fitting = without_tokens_beyond(definition, vocab_size)
-    if fitting["added_tokens"] != (definition.get("added_tokens") or []):
-        write_json(file, fitting)
 
 
 def folder_of(vocab_file: str | None) -> Path | None:

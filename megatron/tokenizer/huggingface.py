@@ -1,4 +1,4 @@
-"""Tokenizers that the `tokenizers` library runs: a tokenizer.json, or GPT-2's vocab.json with merges.txt."""
+"""Tokenizers that the `tokenizers` library runs: a tokenizer.json, files that transformers makes one of, or GPT-2's."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from megatron.errors import UserError
+from megatron.errors import UserError, first_line
 from megatron.files import is_file, is_folder
 from megatron.text_files import read_text
 from megatron.tokenizer.base import (
@@ -27,6 +27,9 @@ from megatron.tokenizer.base import (
 EXCERPT_CHARACTERS = 20  # on each side of unknown text, in messages
 UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 TEXT_MARKER = 2**32 - 1  # an id that stands for a text while affixes are read
+FILE = "tokenizer.json"
+# What transformers makes a tokenizer.json from: all files of any of these.
+SOURCES = (("vocab.json", "merges.txt"), ("tokenizer.model",))
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -36,7 +39,16 @@ class HuggingFaceTokenizer(Tokenizer):
     adds (Llama's beginning of text) is added. Decoding shows special tokens, so that nothing disappears.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, kind: str, source: Path, definition: str, token: str) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        kind: str,
+        source: Path,
+        definition: str,
+        token: str,
+        left_out: Sequence[str] = (),
+    ) -> None:
+        """definition: for the fingerprint. token: ends a document. left_out: tokens, for the description."""
         # A file can limit the number of tokens, which would silently cut every document.
         backend.no_truncation()
         backend.no_padding()
@@ -48,6 +60,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._backend = backend
         self._name = f"{kind} {source}"
         self._line = f'{self._name}, {{}} ids, end of document "{token}" ({found})'
+        self._line += f"; left out, for the model has no row for them: {', '.join(left_out)}" if left_out else ""
         # Not the number of tokens: some files leave ids out.
         self.vocab_size = max(backend.get_vocab().values()) + 1
         self.end_of_document = found
@@ -136,22 +149,75 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def build_hf_tokenizer(vocab_file: str | None, merge_file: str | None, token: str | None) -> HuggingFaceTokenizer:
-    """`HFTokenizer`: vocab_file is a tokenizer.json, merges included, or the folder of a model that holds one.
+    """`HFTokenizer`: vocab_file is a tokenizer.json, merges included, or the folder of a model with a tokenizer.
 
+    Where the folder has none, transformers makes one of its other files, with their added tokens and the beginning of a
+    text. Added tokens that the model of the folder has no row for are left out.
     token: None means "<|endoftext|>", or if there is none the `eos_token` of the tokenizer_config.json beside the file.
     Raises UserError for a broken file.
     """
-    if vocab_file and is_folder(vocab_file):
-        vocab_file = str(Path(vocab_file) / "tokenizer.json")
-    path = required_file(vocab_file, "vocab_file", "HFTokenizer", "a tokenizer.json, or a folder that holds one")
-    content = read_text(path, "vocab_file")
+    folder = Path(vocab_file) if vocab_file and is_folder(vocab_file) else None
+    content = None if folder is None or is_file(folder / FILE) else _made_by_transformers(folder)
+    if folder is not None and content is not None:
+        path = folder
+    else:
+        named = vocab_file if folder is None else str(folder / FILE)
+        path = required_file(named, "vocab_file", "HFTokenizer", "a tokenizer.json, or a folder that holds one")
+        content, folder = read_text(path, "vocab_file"), path.parent
     try:
-        backend = tokenizers.Tokenizer.from_str(content)
+        fitting, left_out = _without_tokens_beyond(content, folder / "config.json")
+        backend = tokenizers.Tokenizer.from_str(fitting)
     except Exception as error:  # the library raises bare Exception
         raise UserError(f'vocab_file ("{path}") is not a tokenizer.json: {error}') from error
     if token is None and backend.token_to_id(END_OF_DOCUMENT) is None:
-        token = _end_of_text(path.parent / "tokenizer_config.json")
-    return HuggingFaceTokenizer(backend, "HFTokenizer", path, content, token or END_OF_DOCUMENT)
+        token = _end_of_text(folder / "tokenizer_config.json")
+    return HuggingFaceTokenizer(backend, "HFTokenizer", path, content, token or END_OF_DOCUMENT, left_out)
+
+
+def _made_by_transformers(folder: Path) -> str | None:
+    """The tokenizer.json that transformers makes of the files in `folder`; None if there are none. Raises UserError."""
+    if not any(all(is_file(folder / name) for name in names) for names in SOURCES):
+        return None
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise UserError(
+            f'vocab_file ("{folder}") has no tokenizer.json; to make one of its other files: pip install '
+            "'deepy[convert]'"
+        ) from error
+    try:
+        made = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return str(made.backend_tokenizer.to_str())
+    except Exception as error:  # of many kinds, for files that are none and classes that the library does not run
+        raise UserError(
+            f'vocab_file ("{folder}") has no tokenizer.json, and transformers makes none of its other files '
+            f"({first_line(error)})"
+        ) from error
+
+
+def _without_tokens_beyond(content: str, config: Path) -> tuple[str, list[str]]:
+    """A tokenizer.json without the added tokens that the model of `config` has no row for, and these tokens.
+
+    Some published tokenizers have such, as Gemma 3's token of an image or a padding that was added later.
+    """
+    definition, rows = json.loads(content), _rows(config)
+    added = definition.get("added_tokens") or []
+    beyond = [token["content"] for token in added if rows is not None and token["id"] >= rows]
+    if not beyond:
+        return content, []
+    return json.dumps({**definition, "added_tokens": [token for token in added if token["id"] < rows]}), beyond
+
+
+def _rows(config: Path) -> int | None:
+    """The size of the vocabulary in the config.json of a model, if there is one."""
+    if not is_file(config):
+        return None
+    try:
+        keys = json.loads(read_text(config, "the model's config.json"))
+        size = keys.get("vocab_size", keys.get("text_config", {}).get("vocab_size"))
+    except (ValueError, RecursionError, AttributeError):
+        return None
+    return size if isinstance(size, int) else None
 
 
 def _end_of_text(config: Path) -> str | None:

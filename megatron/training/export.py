@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron.checkpoint.chunks import LocalChunks, local_chunks
 from megatron.checkpoint.converted import StoredWeight
+from megatron.checkpoint.merge import merged_weights
 from megatron.checkpoint.state import TrainState
 from megatron.engine.optimizer_state import MASTER
 from megatron.engine.training import TrainingEngine
@@ -51,7 +52,7 @@ class GatheredWeights:
         while (number := self._announce(0)) >= 0:
             if (local := self._mine.get(self._names[number])) is not None:
                 for chunk in local.chunks.values():
-                    dist.send(chunk.detach().cpu().contiguous(), 0, self._group)
+                    dist.send(chunk.detach().float().cpu().contiguous(), 0, self._group)  # frozen ones may be bf16
         if number == _FAILED:
             raise RunError("rank 0 could not write save_hf")
 
@@ -90,9 +91,10 @@ def export_at_end(run: Run, export: Export, state: TrainState) -> None:
         return
     failed = True
     try:
-        trained = TrainedWeights(
-            run.plan.model, gathered.weights(), run.tokenizer, run.config.to_flat(with_defaults=True), state
-        )
+        weights, keys = gathered.weights(), run.config.to_flat(with_defaults=True)
+        if run.plan.model.lora is not None:
+            weights = merged_weights(weights, weights, run.plan.model)
+        trained = TrainedWeights(export.model, weights, run.tokenizer, keys, state)
         export_model(trained, export, Path(str(run.config.checkpoint.save_hf)), tell=log.info)
         failed = False
     finally:

@@ -27,7 +27,13 @@ from megatron.estimate.describe import plan_lines
 from megatron.files import refuse_overwriting
 from megatron.hugging_face.incoming import refuse_existing
 from megatron.hugging_face.outgoing import Export, plan_export
-from megatron.hugging_face.published import PublishedModel, check_same_published, open_published, published_name
+from megatron.hugging_face.published import (
+    PublishedModel,
+    base_of_adapters,
+    check_same_published,
+    open_published,
+    published_name,
+)
 from megatron.launch.protocol.environment import environment_line
 from megatron.launch.protocol.heartbeat import Heartbeat
 from megatron.logging import configure
@@ -176,7 +182,7 @@ def set_up(config: Config, prepared: Prepared) -> tuple[Run, TrainState]:
     checkpoint = agreed(prepared.checkpoint, config.checkpoint, check)
     seed = plan.engine.seed if checkpoint is None and prepared.published is None else None
     engine = TrainingEngine(gpt_layers(plan.model, grid, seed, plan.engine.seed), grid, plan)
-    state, beginning = begin(engine, checkpoint, config.checkpoint, prepared.published, config.tuning.lora.base)
+    state, beginning = begin(engine, checkpoint, config.checkpoint, prepared.published, base_of_adapters(config))
     for line in [*_description(prepared, grid), *products, *nondeterministic, *_where_files_go(config), beginning]:
         log.info("%s", line)
     if checkpoint is not None and not config.checkpoint.finetune:

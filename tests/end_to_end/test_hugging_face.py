@@ -1,8 +1,10 @@
 """The commands that take models in and hand them out, and a fine-tune in one step."""
 
 import json
+import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -44,6 +46,53 @@ def test_one_command_fine_tunes_a_published_model_exports_it_and_goes_on_where_i
     run(folder, "train.py", "run", "train_iters=3", "save_hf=another")
     assert list(losses(folder / "trained")) == [1, 2, 3]
     assert (folder / "another" / "config.json").is_file()
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(torch.arange(30).reshape(2, 15)).logits
+    return found
+
+
+def test_one_command_tunes_a_published_model_with_adapters_and_every_way_out_computes_the_same(folder):
+    adapted = FINE_TUNE | {"lora": {"rank": 4, "alpha": 8, "dropout": 0.1, "targets": ["query", "value", "down"]}}
+    adapted |= {"save": "adapters", "optimizer": {"type": "Adam", "params": {"lr": 0.02}}, "save_hf": None}
+    (folder / "lora.yml").write_text(yaml_text(adapted))
+    run(folder, "train.py", "lora")
+    done = run(folder, "train.py", "lora", "train_iters=4", "save_hf=merged")
+    assert "resuming from adapters/global_step2: step 2" in done.stdout + done.stderr
+    assert list(losses(folder / "adapters")) == [1, 2, 3, 4]
+    run(folder, "tools/convert_to_hf.py", "--load", "adapters", "--output", "peft")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "llama")
+    before = logits(base)
+    merged = logits(transformers.AutoModelForCausalLM.from_pretrained(folder / "merged"))
+    assert (merged - before).abs().max() > 1e-2 * before.abs().max()
+    over_base = logits(peft.PeftModel.from_pretrained(base, folder / "peft"))
+    assert (over_base - merged).abs().max() < 1e-5 * merged.abs().max()
+    named = json.loads((folder / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(folder / "llama")
+
+
+@pytest.mark.long
+def test_adapters_of_a_published_model_generate_and_merge_and_need_it(folder):
+    adapted = FINE_TUNE | {"lora": {"rank": 4, "targets": ["query"]}, "save": "others", "save_hf": None}
+    (folder / "others.yml").write_text(yaml_text(adapted))
+    prompt = ["text_gen_type=unconditional", "num_samples=2", "maximum_tokens=4", "-o", "samples.jsonl"]
+    early = run(folder, "generate.py", "others", *prompt, expect=2)
+    assert "there is no checkpoint in others" in early.stderr
+    run(folder, "train.py", "others")
+    done = run(folder, "generate.py", "others", *prompt)
+    assert "weights of others/global_step2" in done.stdout + done.stderr
+    run(folder, "tools/merge_lora.py", "--load", "others", "--output", "whole")
+    run(folder, "tools/convert_to_hf.py", "--load", "whole", "--output", "whole_export")
+    shutil.copytree(folder / "llama", folder / "moved")
+    moved = run(folder, "tools/merge_lora.py", "--load", "others", "--base", "hf:moved", "--output", "again")
+    assert "with its adapters merged" in moved.stdout
+    with (folder / "moved" / "model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"1234")
+    other = run(folder, "generate.py", "others", *prompt, "lora.base=hf:moved", expect=2)
+    assert "what is in moved is another one" in other.stderr
 
 
 @pytest.mark.long

@@ -9,15 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron.checkpoint.converted import checkpoint_weights
 from megatron.checkpoint.folder import damage, find_checkpoint
 from megatron.config.load import load_config
 from megatron.errors import RunError, UserError
-from megatron.hugging_face.incoming import checkpoint_weights, import_model
+from megatron.hugging_face.incoming import import_model
 from megatron.hugging_face.published import configuration_keys, open_published
 from megatron.hugging_face.stored import StoredTensors
 from megatron.inference import find_trained_model
 from tests.families import CASES
 from tests.hugging_face_files import TEMPLATE, VOCABULARY, change, write, write_model
+from tests.tokenizer_files import gpt2_files
 
 QUICK = ("gpt2", "gpt_neox", "llama")  # weights that are transposed, renamed in files, and joined
 OF_EACH_FAMILY = [family if family in QUICK else pytest.param(family, marks=pytest.mark.long) for family in CASES]
@@ -55,6 +57,8 @@ def test_a_model_of_each_family_comes_in_with_the_same_weights_and_logits(family
     told = []
     import_model(published, tmp_path / "ours", check=True, tell=told.append)
     assert "are equal on both sides" in told[-1]
+    (unused,) = (line for line in told if "without effect here" in line)
+    assert "use_cache" in unused and "vocab_size" not in unused
     path = find_checkpoint(tmp_path / "ours")
     assert path is not None and damage(path, "full") == []
     ours = {name: weight.read() for name, weight in checkpoint_weights(path).items()}
@@ -154,8 +158,30 @@ def test_added_tokens_without_a_row_in_the_embedding_are_left_out(copy, tmp_path
     write(copy / "tokenizer.json", content)
     import_model(open_published(str(copy)), tmp_path / "ours", check=False, tell=lambda line: None)
     found = find_trained_model(load_config([str(tmp_path / "ours" / "model.yml")])).tokenizer
-    assert found.vocab_size == VOCABULARY
+    assert found.vocab_size == VOCABULARY and found.describe().endswith("no row for them: <411>")
     assert found.encode("<410>") == [410] and max(found.encode("<411>")) < 400
+
+
+def test_a_tokenizer_without_a_tokenizer_json_comes_in_with_one(copy, tmp_path):
+    gpt2_files(copy)
+    (copy / "tokenizer.json").unlink()
+    change(
+        copy / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", bos_token="<|endoftext|>", add_bos_token=True
+    )
+    published = open_published(str(copy))
+    assert configuration_keys(str(copy))["vocab_file"] == str(copy)
+    import_model(published, tmp_path / "ours", check=False, tell=lambda line: None)
+    assert (tmp_path / "ours" / "hugging_face" / "tokenizer.json").is_file()
+    found = find_trained_model(load_config([str(tmp_path / "ours" / "model.yml")])).tokenizer
+    assert found.encode("fox")[0] == 0 and found.encode("fox") == published.tokenizer.encode("fox")
+
+
+def test_fields_of_a_config_json_are_unused_if_nothing_reads_them(llama):
+    published = open_published(str(llama))
+    given = published.config | {"use_cache": False, "hidden_act": "silu", "made_up": 1, "rope_theta": 10000.0}
+    unused = published.family.unused_fields(given)
+    assert {"use_cache", "made_up", "attention_dropout", "architectures"} <= set(unused)
+    assert not {"hidden_act", "rope_theta", "rope_parameters", "model_type", "hidden_size", "head_dim"} & set(unused)
 
 
 def not_a_tokenizer(folder: Path) -> None:

@@ -13,14 +13,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megatron.checkpoint.converted import StoredWeight
-from megatron.checkpoint.merge import adapter_weight, merge_adapters
+from megatron.checkpoint.converted import StoredWeight, checkpoint_weights
+from megatron.checkpoint.merge import adapter_weight, merged_weights
 from megatron.checkpoint.state import TrainState
 from megatron.config.parameter_shapes import adapters_of
 from megatron.config.plan import LoraPlan
 from megatron.errors import RunError, UserError
-from megatron.hugging_face.adapters import export_adapters, import_adapters
-from megatron.hugging_face.incoming import checkpoint_weights, import_model
+from megatron.hugging_face.adapters import base_weights, export_adapters, import_adapters
+from megatron.hugging_face.incoming import import_model
 from megatron.hugging_face.model_card import model_card
 from megatron.hugging_face.outgoing import TrainedWeights, export_model, open_checkpoint, plan_export
 from megatron.hugging_face.published import open_published
@@ -120,8 +120,10 @@ def test_adapters_become_a_folder_that_peft_loads_over_the_model(llama, trained,
     with pytest.raises(UserError, match="lora"):
         fewer = replace(again.model, lora=replace(model.lora, targets=("query",)))
         check_same_model(fewer, tmp_path / "again" / "global_step0")
-    path = merge_adapters(tmp_path / "again" / "global_step0", again.model, tmp_path / "once", trained.keys)
-    for name, stored in checkpoint_weights(path).items():
+    path = tmp_path / "again" / "global_step0"
+    once = merged_weights(base_weights(path), checkpoint_weights(path), again.model)
+    assert set(once) == set(merged)
+    for name, stored in once.items():
         assert torch.equal(stored.read(), merged[name])
 
 

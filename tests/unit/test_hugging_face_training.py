@@ -1,5 +1,7 @@
 """`load: hf:...` and `save_hf` in a configuration: what they stand for, and what is refused before a run begins."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,18 @@ def test_generation_and_evaluation_take_a_published_model_as_well(llama, tmp_pat
     (tmp_path / "run.yml").write_text(yaml_text({"load": f"hf:{llama}"}))
     found = find_trained_model(load_config([str(tmp_path / "run.yml")], script="generate.py"))
     assert found.published is not None and found.plan.model.vocab_size == VOCABULARY
+
+
+def test_added_tokens_without_a_row_in_the_embedding_do_not_keep_a_published_model_out(llama, tmp_path):
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content["added_tokens"] += [{"id": id_, "content": f"<{id_}>", **token} for id_ in range(400, VOCABULARY + 1)]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    found = prepared(tmp_path, load=f"hf:{folder}")
+    assert found.tokenizer.vocab_size == VOCABULARY
+    assert found.tokenizer.describe().endswith("left out, for the model has no row for them: <411>")
+    assert found.tokenizer.encode("<410>") == [410] and max(found.tokenizer.encode("<411>")) < 400
 
 
 REFUSED = {

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
 from megatron.errors import UserError
-from megatron.tokenizer.base import END_OF_DOCUMENT
+from megatron.tokenizer.base import END_OF_DOCUMENT, Tokenizer
 from megatron.tokenizer.build import build_tokenizer
 from megatron.tokenizer.tiktoken_bpe import FAMILIES
 from megatron.tokenizer.train import train_byte_level_bpe
@@ -45,6 +45,44 @@ def test_what_the_file_itself_adds_to_each_text_is_added(tmp_path: Path) -> None
     backend.save(str(tmp_path / "beginning.json"))
     plain = build_tokenizer("HFTokenizer", bpe_file(tmp_path)).encode("text")
     assert build_tokenizer("HFTokenizer", str(tmp_path / "beginning.json")).encode("text") == [0, *plain]
+
+
+def gpt2_model(folder: Path) -> Tokenizer:
+    """OPT's way: GPT-2's two files, a token that was added later, and a text that begins with a token."""
+    vocab, merges = gpt2_files(folder)
+    (folder / "tokenizer.json").unlink()
+    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": END_OF_DOCUMENT, "bos_token": END_OF_DOCUMENT}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True}))
+    return build_tokenizer("GPT2BPETokenizer", vocab, merges)
+
+
+def sentencepiece_model(folder: Path) -> Tokenizer:
+    """Llama 2's way: a SentencePiece model."""
+    Path(sentencepiece_file(folder, model_type="bpe")).rename(folder / "tokenizer.model")
+    settings = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True}))
+    return build_tokenizer("SPMTokenizer", str(folder / "tokenizer.model"))
+
+
+@pytest.mark.parametrize(("make", "beginning"), [(gpt2_model, 0), (sentencepiece_model, 1)])
+def test_a_folder_without_a_tokenizer_json_has_the_ids_of_transformers(tmp_path: Path, make, beginning: int) -> None:
+    from transformers import AutoTokenizer
+
+    plain = make(tmp_path)
+    added = plain.vocab_size
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<image>": added}))
+    ours, theirs = build_tokenizer("HFTokenizer", str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.encode(TEXT[0]) == [beginning, *plain.encode(TEXT[0])]
+    for text in (*TEXT[:3], f"an<image>, {TEXT[2]}", "<image>", ""):
+        assert ours.encode(text) == theirs(text)["input_ids"]
+        assert ours.encode(text).count(added) == text.count("<image>")
+    assert ours.decode([ours.end_of_document]) == theirs.eos_token
+
+
+def test_files_that_transformers_makes_no_tokenizer_of_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_text("prose")
+    with pytest.raises(UserError, match=r"has no tokenizer\.json, and transformers makes none of its other files"):
+        build_tokenizer("HFTokenizer", str(tmp_path))
 
 
 def test_the_vocabulary_of_a_file_with_gaps_reaches_to_its_highest_id(tmp_path: Path) -> None:

@@ -233,26 +233,14 @@ def _loading_has_a_folder(config: Config) -> Iterator[str]:
         yield f"iteration ({keys.iteration}) needs load, the folder of the checkpoint"
 
 
-@rule(RUN_RULES, "lora", "load", "save_hf", for_plans=False)
-def _adapters_have_a_base(config: Config) -> Iterator[str]:
-    rank, load = config.tuning.lora.rank, config.checkpoint.load
-    if rank and load is not None and load.startswith("hf:"):
-        yield (
-            f"lora.rank ({rank}) needs a base that its checkpoints can name, not load ({load}); convert it with "
-            "tools/convert_from_hf.py, and set load to that folder and finetune to true"
-        )
-    if rank and config.checkpoint.save_hf is not None:
-        yield (
-            f"lora.rank ({rank}) excludes save_hf ({config.checkpoint.save_hf}): adapters are merged first, with "
-            "tools/merge_lora.py, and then exported with tools/convert_to_hf.py"
-        )
-
-
 @rule(RUN_RULES, "lora", "load", scripts=("train.py",), for_plans=False)
 def _training_of_adapters_has_a_base(config: Config) -> Iterator[str]:
     rank = config.tuning.lora.rank
     if rank and config.checkpoint.load is None:
-        yield f"lora.rank ({rank}) needs load, the folder of the model to adapt, and finetune: true"
+        yield (
+            f"lora.rank ({rank}) needs load, the model to adapt: the folder of its checkpoints, with finetune: true, "
+            "or hf:MODEL of Hugging Face"
+        )
 
 
 @rule(RUN_RULES, "text_gen_type", "sample_input_file")

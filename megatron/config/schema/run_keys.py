@@ -26,7 +26,8 @@ class TokenizerKeys(Group):
 
     vocab_file: PathText | None = None
     """Vocabulary or tokenizer file; for TiktokenTokenizer also the name of an encoding, for HFTokenizer and the GPT-2
-    tokenizers also the folder of a model."""
+    tokenizers also the folder of a model. HFTokenizer leaves out added tokens without a row in the model whose
+    config.json lies beside the file."""
 
     merge_file: PathText | None = None
     """merges.txt of the GPT-2 tokenizers."""

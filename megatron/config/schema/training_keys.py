@@ -113,8 +113,8 @@ class LoraKeys(Group):
     and attention.value (one for each, as in Llama), attention.dense, mlp.gate, mlp.up and mlp.down."""
 
     base: PathText | None = None
-    """Folder of checkpoints with the base of the adapters that load names. Unset: where it was when they were
-    trained. Its content must be the same."""
+    """The base of the adapters that load names: a folder of checkpoints, or hf:MODEL. Unset: where it was when they
+    were trained, or load if that is hf:MODEL. Its content must be the same."""
 
 
 class TuningKeys(Group):
@@ -126,8 +126,9 @@ class TuningKeys(Group):
     norm.*, mlp.up or blocks.[0-3] (which is blocks 0 to 3 only); inspect_checkpoint.py prints the names."""
 
     lora: LoraKeys = LoraKeys()
-    """Train low-rank adapters of linear layers, with all other parameters frozen: load names the base, with finetune.
-    Checkpoints hold the adapters and their optimizer state, and name their base, which is loaded with them."""
+    """Train low-rank adapters of linear layers, with all other parameters frozen: load names the base, with finetune,
+    or as hf:MODEL. Checkpoints hold the adapters and their optimizer state, and name their base, which is loaded with
+    them; save_hf has them merged."""
 
 
 class Fp16Keys(Group):
