@@ -15,3 +15,11 @@ def utf8_length(text: str, at_once: int = 1 << 20) -> int:
     if text.isascii():
         return len(text)
     return sum(len(text[start : start + at_once].encode()) for start in range(0, len(text), at_once))
+
+
+def common_length(first: str, second: str) -> int:
+    """The number of characters that both texts begin with."""
+    shorter = min(len(first), len(second))
+    if first[:shorter] == second[:shorter]:
+        return shorter
+    return next(place for place in range(shorter) if first[place] != second[place])

@@ -11,7 +11,7 @@ from megatron.arrays import Ids, flat
 from megatron.errors import UserError
 from megatron.files import is_file
 from megatron.registry import nearest
-from megatron.text import well_formed
+from megatron.text import common_length, well_formed
 
 END_OF_DOCUMENT = "<|endoftext|>"  # the default token, GPT-2's
 UNKNOWN_ID = "\ufffd"  # shown for an id outside the vocabulary
@@ -94,11 +94,15 @@ class Tokenizer(ABC):
 
     def decode_continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
         """Text of `ids` that follow `before` in a document: with the space that decoders drop where a text begins."""
+        document = self.document_of(before)
+        head, whole = self.decode(document), self.decode([*document, *ids])
+        return whole[common_length(head, whole) :]  # `ids` may complete a character that `before` ends within
+
+    def document_of(self, before: Sequence[int]) -> Sequence[int]:
+        """The ids of `before` that belong to its last document: after the last end of a document, or prefix."""
         starts = {self.end_of_document, *self.affixes[0][-1:]}
         begun = next((place for place in range(len(before), 0, -1) if before[place - 1] in starts), 0)
-        head, whole = self.decode(before[begun:]), self.decode([*before[begun:], *ids])
-        # A decoder may also change what it wrote for `before`, such as a character that `ids` complete.
-        return whole[len(head) :] if whole.startswith(head) else self.decode(ids)
+        return before[begun:]
 
     @abstractmethod
     def describe(self) -> str:
