@@ -19,10 +19,11 @@ from tests.ranks.run import one_rank
 def trained_model(grid: ParallelGrid, **model: Any) -> TrainedModel:
     """On `grid`: bytes as tokens, a context of 16, weights large enough that prompts get different continuations."""
     tokenizer = build_tokenizer("CharLevelTokenizer")
-    plan = tiny.plan(tensor=grid.size("tensor"), data=grid.size("data"))
+    plan = tiny.plan(pipe=grid.size("pipe"), tensor=grid.size("tensor"), data=grid.size("data"))
     sizes = {"vocab_size": tokenizer.vocab_size, "padded_vocab_size": 264, "init_std": 0.4} | model
     plan = replace(plan, model=replace(plan.model, **sizes))
-    engine = InferenceEngine(gpt_layers(plan.model, grid, seed=3), grid, torch.float32)
+    layers = gpt_layers(plan.model, grid, seed=3)
+    engine = InferenceEngine(layers, grid, torch.float32, plan.model.hidden_size)
     return TrainedModel(engine, grid, plan, tokenizer)
 
 

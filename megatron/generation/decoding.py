@@ -58,6 +58,7 @@ def continue_texts(
     growing = set(range(len(rows)))
     for _ in range(settings.maximum_tokens):
         for i, token in enumerate(chooser.choose(next_logits([row.ids for row in rows]), rows)):
+            rows[i].append(token.id)
             if i not in growing:
                 continue
             found[i].finished = token.id == model.tokenizer.end_of_document

@@ -58,7 +58,7 @@ class Chooser:
         self._batch: _Batch | None = None
 
     def choose(self, logits: Tensor, rows: Sequence[Row]) -> list[Token]:
-        """The next token of each row, which is appended to it. logits: float32 [b, at least v]."""
+        """The next token of each row, which the caller appends to it. logits: float32 [b, at least v]."""
         logits = logits[:, : self._vocab_size]
         batch = self._batch_of(rows, logits)
         processed = batch.processed(logits)
@@ -68,10 +68,7 @@ class Chooser:
             limited = batch.limited(processed[batch.sampled])
             chosen[batch.sampled] = draw(limited, torch.tensor(draws, dtype=torch.float64, device=logits.device))
         batch.count(chosen)
-        tokens = _tokens(chosen, logits, rows)
-        for row, token in zip(rows, tokens, strict=True):
-            row.append(token.id)
-        return tokens
+        return _tokens(chosen, logits, rows)
 
     def candidates(self, logits: Tensor, rows: Sequence[Row], count: int) -> list[list[tuple[int, float]]]:
         """The likeliest tokens of each row, at most `count`, the likeliest first, for a beam search.
@@ -92,6 +89,23 @@ class Chooser:
         if kept is None or not kept.has(rows, may_end):
             kept = self._batch = _Batch(rows, may_end, self._end, logits)
         return kept
+
+
+def score(logits: Tensor, targets: Sequence[int], alternatives: Sequence[int]) -> list[Token]:
+    """How likely given tokens are, each with as many of the likeliest ones as asked for. logits: float32 [n, v]."""
+    if not targets:
+        return []
+    log_probabilities = logits.log_softmax(dim=-1)
+    best = log_probabilities.topk(min(max(1, *alternatives, 1), logits.shape[-1]), dim=-1)
+    columns = (
+        log_probabilities.gather(1, torch.tensor(targets, device=logits.device)[:, None])[:, 0].tolist(),
+        best.indices.tolist(),
+        best.values.tolist(),
+    )
+    return [
+        Token(target, value, likeliest[0] == target, tuple(zip(likeliest[:count], values[:count], strict=True)))
+        for target, count, value, likeliest, values in zip(targets, alternatives, *columns, strict=True)
+    ]
 
 
 def draw(logits: Tensor, draws: Tensor) -> Tensor:

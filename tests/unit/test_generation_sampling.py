@@ -19,7 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from megatron.generation.requests import Request, Sampling
+from megatron.generation.requests import Request, Sampling, Token
 from megatron.generation.sampling import Chooser, Row, draw, keep_min_p, keep_top_k, keep_top_p, wrong_settings
 from tests.operations import Operations
 
@@ -60,6 +60,14 @@ def row_of(request: Request, text=()) -> Row:
     for token in text:
         row.append(token)
     return row
+
+
+def grow(chooser: Chooser, logits: torch.Tensor, rows: list[Row]) -> list[Token]:
+    """Choose the next token of each row and append it."""
+    tokens = chooser.choose(logits, rows)
+    for row, token in zip(rows, tokens, strict=True):
+        row.append(token.id)
+    return tokens
 
 
 def random_logits(seed: int, rows: int = 1) -> torch.Tensor:
@@ -122,13 +130,13 @@ def test_a_row_is_bit_for_bit_the_same_alone_and_beside_others_while_rows_come_a
     alone = []
     for i, request in enumerate(requests):
         row, chooser = Row(request), Chooser(VOCABULARY, END)
-        alone.append([chooser.choose(logits[i : i + 1], [row])[0] for logits in steps])
+        alone.append([grow(chooser, logits[i : i + 1], [row])[0] for logits in steps])
     rows, together = [Row(request) for request in requests], [[] for _ in requests]
     chooser = Chooser(VOCABULARY, END)
     lasts = [len(steps) - i % 3 for i in range(len(requests))]
     for step, logits in enumerate(steps):
         present = [i for i, last in enumerate(lasts) if step < last]
-        for i, token in zip(present, chooser.choose(logits[present], [rows[i] for i in present]), strict=True):
+        for i, token in zip(present, grow(chooser, logits[present], [rows[i] for i in present]), strict=True):
             together[i].append(token)
     assert together == [tokens[:last] for tokens, last in zip(alone, lasts, strict=True)]
     assert [row.ids[len(row.request.ids) :] for row in rows] == [[token.id for token in text] for text in together]
@@ -239,7 +247,7 @@ def test_the_end_and_stop_tokens_wait_for_the_minimum():
     request = Request((1,), 9, minimum_tokens=2, stop_tokens=frozenset({7}))
     for asked, expected in ((request, [3, 3, END]), (replace(request, ignore_end=True), [END, END, END])):
         row, chooser = Row(asked), Chooser(VOCABULARY, END)
-        assert [chooser.choose(logits, [row])[0].id for _ in range(3)] == expected
+        assert [grow(chooser, logits, [row])[0].id for _ in range(3)] == expected
 
 
 def test_candidates_of_a_beam_search_are_the_likeliest_that_may_be_chosen_and_leave_the_row_as_it_is():

@@ -1,0 +1,239 @@
+"""Continuous batching on one replica: requests wait, take a slot of the cache, are read, grow, and leave.
+
+Shapes: b rows of a step, s columns, n positions whose logits are needed, v vocabulary.
+All ranks of a replica run the same schedule on the same requests: it depends on nothing but their order and the tokens
+chosen, which the last stage of a pipeline sends to the others. In a pipeline there is a lane for each stage, so that
+all stages have work; see engine.py.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.generation.messages import Messages
+from megatron.generation.requests import Request, Token, Update
+from megatron.generation.sampling import Chooser, score
+from megatron.generation.text import Text
+from megatron.inference import TrainedModel
+
+SHORTEST_SHARED = 16  # tokens; reading fewer again is as fast as copying them
+LOOKED_AT = 4  # waiting requests for each slot
+SCORED_AT_ONCE = 1024  # positions: 0.2 GB of fp32 logits at a vocabulary of 50k
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a step computes of one text: the tokens at positions start to start + size - 1 of its slot."""
+
+    slot: int
+    text: Text
+    start: int
+    size: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step ends with the last token there is, so that the next one is chosen."""
+        return self.start + self.size == len(self.text.window) and self.text.request.maximum_tokens > 0
+
+    @property
+    def scored(self) -> range:
+        """Columns of the step from which a token of the prompt is predicted whose score is asked for."""
+        first = self.text.request.score_from
+        if first is None:
+            return range(0)
+        return range(max(0, first - 1 - self.start), min(self.size, self.text.prompt_length - 1 - self.start))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Results of a step: the chosen token of each row that samples, and the scored tokens of each row."""
+
+    chosen: list[Token]
+    scored: list[list[Token]]
+
+
+class Lane:
+    """Slots, and the requests that wait for one."""
+
+    def __init__(self, model: TrainedModel, messages: Messages, slots: int, capacity: int, chunk: int) -> None:
+        """slots: texts at once. capacity: tokens of each, prompt included. chunk: most tokens read in one step."""
+        self._model, self._messages, self._chunk = model, messages, min(chunk, capacity)
+        group = model.grid.group("pipe")
+        self._stages = [dist.get_global_rank(group, stage) for stage in range(model.grid.size("pipe"))]
+        self._cache = model.new_cache(slots, capacity, self._chunk)
+        self._texts: list[Text | None] = [None] * slots
+        self._held: list[list[int]] = [[] for _ in range(slots)]  # tokens that a free slot still has
+        self._freed = list(range(-slots, 0))  # when a slot became free: the one free for longest is taken first
+        self._steps = 0
+        self._waiting: deque[Text] = deque()
+        vocabulary = model.tokenizer.vocab_size, model.tokenizer.end_of_document
+        self._choosers = {reading: Chooser(*vocabulary) for reading in (False, True)}
+        self._read_last = False
+        self._step: tuple[list[Row], Outcome | None] = ([], None)
+        self._news: list[Update] = []
+        scaling = model.plan.model.rope_scaling
+        self._whole_matters = scaling is not None and scaling.kind in ("dynamic", "longrope")
+
+    def __len__(self) -> int:
+        """Slots."""
+        return len(self._texts)
+
+    @property
+    def in_use(self) -> int:
+        """Slots that hold a text."""
+        return sum(text is not None for text in self._texts)
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting)
+
+    def add(self, number: int, request: Request) -> None:
+        """Queue a request."""
+        self._waiting.append(Text(number, request, self._model.tokenizer, self._model.context))
+
+    def cancel(self, number: int) -> None:
+        """End a request, if it is here; its last update says so. Not between `begin` and `finish`."""
+        for waiting in [text for text in self._waiting if text.number == number]:
+            self._waiting.remove(waiting)
+            self._news.append(waiting.ended("cancelled"))
+        for slot, text in enumerate(self._texts):
+            if text is not None and text.number == number:
+                self._news.append(text.ended("cancelled"))
+                self._free(slot)
+
+    def begin(self) -> None:
+        """Give free slots to requests that wait, and start to compute the next step, if there is anything to do."""
+        self._admit()
+        rows = self._next_rows()
+        self._steps += 1
+        self._step = rows, self._compute(rows) if rows else None
+
+    def finish(self) -> list[Update]:
+        """Wait for the step that `begin` started; news of its texts."""
+        rows, outcome = self._step
+        if rows:
+            self._take(rows, outcome or self._messages.receive(self._stages[-1]))
+        self._step, news, self._news = ([], None), self._news, []
+        return news
+
+    def _admit(self) -> None:
+        passed: list[Text] = []  # what they share with others is being read now
+        while self._waiting and not all(self._texts) and len(passed) < LOOKED_AT * len(self._texts):
+            text = self._waiting.popleft()
+            if not text.to_compute:
+                self._news.append(text.ended("length"))
+            elif not self._place(text):
+                passed.append(text)
+        self._waiting.extendleft(reversed(passed))
+
+    def _place(self, text: Text) -> bool:
+        """Give `text` a slot, with what it shares with another text; False if that is being read now."""
+        slots = range(len(self._texts))
+        source = max(slots, key=lambda slot: self._shares(text, slot))
+        shared = self._shares(text, source)
+        reading = max((text.shares(other.window) for other in self._texts if other is not None), default=0)
+        if reading >= shared + SHORTEST_SHARED:
+            return False
+        if shared < SHORTEST_SHARED:
+            shared = 0
+        slot = min((slot for slot in slots if self._texts[slot] is None), key=lambda slot: self._freed[slot])
+        if shared and slot != source:
+            self._cache.copy([source], [slot], shared)
+        text.start_at(shared)
+        self._texts[slot] = text
+        return True
+
+    def _shares(self, text: Text, slot: int) -> int:
+        """Tokens at the beginning of `text` that a slot has computed and still holds."""
+        other = self._texts[slot]
+        held = self._held[slot] if other is None else other.computed_ids
+        shared = text.shares(held)
+        if self._whole_matters and (other is None or other.whole != text.whole):
+            return 0
+        return shared if self._cache.can_copy(len(held), shared) else 0
+
+    def _next_rows(self) -> list[Row]:
+        """Texts with more than one token to compute are read, some at a time; the others grow, all in one step."""
+        rows = [
+            Row(slot, text, text.computed, min(text.to_compute, self._chunk))
+            for slot, text in enumerate(self._texts)
+            if text is not None and text.to_compute
+        ]
+        growing = [row for row in rows if row.size == 1]
+        reading = sorted((row for row in rows if row.size > 1), key=lambda row: row.text.number)
+        self._read_last = bool(reading) and not (growing and self._read_last)
+        if not self._read_last:
+            return growing
+        chosen = [reading[0]]
+        for row in reading[1:]:
+            if row.size <= chosen[0].size and (len(chosen) + 1) * chosen[0].size <= self._chunk:
+                chosen.append(row)
+        return sorted(chosen, key=lambda row: row.slot)
+
+    def _compute(self, rows: Sequence[Row]) -> Outcome | None:
+        """Run the model; the outcome in the last stage, which sends it to the others."""
+        hidden = self._hidden(rows)
+        if not self._model.grid.is_last_stage:
+            return None
+        places = [(number, row.size - 1) for number, row in enumerate(rows) if row.samples]
+        chooser, growing = self._choosers[self._read_last], [row.text.row for row in rows if row.samples]
+        chosen = chooser.choose(self._logits(hidden, places), growing) if growing else []
+        outcome = Outcome(chosen, self._scores(hidden, rows))
+        self._messages.send(outcome, self._stages[:-1])
+        return outcome
+
+    def _hidden(self, rows: Sequence[Row]) -> Tensor:
+        """The input of the head, [b, s, h]."""
+        width = max(row.size for row in rows)
+        tokens = [row.text.window[row.start : row.start + row.size] for row in rows]
+        documents = None
+        if self._model.plan.model.keeps_documents_apart:
+            starts = [row.text.document_starts(row.start, row.size) for row in rows]
+            documents = torch.tensor([part + [0] * (width - len(part)) for part in starts])
+        self._cache.begin_step(
+            [row.slot for row in rows],
+            [row.start for row in rows],
+            [row.size for row in rows],
+            lengths=[row.text.whole for row in rows],
+            document_start=documents,
+        )
+        padded = torch.tensor([part + [0] * (width - len(part)) for part in tokens])
+        return self._model.hidden(padded, self._cache)
+
+    def _logits(self, hidden: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
+        """Float32 [n, v] at (row, column), of the ids that the tokenizer has.
+
+        A model may know more, which nothing in the data has trained.
+        """
+        rows, columns = torch.tensor(places, dtype=torch.int64, device=hidden.device).view(-1, 2).unbind(1)
+        return self._model.logits_of(hidden[rows, columns])[:, : self._model.tokenizer.vocab_size]
+
+    def _scores(self, hidden: Tensor, rows: Sequence[Row]) -> list[list[Token]]:
+        places = [(number, column) for number, row in enumerate(rows) for column in row.scored]
+        targets = [rows[number].text.window[rows[number].start + column + 1] for number, column in places]
+        wanted = [rows[number].text.request.alternatives or 0 for number, _ in places]
+        tokens: list[Token] = []
+        for first in range(0, len(places), SCORED_AT_ONCE):
+            part = slice(first, first + SCORED_AT_ONCE)
+            tokens += score(self._logits(hidden, places[part]), targets[part], wanted[part])
+        found = iter(tokens)
+        return [[next(found) for _ in row.scored] for row in rows]
+
+    def _take(self, rows: Sequence[Row], outcome: Outcome) -> None:
+        chosen = iter(outcome.chosen)
+        for row, scored in zip(rows, outcome.scored, strict=True):
+            update = row.text.advance(row.size, next(chosen) if row.samples else None, scored)
+            if update is not None:
+                self._news.append(update)
+            if update is not None and update.reason is not None:
+                self._free(row.slot)
+
+    def _free(self, slot: int) -> None:
+        text = self._texts[slot]
+        assert text is not None
+        self._texts[slot], self._held[slot], self._freed[slot] = None, text.computed_ids, self._steps

@@ -1,0 +1,208 @@
+"""The decoding engine with a real model on one rank: batches, arrivals, beginnings that are shared, and endings."""
+
+from copy import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.errors import UserError
+from megatron.generation import engine as engine_module
+from megatron.generation import lane as lane_module
+from megatron.generation.engine import Engine, EngineSettings
+from megatron.generation.requests import Answer, Request, Sampling
+from tests.operations import Operations
+from tests.ranks.run import one_rank
+from tests.trained import trained_model
+
+TEXTS = ("a", "hello wor", "To be, or", "xyz", "hello world", "q", "To be, or")
+SAMPLED = Sampling(temperature=1.0, top_k=40)
+CONTEXT = 16
+
+
+@pytest.fixture(scope="module")
+def grid():
+    with one_rank() as grid:
+        yield grid
+
+
+@pytest.fixture(params=["rotary", "learned", "windows"])
+def model(grid, request):
+    kinds = ("local", "global") if request.param == "windows" else ("global",) * 2
+    embedding = "learned" if request.param == "learned" else "rotary"
+    return trained_model(grid, position_embedding=embedding, num_layers=2, attention_kinds=kinds, sliding_window=5)
+
+
+@pytest.fixture(scope="module")
+def small_model(grid):
+    return trained_model(grid, num_layers=2, attention_kinds=("global",) * 2)
+
+
+def prompt(text: str, tokens: int = 6, **options) -> Request:
+    return Request(tuple(text.encode()), tokens, **options)
+
+
+def engine_of(model, slots: int = 4, chunk: int = 5, capacity: int = CONTEXT) -> Engine:
+    return Engine(model, EngineSettings(slots, capacity, chunk))
+
+
+def alone(model, request: Request) -> Answer:
+    """The answer of an engine with one slot that reads the prompt at once."""
+    return engine_of(model, 1, CONTEXT).run([request])[0]
+
+
+def next_tokens(model, ids: list[int], count: int) -> list[int]:
+    """Greedy tokens, each from the whole text of at most the context, without a cache."""
+    for _ in range(count):
+        logits = model.logits(torch.tensor([ids[-CONTEXT:]]))[0, -1, : model.tokenizer.vocab_size]
+        ids = [*ids, int(logits.argmax())]
+    return ids[-count:]
+
+
+@pytest.mark.parametrize("tokens", [6, 24])
+def test_tokens_are_the_likeliest_after_all_before_them_also_beyond_the_context(model, tokens):
+    answers = engine_of(model).run([prompt(text, tokens) for text in TEXTS])
+    expected = [next_tokens(model, list(text.encode()), tokens) for text in TEXTS]
+    assert [answer.ids for answer in answers] == expected
+    assert {answer.reason for answer in answers} == {"length"}
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), slots=st.integers(1, 4), chunk=st.integers(1, 9))
+def test_a_text_is_the_same_whatever_arrives_beside_it_and_when(small_model, data, slots, chunk):
+    asked = data.draw(
+        st.lists(
+            st.builds(
+                prompt,
+                st.sampled_from([*TEXTS, "hello world, he", "hello world, his"]),
+                st.integers(0, 20),
+                sampling=st.sampled_from([Sampling(), SAMPLED]),
+                seed=st.sampled_from("xyz"),
+                score_from=st.sampled_from([None, 1]),
+            ),
+            min_size=1,
+            max_size=6,
+        )
+    )
+    pauses = data.draw(st.lists(st.integers(0, 4), min_size=len(asked), max_size=len(asked)))
+    engine, answers, numbers = engine_of(small_model, slots, chunk), {}, []
+
+    def work(steps: int) -> None:
+        for _ in range(steps):
+            for update in engine.step():
+                answers.setdefault(update.request, Answer()).add(update)
+
+    for request, pause in zip(asked, pauses, strict=True):
+        numbers.append(engine.submit(request))
+        work(pause)
+    while not engine.is_idle:
+        work(1)
+    for request, number in zip(asked, numbers, strict=True):
+        expected, found = alone(small_model, request), answers[number]
+        assert (found.ids, found.text, found.reason) == (expected.ids, expected.text, expected.reason)
+        scores = [[token.log_probability for token in answer.scored] for answer in (found, expected)]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+def test_scores_of_a_prompt_are_its_log_probabilities(model):
+    request = prompt("To be, or not", 0, score_from=3, alternatives=2)
+    [answer] = engine_of(model).run([request])
+    ids = torch.tensor([request.ids])
+    whole = model.logits(ids)[0, :, : model.tokenizer.vocab_size].log_softmax(-1)
+    expected = [float(whole[place - 1, token]) for place, token in enumerate(request.ids)][3:]
+    assert [token.id for token in answer.scored] == list(request.ids[3:])
+    assert [token.log_probability for token in answer.scored] == pytest.approx(expected, abs=1e-4)
+    for token, row in zip(answer.scored, whole[2:], strict=False):
+        assert [id for id, _ in token.alternatives] == row.topk(2).indices.tolist()
+        assert token.greedy == (token.id == int(row.argmax()))
+
+
+def test_prompts_that_share_a_beginning_read_it_once(small_model, monkeypatch):
+    monkeypatch.setattr(lane_module, "SHORTEST_SHARED", 4)
+    engine = engine_of(small_model, slots=3, chunk=CONTEXT)
+    shared = "hello world, he"
+    texts = [shared, shared[:-2] + "xy", shared[:-1] + "z"]
+    answers = engine.run([prompt(text, 1) for text in texts])
+    assert [answer.cached for answer in answers] == [0, len(shared) - 2, len(shared) - 1]
+    again = engine.run([prompt(shared, 1)])[0]
+    assert again.cached == len(shared) - 1  # the last token is read again, for what follows it
+    for text, answer in zip([*texts, shared], [*answers, again], strict=True):
+        assert answer.ids == next_tokens(small_model, list(text.encode()), 1)
+
+
+def test_a_waiting_request_takes_the_slot_of_one_that_has_finished(small_model):
+    engine = engine_of(small_model, slots=2)
+    long, short, waiting = (engine.submit(prompt(text, tokens)) for text, tokens in (("a", 15), ("b", 2), ("c", 2)))
+    ended = []
+    while not engine.is_idle:
+        ended += [update.request for update in engine.step() if update.reason]
+    assert ended == [short, waiting, long]
+
+
+def test_a_cancelled_request_ends_in_the_next_round_wherever_it_is(small_model):
+    engine = engine_of(small_model, slots=1)
+    running, waiting, other = (engine.submit(prompt(text, 12)) for text in "abc")
+    engine.step()
+    engine.step()
+    engine.cancel(running)
+    engine.cancel(waiting)
+    updates = engine.step()
+    ended = [(update.request, update.reason) for update in updates if update.reason]
+    assert sorted(ended) == [(running, "cancelled"), (waiting, "cancelled")]
+    engine.cancel(running)  # it has ended
+    while not engine.is_idle:
+        updates += engine.step()
+    tokens = [token.id for update in updates for token in update.tokens if update.request == other]
+    assert tokens == alone(small_model, prompt("c", 12)).ids
+
+
+def test_the_end_of_the_document_ends_a_text_unless_it_is_ignored(small_model):
+    token = alone(small_model, prompt("hello", 4)).ids[2]
+    tokenizer = copy(small_model.tokenizer)
+    tokenizer.end_of_document = token
+    model = replace(small_model, tokenizer=tokenizer)
+    ended, ignored, stopped = engine_of(model).run(
+        [
+            prompt("hello", 4),
+            prompt("hello", 4, ignore_end=True),
+            prompt("hello", 4, ignore_end=True, stop_tokens=frozenset({token})),
+        ]
+    )
+    assert (ended.reason, len(ended.ids)) == ("end", 2) and (stopped.reason, len(stopped.ids)) == ("stop", 2)
+    assert (ignored.reason, len(ignored.ids)) == ("length", 4)
+
+
+def test_a_stop_string_ends_a_text_and_is_no_part_of_it(small_model):
+    whole = alone(small_model, prompt("hello", 10, sampling=SAMPLED, seed="1"))
+    stop = whole.text[4:6]
+    found = alone(small_model, prompt("hello", 10, sampling=SAMPLED, seed="1", stop_strings=(stop,)))
+    assert found.reason == "stop" and found.text == whole.text[: whole.text.index(stop)]
+
+
+def test_only_the_logits_that_are_needed_are_computed(small_model):
+    engine = engine_of(small_model, slots=2, chunk=CONTEXT)
+    with Operations() as computed:
+        engine.run([prompt("hello wo", 1), prompt("To be, o", 1)])
+    assert computed.count["aten::argmax"] == 1
+
+
+def test_wrong_requests_are_refused_with_the_sizes(small_model):
+    engine = engine_of(small_model, capacity=12)
+    with pytest.raises(UserError, match=r"has 17 tokens; the model's context is 16 \(max_position_embeddings\)"):
+        engine.submit(prompt("x" * 17))
+    with pytest.raises(UserError, match=r"9 tokens of a prompt and up to 6 of its answer do not fit.* 12 tokens"):
+        engine.submit(prompt("hello wor", 6))
+    with pytest.raises(UserError, match="has no tokens"):
+        engine.submit(prompt(""))
+
+
+def test_slots_are_as_many_as_fit_into_free_memory(small_model, monkeypatch):
+    plan = small_model.plan.model
+    size = 2 * plan.num_layers * (CONTEXT + 1) * plan.num_kv_heads * plan.head_size * 4  # a column more for padding
+    monkeypatch.setattr(engine_module, "_free_memory", lambda device: 3.5 * size / engine_module.MEMORY_SHARE)
+    assert engine_of(small_model, slots=64).slots == 3
+    monkeypatch.setattr(engine_module, "_free_memory", lambda device: size / 2)
+    with pytest.raises(UserError, match=r"keys and values of one text of 16 tokens take .* on a rank"):
+        engine_of(small_model)
