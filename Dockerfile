@@ -31,6 +31,6 @@ RUN test "$FLASH_ATTENTION" = 0 \
     || MAX_JOBS=$MAX_JOBS pip install --no-build-isolation -r requirements/flash.txt
 
 COPY --chown=10001 . .
-RUN pip install --no-build-isolation --constraint requirements/dev.txt --editable ".[logging,corpora,eval,convert]"
+RUN pip install --no-build-isolation --constraint requirements/dev.txt --editable ".[logging,corpora,eval,convert,serve]"
 
 CMD ["./deepy.py", "--help"]

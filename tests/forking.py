@@ -39,7 +39,7 @@ def run_script(
     """
     with tempfile.TemporaryDirectory() as name:
         outputs = Path(name, "stdout"), Path(name, "stderr")
-        process = fork_server().Process(target=_as_script, args=(script, words, folder, dict(environment), outputs))
+        process = fork_server().Process(target=as_script, args=(script, words, folder, dict(environment), outputs))
         process.start()
         process.join(timeout)
         if process.exitcode is None:
@@ -50,7 +50,7 @@ def run_script(
     return subprocess.CompletedProcess([str(script), *words], process.exitcode, *written)
 
 
-def _as_script(
+def as_script(
     script: Path, words: Sequence[str], folder: Path, environment: dict[str, str], outputs: tuple[Path, Path]
 ) -> None:
     """Become the script's process: its descriptors, folder, environment, arguments and path of modules."""

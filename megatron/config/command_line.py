@@ -22,6 +22,7 @@ DOORS = {
     "train.py": "train a model",
     "generate.py": "generate text from a checkpoint",
     "evaluate.py": "evaluate a checkpoint",
+    "serve.py": "serve a checkpoint over HTTP",
 }
 MERGED_FLAG = "--merged-config"
 # Flags, key, type, help text. A flag overrides the files.

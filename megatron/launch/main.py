@@ -88,4 +88,4 @@ def _check_ranks(config: Config, script: Path, ranks: int) -> None:
 
 
 def _is_inference(script: Path) -> bool:
-    return script.name in ("generate.py", "evaluate.py")
+    return script.name in ("generate.py", "evaluate.py", "serve.py")

@@ -134,7 +134,10 @@ class Supervisor:
 
     def _stop_at_step_boundary(self) -> None:
         name = self._signals.received[0].name
-        say(f"{name}: the run ends at the next step boundary, with a checkpoint; Ctrl-C ends it at once")
+        how = "the run ends at the next step boundary, with a checkpoint"
+        if Path(self._job.script).name == "serve.py":
+            how = "the server takes no more requests, and ends when all others have been answered"
+        say(f"{name}: {how}; Ctrl-C ends it at once")
         self._order(stop=name)
 
     def _request_stacks(self) -> int:

@@ -13,7 +13,7 @@ import pytest
 from megatron.errors import RunError, UserError, exit_code, first_line
 
 ROOT = Path(__file__).resolve().parents[2]
-DOORS = ("train.py", "generate.py", "evaluate.py")
+DOORS = ("train.py", "generate.py", "evaluate.py", "serve.py")
 
 
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:

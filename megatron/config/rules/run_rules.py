@@ -249,6 +249,17 @@ def _prompts_have_a_file(config: Config) -> Iterator[str]:
         yield "text_gen_type (input-file) needs sample_input_file (or -i FILE)"
 
 
+@rule(RUN_RULES, "serve_max_choices", "serve_max_waiting", "generation_batch_size")
+def _choices_find_room(config: Config) -> Iterator[str]:
+    keys, slots = config.serving, config.generation.generation_batch_size
+    if keys.serve_max_choices > slots + keys.serve_max_waiting:
+        yield (
+            f"serve_max_choices ({keys.serve_max_choices}) is more than generation_batch_size ({slots}) and "
+            f"serve_max_waiting ({keys.serve_max_waiting}) together, so such a request would never be taken; lower it, "
+            "or raise serve_max_waiting"
+        )
+
+
 @rule(RUN_RULES, "include", "exclude", "num_gpus")
 def _devices_are_chosen_once(config: Config) -> Iterator[str]:
     keys = config.launcher
@@ -315,7 +326,7 @@ def _data_are_named(config: Config) -> Iterator[str]:
         )
 
 
-@rule(RUN_RULES, "load", "save", scripts=("generate.py", "evaluate.py"), for_plans=False)
+@rule(RUN_RULES, "load", "save", scripts=("generate.py", "evaluate.py", "serve.py"), for_plans=False)
 def _weights_are_named(config: Config) -> Iterator[str]:
     if config.checkpoint.load is None and config.checkpoint.save is None:
         yield '"load" is missing; name the folder of the checkpoint'

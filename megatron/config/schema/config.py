@@ -22,6 +22,7 @@ from megatron.config.schema.run_keys import (
     ProfilingKeys,
     TokenizerKeys,
 )
+from megatron.config.schema.serving_keys import ServingKeys
 from megatron.config.schema.training_keys import (
     BatchKeys,
     EngineKeys,
@@ -49,6 +50,7 @@ class Config(Group):
     logging: LoggingKeys
     profiling: ProfilingKeys
     generation: GenerationKeys
+    serving: ServingKeys
     evaluation: EvaluationKeys
     launcher: LauncherKeys
 

@@ -95,7 +95,7 @@ def _home() -> list[Path]:
 def make_log_folder(config: Config, script: Path) -> Path | None:
     """Make the folder of the ranks' logs, or return None where there is none.
 
-    generate.py and evaluate.py write no logs into the checkpoint folder; they do so in log_dir only.
+    The other doors write no logs into the checkpoint folder; they do so in log_dir only.
     Raises UserError where the folder cannot be made or written to.
     """
     name = config.log_folder if script.name == "train.py" else config.logging.log_dir
