@@ -71,8 +71,16 @@ def be_deterministic() -> list[str]:
 
 
 def choose_matmul_precision(settings: EnginePlan, device: torch.device) -> list[str]:
-    """Decide how products of fp32 matrices are computed from now on. Returns lines for the log, where it matters."""
+    """Decide how products of fp32 matrices are computed from now on.
+
+    Returns lines for the log where it matters, as it does for bf16 on a CPU without instructions for it.
+    """
     torch.set_float32_matmul_precision(settings.fp32_matmul_precision)
+    if device.type == "cpu" and settings.precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return [
+            "products: this CPU lacks the instructions for bfloat16 (AVX-512), without which torch takes many times as "
+            "long as in fp32; write precision: fp32"
+        ]
     if device.type != "cuda" or settings.precision != "fp32":
         return []
     if settings.fp32_matmul_precision == "highest":
