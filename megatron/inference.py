@@ -96,7 +96,8 @@ class TrainedModel:
         return self.logits_of(self.hidden(tokens)[:, columns])
 
     def from_last_stage(self, tensor: Tensor) -> Tensor:
-        """The last stage's `tensor` on all stages of a pipeline, whose own are overwritten. A broadcast."""
+        """The last stage's `tensor` on all stages of a pipeline, whose own may be overwritten. A broadcast."""
+        tensor = tensor.contiguous()
         if self.grid.size("pipe") > 1:
             dist.broadcast(tensor, group=self.grid.group("pipe"), group_src=self.grid.size("pipe") - 1)
         return tensor
