@@ -170,6 +170,7 @@ def open_trained_model(found: FoundModel, backend: str | None, timeout_minutes: 
     else:
         agree_on_checkpoint(found.checkpoint)
         load_weights(engine, found.checkpoint, found.base)
+    products += engine.pack_weights(found.quantization)
     log.info("%s", found.tokenizer.describe())
     log.info("model: weights of %s in %s", found.checkpoint, found.plan.engine.precision)
     for line in products:

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.config.widths import loss_chunk
+from megatron.parallel.packed_weights import PackedWeight
+from megatron.parallel.products import linear
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ EAGER = Kernels(transform_logits, reduce_logits, replace_logits)
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     labels: Tensor,
     loss_weights: Tensor,
     shard: VocabularyShard,
@@ -100,7 +102,7 @@ def linear_cross_entropy(
 class Head(NamedTuple):
     """The last layer, on this rank."""
 
-    weight: Tensor
+    weight: Tensor | PackedWeight
     bias: Tensor | None
     transform: LogitTransform
     shard: VocabularyShard
@@ -162,11 +164,13 @@ def _in_chunks(hidden: Tensor, labels: Tensor, factors: Tensor | None, head: Hea
     losses = hidden.new_empty(tokens, dtype=torch.float32)
     of_hidden = torch.empty_like(hidden)
     # one product is rounded once; a sum of several is taken in fp32
-    of_weight = torch.empty_like(weight, dtype=weight.dtype if length >= tokens else torch.float32) if trains else None
+    of_weight = None
+    if trains and isinstance(weight, Tensor):
+        of_weight = torch.empty_like(weight, dtype=weight.dtype if length >= tokens else torch.float32)
     of_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
     for start in range(0, tokens, length):
         part = slice(start, start + length)
-        logits = hidden[part] @ weight.t() if bias is None else torch.addmm(bias, hidden[part], weight.t())
+        logits = linear(hidden[part], weight, bias)
         if transform != UNCHANGED:
             logits = kernels.transform(logits, transform)
         logits[:, shard.rows :] = float("-inf")
@@ -179,6 +183,7 @@ def _in_chunks(hidden: Tensor, labels: Tensor, factors: Tensor | None, head: Hea
         losses[part] = total.log() - (own - largest)
         if factors is None:
             continue
+        assert isinstance(weight, Tensor)  # a packed one has no gradient
         log_sum, factor = largest + total.log(), factors[part]
         if transform.multiplier != 1.0:
             factor = factor * transform.multiplier

@@ -36,11 +36,24 @@ from megatron.parallel.cross_entropy import (
 )
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.initial_values import zeros
+from megatron.parallel.packed_weights import PackedWeight
 from megatron.parallel.parameter import Initialiser, new_parameter
 from megatron.parallel.products import gradient_of_inputs, gradient_of_weight, linear
 
 
-class ColumnParallelLinear(nn.Module):
+class LinearLayer(nn.Module):
+    """A module that multiplies by a weight [o, i], its parameter, or in inference by a packed form of it."""
+
+    weight: nn.Parameter  # may be deleted once it is packed
+    packed: PackedWeight | None = None
+
+    @property
+    def factor(self) -> Tensor | PackedWeight:
+        """What inputs are multiplied by."""
+        return self.weight if self.packed is None else self.packed
+
+
+class ColumnParallelLinear(LinearLayer):
     """A linear layer with sharded outputs: each rank computes o/tp of them."""
 
     def __init__(
@@ -70,7 +83,7 @@ class ColumnParallelLinear(nn.Module):
 
 def column_parallel_layers(inputs: Tensor, *layers: ColumnParallelLinear) -> list[Tensor]:
     """Several layers of the same inputs, with their exchanges and adapters; see `column_parallel`."""
-    weights = [(layer.weight, layer.bias) for layer in layers]
+    weights = [(layer.factor, layer.bias) for layer in layers]
     outputs = column_parallel(inputs, layers[0].grid, *weights, float8=layers[0].float8)
     pairs = [
         (output if layer.exchange is None else layer.exchange(output), layer.lora)
@@ -80,7 +93,7 @@ def column_parallel_layers(inputs: Tensor, *layers: ColumnParallelLinear) -> lis
 
 
 def column_parallel(
-    inputs: Tensor, grid: ParallelGrid, *layers: tuple[Tensor, Tensor | None], float8: bool = False
+    inputs: Tensor, grid: ParallelGrid, *layers: tuple[Tensor | PackedWeight, Tensor | None], float8: bool = False
 ) -> list[Tensor]:
     """Several column-parallel layers, each a weight [o/tp, i] and a bias, of the same inputs with shared communication.
 
@@ -119,7 +132,7 @@ class _GatheredLinear(torch.autograd.Function):
         return tuple(results)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(LinearLayer):
     """A linear layer with sharded inputs: each rank has i/tp of them."""
 
     def __init__(
@@ -137,7 +150,7 @@ class RowParallelLinear(nn.Module):
 
     def partial(self, inputs: Tensor) -> Tensor:
         """This rank's summand of the outputs, without the bias: [b, s, i/tp] -> [b, s, o]."""
-        outputs = linear(inputs, self.weight, None, self.float8)
+        outputs = linear(inputs, self.factor, None, self.float8)
         return outputs if self.lora is None else outputs + self.lora(inputs)
 
 
@@ -177,7 +190,7 @@ def sum_of(tensors: Sequence[Tensor]) -> Tensor:
     return total
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(LinearLayer):
     """A token embedding with rows sharded over the group, for input and, if tied, for output.
 
     vocab_size: rows without padding; padded_size: rows in memory, divisible by tp. Padding rows are zero, get no
@@ -198,6 +211,7 @@ class VocabParallelEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.grid, self.transform = grid, transform
+        self.vectors: torch.dtype | None = None  # the type of the token vectors; None: that of the weight
         self.weight = new_parameter((vocab_size, hidden_size), 0, initialise, grid, padded_size)
         self.bias = new_parameter((vocab_size,), 0, zeros, grid, padded_size) if bias else None
         rows = padded_size // grid.size("tensor")
@@ -213,18 +227,21 @@ class VocabParallelEmbedding(nn.Module):
         """Token ids [b, s] int64 -> [b, s, h], the same on every rank; [b, s/tp, h] with sequence parallelism."""
         rows = self.weight.shape[0]
         if self.grid.size("tensor") == 1:
-            return F.embedding(tokens, self.weight)
+            return self._typed(F.embedding(tokens, self.weight))
         row = tokens - self.shard.start
         elsewhere = (row < 0) | (row >= rows)
-        vectors = F.embedding(row.masked_fill(elsewhere, 0), self.weight)
+        vectors = self._typed(F.embedding(row.masked_fill(elsewhere, 0), self.weight))
         return sum_over_ranks(vectors.masked_fill(elsewhere.unsqueeze(-1), 0), self.grid)
+
+    def _typed(self, vectors: Tensor) -> Tensor:
+        return vectors if self.vectors is None else vectors.to(self.vectors)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[b, s, h] or [b, s/tp, h] -> [b, s, padded_size/tp], padding columns -inf."""
         padding = None if self.padding_logits is None else self.padding_logits.to(hidden.dtype)
         if self.bias is None and self.transform == UNCHANGED:
-            return column_parallel(hidden, self.grid, (self.weight, padding))[0]
-        logits = column_parallel(hidden, self.grid, (self.weight, self.bias))[0]
+            return column_parallel(hidden, self.grid, (self.factor, padding))[0]
+        logits = column_parallel(hidden, self.grid, (self.factor, self.bias))[0]
         if self.transform != UNCHANGED:
             logits = transform_logits(logits, self.transform)
         return logits if padding is None else logits + padding
@@ -238,5 +255,5 @@ class VocabParallelEmbedding(nn.Module):
         group = self.grid.group("tensor")
         hidden = gather_sequence(hidden, group) if self.grid.sequence_parallel else copy_to_group(hidden, group)
         return linear_cross_entropy(
-            hidden, self.weight, labels, loss_weights, self.shard, self.loss_kernels, self.bias, self.transform
+            hidden, self.factor, labels, loss_weights, self.shard, self.loss_kernels, self.bias, self.transform
         )

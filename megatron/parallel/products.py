@@ -20,14 +20,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.errors import UserError
+from megatron.parallel.packed_weights import PackedWeight
 
 WEIGHTS, GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
 FIRST_CAPABILITY = (8, 9)  # Ada and Hopper
 _SMALLEST = 1e-12  # largest element of a tensor of zeros, as in torchao
 
 
-def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, float8: bool = False) -> Tensor:
-    """[..., i], [o, i], [o] -> [..., o]. Differentiable."""
+def linear(inputs: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, float8: bool = False) -> Tensor:
+    """[..., i], [o, i], [o] -> [..., o]. Differentiable, but for a packed weight."""
+    if isinstance(weight, PackedWeight):
+        return weight.product(inputs, bias)
     if not float8:
         return F.linear(inputs, weight, bias)
     outputs: Tensor = _Float8Linear.apply(inputs, weight)
