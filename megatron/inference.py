@@ -19,6 +19,7 @@ from megatron.checkpoint.store import agree_on_checkpoint, load_weights
 from megatron.config.plan import Plan
 from megatron.config.resolve import resolve
 from megatron.config.schema.config import Config
+from megatron.config.schema.run_keys import Quantization
 from megatron.engine.distributed import choose_matmul_precision, start
 from megatron.engine.inference import InferenceEngine
 from megatron.engine.settings import DTYPES
@@ -52,6 +53,7 @@ class FoundModel:
     checkpoint: Path
     published: PublishedModel | None = None  # whose folder `checkpoint` is
     base: str | None = None  # the folder of the base of adapters, if it has moved
+    quantization: Quantization | None = None  # the type that weights are rounded to
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ def find_trained_model(config: Config) -> FoundModel:
     plan = resolve(config, int(os.environ.get("WORLD_SIZE", "1")), tokenizer.vocab_size, inference=True)
     if "model" not in keys.allow_changes:
         check_same_model(plan.model, checkpoint)
-    return FoundModel(plan, tokenizer, checkpoint, base=base_of_adapters(config))
+    quantization = config.generation.quantization
+    return FoundModel(plan, tokenizer, checkpoint, base=base_of_adapters(config), quantization=quantization)
 
 
 def _find_published(config: Config, name: str) -> FoundModel:
@@ -152,7 +155,7 @@ def _find_published(config: Config, name: str) -> FoundModel:
     tokenizer = open_tokenizer(config)
     plan = resolve(config, int(os.environ.get("WORLD_SIZE", "1")), tokenizer.vocab_size, inference=True)
     check_same_published(plan.model, published, any_behavior="model" in config.checkpoint.allow_changes)
-    return FoundModel(plan, tokenizer, published.folder, published)
+    return FoundModel(plan, tokenizer, published.folder, published, quantization=config.generation.quantization)
 
 
 def open_trained_model(found: FoundModel, backend: str | None, timeout_minutes: float = 30) -> TrainedModel:

@@ -6,13 +6,14 @@ Shapes: b rows, s columns, h hidden, v vocabulary in memory, tp tensor-parallel 
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron.config.parameter_shapes import is_adapter
+from megatron.config.schema.run_keys import Quantization
 from megatron.engine.modules import Sequential, cast_parameters
 from megatron.engine.optimizer_state import ModuleState, draw_initial_values
 from megatron.model.attention_kernels import kernels_for_decoding
@@ -54,7 +55,7 @@ class InferenceEngine:
         """Global names of the parameters this rank computes with."""
         return {cast(PlacedParameter, parameter).global_name for parameter in self.module.parameters()}
 
-    def pack_weights(self, quantization: Literal["int8"] | None = None) -> list[str]:
+    def pack_weights(self, quantization: Quantization | None = None) -> list[str]:
         """Bring the loaded weights of matrix products into the form that a CPU multiplies fastest; lines for the log.
 
         The memory of each is freed, except that of an embedding that is the head as well, which has its rows twice.

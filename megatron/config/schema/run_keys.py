@@ -16,6 +16,8 @@ from megatron.config.schema.key_group import (
     registered,
 )
 
+Quantization = Literal["int8"]
+
 
 class TokenizerKeys(Group):
     """The tokenizer of data and prompts."""
@@ -191,6 +193,10 @@ class GenerationKeys(Group):
 
     generation_batch_size: PositiveInt = 8
     """Prompts per batch."""
+
+    quantization: Quantization | None = None
+    """int8: generate and evaluate, on a CPU, with the weights of matrix products rounded to 8 bits, each output with
+    its own scale. They take half the memory of 16 bits; bench/README.md has what it costs. Unset: as trained."""
 
 
 def _separate_words(value: object) -> object:
