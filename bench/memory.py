@@ -6,8 +6,9 @@
 
 "At rest" is the memory between two steps, "saved" what one micro-batch's forward pass stores for the backward pass,
 "peak" the maximum during a step. Counted are the allocator's events on a CPU (torch.profiler) and its statistics on a
-GPU; both count requested bytes, whole buffers included. The profiler misses what gloo's threads free, so collectives
-wait here until those threads have released their tensors.
+GPU; both count requested bytes, whole buffers included. The profiler misses what gloo's threads free. So on a CPU a
+rank is alone in torch's fake process group, whose collectives send nothing and allocate nothing; the stages of a
+pipeline do send, and wait after each collective until gloo's threads have released their tensors.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron.config.load import config_from_flat
 from megatron.config.plan import Plan
@@ -99,6 +101,11 @@ CASES: dict[str, tuple[int, dict[str, object]]] = {
     "NeoX, bf16, 2 replicas, ZeRO 1": (2, NEOX | BF16 | RECOMPUTE | zero(1)),
     "NeoX, bf16, 2 replicas, ZeRO 2": (2, NEOX | BF16 | RECOMPUTE | zero(2)),
     "NeoX, bf16, 2 replicas, ZeRO 3": (2, NEOX | BF16 | RECOMPUTE | zero(3)),
+    "NeoX, bf16, 2 replicas, ZeRO 3, accumulation 2": (
+        2,
+        NEOX | BF16 | RECOMPUTE | zero(3) | {"gradient_accumulation_steps": 2},
+    ),
+    "NeoX, bf16, float8": (1, NEOX | BF16 | {"precision_linear": "float8"}),
     "Llama, bf16, tensor 2": (2, LLAMA | BF16 | {"model_parallel_size": 2}),
     "NeoX, bf16, tensor 2": (2, NEOX | BF16 | {"model_parallel_size": 2}),
     "NeoX, bf16, tensor 2, sequence": (2, NEOX | BF16 | {"model_parallel_size": 2, "sequence_parallel": True}),
@@ -253,12 +260,25 @@ def wait_after_collectives() -> None:
         setattr(dist, name, waiting(getattr(dist, name)))
 
 
+def join_fake_group(world: int) -> None:
+    """Join a process group of `world` ranks as its first, with torch's backend that sends nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+
+
 def _rank(rank: int, keys: dict[str, object], world: int, port: int, results: "multiprocessing.SimpleQueue") -> None:  # type: ignore[type-arg]
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in names.items()} | {"OMP_NUM_THREADS": "1"}
-    if not torch.cuda.is_available():
+    plan = plan_of(world, keys)
+    if _is_alone(plan):
+        join_fake_group(world)
+    elif not torch.cuda.is_available():
         wait_after_collectives()
-    results.put(measure(plan_of(world, keys)))
+    results.put(measure(plan))
+
+
+def _is_alone(plan: Plan) -> bool:
+    """Whether one rank shows what each holds; stages differ, and wait for each other."""
+    return plan.layout.pipe == 1 and not torch.cuda.is_available()
 
 
 def run(world: int, keys: dict[str, object]) -> Figures:
@@ -267,12 +287,13 @@ def run(world: int, keys: dict[str, object]) -> Figures:
     Ranks of a stage hold the same; the lowest count is used, because what the profiler misses only adds to it.
     """
     results = multiprocessing.get_context("spawn").SimpleQueue()
+    processes = 1 if _is_alone(plan_of(world, keys)) else world
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(_rank, (keys, world, port, results), nprocs=world)
+    multiprocessing.spawn(_rank, (keys, world, port, results), nprocs=processes)
     stages: dict[int, Figures] = {}
-    for figures in sorted((results.get() for _ in range(world)), key=lambda figures: -figures.peak):
+    for figures in sorted((results.get() for _ in range(processes)), key=lambda figures: -figures.peak):
         stages[figures.stage] = figures
     return max(stages.values(), key=lambda figures: figures.peak)
 

@@ -223,7 +223,20 @@ def gradients_in_flight(plan: Plan, on_cpu: bool = False) -> int:
     wide = (3 if is_gated(plan.model.activation) else 2) * plan.model.ffn_hidden_size // plan.layout.tensor
     hidden = plan.model.hidden_size * (2 if plan.layout.sequence_parallel else 1)  # gathered inputs and their gradient
     feed_forward = tokens_on_rank(plan) * (wide + hidden) * WIDTH[plan.engine.precision]
-    return max(feed_forward, _scores_in_flight(plan) if _composes_scores(plan, on_cpu) else 0)
+    scores = _scores_in_flight(plan) if _composes_scores(plan, on_cpu) else 0
+    return max(feed_forward, scores, _float8_casts(plan))
+
+
+def _float8_casts(plan: Plan) -> int:
+    """Bytes while the gradient of a layer into the feed-forward width is cast to float8: itself, and two fp32 copies.
+
+    A gated layer has two such gradients. Compiled code casts without copies: its operands, of one byte, take no more
+    than the gradients that are gone by then.
+    """
+    if not plan.model.float8 or plan.engine.compile:
+        return 0
+    gradients = (2 if is_gated(plan.model.activation) else 1) * WIDTH[plan.engine.precision]
+    return tokens_on_rank(plan) * plan.model.ffn_hidden_size // plan.layout.tensor * (gradients + 2 * 4)
 
 
 def _scores_in_flight(plan: Plan) -> int:

@@ -5,7 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from bench.memory import BEGIN, END, PAGE, SHAPES, SHAPES_BEGIN, SHAPES_END, at_rest, estimate, measure, plan_of
+from bench.memory import (
+    BEGIN,
+    END,
+    PAGE,
+    SHAPES,
+    SHAPES_BEGIN,
+    SHAPES_END,
+    at_rest,
+    estimate,
+    join_fake_group,
+    measure,
+    plan_of,
+)
 from megatron.config.load import config_from_flat
 from megatron.config.pipeline_stages import layer_classes, stage_layers
 from megatron.config.resolve import resolve
@@ -174,6 +186,45 @@ def test_a_real_step_allocates_what_was_estimated(keys):
     assert at_rest(stage) == pytest.approx(real.rest, rel=0.01)
     assert stage.activations + stage.head_gradient == pytest.approx(real.saved, rel=0.01)
     assert stage.peak == pytest.approx(real.peak, rel=0.05)
+
+
+# accumulated: gradients are summed, and sent, in fp32; the head's is larger than the bucket
+@pytest.mark.parametrize(
+    ("steps", "bucket"),
+    [
+        (2, 150_000),
+        pytest.param(1, 150_000, marks=pytest.mark.long),
+        pytest.param(2, 700_000, marks=pytest.mark.long),
+    ],
+)
+def test_a_real_step_of_zero_3_allocates_what_was_estimated(steps, bucket):
+    zero = {"stage": 3, "reduce_bucket_size": bucket, "stage3_param_persistence_threshold": 40_000}
+    sizes = {"hidden_size": 192, "seq_length": 32, "gradient_accumulation_steps": steps, "checkpoint_activations": True}
+    plan = planned(2, **sizes, precision="bfloat16", train_batch_size=4 * steps, zero_optimization=zero)
+    join_fake_group(2)
+    real, stage = measure(plan), estimate(plan, 0)
+    assert at_rest(stage) == pytest.approx(real.rest, rel=0.01)
+    assert stage.peak == pytest.approx(real.peak, rel=0.05)
+
+
+@pytest.mark.long
+def test_float8_casts_allocate_what_was_estimated():
+    sizes = {"hidden_size": 192, "seq_length": 128, "num_attention_heads": 4, "precision": "bfloat16"}
+    plan = planned(**sizes, precision_linear="float8", zero_optimization={"reduce_bucket_size": 300_000})
+    real, stage = measure(plan), estimate(plan, 0)
+    assert stage.peak == pytest.approx(real.peak, rel=0.05)
+    compiled = planned(**sizes, precision_linear="float8", compile=True)
+    assert stage_memories(compiled)[0].peak < stage.peak
+
+
+def test_memory_that_gpus_share_is_counted():
+    """Of async_tensor_parallel: two parts [8, 4, 48] of a product in bf16. Not measured: it needs several GPUs."""
+    keys = {"model_parallel_size": 2, "sequence_parallel": True, "compile": True, "precision": "bfloat16"}
+    alone, shared = (
+        stage_memories(planned(2, **keys, async_tensor_parallel=shares))[0].permanent_buffers
+        for shares in (False, True)
+    )
+    assert shared - alone == 2 * (8 * 4 * 48) * 2
 
 
 @pytest.mark.long
