@@ -1,4 +1,4 @@
-"""Losses of small models on this device against those on the CPU, over 20 steps of Adam.
+"""Losses of small models on this device against those on the CPU, over 20 steps of Adam (4 with --quick).
 
     python -m bench.gpu_steps.parity [--quick]
 
@@ -95,7 +95,8 @@ CASES = (
     Case("dropout, selective recomputation", DROPOUT, SELECTIVE, here=True),
     Case("dropout, compiled, recomputation", DROPOUT, COMPILED | RECOMPUTED, like=COMPILED, here=True),
 )
-QUICK = ("bf16", "bf16, compiled", "documents apart, grouped queries, bf16", "dropout, recomputation")
+QUICK = ("bf16, compiled", "documents apart, grouped queries, bf16", "dropout, recomputation")
+QUICK_STEPS = 4
 # the block of TINY, which other steps compile as well
 SHAPE = ("gpt_j_residual", "rotary_pct", "hidden_size", "seq_length", "train_micro_batch_size_per_gpu")
 QUICK_KEYS = {key: TINY[key] for key in SHAPE}
@@ -114,10 +115,10 @@ def gap(one: list[float], other: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
-def trained(keys: Keys) -> list[float] | str:
+def trained(keys: Keys, steps: int) -> list[float] | str:
     """The losses of `train`, or the error: a case that fails leaves the others."""
     try:
-        return train(keys)
+        return train(keys, steps)
     except Exception as error:
         traceback.print_exc()
         return f"{type(error).__name__}: {error}".splitlines()[0]
@@ -126,8 +127,8 @@ def trained(keys: Keys) -> list[float] | str:
         free()
 
 
-def train(keys: Keys) -> list[float]:
-    """The losses of 20 steps on this process's device."""
+def train(keys: Keys, steps: int) -> list[float]:
+    """The losses of `steps` steps on this process's device."""
     plan = resolve(config_from_flat(keys), 1, VOCABULARY)
     if plan.engine.precision == "fp16" and not torch.cuda.is_available():
         from tests.ranks.moves import allow_fp16_on_cpu
@@ -136,7 +137,7 @@ def train(keys: Keys) -> list[float]:
     engine = engine_of(plan)
     return [
         float(engine.train_batch(batches(step, plan), step=step, learning_rate=RATE * 0.95**step).loss)
-        for step in range(STEPS)
+        for step in range(steps)
     ]
 
 
@@ -161,12 +162,12 @@ def _name(keys: Keys) -> str:
     return json.dumps(keys, sort_keys=True)
 
 
-def _curves(wanted: list[Keys], folder: Path, number: int) -> "tuple[subprocess.Popen[bytes], Path]":
+def _curves(wanted: list[Keys], steps: int, folder: Path, number: int) -> "tuple[subprocess.Popen[bytes], Path]":
     """Start a process that trains everything `wanted`: number 0 on the CPU, others on this device."""
     file, names = folder / f"{number}.jsonl", folder / f"{number}.json"
     names.write_text(json.dumps(wanted))
     hidden = {} if number else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-m", "bench.gpu_steps.parity", "--train", str(names), str(file)]
+    command = [sys.executable, "-m", "bench.gpu_steps.parity", "--steps", str(steps), "--train", str(names), str(file)]
     return subprocess.Popen(command, env=os.environ | hidden, stdout=subprocess.DEVNULL), file
 
 
@@ -174,20 +175,21 @@ def main() -> int:
     """Compare and print; exit code 1 if a case is out of its bound."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--train", nargs=2, type=Path, help=argparse.SUPPRESS)  # in the processes started here
+    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)  # these two in the processes started here
+    parser.add_argument("--train", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.train:
         with arguments.train[1].open("w", buffering=1) as file:
             for keys in json.loads(arguments.train[0].read_text()):
-                file.write(json.dumps([_name(keys), trained(keys)]) + "\n")
+                file.write(json.dumps([_name(keys), trained(keys, arguments.steps)]) + "\n")
         return 0
     cases = CASES
     if arguments.quick:
         cases = tuple(replace(case, model=case.model | QUICK_KEYS) for case in CASES if case.name in QUICK)
-    return compare(cases)
+    return compare(cases, QUICK_STEPS if arguments.quick else STEPS)
 
 
-def compare(cases: tuple[Case, ...]) -> int:
+def compare(cases: tuple[Case, ...], steps: int) -> int:
     """Train `cases` on the CPU and on this device at the same time, and print the table."""
     on_cpu_too = [case for case in cases if not case.here]
     wanted = [case.model | how for case in on_cpu_too for how in ({}, case.like)]
@@ -195,10 +197,9 @@ def compare(cases: tuple[Case, ...]) -> int:
     own = _unique([keys for case in cases for keys in (case.keys, *([case.model | case.like] if case.here else []))])
     parts = [_unique(wanted), *(own[number::PROCESSES] for number in range(PROCESSES))]
     with TemporaryDirectory() as name:
-        started = [_curves(part, Path(name), number) for number, part in enumerate(parts)]
-        print(
-            "| case | loss at the end | largest gap of 20 losses | bound | holds |\n|---|---|---|---|---|", flush=True
-        )
+        started = [_curves(part, steps, Path(name), number) for number, part in enumerate(parts)]
+        print(f"| case | loss at the end | largest gap of {steps} losses | bound | holds |")
+        print("|---|---|---|---|---|", flush=True)
         holding, left = list[bool](), list(cases)
         while left:
             codes = [process.poll() for process, _ in started]
