@@ -53,7 +53,7 @@ def estimate_body(layout: dict[str, int], model: dict[str, object]) -> None:
     block = TransformerBlock(plan.model, grid, 0, None)
     hidden = random_tensor((2, 64 // grid.size("context"), plan.model.hidden_size), 0).to(own_device()).requires_grad_()
     # besides: the weights of all heads
-    assert block_bytes(plan, on_cpu=True) == pytest.approx(saved(block, hidden), rel=0.02)
+    assert block_bytes(plan, 0, on_cpu=True) == pytest.approx(saved(block, hidden), rel=0.02)
 
 
 @pytest.mark.parametrize(
