@@ -75,18 +75,18 @@ def test_one_command_tunes_a_published_model_with_adapters_and_every_way_out_com
 
 @pytest.mark.long
 def test_adapters_of_a_published_model_generate_and_merge_and_need_it(folder):
-    adapted = FINE_TUNE | {"lora": {"rank": 4, "targets": ["query"]}, "save": "others", "save_hf": None}
+    adapted = FINE_TUNE | {"lora": {"rank": 4, "targets": ["query"]}, "save": "their_adapters", "save_hf": None}
     (folder / "others.yml").write_text(yaml_text(adapted))
     prompt = ["text_gen_type=unconditional", "num_samples=2", "maximum_tokens=4", "-o", "samples.jsonl"]
     early = run(folder, "generate.py", "others", *prompt, expect=2)
-    assert "there is no checkpoint in others" in early.stderr
+    assert "there is no checkpoint in their_adapters" in early.stderr
     run(folder, "train.py", "others")
     done = run(folder, "generate.py", "others", *prompt)
-    assert "weights of others/global_step2" in done.stdout + done.stderr
-    run(folder, "tools/merge_lora.py", "--load", "others", "--output", "whole")
+    assert "weights of their_adapters/global_step2" in done.stdout + done.stderr
+    run(folder, "tools/merge_lora.py", "--load", "their_adapters", "--output", "whole")
     run(folder, "tools/convert_to_hf.py", "--load", "whole", "--output", "whole_export")
     shutil.copytree(folder / "llama", folder / "moved")
-    moved = run(folder, "tools/merge_lora.py", "--load", "others", "--base", "hf:moved", "--output", "again")
+    moved = run(folder, "tools/merge_lora.py", "--load", "their_adapters", "--base", "hf:moved", "--output", "again")
     assert "with its adapters merged" in moved.stdout
     with (folder / "moved" / "model.safetensors").open("r+b") as file:
         file.seek(-4, 2)
