@@ -43,9 +43,9 @@ MODELS = {
 STEPS = 5
 
 
-def plan_of(kind: str, dropout: float = 0.0, compile: bool = False, **settings):
+def plan_of(kind: str, dropout: float = 0.0, **settings):
     model = MODELS[kind] | {"lora": replace(MODELS[kind]["lora"], dropout=dropout)}
-    return tiny.plan(model=model, engine={"freeze": (ALL_BUT_ADAPTERS,), "compile": compile}, **settings)
+    return tiny.plan(model=model, engine={"freeze": (ALL_BUT_ADAPTERS,)}, **settings)
 
 
 def engine_of(plan, base: bool = False) -> TrainingEngine:
@@ -87,7 +87,6 @@ LAYOUTS = [
     {"data": 2, "zero": 2},
     {"data": 2, "zero": 3},
     {"context": 2},
-    {"tensor": 2, "compile": True},
 ]
 
 
@@ -99,9 +98,7 @@ def reference(tmp_path_factory):
 @pytest.mark.parametrize(
     ("layout", "kind"),
     [
-        pytest.param(
-            layout, ("whole", "parts")[i % 2], marks=[pytest.mark.long] if {"context", "compile"} & set(layout) else []
-        )
+        pytest.param(layout, ("whole", "parts")[i % 2], marks=[pytest.mark.long] if "context" in layout else [])
         for i, layout in enumerate(LAYOUTS)
     ]
     + [
@@ -158,7 +155,6 @@ def logits(path: Path, model, base: str | None = None) -> torch.Tensor:
         ("whole", {"precision": "bf16", "tensor": 2, "dropout": 0.2}),
         ("parts", {"data": 2, "zero": 3}),
         ("whole", {"pipe": 2, "zero": 1, "dropout": 0.2}),
-        pytest.param("whole", {"dropout": 0.2, "compile": True}, marks=pytest.mark.long),
     ],
     ids=str,
 )
