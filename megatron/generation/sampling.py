@@ -5,13 +5,15 @@ the same bits and must choose the same token: sums whose order a GPU does not fi
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from random import Random
 
 import torch
 from torch import Tensor
 
+from megatron.generation.constraints import Matcher
 from megatron.generation.requests import Request, Sampling, Token
 
 # A probability as an integer: the largest scale for which a sum is exact in float64, where draws are multiplied by it.
@@ -21,8 +23,9 @@ CERTAIN = 2**52
 class Row:
     """A text while it grows: what the choice of its next token depends on. ids: prompt and text."""
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+    def __init__(self, request: Request, matcher: Matcher | None = None) -> None:
+        """matcher: of the request's constraint."""
+        self.request, self._matcher = request, matcher
         self.ids = list(request.ids)
         self._random = Random(request.seed)
 
@@ -36,6 +39,28 @@ class Row:
         """Whether minimum_tokens is reached."""
         return len(self.ids) - len(self.request.ids) >= self.request.minimum_tokens
 
+    @property
+    def finished(self) -> bool:
+        """Whether a constraint lets nothing follow but the end of the document."""
+        return self._matcher is not None and self._matcher.finished
+
+    def mask(self, ends: Iterable[int]) -> Tensor | None:
+        """The tokens that the constraint allows: bool [v]; None: all. Without the `ends` if it is too early for them.
+
+        Where the constraint has nothing but them, they come in spite of minimum_tokens.
+        """
+        mask = None if self._matcher is None else self._matcher.mask()
+        if mask is not None and not self.may_end:
+            longer = mask.index_fill(0, torch.tensor([*ends], dtype=torch.int64), False)
+            mask = longer if longer.any() else mask
+        return mask
+
+    def copy(self) -> "Row":
+        """Another row that goes on from here, for a beam search."""
+        other = copy(self)
+        other.ids, other._matcher = [*self.ids], self._matcher and self._matcher.copy()
+        return other
+
     def draw(self) -> float:
         """The random number of the next token, in [0, 1)."""
         return self._random.random()
@@ -43,6 +68,8 @@ class Row:
     def append(self, token: int) -> None:
         """The text has grown by `token`."""
         self.ids.append(token)
+        if self._matcher is not None:
+            self._matcher.advance(token)
 
 
 class Chooser:
@@ -186,8 +213,9 @@ class _Batch:
 
     def __init__(self, rows: Sequence[Row], may_end: Sequence[bool], end: int, logits: Tensor) -> None:
         self._rows, self._may_end = list(rows), list(may_end)
+        self._ends = [row.request.stop_tokens | (set() if row.request.ignore_end else {end}) for row in rows]
         self._shape, self._device = logits.shape, logits.device
-        self._bias, self._penalties = self._bias_step(end), self._penalty_steps()
+        self._bias, self._penalties = self._bias_step(), self._penalty_steps()
         sampled = [i for i, row in enumerate(rows) if not row.request.sampling.is_greedy]
         self.sampled = self._tensor(sampled) if sampled else None
         self._limits = self._limit_steps([rows[i].request.sampling for i in sampled])
@@ -198,8 +226,8 @@ class _Batch:
         return same and self._may_end == may_end
 
     def processed(self, logits: Tensor) -> Tensor:
-        """[b, v] after bias and penalties."""
-        return _after([*self._bias, *self._penalties], logits)
+        """[b, v] after bias, penalties and constraints."""
+        return _after([*self._bias, *self._penalties, *self._mask_step()], logits)
 
     def limited(self, logits: Tensor) -> Tensor:
         """[n, v] of the sampled rows after temperature and limits."""
@@ -211,12 +239,20 @@ class _Batch:
             ids, counts = chosen[step.rows][:, None], step.arguments[-1]
             counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=counts.dtype))
 
-    def _bias_step(self, end: int) -> list[_Step]:
+    def _mask_step(self) -> list[_Step]:
+        """The limits of constraints, which change with each token."""
+        masks = {i: row.mask(ends) for i, (row, ends) in enumerate(zip(self._rows, self._ends, strict=True))}
+        found = {i: mask for i, mask in masks.items() if mask is not None}
+        if not found:
+            return []
+        return [_Step(_only, self._tensor([*found]), (torch.stack([*found.values()]).to(self._device),))]
+
+    def _bias_step(self) -> list[_Step]:
         """What is added to logits: the bias, and -inf to the tokens that would end a text too early."""
         added: list[dict[int, float]] = []
-        for row, may_end in zip(self._rows, self._may_end, strict=True):
-            ends = row.request.stop_tokens | (set() if row.request.ignore_end else {end})
-            added.append(dict(row.request.sampling.logit_bias) | ({} if may_end else dict.fromkeys(ends, -math.inf)))
+        for row, may_end, ends in zip(self._rows, self._may_end, self._ends, strict=True):
+            early = {} if may_end or row.request.constraint else dict.fromkeys(ends, -math.inf)
+            added.append(dict(row.request.sampling.logit_bias) | early)
         concerned = [i for i, values in enumerate(added) if values]
         if not concerned:
             return []
@@ -283,6 +319,11 @@ def _after(steps: Sequence[_Step], logits: Tensor) -> Tensor:
     for step in steps:
         logits[step.rows] = step.function(logits[step.rows], *step.arguments)
     return logits
+
+
+def _only(logits: Tensor, allowed: Tensor) -> Tensor:
+    """-inf for all but the allowed tokens: bool [n, v]."""
+    return logits.masked_fill(~allowed, -torch.inf)
 
 
 def _integers(probabilities: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The interface of every tokenizer."""
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,7 @@ from megatron.registry import nearest
 from megatron.text import common_length, well_formed
 
 END_OF_DOCUMENT = "<|endoftext|>"  # the default token, GPT-2's
+BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # as vocabularies spell the tokens that stand in for unknown characters
 UNKNOWN_ID = "\ufffd"  # shown for an id outside the vocabulary
 
 
@@ -87,6 +89,10 @@ class Tokenizer(ABC):
         """The tokens as the vocabulary spells them; empty where they are not stretches of text."""
         return []
 
+    @abstractmethod
+    def token_bytes(self) -> list[bytes]:
+        """The UTF-8 that each id adds within a text, perhaps a part of a character; empty for ids that are no text."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of any ids. Never raises: an id outside the vocabulary and bytes that are not UTF-8 become U+FFFD."""
         runs = ((known, list(run)) for known, run in groupby(ids, self._knows))
@@ -119,6 +125,17 @@ class Tokenizer(ABC):
     def _encode_continuing(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts that continue another one, without a space that the tokenizer puts before each text."""
         return self.encode_bare(texts)
+
+    def _bytes_within(self, spellings: Sequence[str | None]) -> list[bytes]:
+        """What ids add to a text by `decode`. spellings: <0xE4> stands for a byte, None for no text."""
+        first = next(number for number in range(self.vocab_size) if self.decode([number]).strip(" " + UNKNOWN_ID))
+        begun = len(self.decode([first]))
+        found = []
+        for number, spelling in enumerate(spellings):
+            byte = BYTE_TOKEN.fullmatch(spelling or "")
+            text = "" if spelling is None else self.decode([first, number])[begun:]
+            found.append(bytes([int(byte[1], 16)]) if byte else text.encode())
+        return found
 
     def _split(self, ids: list[int], parts: Sequence[str]) -> list[list[int]]:
         """`ids` of the whole text at the borders of its parts, found by the lengths of decoded texts."""

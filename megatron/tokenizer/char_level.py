@@ -27,6 +27,10 @@ class CharLevelTokenizer(Tokenizer):
         """One line for the start of a run."""
         return f'CharLevelTokenizer, {self.vocab_size} ids (bytes), end of document "{END_OF_DOCUMENT}" ({BYTES})'
 
+    def token_bytes(self) -> list[bytes]:
+        """Each byte."""
+        return [*(bytes([value]) for value in range(BYTES)), b""]
+
     def encode_arrays(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
         """Ids of texts without surrogates, concatenated, and the number of each."""
         encoded = [text.encode() for text in texts]

@@ -87,6 +87,19 @@ class HuggingFaceTokenizer(Tokenizer):
         """The tokens as the vocabulary spells them."""
         return list(self._backend.get_vocab())
 
+    def token_bytes(self) -> list[bytes]:
+        """The tokens as they are decoded within a text; special ones are no text."""
+        special = {number for number, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        none = special | {self.end_of_document, self.unknown}
+        tokens = [None if i in none else self._backend.id_to_token(i) for i in range(self.vocab_size)]
+        if not any(step["type"] == "ByteLevel" for step in _steps(self.definition()["decoder"])):
+            return self._bytes_within(tokens)
+        values = _byte_level_alphabet()
+        return [
+            bytes(values[character] for character in token) if set(token) <= set(values) else token.encode()
+            for token in (token or "" for token in tokens)
+        ]
+
     def definition(self) -> dict[str, Any]:
         """The content of its tokenizer.json."""
         content: dict[str, Any] = json.loads(self._backend.to_str())
@@ -286,12 +299,20 @@ def _affixes(backend: tokenizers.Tokenizer, name: str) -> tuple[tuple[int, ...],
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer in a tokenizer.json."""
+    """The steps of a normalizer, pre-tokenizer or decoder in a tokenizer.json."""
     if part is None:
         return []
     if part["type"] != "Sequence":
         return [part]
-    return [step for each in part.get("normalizers") or part.get("pretokenizers") or () for step in _steps(each)]
+    parts = part.get("normalizers") or part.get("pretokenizers") or part.get("decoders") or ()
+    return [step for each in parts for step in _steps(each)]
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The bytes by the characters that GPT-2's vocabulary writes for them: printable Latin-1, then from U+0100 on."""
+    printable = [*range(ord("!"), 127), *range(ord("¡"), 173), *range(ord("®"), 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
 def _parts_stand_alone(definition: dict[str, Any]) -> bool:

@@ -36,6 +36,13 @@ class SentencePieceTokenizer(Tokenizer):
         """The pieces, with U+2581 for a space."""
         return [self._model.id_to_piece(number) for number in range(self.vocab_size)]
 
+    def token_bytes(self) -> list[bytes]:
+        """The pieces as they are decoded within a text."""
+        model = self._model
+        return self._bytes_within(
+            [None if model.is_unknown(i) else model.id_to_piece(i) for i in range(self.vocab_size)]
+        )
+
     def _encode(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self._model.encode(texts, num_threads=1)
         return ids

@@ -86,6 +86,13 @@ class TiktokenTokenizer(Tokenizer):
         """One line for the start of a run."""
         return self._line
 
+    def token_bytes(self) -> list[bytes]:
+        """The ranks."""
+        found = [b""] * self.vocab_size
+        for value in self._encoding.token_byte_values():
+            found[self._encoding.encode_single_token(value)] = value
+        return found
+
     def ranks(self) -> list[bytes]:
         """The tokens in the order of their ids, without the special ones. Raises ValueError if the ids have a gap."""
         tokens = {self._encoding.encode_single_token(value): value for value in self._encoding.token_byte_values()}
