@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 
 from megatron.errors import UserError
+from megatron.generation.constraints import Constraints
 from megatron.generation.lane import Lane
 from megatron.generation.messages import Messages
 from megatron.generation.requests import Answer, Request, Update
+from megatron.generation.sampling import wrong_settings
 from megatron.inference import TrainedModel
 from megatron.model.cache import bytes_of_slot
 
@@ -50,10 +52,12 @@ class Engine:
         """Allocate the slots, as many as asked for and as fit into free memory. Collective."""
         self._model, self._settings = model, settings
         self._messages = Messages()
+        self._constraints = Constraints(model.tokenizer)
         lanes = model.grid.size("pipe")
         slots = self._fitting_slots()
         self._lanes = [
-            Lane(model, self._messages, max(1, slots // lanes), settings.capacity, settings.chunk) for _ in range(lanes)
+            Lane(model, self._messages, self._constraints, max(1, slots // lanes), settings.capacity, settings.chunk)
+            for _ in range(lanes)
         ]
         self._commands = _Commands()
         self._places: dict[int, tuple[int, int]] = {}  # replica and lane of each unfinished request
@@ -75,8 +79,30 @@ class Engine:
                 f"{len(request.ids)} tokens of a prompt and up to {request.maximum_tokens} of its answer do not fit: a "
                 f"text has at most {self._settings.capacity} tokens"
             )
+        problems += wrong_settings(request.sampling, self._model.tokenizer.vocab_size)
+        problems += self._beam_problems(request)
         if problems:
             raise UserError(*problems)
+        if request.constraint is not None:
+            self._constraints.matcher(request.constraint)
+
+    def _beam_problems(self, request: Request) -> list[str]:
+        if request.beams is None:
+            return []
+        count, slots = request.beams.count, len(self._lanes[0])
+        checks = {
+            f"{count} beams do not fit into the {slots} texts that are computed at once": 2 <= count <= slots,
+            "a beam search takes the likeliest tokens: temperature, top_k, top_p and min_p must be 0": (
+                request.sampling.is_greedy
+            ),
+            "a beam search gives the text alone: no stop strings, log-probabilities and logits": not (
+                request.stop_strings or request.alternatives is not None or request.keep_logits
+            ),
+            "a beam search cannot go beyond the model's context": (
+                len(request.ids) + request.maximum_tokens <= self._model.context and request.maximum_tokens > 0
+            ),
+        }
+        return [line for line, holds in checks.items() if not holds]
 
     def submit(self, request: Request) -> int:
         """Queue a request, on rank 0; its number. Raises UserError; see `check`."""

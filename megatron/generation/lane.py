@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.generation.beam_group import BeamGroup, Candidates
+from megatron.generation.constraints import Constraints
 from megatron.generation.messages import Messages
 from megatron.generation.requests import Request, Token, Update
 from megatron.generation.sampling import Chooser, score
@@ -50,18 +52,30 @@ class Row:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Results of a step: the chosen token of each row that samples, and the scored tokens of each row."""
+    """Results of a step.
 
-    chosen: list[Token]
+    chosen: of each row that samples the next token, or in a beam search its candidates. scored: tokens of each row.
+    """
+
+    chosen: list[Token | Candidates]
     scored: list[list[Token]]
 
 
 class Lane:
     """Slots, and the requests that wait for one."""
 
-    def __init__(self, model: TrainedModel, messages: Messages, slots: int, capacity: int, chunk: int) -> None:
+    def __init__(
+        self,
+        model: TrainedModel,
+        messages: Messages,
+        constraints: Constraints,
+        slots: int,
+        capacity: int,
+        chunk: int,
+    ) -> None:
         """slots: texts at once. capacity: tokens of each, prompt included. chunk: most tokens read in one step."""
-        self._model, self._messages, self._chunk = model, messages, min(chunk, capacity)
+        self._model, self._messages, self._constraints = model, messages, constraints
+        self._chunk = min(chunk, capacity)
         group = model.grid.group("pipe")
         self._stages = [dist.get_global_rank(group, stage) for stage in range(model.grid.size("pipe"))]
         self._cache = model.new_cache(slots, capacity, self._chunk)
@@ -70,8 +84,10 @@ class Lane:
         self._freed = list(range(-slots, 0))  # when a slot became free: the one free for longest is taken first
         self._steps = 0
         self._waiting: deque[Text] = deque()
+        self._groups: dict[int, BeamGroup] = {}  # by the number of the request
         vocabulary = model.tokenizer.vocab_size, model.tokenizer.end_of_document
         self._choosers = {reading: Chooser(*vocabulary) for reading in (False, True)}
+        self._beams = Chooser(*vocabulary)
         self._read_last = False
         self._step: tuple[list[Row], Outcome | None] = ([], None)
         self._news: list[Update] = []
@@ -94,17 +110,19 @@ class Lane:
 
     def add(self, number: int, request: Request) -> None:
         """Queue a request."""
-        self._waiting.append(Text(number, request, self._model.tokenizer, self._model.context))
+        matcher = None if request.constraint is None else self._constraints.matcher(request.constraint)
+        self._waiting.append(Text(number, request, self._model.tokenizer, self._model.context, matcher))
 
     def cancel(self, number: int) -> None:
         """End a request, if it is here; its last update says so. Not between `begin` and `finish`."""
         for waiting in [text for text in self._waiting if text.number == number]:
             self._waiting.remove(waiting)
             self._news.append(waiting.ended("cancelled"))
-        for slot, text in enumerate(self._texts):
-            if text is not None and text.number == number:
-                self._news.append(text.ended("cancelled"))
-                self._free(slot)
+        slots = [slot for slot, text in enumerate(self._texts) if text is not None and text.number == number]
+        for text in filter(None, (self._texts[slot] for slot in slots[:1])):
+            self._news.append(text.ended("cancelled"))
+        for slot in slots:
+            self._free(slot)
 
     def begin(self) -> None:
         """Give free slots to requests that wait, and start to compute the next step, if there is anything to do."""
@@ -123,7 +141,9 @@ class Lane:
 
     def _admit(self) -> None:
         passed: list[Text] = []  # what they share with others is being read now
-        while self._waiting and not all(self._texts) and len(passed) < LOOKED_AT * len(self._texts):
+        while self._waiting and len(passed) < LOOKED_AT * len(self._texts):
+            if len(self._free_slots()) < self._waiting[0].slots:
+                break
             text = self._waiting.popleft()
             if not text.to_compute:
                 self._news.append(text.ended("length"))
@@ -141,12 +161,25 @@ class Lane:
             return False
         if shared < SHORTEST_SHARED:
             shared = 0
-        slot = min((slot for slot in slots if self._texts[slot] is None), key=lambda slot: self._freed[slot])
+        slot, *others = self._free_slots()[: text.slots]
         if shared and slot != source:
             self._cache.copy([source], [slot], shared)
         text.start_at(shared)
         self._texts[slot] = text
+        if others:
+            group = self._groups[text.number] = BeamGroup(text, [slot, *others], self._ends(text.request))
+            for other in others:
+                self._texts[other] = group.texts[other]
         return True
+
+    def _free_slots(self) -> list[int]:
+        """The slot that has been free for longest first: what it holds is the least likely to be asked for again."""
+        free = [slot for slot, text in enumerate(self._texts) if text is None]
+        return sorted(free, key=lambda slot: self._freed[slot])
+
+    def _ends(self, request: Request) -> frozenset[int]:
+        end = () if request.ignore_end else (self._model.tokenizer.end_of_document,)
+        return request.stop_tokens.union(end)
 
     def _shares(self, text: Text, slot: int) -> int:
         """Tokens at the beginning of `text` that a slot has computed and still holds."""
@@ -180,12 +213,23 @@ class Lane:
         hidden = self._hidden(rows)
         if not self._model.grid.is_last_stage:
             return None
-        places = [(number, row.size - 1) for number, row in enumerate(rows) if row.samples]
-        chooser, growing = self._choosers[self._read_last], [row.text.row for row in rows if row.samples]
-        chosen = chooser.choose(self._logits(hidden, places), growing) if growing else []
-        outcome = Outcome(chosen, self._scores(hidden, rows))
+        outcome = Outcome(self._chosen(hidden, rows), self._scores(hidden, rows))
         self._messages.send(outcome, self._stages[:-1])
         return outcome
+
+    def _chosen(self, hidden: Tensor, rows: Sequence[Row]) -> list[Token | Candidates]:
+        """The next tokens, and candidates for those of beam searches."""
+        chooser, found = self._choosers[self._read_last], dict[int, Token | Candidates]()
+        sampling = [number for number, row in enumerate(rows) if row.samples]
+        groups = {number: self._groups.get(rows[number].text.number) for number in sampling}
+        if plain := [number for number in sampling if groups[number] is None]:
+            logits = self._logits(hidden, [(number, rows[number].size - 1) for number in plain])
+            found |= zip(plain, chooser.choose(logits, [rows[number].text.row for number in plain]), strict=True)
+        for number, group in groups.items():
+            if group is not None:
+                logits = self._logits(hidden, [(number, rows[number].size - 1)])
+                [found[number]] = self._beams.candidates(logits, [rows[number].text.row], group.search.width)
+        return [found[number] for number in sampling]
 
     def _hidden(self, rows: Sequence[Row]) -> Tensor:
         """The input of the head, [b, s, h]."""
@@ -226,14 +270,27 @@ class Lane:
 
     def _take(self, rows: Sequence[Row], outcome: Outcome) -> None:
         chosen = iter(outcome.chosen)
+        candidates: dict[int, dict[int, Candidates]] = {}  # by request and slot
         for row, scored in zip(rows, outcome.scored, strict=True):
-            update = row.text.advance(row.size, next(chosen) if row.samples else None, scored)
+            found = next(chosen) if row.samples else None
+            if isinstance(found, list):
+                candidates.setdefault(row.text.number, {})[row.slot] = found
+                found = None
+            update = row.text.advance(row.size, found, scored)
             if update is not None:
                 self._news.append(update)
             if update is not None and update.reason is not None:
                 self._free(row.slot)
+        for number, of_slots in candidates.items():
+            group = self._groups[number]
+            answer = group.advance(of_slots, self._cache)
+            if answer is not None:
+                self._news.append(answer)
+                for slot in group.texts:
+                    self._free(slot)
 
     def _free(self, slot: int) -> None:
         text = self._texts[slot]
         assert text is not None
+        self._groups.pop(text.number, None)
         self._texts[slot], self._held[slot], self._freed[slot] = None, text.computed_ids, self._steps

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import takewhile
 
+from megatron.generation.constraints import Matcher
 from megatron.generation.requests import Reason, Request, Token, Update
 from megatron.generation.sampling import Row
 from megatron.generation.stopping import TextStream
@@ -16,9 +17,12 @@ class Text:
     computed anew for each token.
     """
 
-    def __init__(self, number: int, request: Request, tokenizer: Tokenizer, context: int) -> None:
+    def __init__(
+        self, number: int, request: Request, tokenizer: Tokenizer, context: int, matcher: Matcher | None = None
+    ) -> None:
+        """matcher: of the request's constraint."""
         self.number, self.request = number, request
-        self.row = Row(request)
+        self.row = Row(request, matcher)
         self.prompt_length = len(request.ids)
         self.whole = min(context, self.prompt_length + request.maximum_tokens)  # tokens that are ever in the window
         self.computed = 0  # tokens of the window that are in the cache
@@ -28,11 +32,17 @@ class Text:
         self._end_of_document = tokenizer.end_of_document
         self._stream = TextStream(tokenizer, request.ids, request.stop_strings)
         self._scored: list[Token] = []
+        self._tokenizer = tokenizer
 
     @property
     def ids(self) -> list[int]:
         """The prompt and what follows it."""
         return self.row.ids
+
+    @property
+    def slots(self) -> int:
+        """Slots that it takes: one, or one for each beam."""
+        return 1 if self.request.beams is None else self.request.beams.count
 
     @property
     def window(self) -> list[int]:
@@ -59,6 +69,16 @@ class Text:
             most = min(most, self.request.score_from - 1)
         pairs = zip(self.ids[:most], ids, strict=False)
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def twin(self) -> "Text":
+        """Another beam of the same request, which rests."""
+        other = Text(self.number, self.request, self._tokenizer, self._context)
+        other.rest()
+        return other
+
+    def rest(self) -> None:
+        """Have nothing to compute."""
+        self.computed = len(self.ids)
 
     def start_at(self, shared: int) -> None:
         """Begin with the first `shared` tokens in the cache."""
@@ -88,11 +108,18 @@ class Text:
         text = self._stream.push(chosen.id)
         if self._stream.stopped:
             return self._update((chosen,), text, "stop")
+        if self.row.finished:
+            return self._update((chosen,), text + self._stream.finish(), "end")
         if len(self.ids) - self.prompt_length == self.request.maximum_tokens:
             return self._update((chosen,), text + self._stream.finish(), "length")
         if len(self.ids) - self._offset > self._context:
             self._offset, self.computed = len(self.ids) - self._context, 0
         return self._update((chosen,), text, None)
+
+    def answered(self, tokens: Sequence[Token], ended: bool) -> Update:
+        """The answer of a beam search as the only update. ended: whether the model ended it."""
+        text = "".join(self._stream.push(token.id) for token in tokens) + self._stream.finish()
+        return self._update(tuple(tokens), text, "end" if ended else "length")
 
     def ended(self, reason: Reason) -> Update:
         """The last update, without a new token."""

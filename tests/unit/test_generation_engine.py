@@ -1,5 +1,6 @@
 """The decoding engine with a real model on one rank: batches, arrivals, beginnings that are shared, and endings."""
 
+import re
 from copy import copy
 from dataclasses import replace
 
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from megatron.errors import UserError
 from megatron.generation import engine as engine_module
 from megatron.generation import lane as lane_module
+from megatron.generation.beams import BeamSearch
 from megatron.generation.engine import Engine, EngineSettings
-from megatron.generation.requests import Answer, Request, Sampling
+from megatron.generation.requests import Answer, Beams, Constraint, Request, Sampling
 from tests.operations import Operations
 from tests.ranks.run import one_rank
 from tests.trained import trained_model
@@ -206,3 +208,56 @@ def test_slots_are_as_many_as_fit_into_free_memory(small_model, monkeypatch):
     monkeypatch.setattr(engine_module, "_free_memory", lambda device: size / 2)
     with pytest.raises(UserError, match=r"keys and values of one text of 16 tokens take .* on a rank"):
         engine_of(small_model)
+
+
+def beam_search(model, request: Request) -> tuple[int, ...]:
+    """The answer with all beams computed from the whole text."""
+    search = BeamSearch(request.beams, {model.tokenizer.end_of_document}, request.maximum_tokens)
+    texts = [list(request.ids)]
+    while not search.done:
+        logits = model.logits(torch.tensor(texts))[:, -1, : model.tokenizer.vocab_size].log_softmax(-1)
+        best = logits.topk(search.width)
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        moves = search.advance([list(zip(*pair, strict=True)) for pair in pairs])
+        texts = [[*texts[parent], token] for parent, token in moves]
+    return search.best().ids
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_beam_search_is_that_over_whole_texts_whatever_runs_beside_it(model, count):
+    asked = [prompt(text, 5, beams=Beams(count)) for text in ("hello", "To be, or", "a")]
+    plain = [prompt(text, 7) for text in ("xyz", "q", "hello wor")]
+    answers = engine_of(model, slots=4).run([plain[0], asked[0], plain[1], asked[1], plain[2], asked[2]])
+    assert [tuple(answer.ids) for answer in answers[1::2]] == [beam_search(model, request) for request in asked]
+    assert [answer.ids for answer in answers[::2]] == [next_tokens(model, list(r.ids), 7) for r in plain]
+
+
+def test_a_cancelled_beam_search_frees_all_its_slots(small_model):
+    engine = engine_of(small_model, slots=3)
+    number = engine.submit(prompt("hello", 8, beams=Beams(3)))
+    for _ in range(3):
+        engine.step()
+    assert engine.slots_in_use == 3
+    engine.cancel(number)
+    [update] = engine.step()
+    assert update.reason == "cancelled" and engine.slots_in_use == 0 and engine.is_idle
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
+def test_an_answer_that_is_held_to_a_regular_expression_matches_it(small_model, sampling):
+    pattern = "[a-c]{3}(x|yz)"
+    constraint = Constraint("regex", pattern)
+    asked = [prompt(text, 9, sampling=sampling, seed=text, constraint=constraint) for text in ("hello", "q")]
+    answers = engine_of(small_model).run([*asked, prompt("xyz", 9)])
+    assert all(re.fullmatch(pattern, answer.text) and answer.reason == "end" for answer in answers[:2])
+    assert answers[2].ids == next_tokens(small_model, list(b"xyz"), 9)
+    [beamed] = engine_of(small_model).run([prompt("hello", 9, beams=Beams(2), constraint=constraint)])
+    assert re.fullmatch(pattern, beamed.text)
+
+
+def test_beams_that_cannot_be_computed_are_refused_all_at_once(small_model):
+    with pytest.raises(UserError) as error:
+        engine_of(small_model, slots=2).submit(
+            prompt("hello", 12, beams=Beams(3), sampling=SAMPLED, stop_strings=("x",))
+        )
+    assert len(str(error.value).splitlines()) >= 3
