@@ -65,6 +65,23 @@ def wrap_instructions(engine: Any, wrap: Callable[[str, Callable[..., Any]], Cal
     }
 
 
+def sum_gradients_of_tied_weights(engine: Any) -> None:
+    """Sum the gradients of a tied weight over the stages of a pipeline that hold it, wherever ZeRO 1 keeps them.
+
+    DeepSpeed sums `grad`, which is empty where micro-batches are summed in another type than the weights': in bf16 with
+    an offloaded optimizer, and in fp16, they are in `grad_accum`.
+    """
+    if not getattr(engine.optimizer, "use_grad_accum_attribute", False):
+        return
+
+    def reduce(_: Any) -> None:
+        for weight, group in engine.module.get_tied_weights_and_groups():
+            if weight.grad_accum is not None:
+                dist.all_reduce(weight.grad_accum, group=group)
+
+    wrap_instructions(engine, lambda name, function: reduce if name == "ReduceTiedGrads" else function)
+
+
 def skip_extensions(deepspeed: Any) -> None:
     """Declare every C++ extension incompatible, so that none is compiled.
 

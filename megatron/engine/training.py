@@ -28,6 +28,7 @@ from megatron.engine.deepspeed_internals import (
     keep_loss_on_the_device,
     keep_norms_on_the_device,
     skip_extensions,
+    sum_gradients_of_tied_weights,
     zero_gradient_norm,
 )
 from megatron.engine.master_weights import MasterWeights
@@ -130,6 +131,7 @@ class TrainingEngine:
         if self._pipelined:
             keep_loss_on_the_device(self._engine)
             keep_gradients_of_the_head(self._engine)
+            sum_gradients_of_tied_weights(self._engine)
         if masters:
             masters.attach(optimizer)
         self._norm: Callable[[], Tensor | float] = partial(zero_gradient_norm, self._engine.optimizer)

@@ -100,6 +100,29 @@ def test_a_pipeline_marks_tied_copies_and_has_every_instruction_that_is_timed():
     run_ranks(2, pipeline)
 
 
+def tied_weights(settings) -> None:
+    engine, plan = engine_of(TIED | settings)
+    take_step(engine, plan)
+    (weight,) = (p.detach() for p in engine._engine.module.parameters() if p.global_name == "embedding.weight")
+    copies = [torch.empty_like(weight) for _ in range(2)]
+    torch.distributed.all_gather(copies, weight.contiguous())
+    assert torch.equal(*copies)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"zero": 1, "precision": "bf16"},
+        {"zero": 1, "precision": "bf16", "zero_options": {"offload_optimizer": {"device": "cpu"}}},
+        {"precision": "fp16", "engine": {"gradient_accumulation_dtype": "fp32"}},
+    ],
+    ids=str,
+)
+def test_both_stages_update_a_tied_weight_alike_whatever_gradients_are_summed_in(settings):
+    run_ranks(2, tied_weights, {"accumulation": 2} | settings)
+
+
 def no_extension_is_compatible() -> None:
     engine_of({})
     import deepspeed
