@@ -272,33 +272,38 @@ class ContenderError(Exception):
 class Contender:
     """A process that runs steps on request."""
 
-    def __init__(self, name: str, keys: dict[str, Any]) -> None:
+    def __init__(self, name: str, keys: dict[str, Any], script: str = __file__) -> None:
+        """script: runs the contender of this name, with the keys as JSON."""
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
         environment = dict(os.environ)
         if name != "transformers":
             environment = rank_environment(environment, accelerator, os.cpu_count() or 1)
-        command = [sys.executable, __file__, name, json.dumps(keys)]
+        command = [sys.executable, script, name, json.dumps(keys)]
         self.name, self._errors = name, tempfile.TemporaryFile("w+")  # noqa: SIM115  # a pipe could fill up
         self.process = subprocess.Popen(
             command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
         )
 
     def step(self, limit: float) -> list[float]:
-        """Seconds, loss and peak bytes on the device of one step.
+        """Seconds, loss and peak bytes on the device of one step; see `ask`."""
+        answer: list[float] = self.ask("", limit)
+        return answer
+
+    def ask(self, question: str, limit: float) -> Any:
+        """The answer to a line.
 
         Raises ContenderError if the process ends, or gives no answer within `limit` seconds and is killed.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            self.process.stdin.write("\n")
+            self.process.stdin.write(question + "\n")
             self.process.stdin.flush()
             # an answer is one line, so nothing is left in the buffer before it
             if not select.select([self.process.stdout], [], [], limit)[0]:
                 raise self._error(f"was killed, because a step took more than {limit:.0f} s")
-            answer: list[float] = json.loads(self.process.stdout.readline())
+            return json.loads(self.process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
             raise self._error("failed") from None
-        return answer
 
     def _error(self, what: str) -> ContenderError:
         self.end()

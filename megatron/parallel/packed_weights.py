@@ -8,9 +8,10 @@ oneDNN's blocks, in the type of the weight: fp32, and bf16 on processors with AV
 FBGEMM's blocks of fp16, for 16-bit weights on other x86 processors: torch's products in bf16 and fp16 take 2 to 7 times
 as long there. fp16 has 3 bits more than bf16 for numbers from 6e-5 to 65504, and is exact for them. Smaller ones are
 rounded by at most 3e-8; `pack_weight` leaves a weight as it is where that would be more than `LARGEST_CHANGE`.
-int8, each row with its own scale, if asked for: half the memory of 16 bits, and rounded.
+int8, each row with its own scale, if asked for: half the memory of 16 bits. The weights are rounded, and in products of
+few tokens the inputs too, to bf16.
 
-Products are summed in fp32 and rounded once to the type of their inputs, as torch's are.
+The others round once, from a sum in fp32 to the type of the inputs, as torch's products do.
 """
 
 from collections.abc import Callable
@@ -99,16 +100,16 @@ def quantize_weight(weight: Tensor) -> PackedWeight | None:
     """
     if weight.device.type != "cpu" or weight.shape[1] % INT8_MULTIPLE:
         return None
-    scales = (weight.float().abs().amax(1) / 127).clamp(min=torch.finfo(weight.dtype).tiny).to(weight.dtype)
+    scales = (weight.float().abs().amax(1) / 127).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
     steps = (weight.float() / scales.float().unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
 
     def product(inputs: Tensor, bias: Tensor | None) -> Tensor:
         rows = inputs.reshape(-1, inputs.shape[-1])
-        if len(rows) <= FEW_TOKENS:
-            outputs = torch._weight_int8pack_mm(rows.contiguous(), steps, scales)
+        if len(rows) <= FEW_TOKENS:  # torch has a fast kernel for bf16 alone
+            outputs = torch._weight_int8pack_mm(rows.to(torch.bfloat16).contiguous(), steps, scales)
         else:
-            outputs = F.linear(rows.float(), steps.float()).mul_(scales).to(inputs.dtype)
-        outputs = outputs.view(*inputs.shape[:-1], -1)
-        return outputs if bias is None else outputs.add_(bias)
+            outputs = F.linear(rows.float(), steps.float()).mul_(scales)
+        outputs = outputs.to(inputs.dtype).view(*inputs.shape[:-1], -1)
+        return outputs if bias is None else outputs + bias
 
     return PackedWeight(weight.shape, "int8", product)

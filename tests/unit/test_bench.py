@@ -80,3 +80,39 @@ def test_the_memory_benchmark_skips_cases_of_more_ranks_than_there_are_gpus(tmp_
 def test_the_memory_benchmark_knows_the_ranks_of_every_case():
     assert {memory.ranks_of(case) for case in memory.SHAPES} == {1}
     assert memory.ranks_of("NeoX, bf16, tensor 2") == 2
+
+
+@pytest.fixture
+def generate(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import generate
+
+    return generate
+
+
+def test_the_figures_of_generation_are_ratios_of_each_round_and_a_share_of_reading_the_weights(generate):
+    seconds = {"deepy": [2.0, 1.0], "transformers.generate": [3.0, 3.0], "deepy-int8": [1.0, 1.0]}
+    found = {"one": {"seconds": seconds, "equal": "4 of 4", "bandwidths": [1e10, 2e10], "tokens": 100}}
+    figures = generate.figures_of(found, size=10**8)["one"]
+    assert figures["over_transformers"] == {"median": 2.25, "spread": [1.5, 3.0]}
+    assert figures["int8_over_16_bits"]["spread"] == [1.0, 2.0]
+    assert figures["share_of_ceiling"]["spread"] == [0.5, 0.5]  # 1 s of 2 s, 0.5 s of 1 s
+    assert "| one | 66.7, 33.3 | 2.25 [1.5, 3.0] | 4 of 4 | 0.5 [0.5, 0.5] of 15.0 GB/s |" in generate.table(
+        {"one": figures}
+    )
+
+
+def test_answers_to_sorted_prompts_are_compared_in_the_order_of_the_prompts(generate):
+    job = generate.unequal(5, 2, is_sorted=True)
+    asked = json.loads(job.question("transformers.generate"))["prompts"]
+    assert sorted(map(len, asked)) == list(map(len, asked)) != list(map(len, job.prompts))
+    assert job.in_order("transformers.generate", asked) == job.prompts == job.in_order("deepy", job.prompts)
+
+
+@pytest.mark.long
+def test_the_benchmark_of_generation_finds_the_tokens_of_transformers(tmp_path):
+    done = run_script(ROOT / "bench" / "generate.py", ("--quick",), tmp_path, ENVIRONMENT, timeout=280)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["equal_in_fp32"] == "16 of 16"
+    assert [each["equal"] for each in figures["runs"][0].values()] == ["8 of 8", "64 of 64"]
