@@ -30,7 +30,8 @@ class Batch:
     numbers: dict[int, int] = field(default_factory=dict)  # of the engine's requests that are unfinished -> place
     last_token_at: dict[int, float] = field(default_factory=dict)  # by place
     unfinished: int = 0
-    closed: bool = False
+    closed: bool = False  # finished or given up
+    is_heard: bool = True  # until it is given up
     timer: asyncio.TimerHandle | None = None
 
     async def updates(self) -> AsyncGenerator[tuple[int, Update], None]:
@@ -86,7 +87,7 @@ class EngineLoop:
             batch.timer.cancel()
         with self._changed:
             if not batch.closed:
-                batch.closed = True
+                batch.closed, batch.is_heard = True, False
                 self._given_up.append(batch)
                 self._changed.notify()
 
@@ -160,7 +161,8 @@ class EngineLoop:
                     batch.unfinished -= 1
                     batch.closed |= batch.unfinished == 0
         for batch, news in by_batch.items():
-            batch.events.call_soon_threadsafe(_put_all, batch, news)
+            if batch.is_heard:
+                batch.events.call_soon_threadsafe(_put_all, batch, news)
 
     def _measure(self, batch: Batch, place: int, update: Update) -> None:
         if not update.tokens:

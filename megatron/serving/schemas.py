@@ -156,7 +156,7 @@ class JsonSchema(BaseModel):
 
     model_config = ConfigDict(populate_by_name=True)
     name: str | None = None
-    schema_: dict[str, JsonValue] | bool = Field(alias="schema")
+    schema_: dict[str, JsonValue] = Field(alias="schema")
 
 
 class ResponseFormat(BaseModel):

@@ -114,21 +114,37 @@ def test_what_cannot_be_served_is_exit_code_two_and_a_clear_line(folder, case, m
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize("layout", [[], pytest.param(["num_gpus=2", "model_parallel_size=2"], marks=pytest.mark.long)])
+LAYOUTS = {
+    "one rank": [],
+    "tensor 2": ["num_gpus=2", "model_parallel_size=2"],
+    "pipeline 2": ["num_gpus=2", "pipe_parallel_size=2"],
+    "data 2": ["num_gpus=2"],
+}
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.long] * bool(LAYOUTS[name])) for name in LAYOUTS]
+)
 def test_deepy_serves_and_ends_with_code_zero_and_ranks_do_not_change_the_text(folder, layout):
-    asked = {"prompt": "The quick brown", "maximum_tokens": 32, "logit_bias": {}}
-    with deepy(folder, "serve.py", "served", "load=trained", "chat_template=chat.jinja", *layout) as process:
+    with deepy(folder, "serve.py", "served", "load=trained", "chat_template=chat.jinja", *LAYOUTS[layout]) as process:
         line = ""
         while " at http://" not in line:
             line = process.stdout.readline()
             assert line or process.poll() is None, process.communicate()
         url = f"http://{line.rpartition(' at http://')[2].split()[0]}"
-        texts = [httpx.post(f"{url}/generate", json=asked, timeout=PATIENCE).json()["text"] for _ in range(2)]
+        texts = completed(url)
         code, _, said = end(process, signal.SIGTERM)
     assert code == 0, said
     assert "the server takes no more requests" in said
     with serving(folder) as alone:
-        assert texts == [httpx.post(f"{alone.url}/generate", json=asked, timeout=PATIENCE).json()["text"]] * 2
+        assert texts == completed(alone.url)
+
+
+def completed(url: str) -> list[str]:
+    """Greedy texts and sampled ones, several at once."""
+    asked = {"prompt": ["The quick brown", "def encode", "again"], "max_tokens": 24, "seed": 6, "n": 2}
+    both = [httpx.post(f"{url}/v1/completions", json=asked | {"temperature": t}, timeout=PATIENCE) for t in (0, 1)]
+    return [choice["text"] for answer in both for choice in answer.json()["choices"]]
 
 
 @pytest.mark.long
