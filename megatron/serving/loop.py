@@ -114,12 +114,12 @@ class EngineLoop:
                     return
             if not self._take(engine):
                 heartbeat.beat("waiting", steps)
-                self._metrics.observe_load(engine.slots_in_use, engine.waiting)
+                self._metrics.observe_load(0, 0)
                 continue
             steps += 1
             heartbeat.beat("decoding", steps)
             self._deliver(engine.step())
-            self._metrics.observe_load(engine.slots_in_use, engine.waiting)
+            self._metrics.observe_load(self._unfinished - engine.waiting, engine.waiting)
 
     def fail(self, error: ApiError) -> None:
         """Take nothing more, and answer everything that is unfinished with `error`."""
