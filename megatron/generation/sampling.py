@@ -40,6 +40,11 @@ class Row:
         return len(self.ids) - len(self.request.ids) >= self.request.minimum_tokens
 
     @property
+    def is_constrained(self) -> bool:
+        """Whether `mask` limits its tokens."""
+        return self._matcher is not None
+
+    @property
     def finished(self) -> bool:
         """Whether a constraint lets nothing follow but the end of the document."""
         return self._matcher is not None and self._matcher.finished
@@ -213,6 +218,7 @@ class _Batch:
 
     def __init__(self, rows: Sequence[Row], may_end: Sequence[bool], end: int, logits: Tensor) -> None:
         self._rows, self._may_end = list(rows), list(may_end)
+        self._lengths = [len(row.ids) for row in rows]
         self._ends = [row.request.stop_tokens | (set() if row.request.ignore_end else {end}) for row in rows]
         self._shape, self._device = logits.shape, logits.device
         self._bias, self._penalties = self._bias_step(), self._penalty_steps()
@@ -221,9 +227,9 @@ class _Batch:
         self._limits = self._limit_steps([rows[i].request.sampling for i in sampled])
 
     def has(self, rows: Sequence[Row], may_end: Sequence[bool]) -> bool:
-        """Whether this batch is of these rows, in this order, with the same of them that may end."""
+        """Whether this batch is of these rows, in this order, as they are now."""
         same = len(rows) == len(self._rows) and all(a is b for a, b in zip(rows, self._rows, strict=True))
-        return same and self._may_end == may_end
+        return same and self._may_end == may_end and self._lengths == [len(row.ids) for row in rows]
 
     def processed(self, logits: Tensor) -> Tensor:
         """[b, v] after bias, penalties and constraints."""
@@ -234,7 +240,8 @@ class _Batch:
         return _after(self._limits, logits)
 
     def count(self, chosen: Tensor) -> None:
-        """The rows have grown by these tokens: int64 [b]."""
+        """The rows are to grow by these tokens: int64 [b]."""
+        self._lengths = [length + 1 for length in self._lengths]
         for step in self._penalties:
             ids, counts = chosen[step.rows][:, None], step.arguments[-1]
             counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=counts.dtype))
@@ -251,7 +258,7 @@ class _Batch:
         """What is added to logits: the bias, and -inf to the tokens that would end a text too early."""
         added: list[dict[int, float]] = []
         for row, may_end, ends in zip(self._rows, self._may_end, self._ends, strict=True):
-            early = {} if may_end or row.request.constraint else dict.fromkeys(ends, -math.inf)
+            early = {} if may_end or row.is_constrained else dict.fromkeys(ends, -math.inf)
             added.append(dict(row.request.sampling.logit_bias) | early)
         concerned = [i for i, values in enumerate(added) if values]
         if not concerned:

@@ -46,7 +46,8 @@ def answer(tokenizer: Tokenizer, request: Request, steps: int = 400) -> tuple[li
     ended = False
     while not ended and not row.finished and len(row.generated) < steps:
         logits = torch.randn(1, tokenizer.vocab_size + 3, generator=generator)
-        ended = chooser.choose(logits, [row])[0].id == tokenizer.end_of_document
+        row.append(chooser.choose(logits, [row])[0].id)
+        ended = row.ids[-1] == tokenizer.end_of_document
     ids = row.generated[:-1] if ended else row.generated
     return ids, tokenizer.decode_continuation(request.ids, ids), ended or row.finished
 
@@ -143,7 +144,7 @@ def test_minimum_tokens_hold_back_the_end_until_nothing_else_is_left():
         chooser, logits = Chooser(257, 256), torch.zeros(1, 257)
         logits[0, 256] = 9.0
         while not row.finished and row.ids[-1] != 256:
-            chooser.choose(logits, [row])
+            row.append(chooser.choose(logits, [row])[0].id)
         assert row.generated.count(ord("a")) == expected
 
 
