@@ -250,6 +250,16 @@ def test_the_end_and_stop_tokens_wait_for_the_minimum():
         assert [grow(chooser, logits, [row])[0].id for _ in range(3)] == expected
 
 
+def test_a_row_that_has_grown_elsewhere_is_penalized_for_what_it_has_now():
+    logits = torch.zeros(1, VOCABULARY)
+    logits[0, 4], logits[0, 5], logits[0, 6] = 3.0, 2.0, 1.0
+    row, chooser = Row(Request((1,), 9, Sampling(presence_penalty=9.0))), Chooser(VOCABULARY, END)
+    assert chooser.choose(logits, [row])[0].id == 4
+    row.append(4)
+    row.append(5)  # by another chooser
+    assert chooser.choose(logits, [row])[0].id == 6
+
+
 def test_candidates_of_a_beam_search_are_the_likeliest_that_may_be_chosen_and_leave_the_row_as_it_is():
     logits = random_logits(8)
     row = row_of(Request((1, 2), 9, Sampling(repetition_penalty=1.5), minimum_tokens=VOCABULARY), [5])
