@@ -5,6 +5,7 @@ The same for all launchers: agents report through files in the run folder. Impor
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from megatron.launch.hang_reports import HangReports
 from megatron.launch.launchers.launcher import LaunchSpec, make_job, make_log_folder
 from megatron.launch.node_states import SILENCE_AFTER_FAILURE_SECONDS, SILENCE_SECONDS, NodeState, NodeStates
 from megatron.launch.process_group import StopSignals, start_group, stop_group
+from megatron.launch.protocol.heartbeat import CONVERSING
 from megatron.launch.protocol.job import JobSpec, OrderBook, write_job
 from megatron.launch.watchdog import Watchdog
 
@@ -102,10 +104,12 @@ class Supervisor:
             self._nodes.update()
             if self._nodes.all_ready and not self._orders.given.start:
                 self._order(start=True)
+            if self._is_conversing:
+                self._hand_on_interrupts()
             if self._signals.received and self._orders.given.stop is None:
                 if self._stops_at_once():
                     break
-                if self._nodes.statuses:
+                if self._has_steps:
                     self._stop_at_step_boundary()
             failed = self._nodes.failed
             if failed and deadline == float("inf"):
@@ -127,10 +131,25 @@ class Supervisor:
 
     def _stops_at_once(self) -> bool:
         """Whether a stop was requested and no rank can save: none has a heartbeat, after enough time to report it."""
-        if not self._signals.received or self._orders.given.stop is not None or self._nodes.statuses:
+        if not self._signals.received or self._orders.given.stop is not None or self._has_steps:
             return False
         self._stop_requested_at = self._stop_requested_at or time.monotonic()
         return time.monotonic() - self._stop_requested_at > FIRST_BEAT_SECONDS
+
+    @property
+    def _is_conversing(self) -> bool:
+        return any(status.phase == CONVERSING for status in self._nodes.statuses)
+
+    @property
+    def _has_steps(self) -> bool:
+        """Whether a rank can stop between two steps."""
+        return any(status.phase != CONVERSING for status in self._nodes.statuses)
+
+    def _hand_on_interrupts(self) -> None:
+        """Give each Ctrl-C to rank 0, where it ends a text, and later the conversation."""
+        while signal.SIGINT in self._signals.received:
+            self._signals.received.remove(signal.SIGINT)
+            self._order(interrupts=self._orders.given.interrupts + 1)
 
     def _stop_at_step_boundary(self) -> None:
         name = self._signals.received[0].name

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from megatron.launch.protocol.heartbeat import RankStatus
+from megatron.launch.protocol.heartbeat import CONVERSING, RankStatus
 
 MEDIANS = 10
 LEAST_SECONDS = 300.0
@@ -15,7 +15,7 @@ class Watchdog:
     """Decides which ranks hang, by the age of their heartbeats.
 
     A step may take `timeout` seconds; if unset, ten times the running median of earlier steps, at least five minutes.
-    Start-up, the first step and saving get at least 15 minutes. 0 turns the watchdog off.
+    Start-up, the first step and saving get at least 15 minutes, a conversation any time. 0 turns the watchdog off.
     """
 
     def __init__(self, timeout: float | None) -> None:
@@ -24,7 +24,7 @@ class Watchdog:
 
     def limit(self, status: RankStatus) -> float:
         """Seconds without a beat after which this rank counts as hung."""
-        if self._timeout == 0:
+        if self._timeout == 0 or status.phase == CONVERSING:
             return float("inf")
         limit = self._timeout or max(LEAST_SECONDS, MEDIANS * (status.median or 0.0))
         patient = status.median is None or status.phase in PATIENT_PHASES

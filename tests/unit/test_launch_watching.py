@@ -68,6 +68,7 @@ def test_the_roll_call_names_hosts_where_there_are_several_and_ranks_that_do_not
         (5.0, status(median=60.0), 5),
         (5.0, status(median=60.0, phase="saving"), 900),
         (0.0, status(), float("inf")),
+        (5.0, status(median=None, phase="conversing"), float("inf")),
     ],
 )
 def test_a_step_may_take_ten_medians_and_five_minutes_unless_the_timeout_says_otherwise(timeout, seen, limit):

@@ -75,6 +75,7 @@ class Agent:
         self._written_at = 0.0
         self._parent, self._connected = os.getppid(), connected
         self._asked_to_stop = False
+        self._interrupts = 0
         self._out_of_memory_kills = out_of_memory_kills()
 
     def run(self, signals: StopSignals) -> None:
@@ -101,6 +102,9 @@ class Agent:
                     self._stop_at_step_boundary(signal.Signals[orders.stop])
                 elif signals.received:
                     self._stop_at_step_boundary(signals.received[0])
+                if orders.interrupts > self._interrupts:
+                    self._interrupts = orders.interrupts
+                    self._signal([record for record in self._running() if record.rank == 0], signal.SIGINT)
                 if orders.stacks > self._record.stacks_round:
                     self._gather_stacks(orders.stacks)
                 time.sleep(POLL_SECONDS)

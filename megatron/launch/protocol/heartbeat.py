@@ -14,6 +14,8 @@ from pathlib import Path
 RUN_FOLDER = "DEEPY_RUN_FOLDER"
 # The signal on which a rank writes the stacks of its threads.
 STACKS = signal.SIGUSR2
+# The phase in which rank 0 waits for a person: it takes each Ctrl-C itself, and may wait for as long as it likes.
+CONVERSING = "conversing"
 _LAYOUT = struct.Struct("<qdd32s")  # step, monotonic time of the beat, median step in seconds (0: none yet), phase
 
 

@@ -39,11 +39,12 @@ class JobSpec:
 
 @dataclass(frozen=True)
 class Orders:
-    """What agents have to do. `start`, `stop` and `end` are given once and not withdrawn; `stacks` counts up."""
+    """What agents have to do. `start`, `stop` and `end` are given once and not withdrawn; the other two count up."""
 
     start: bool = False  # start the ranks: every node is ready
     stop: str | None = None  # end at the next step boundary: the name of the signal that requested it
     stacks: int = 0  # number of requests for the stacks of all ranks
+    interrupts: int = 0  # number of times that Ctrl-C was meant for rank 0
     end: float | None = None  # end all processes now: seconds between SIGTERM and SIGKILL
 
 
