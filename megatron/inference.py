@@ -19,7 +19,7 @@ from megatron.checkpoint.store import agree_on_checkpoint, load_weights
 from megatron.config.plan import Plan
 from megatron.config.resolve import resolve
 from megatron.config.schema.config import Config
-from megatron.config.schema.run_keys import Quantization
+from megatron.config.schema.generation_keys import Quantization
 from megatron.engine.distributed import choose_matmul_precision, start
 from megatron.engine.inference import InferenceEngine
 from megatron.engine.settings import DTYPES

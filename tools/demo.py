@@ -20,7 +20,7 @@ GAIN = 1.0  # nats per token that the model must win over guessing by frequency
 STEPS = (
     ("a corpus and a tokenizer from Python's own source text", "python tools/prepare_data.py stdlib"),
     ("training", "./deepy.py train.py configs"),
-    ("generation", "./deepy.py generate.py -i prompt.txt -o out.txt"),
+    ("generation", "./deepy.py generate.py -i prompt.txt -o out.txt overwrite_samples=true"),
     ("evaluation on the held-out part", "./deepy.py evaluate.py"),
 )
 

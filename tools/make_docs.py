@@ -84,6 +84,8 @@ def _type(field: FieldInfo) -> str:
         return names[kind]
     if "tuple" in text:
         return "list"
+    if "dict" in text:
+        return "group"
     if "Literal" in text:
         words = [repr(word) for part in getattr(kind, "__args__", ()) for word in getattr(part, "__args__", (part,))]
         return " or ".join(word.replace("'", "") for word in words if word != "<class 'NoneType'>")

@@ -18,6 +18,8 @@ EXPECTED = {
     "float_type": "must be a number",
     "bool_type": "must be true or false",
     "string_type": "must be text",
+    "string_too_short": "must not be empty",
+    "dict_type": "must be a group of keys",
     "tuple_type": "must be a list",
     "model_type": "must be a group of keys",
     "finite_number": "must be a finite number",

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.config.parameter_shapes import is_adapter
-from megatron.config.schema.run_keys import Quantization
+from megatron.config.schema.generation_keys import Quantization
 from megatron.engine.modules import Sequential, cast_parameters
 from megatron.engine.optimizer_state import ModuleState, draw_initial_values
 from megatron.model.attention_kernels import kernels_for_decoding

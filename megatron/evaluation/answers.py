@@ -12,10 +12,9 @@ import torch.distributed as dist
 
 from megatron.config.schema.config import Config
 from megatron.errors import UserError, work_begins
-from megatron.generation.decoding import continue_texts
-from megatron.generation.prompts import encode_prompts, read_prompts
-from megatron.generation.run import decoding_settings
-from megatron.inference import FoundModel, TrainedModel, open_trained_model
+from megatron.generation.prompts import Prompt, read_prompts
+from megatron.generation.run import open_engine, sample_maker
+from megatron.inference import FoundModel
 from megatron.text_files import read_text
 
 log = logging.getLogger(__name__)
@@ -40,13 +39,16 @@ def measure_answers(config: Config, found: FoundModel) -> dict[str, Any]:
     if find_spec("sacrebleu") is None:
         raise UserError('eval_references needs sacrebleu: pip install "sacrebleu>=2.4", or -e ".[eval]"')
     questions = read_questions(config)
-    prompts = [question.prompt for question in questions]
-    ids = encode_prompts(prompts, found.tokenizer, found.plan.model.max_position_embeddings)
-    model = open_trained_model(found, config.launcher.distributed_backend)
-    with work_begins():
-        answers = _answers(model, ids, config)
+    alone = config.generation.model_copy(update={"num_samples": 1})
+    prompts = [Prompt(f"prompt {number}", alone, question.prompt) for number, question in enumerate(questions, 1)]
+    samples = sample_maker(config, found).samples(prompts)
+    engine = open_engine(config, found, samples, config.generation.generation_batch_size)
     if dist.get_rank() != 0:
+        engine.follow()
         return {}
+    with work_begins():
+        answers = [answer.text for answer in engine.run(sample.request for sample in samples)]
+    engine.close()
     figures = score_answers(answers, questions)
     log.info("%s", table(figures))
     written = [
@@ -66,7 +68,7 @@ def read_questions(config: Config) -> list[Question]:
     if path.suffix == ".jsonl":
         return _questions_of(path, text)
     keys = config.generation
-    prompts = read_prompts(Path(keys.sample_input_file or ""), keys.prompt_end)
+    prompts = [prompt.text for prompt in read_prompts(keys)]
     references = text.removesuffix("\n").split("\n")
     if len(prompts) != len(references):
         raise UserError(
@@ -107,24 +109,6 @@ def table(figures: dict[str, Any]) -> str:
             f"  exact match {figures['exact_match']:8.2%}",
         ]
     )
-
-
-def _answers(model: TrainedModel, prompts: Sequence[Sequence[int]], config: Config) -> list[str]:
-    """The answer to each prompt, on every rank. Collective."""
-    keys, replicas = config.generation, model.grid.size("data")
-    settings, size = decoding_settings(keys), keys.generation_batch_size
-    answers: list[str] = []
-    for first in range(0, len(prompts), size * replicas):
-        begin = first + model.grid.rank("data") * size
-        batch = list(enumerate(prompts))[begin : begin + size]
-        seeds = [f"{config.training.seed}/{number}/0" for number, _ in batch]
-        found = continue_texts(model, [ids for _, ids in batch], settings, seeds) if batch else []
-        decode = model.tokenizer.decode_continuation
-        texts = [decode(ids, answer.tokens) for (_, ids), answer in zip(batch, found, strict=True)]
-        parts: list[Any] = [None] * replicas
-        dist.all_gather_object(parts, texts, group=model.grid.group("data"))
-        answers += [text for part in parts for text in part]
-    return answers
 
 
 def _questions_of(path: Path, text: str) -> list[Question]:

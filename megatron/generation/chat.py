@@ -33,7 +33,7 @@ class ChatFormat:
             *before, last = messages
             messages = [*before, {**last, "content": f"{last['content']}{ANSWER} "}]
         try:
-            written = self.template.render(messages, ask=not answer_begun)
+            written = well_formed(self.template.render(messages, ask=not answer_begun))
         except BadRecordError as error:
             raise UserError(str(error)) from error
         if not answer_begun:
@@ -43,7 +43,7 @@ class ChatFormat:
 
     def encode(self, prompt: str) -> list[int]:
         """Ids of what `prompt` returned. A template writes special tokens itself, so the tokenizer adds none."""
-        return self.tokenizer.encode_bare([well_formed(prompt)])[0]
+        return self.tokenizer.encode_bare([prompt])[0]
 
     @cached_property
     def end_of_answer(self) -> tuple[tuple[str, ...], frozenset[int]]:

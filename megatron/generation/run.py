@@ -1,42 +1,48 @@
-"""generate.py: continue prompts with a trained model and write JSON lines."""
+"""generate.py: continue prompts with a trained model, and write JSON lines or converse."""
 
 import logging
 import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron.config.schema.config import Config
-from megatron.config.schema.run_keys import GenerationKeys
+from megatron.config.schema.generation_keys import GenerationKeys
 from megatron.engine.distributed import stop
 from megatron.errors import UserError, work_begins
 from megatron.files import refuse_overwriting
-from megatron.generation.decoding import DecodingSettings, continue_texts
-from megatron.generation.prompts import encode_prompts, read_prompts, typed_prompts
-from megatron.generation.records import JsonLinesFile, record
-from megatron.generation.requests import Sampling
-from megatron.inference import FoundModel, TrainedModel, find_trained_model, open_trained_model
+from megatron.generation.engine import Engine, EngineSettings
+from megatron.generation.interactive import Session
+from megatron.generation.progress import Progress
+from megatron.generation.prompts import STANDARD_INPUT, Prompt, read_prompts, several_problems
+from megatron.generation.records import SamplesFile, record
+from megatron.generation.requests import Answer
+from megatron.generation.samples import Sample, SampleMaker, model_identity
+from megatron.inference import FoundModel, find_trained_model, open_trained_model
 from megatron.logging import configure
+from megatron.tokenizer.base import Tokenizer
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A text to continue. seed: for sampling, a function of the run's seed and the prompt's number alone."""
+class Job:
+    """Texts to generate, and where they go. identities: of all texts, those that the output has already included."""
 
-    text: str
-    ids: list[int]
-    seed: str
+    samples: Sequence[Sample]
+    identities: Sequence[str]
+    output: SamplesFile
+    tokenizer: Tokenizer
 
 
 def generate(config: Config) -> None:
-    """Continue the prompts that `config` names with the model in `load`. Every rank calls it; rank 0 writes.
+    """Continue the prompts that `config` names with the model in `load`. Every rank calls it; rank 0 reads and writes.
 
     Raises UserError, before work begins, for a wrong configuration, prompts or checkpoint.
     """
@@ -45,26 +51,70 @@ def generate(config: Config) -> None:
     keys = config.generation
     source = prompt_source(keys)
     found = find_trained_model(config)
-    context = found.plan.model.max_position_embeddings
-    if source == "interactive":
-        for line in ignored_at_a_prompt(keys) if rank == 0 else ():
-            log.warning("%s", line)
-        converse(open_trained_model(found, config.launcher.distributed_backend), keys, config.training.seed)
-        stop()
-        return
-    refuse_overwriting({"sample_output_file": keys.sample_output_file}, _inputs(config, found))
-    texts = read_prompts(Path(keys.sample_input_file or ""), keys.prompt_end) if source == "input-file" else [""]
-    prompts = [
-        Prompt(text, ids, f"{config.training.seed}/{number}/{sample}")
-        for number, (text, ids) in enumerate(zip(texts, encode_prompts(texts, found.tokenizer, context), strict=True))
-        for sample in range(keys.num_samples)
-    ]
+    maker = sample_maker(config, found)
     with ExitStack() as opened:
-        output = opened.enter_context(JsonLinesFile(Path(keys.sample_output_file))) if rank == 0 else None
-        model = open_trained_model(found, config.launcher.distributed_backend)
-        with work_begins():
-            write_all(model, prompts, keys, output)
+        job = None
+        if rank == 0 and source != "interactive":
+            refuse_overwriting({"sample_output_file": keys.sample_output_file}, _inputs(config, found))
+            prompts = read_prompts(keys) if source == "input-file" else [Prompt("the empty prompt", keys)]
+            samples = maker.samples(prompts)
+            model = model_identity(found)
+            identities = [sample.identity(model) for sample in samples]
+            output = SamplesFile(Path(keys.sample_output_file), identities, keys.overwrite_samples)
+            job = Job(samples, identities, opened.enter_context(output), found.tokenizer)
+        left = None if job is None else job.samples[job.output.kept :]
+        slots = keys.num_beams if source == "interactive" else keys.generation_batch_size
+        engine = open_engine(config, found, left, slots)
+        if rank != 0:
+            engine.follow()
+        elif job is not None:
+            with work_begins():
+                write_samples(engine, job)
+        else:
+            for line in ignored_at_a_prompt(keys):
+                log.warning("%s", line)
+            Session(engine, maker, keys).run()
+        if rank == 0:
+            engine.close()
     stop()
+
+
+def sample_maker(config: Config, found: FoundModel) -> SampleMaker:
+    """Makes requests of prompts for the model."""
+    context = found.plan.model.max_position_embeddings
+    return SampleMaker(found.tokenizer, context, config.training.seed, config.tokenizer)
+
+
+def open_engine(config: Config, found: FoundModel, samples: Sequence[Sample] | None, slots: int) -> Engine:
+    """The engine with the model. Collective.
+
+    samples: on rank 0, what it will be asked: its texts are as long as these need; None: any up to the context.
+    slots: texts at once in each replica; more where a beam search or a pipeline needs them.
+    Raises UserError, naming each prompt that it cannot continue.
+    """
+    trained = open_trained_model(found, config.launcher.distributed_backend)
+    needed = [(trained.context, slots)]
+    if samples is not None:
+        requests = [sample.request for sample in samples]
+        longest = max((len(each.ids) + each.maximum_tokens for each in requests), default=1)
+        beams = max((each.beams.count for each in requests if each.beams), default=1)
+        needed = [(min(trained.context, longest), max(slots, beams * trained.grid.size("pipe")))]
+    dist.broadcast_object_list(needed, src=0)
+    capacity, slots = needed[0]
+    slots = max(slots, trained.grid.size("pipe"))  # every stage has a text
+    engine = Engine(trained, EngineSettings(slots, capacity, config.generation.prefill_chunk_size))
+    problems = [f"prompt {each.prompt + 1}: {problem}" for each in samples or () for problem in _wrong(engine, each)]
+    if problems:
+        raise several_problems(problems)
+    return engine
+
+
+def _wrong(engine: Engine, sample: Sample) -> tuple[str, ...]:
+    try:
+        engine.check(sample.request)
+    except UserError as error:
+        return error.problems
+    return ()
 
 
 def _inputs(config: Config, found: FoundModel) -> dict[str, Path]:
@@ -73,8 +123,11 @@ def _inputs(config: Config, found: FoundModel) -> dict[str, Path]:
         "sample_input_file": config.generation.sample_input_file,
         "vocab_file": config.tokenizer.vocab_file,
         "merge_file": config.tokenizer.merge_file,
+        "chat_template": config.tokenizer.chat_template,
     }
-    files = {key: Path(value) for key, value in keys.items() if value}
+    if not (config.generation.json_schema or "{").startswith("{"):
+        keys["json_schema"] = config.generation.json_schema
+    files = {key: Path(value) for key, value in keys.items() if value and value != STANDARD_INPUT}
     return files | {
         f"{path.relative_to(found.checkpoint)} of the checkpoint": path for path in found.checkpoint.rglob("*")
     }
@@ -94,6 +147,7 @@ def ignored_at_a_prompt(keys: GenerationKeys) -> list[str]:
     reasons = {
         "num_samples": "each prompt gets one text",
         "return_logits": "the text alone is shown",
+        "logprobs": "the text alone is shown",
         "sample_output_file": "texts are shown, not written",
     }
     given = {name: getattr(keys, name) for name in reasons}
@@ -104,67 +158,45 @@ def ignored_at_a_prompt(keys: GenerationKeys) -> list[str]:
     ]
 
 
-def decoding_settings(keys: GenerationKeys) -> DecodingSettings:
-    """The decoding settings of the keys."""
-    return DecodingSettings(
-        Sampling(temperature=keys.temperature, top_k=keys.top_k, top_p=keys.top_p),
-        maximum_tokens=keys.maximum_tokens,
-        use_cache=not keys.recompute,
-        keep_logits=keys.return_logits,
-    )
+@dataclass
+class _Running:
+    """A text that is being generated. began: when the round began that gave the first news of it; None: no news yet."""
+
+    place: int
+    answer: Answer = field(default_factory=Answer)
+    began: float | None = None
 
 
-def write_all(
-    model: TrainedModel, prompts: Sequence[Prompt], keys: GenerationKeys, output: JsonLinesFile | None
-) -> None:
-    """Continue all prompts in batches and write them in order. Collective; `output` is None on all ranks but 0."""
-    replicas, size = model.grid.size("data"), keys.generation_batch_size
-    tokens, started = 0, time.perf_counter()
-    for first in range(0, len(prompts), size * replicas):
-        mine = first + model.grid.rank("data") * size
-        records = _gathered(model, continue_batch(model, prompts[mine : mine + size], keys))
-        tokens += sum(fields["length"] for fields in records)
-        if output is not None:
-            output.write(records)
-    if output is not None:
-        seconds = time.perf_counter() - started
-        log.info(
-            "%d texts, %d tokens in %.1f s (%.1f tokens/s), written to %s",
-            len(prompts), tokens, seconds, tokens / seconds, keys.sample_output_file,
-        )  # fmt: skip
+def write_samples(engine: Engine, job: Job) -> None:
+    """Generate what the output does not have, and write it in order, each text as soon as those before it are there.
 
-
-def continue_batch(model: TrainedModel, prompts: Sequence[Prompt], keys: GenerationKeys) -> list[dict[str, Any]]:
-    """The records of one batch of prompts."""
-    if not prompts:
-        return []
-    started = time.perf_counter()
-    found = continue_texts(
-        model, [prompt.ids for prompt in prompts], decoding_settings(keys), [prompt.seed for prompt in prompts]
-    )
-    seconds = time.perf_counter() - started
-    return [
-        record(prompt.text, continuation, model.tokenizer, seconds)
-        for prompt, continuation in zip(prompts, found, strict=True)
-    ]
-
-
-def converse(model: TrainedModel, keys: GenerationKeys, seed: int) -> None:
-    """Continue typed prompts until the input ends. Collective over all ranks."""
-    for number, text in enumerate(typed_prompts(keys.prompt_end)):
-        try:
-            [ids] = encode_prompts([text], model.tokenizer, model.context)
-        except UserError as error:
-            log.info("%s", error)
-            continue
-        [fields] = continue_batch(model, [Prompt(text, ids, f"{seed}/{number}/0")], keys)
-        log.info("%s", fields["text"] if fields["message"] is None else fields["message"])
-
-
-def _gathered(model: TrainedModel, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records of all data-parallel replicas, in order."""
-    if model.grid.size("data") == 1:
-        return records
-    parts: list[Any] = [None] * model.grid.size("data")
-    dist.all_gather_object(parts, records, group=model.grid.group("data"))
-    return [fields for part in parts for fields in part]
+    On rank 0.
+    """
+    output, total = job.output, len(job.samples)
+    output.begin()
+    waiting = iter(range(output.kept, total))
+    running: dict[int, _Running] = {}
+    finished: dict[int, dict[str, Any]] = {}
+    due = output.kept
+    if due:
+        log.info("%d of %d texts are in %s already", due, total, output.path)
+    with Progress(due, total) as progress:
+        while due < total:
+            for place in islice(waiting, 2 * engine.slots - len(running)):
+                running[engine.submit(job.samples[place].request)] = _Running(place)
+            began = time.perf_counter()
+            for update in engine.step():
+                text = running[update.request]
+                text.answer.add(update)
+                text.began = text.began or began
+                if update.reason is not None:
+                    del running[update.request]
+                    seconds = time.perf_counter() - text.began
+                    finished[text.place] = record(
+                        job.samples[text.place], text.answer, job.tokenizer, seconds, job.identities[text.place]
+                    )
+                progress.add(len(update.tokens), int(update.reason is not None))
+            while due in finished:
+                output.write(finished.pop(due))
+                due += 1
+    log.info("%s, written to %s", progress.summary(), output.path)

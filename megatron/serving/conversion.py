@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from megatron.config.schema.run_keys import GenerationKeys
+from megatron.config.schema.generation_keys import GenerationKeys
 from megatron.errors import UserError
 from megatron.generation.chat import ChatFormat
 from megatron.generation.requests import Constraint, Request, Sampling

@@ -24,6 +24,8 @@ def folder(tmp_path_factory) -> Path:
     )  # fmt: skip
     run(folder, "train.py", "small", "save=trained", "train_iters=2", "eval_iters=0")
     (folder / "long.txt").write_text("short\n" + "x" * 33 + "\n")
+    (folder / "wrong.jsonl").write_text('{"promt": "a"}\n{"prompt": "a", "top_k": -1}\n')
+    (folder / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
     (folder / "empty.txt").write_text("\n\n")
     cut = (folder / "good_text_document.bin").read_bytes()[:-100]
     (folder / "cut_text_document.bin").write_bytes(cut)
@@ -47,7 +49,16 @@ CASES = {
     "no checkpoint to generate from": ("generate.py", ["load=nowhere"], ["nowhere"]),
     "nothing to load": ("generate.py", [], ["load"]),
     "a prompt longer than the context": (
-        "generate.py", ["load=trained", "-i", "long.txt"], ["prompt 2 has 33 tokens", "32"],
+        "generate.py", ["load=trained", "-i", "long.txt"], ["prompt 2: 33 tokens", "32"],
+    ),
+    "wrong lines of prompts": (
+        "generate.py", ["load=trained", "-i", "wrong.jsonl"], ["wrong.jsonl:1: ", '"prompt"', "wrong.jsonl:2: "],
+    ),
+    "a chat without a template": (
+        "generate.py", ["load=trained", "-i", "chat.jsonl"], ["chat template", "chat_template"],
+    ),
+    "an output with something else": (
+        "generate.py", ["load=trained", "-o", "text.txt"], ["text.txt", "something else", "overwrite_samples"],
     ),
     "a file without prompts": ("generate.py", ["load=trained", "-i", "empty.txt"], ["empty.txt"]),
     "a missing file of prompts": ("generate.py", ["load=trained", "-i", "gone.txt"], ["gone.txt"]),

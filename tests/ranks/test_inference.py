@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from megatron.config.schema.run_keys import GenerationKeys
+from megatron.config.schema.generation_keys import AnswerKeys
+from megatron.config.schema.run_keys import TokenizerKeys
 from megatron.data.mock import MockStream
 from megatron.engine.distributed import start
 from megatron.evaluation.perplexity import WindowSettings, negative_log_likelihood
-from megatron.generation.records import JsonLinesFile
-from megatron.generation.run import Prompt, write_all
+from megatron.generation.engine import Engine, EngineSettings
+from megatron.generation.prompts import Prompt
+from megatron.generation.records import SamplesFile
+from megatron.generation.run import Job, write_samples
+from megatron.generation.samples import SampleMaker
 from tests.ranks.run import run_ranks
 from tests.trained import trained_model
 
@@ -22,17 +26,20 @@ LAYOUTS = pytest.mark.parametrize("tensor", [2, 1], ids=["tensor-parallel", "two
 
 def generate(folder: str, tensor: int, keys: dict) -> None:
     model = trained_model(start(tensor=tensor))
-    prompts = [Prompt(text, list(text.encode()), str(number)) for number, text in enumerate(TEXTS)]
-    settings = GenerationKeys(maximum_tokens=24, generation_batch_size=2, **keys)
-    path = Path(folder) / "out.txt"
-    if dist.get_rank() == 0:
-        with JsonLinesFile(path) as output:
-            write_all(model, prompts, settings, output)
-    else:
-        write_all(model, prompts, settings, None)
+    engine = Engine(model, EngineSettings(2, model.context))
+    if dist.get_rank() != 0:
+        return engine.follow()
+    settings = AnswerKeys(maximum_tokens=24, **keys)
+    maker = SampleMaker(model.tokenizer, model.context, seed=1, keys=TokenizerKeys())
+    samples = maker.samples([Prompt("", settings, text) for text in TEXTS])
+    identities = [sample.identity("") for sample in samples]
+    with SamplesFile(Path(folder) / "out.txt", identities) as output:
+        write_samples(engine, Job(samples, identities, output, model.tokenizer))
+    engine.close()
 
 
 def texts(folder: Path, world: int, tensor: int, keys: dict) -> list[tuple[str, str]]:
+    folder.mkdir()
     run_ranks(world, generate, str(folder), tensor, keys)
     rows = [json.loads(line) for line in (folder / "out.txt").read_text().splitlines()]
     return [(row["context"], row["text"]) for row in rows]
@@ -41,8 +48,8 @@ def texts(folder: Path, world: int, tensor: int, keys: dict) -> list[tuple[str, 
 @LAYOUTS
 @pytest.mark.parametrize("keys", [{}, {"temperature": 1.0, "top_k": 40, "top_p": 0.95}], ids=["greedy", "sampled"])
 def test_every_layout_writes_the_same_texts_in_order(tmp_path, tensor, keys):
-    alone = texts(tmp_path, 1, 1, keys)
-    assert texts(tmp_path, 2, tensor, keys) == alone
+    alone = texts(tmp_path / "one", 1, 1, keys)
+    assert texts(tmp_path / "two", 2, tensor, keys) == alone
     assert [context for context, _ in alone] == list(TEXTS)
 
 

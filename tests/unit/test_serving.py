@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from megatron.config.schema.run_keys import GenerationKeys
+from megatron.config.schema.generation_keys import GenerationKeys
 from megatron.generation.requests import Constraint, Request, Sampling, Token, Update
 from megatron.serving import gate
 from megatron.serving.answers import PlainWriter

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from megatron.config.schema.generation_keys import AnswerKeys
+from megatron.config.schema.run_keys import TokenizerKeys
 from megatron.errors import UserError
-from megatron.generation.decoding import Continuation
-from megatron.generation.prompts import encode_prompts
-from megatron.generation.records import record
+from megatron.generation.prompts import Prompt
+from megatron.generation.samples import SampleMaker
 from megatron.harness.continuing import StopsAt
 from megatron.preprocessing.fast_encoding.checked import EncoderSettings
 from megatron.tokenizer.base import END_OF_DOCUMENT, Tokenizer, UnknownTextError
@@ -103,9 +104,10 @@ def test_a_continuation_keeps_its_first_space_and_an_unconditional_text_gets_non
     for name in ("metaspace always", "llama", "sentencepiece", "unigram"):
         tokenizer = tokenizers_[name]
         prompt, whole = tokenizer.encode_openings(["lazy", "lazy dog"])
-        fields = record("lazy", Continuation(whole[len(prompt) :]), tokenizer, 1.0)
-        assert whole[: len(prompt)] == prompt and fields["context"] + fields["text"] == "lazy dog", name
-        assert record("", Continuation(prompt[len(tokenizer.affixes[0]) :]), tokenizer, 1.0)["text"] == "lazy", name
+        assert whole[: len(prompt)] == prompt, name
+        assert tokenizer.decode_continuation(prompt, whole[len(prompt) :]) == " dog", name
+        before = tokenizer.affixes[0]
+        assert tokenizer.decode_continuation(before, prompt[len(before) :]) == "lazy", name
 
 
 def test_a_stop_string_that_begins_with_a_space_is_found_in_the_first_token(
@@ -117,6 +119,13 @@ def test_a_stop_string_that_begins_with_a_space_is_found_in_the_first_token(
     assert stops(whole, len(whole) - len(prompt))
     assert not stops(whole[:-1], len(whole) - 1 - len(prompt))
     assert not StopsAt(("lazy",), tokenizer)(whole, len(whole) - len(prompt))  # it is in the prompt only
+
+
+def opened(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Ids of prompts."""
+    maker = SampleMaker(tokenizer, context=99, seed=0, keys=TokenizerKeys())
+    prompts = [Prompt(f"prompt {number}", AnswerKeys(), text) for number, text in enumerate(texts, 1)]
+    return [list(sample.request.ids) for sample in maker.samples(prompts)]
 
 
 def spelled(folder: Path, post_processor: object, alphabet: str = "ACGT", **model: object) -> Tokenizer:
@@ -160,7 +169,7 @@ def test_affixes_are_those_of_the_post_processor_whatever_letters_there_are(
     assert tokenizer.affixes == affixes
     before, after = tokenizer.affixes
     assert tokenizer.encode(alphabet) == [*before, *range(2, 2 + len(alphabet)), *after]
-    assert encode_prompts([alphabet], tokenizer, 99) == [[*before, *range(2, 2 + len(alphabet))]]
+    assert opened([alphabet], tokenizer) == [[*before, *range(2, 2 + len(alphabet))]]
 
 
 def test_a_template_that_repeats_the_text_is_refused(tmp_path: Path) -> None:
@@ -176,7 +185,7 @@ def test_a_letter_without_a_token_is_named_with_its_place(tmp_path: Path) -> Non
         raised.value
     )
     with pytest.raises(UserError) as several:
-        encode_prompts(["A", "X", "ACY"], tokenizer, 99)
+        opened(["A", "X", "ACY"], tokenizer)
     assert [problem.partition(": ")[0] for problem in several.value.problems] == ["prompt 2", "prompt 3"]
 
 

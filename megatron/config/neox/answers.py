@@ -121,7 +121,6 @@ HONOURED: dict[str, str] = {
     "sample_input_file": "",
     "sample_output_file": "",
     "num_samples": "",
-    "recompute": "",
     "eval_results_prefix": "",
     "eval_tasks": "tasks, groups and tags; all documents unless eval_limit is set, in GPT-NeoX 10",
     "train_batch_size": "",
@@ -205,6 +204,7 @@ TRANSLATED: tuple[tuple[tuple[str, ...], Answer], ...] = (
             change=lambda value, _: {"zero_optimization.offload_optimizer.device": "cpu" if value else "none"},
         ),
     ),
+    (("recompute",), Answer("translated", "keys and values are always cached, with the same texts up to rounding")),
     (
         ("save_interval",),
         Answer("translated", "its name since 2022", change=lambda value, _: {"checkpoint_factor": value}),

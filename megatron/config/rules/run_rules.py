@@ -11,6 +11,7 @@ from megatron.config.pipeline_stages import BLOCK_CLASS
 from megatron.config.precision import chosen_formats, excluded_formats, resolve_precision
 from megatron.config.rules.data_rules import DATA_RULES
 from megatron.config.rules.evaluation_rules import EVALUATION_RULES
+from megatron.config.rules.generation_rules import GENERATION_RULES
 from megatron.config.rules.model_rules import MODEL_RULES
 from megatron.config.rules.rule import Rule, rule
 from megatron.config.schema.config import Config
@@ -27,7 +28,7 @@ def broken_rules(config: Config, wrong: set[str], script: str | None = None, pla
     """
     needed = [
         rule
-        for rule in (*MODEL_RULES, *DATA_RULES, *EVALUATION_RULES, *RUN_RULES)
+        for rule in (*MODEL_RULES, *DATA_RULES, *EVALUATION_RULES, *GENERATION_RULES, *RUN_RULES)
         if (not rule.scripts or script in rule.scripts) and (rule.for_plans or not planning)
     ]
     return [problem for rule in needed if not wrong.intersection(rule.keys) for problem in rule.check(config)]
@@ -241,12 +242,6 @@ def _training_of_adapters_has_a_base(config: Config) -> Iterator[str]:
             f"lora.rank ({rank}) needs load, the model to adapt: the folder of its checkpoints, with finetune: true, "
             "or hf:MODEL of Hugging Face"
         )
-
-
-@rule(RUN_RULES, "text_gen_type", "sample_input_file")
-def _prompts_have_a_file(config: Config) -> Iterator[str]:
-    if config.generation.text_gen_type == "input-file" and config.generation.sample_input_file is None:
-        yield "text_gen_type (input-file) needs sample_input_file (or -i FILE)"
 
 
 @rule(RUN_RULES, "serve_max_choices", "serve_max_waiting", "generation_batch_size")

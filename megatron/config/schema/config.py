@@ -11,12 +11,12 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from megatron.config.schema.data_keys import DataKeys
+from megatron.config.schema.generation_keys import GenerationKeys
 from megatron.config.schema.key_group import Group
 from megatron.config.schema.model_keys import ModelKeys, ParallelismKeys
 from megatron.config.schema.run_keys import (
     CheckpointKeys,
     EvaluationKeys,
-    GenerationKeys,
     LauncherKeys,
     LoggingKeys,
     ProfilingKeys,

@@ -51,7 +51,7 @@ def _whole(value: object) -> object:
     return value
 
 
-def _expanded_path(path: str, info: ValidationInfo) -> str:
+def expanded_path(path: str, info: ValidationInfo) -> str:
     """The path with `~` and `$VARIABLE` replaced."""
     if path.lower() in NO_VALUE:
         reason = f'{info.field_name} ("{path}") would be a file of that name; leave the key out, or write "./{path}"'
@@ -62,7 +62,7 @@ def _expanded_path(path: str, info: ValidationInfo) -> str:
         raise PydanticCustomError(PATH_PROBLEM, "{reason}", {"reason": str(error)}) from error
 
 
-PathText = Annotated[str, AfterValidator(_expanded_path)]
+PathText = Annotated[str, AfterValidator(expanded_path)]
 WholeNumber = Annotated[int, BeforeValidator(_whole)]
 PositiveInt = Annotated[WholeNumber, Field(gt=0)]
 NotNegativeInt = Annotated[WholeNumber, Field(ge=0)]

@@ -1,13 +1,11 @@
-"""Keys of tokenizer, checkpoints, logging, generation, evaluation and launcher."""
+"""Keys of tokenizer, checkpoints, logging, evaluation and launcher."""
 
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
 from megatron.config.schema.key_group import (
-    Fraction,
     Group,
-    NotNegativeFloat,
     NotNegativeInt,
     PathText,
     PositiveFloat,
@@ -15,8 +13,6 @@ from megatron.config.schema.key_group import (
     WholeNumber,
     registered,
 )
-
-Quantization = Literal["int8"]
 
 
 class TokenizerKeys(Group):
@@ -153,50 +149,6 @@ class ProfilingKeys(Group):
 
     memory_profiling_path: PathText | None = None
     """Folder of memory profiles. Unset: the folder profile of log_dir (or of logs in save)."""
-
-
-class GenerationKeys(Group):
-    """generate.py."""
-
-    text_gen_type: Literal["unconditional", "input-file", "interactive"] | None = None
-    """Source of the prompts. Unset: input-file with a sample_input_file, else unconditional."""
-
-    temperature: NotNegativeFloat = 0.0
-    """Sampling temperature. With temperature, top_k and top_p all 0: greedy decoding."""
-
-    top_k: NotNegativeInt = 0
-    """Number of most likely tokens to sample from; 0: no limit."""
-
-    top_p: Fraction = 0.0
-    """Sample from the most likely tokens whose probabilities add up to this; 0: no limit."""
-
-    maximum_tokens: PositiveInt = 64
-    """Maximum number of generated tokens."""
-
-    prompt_end: str = "\n"
-    """Separates prompts in the input file, and ends an interactive prompt."""
-
-    sample_input_file: PathText | None = None
-    """File of prompts."""
-
-    sample_output_file: PathText = "samples.txt"
-    """File for the generated texts, as JSON lines."""
-
-    num_samples: PositiveInt = 1
-    """Texts per prompt, or in total when unconditional."""
-
-    recompute: bool = False
-    """Recompute the whole sequence for each token instead of caching keys and values."""
-
-    return_logits: bool = False
-    """Also write the logits of every generated token."""
-
-    generation_batch_size: PositiveInt = 8
-    """Prompts per batch."""
-
-    quantization: Quantization | None = None
-    """int8: generate and evaluate, on a CPU, with the weights of matrix products rounded to 8 bits, each output with
-    its own scale. They take half the memory of 16 bits; bench/README.md has what it costs. Unset: as trained."""
 
 
 def _separate_words(value: object) -> object:
