@@ -75,8 +75,6 @@ def _run(loop: EngineLoop, engine: Engine, http: HttpThread, patience: float) ->
 
 
 def _check(engine: Engine, request: Request) -> None:
-    if request.constraint is not None:
-        raise ApiError(400, "response_format and guided_regex are not supported by this server", "response_format")
     try:
         engine.check(request)
     except UserError as error:

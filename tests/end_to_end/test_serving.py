@@ -5,6 +5,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import jsonschema
 import openai
 import pytest
 
@@ -145,6 +146,35 @@ def test_the_chat_template_writes_the_prompt(client, server):
     assert by_chat["usage"] | {"prompt_tokens_details": 0} == by_text["usage"] | {"prompt_tokens_details": 0}
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"found": {"type": "boolean"}, "place": {"enum": ["here", "there"]}},
+    "required": ["found", "place"],
+    "additionalProperties": False,
+}
+
+
+def test_an_answer_is_held_to_a_schema_to_json_or_to_a_regular_expression(client):
+    asked = {
+        "model": "small",
+        "messages": [{"role": "user", "content": "Where?"}],
+        "n": 3,
+        "seed": 1,
+        "max_tokens": 600,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA}}
+    for choice in client.chat.completions.create(**asked, response_format=form).choices:
+        assert choice.finish_reason == "stop"
+        jsonschema.validate(json.loads(choice.message.content), SCHEMA)
+    found = client.chat.completions.create(**asked, response_format={"type": "json_object"}).choices
+    ended = [choice.message.content for choice in found if choice.finish_reason == "stop"]
+    assert ended and all(isinstance(json.loads(text), dict) for text in ended)
+    text = client.completions.create(
+        model="small", prompt="", extra_body={"guided_regex": "[a-c]{2,4}-[0-9]+x"}, max_tokens=200
+    )
+    assert re.fullmatch("[a-c]{2,4}-[0-9]+x", text.choices[0].text)
+
+
 RIGHT = {
     "/v1/completions": {"prompt": "The", "max_tokens": 1},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
@@ -179,6 +209,14 @@ WRONG = {
     "best_of": ("/v1/completions", {"best_of": 1}, {"best_of": 2}, 400, "best_of is not supported"),
     "a suffix": ("/v1/completions", {"suffix": None}, {"suffix": "end"}, 400, "suffix is not supported"),
     "a slip": ("/v1/completions", {"user": "me"}, {"temprature": 1}, 400, "temperature is meant, perhaps"),
+    "a broken expression": ("/generate", {"guided_regex": "[a]"}, {"guided_regex": "[a"}, 400, "expression ([a)"),
+    "a schema that nothing fits": (
+        "/v1/chat/completions",
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "null"}}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": []}}}},
+        400,
+        "JSON schema",
+    ),
     "stream options": ("/v1/completions", {}, {"stream_options": {"include_usage": True}}, 422, "needs stream"),
     "no messages": ("/v1/chat/completions", {}, {"messages": []}, 422, "messages"),
     "an unknown role": (
