@@ -340,12 +340,14 @@ def test_a_client_that_leaves_frees_its_slot(server, stream):
 
 
 def test_the_client_can_close_a_stream(client, server):
+    before = server.figure("deepy_generated_tokens_total")
     stream = client.completions.create(
         model="small", prompt="The", max_tokens=CONTEXT - 8, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
     stream.close()
     wait_for(lambda: server.figure("deepy_slots_in_use") == 0, server.process)
+    assert server.figure("deepy_generated_tokens_total") - before < CONTEXT - 8
 
 
 def test_metrics_count_requests_tokens_and_times(server):
