@@ -101,13 +101,7 @@ class Converter:
         if body.maximum_tokens is not None:
             self._check_tokens(body.maximum_tokens, room, len(ids), "maximum_tokens")
         tokens = min(_given(body.maximum_tokens, self.defaults.maximum_tokens), room)
-        keys = self.defaults
-        is_sampled = keys.temperature == 0 and (keys.top_k > 0 or keys.top_p > 0)  # at temperature 1, as in GPT-NeoX
-        usual = {
-            "temperature": 1.0 if is_sampled else keys.temperature,
-            "top_p": keys.top_p or 1.0,
-            "top_k": keys.top_k,
-        }
+        usual = _usual(self.defaults) | {"min_tokens": min(self.defaults.minimum_tokens, tokens)}
         given = {name: _given(getattr(body, name), value) for name, value in usual.items()}
         fields = self._sampled(body.model_copy(update=given), tokens)
         return [Request(ids=tuple(ids), seed=_seed(body.seed), **fields)]
@@ -216,6 +210,24 @@ class Converter:
             if token >= self.tokenizer.vocab_size:
                 end = self.tokenizer.vocab_size - 1
                 raise ApiError(400, f"{param} has the id {token}; ids go from 0 to {end}", param)
+
+
+def _usual(keys: GenerationKeys) -> dict[str, Any]:
+    """The configuration's settings as fields of a body.
+
+    Like generate.py, it samples at temperature 1 if it limits the choice and names no temperature.
+    """
+    limited = keys.top_k > 0 or keys.top_p > 0 or keys.min_p > 0
+    same = ("top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    return {name: getattr(keys, name) for name in same} | {
+        "temperature": 1.0 if limited and keys.temperature == 0 else keys.temperature,
+        "top_p": keys.top_p or 1.0,
+        "logit_bias": {str(token): value for token, value in (keys.logit_bias or {}).items()},
+        "stop": list(keys.stop),
+        "stop_token_ids": list(keys.stop_token_ids),
+        "ignore_eos": keys.ignore_end_of_document,
+        "guided_regex": keys.regex,
+    }
 
 
 def _choices(fields: dict[str, Any], body: OpenAIBody, prompt: str) -> list[Request]:

@@ -48,4 +48,6 @@ def _engine_settings(config: Config, found: FoundModel) -> EngineSettings:
     wanted, context = config.serving.serve_context, found.plan.model.max_position_embeddings
     if wanted is not None and wanted > context:
         raise UserError(f"serve_context ({wanted}) is more than the model's context ({context}); lower it")
-    return EngineSettings(config.generation.generation_batch_size, wanted or context)
+    keys = config.generation
+    slots = max(keys.generation_batch_size, found.plan.layout.pipe)  # every stage has a text
+    return EngineSettings(slots, wanted or context, keys.prefill_chunk_size)

@@ -84,6 +84,15 @@ def test_plain_generation_has_the_settings_of_the_configuration():
     assert sampling({"top_k": 5}) == Sampling(temperature=1.0, top_k=5)  # as in GPT-NeoX
     assert sampling({"temperature": 0.5, "top_p": 0.9}, top_k=3) == Sampling(temperature=0.5, top_p=0.9, top_k=3)
     assert sampling({"temperature": 0.5}, temperature=0).is_greedy
+    keys = {"min_p": 0.1, "repetition_penalty": 1.5, "presence_penalty": 1.0, "logit_bias": {7: -1.0}}
+    expected = Sampling(
+        repetition_penalty=1.5, presence_penalty=1.0, logit_bias=((7, -1.0),), temperature=1.0, min_p=0.1
+    )
+    assert sampling(keys) == expected
+    more = {"stop": ("x",), "stop_token_ids": (9,), "minimum_tokens": 99, "ignore_end_of_document": True, "regex": "a"}
+    [request] = converter(**more).generation(GenerateBody(prompt="a"))
+    assert (request.stop_strings, request.stop_tokens, request.minimum_tokens) == (("x",), {9}, 24)
+    assert (request.ignore_end, request.constraint) == (True, Constraint("regex", "a"))
     assert converter(maximum_tokens=9).generation(GenerateBody(prompt="a"))[0].maximum_tokens == 9
 
 
