@@ -134,6 +134,7 @@ TABLE: dict[str, dict[str, str]] = {
         "metrics_log": "megatron.training.hooks.metrics_log:metrics_log",
         "divergence": "megatron.training.hooks.divergence:divergence",
         "validation": "megatron.training.hooks.validation:validation",
+        "tasks": "megatron.training.hooks.tasks:tasks",
         "saving": "megatron.training.hooks.saving:saving",
         "progress": "megatron.training.hooks.progress:progress",
     },

@@ -42,8 +42,25 @@ def disable_gradient_averaging(engine: Any) -> None:
 
 def head_as_loss(pipeline: Any) -> None:
     """Call the last layer of a `PipelineModule` with the labels, as its loss function, and not in its forward pass."""
-    head = pipeline.forward_funcs.pop()
-    pipeline.loss_fn = lambda inputs, targets: head(inputs, targets=targets)
+    pipeline.loss_fn = HeadLoss(pipeline.forward_funcs.pop())
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """The loss function of a pipeline. head: its last layer."""
+
+    head: Callable[..., Any]
+
+    def __call__(self, inputs: Any, targets: Any) -> Any:
+        """The loss of the input of the head."""
+        return self.head(inputs, targets=targets)
+
+
+def layers_of_stage(pipeline: Any) -> tuple[range, list[Callable[..., Any]]]:
+    """The numbers of a `PipelineModule`'s layers on this rank, and the layers, with the head in the last stage."""
+    numbers = range(pipeline._local_start, pipeline._local_stop)
+    head = [pipeline.loss_fn.head] if pipeline.loss_fn is not None else []
+    return numbers, [*pipeline.forward_funcs, *head]
 
 
 def keep_gradients_of_the_head(engine: Any) -> None:

@@ -11,6 +11,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -31,6 +32,7 @@ from megatron.engine.deepspeed_internals import (
     sum_gradients_of_tied_weights,
     zero_gradient_norm,
 )
+from megatron.engine.inference import InferenceEngine
 from megatron.engine.master_weights import MasterWeights
 from megatron.engine.model_parallel_unit import ModelParallelUnit
 from megatron.engine.modules import Sequential, cast_parameters, freeze_parameters, pipeline_module
@@ -38,6 +40,7 @@ from megatron.engine.optimizer_state import OptimizerState, draw_initial_values
 from megatron.engine.phases import Timed, time_phases
 from megatron.engine.recompute import checkpoint_function
 from megatron.engine.settings import DTYPES, deepspeed_settings
+from megatron.engine.training_inference import TrainingInference
 from megatron.errors import UserError
 from megatron.model.layer import Layer, LayerInput, Targets, pack, unpack
 from megatron.optimizers.build import build_optimizer
@@ -95,7 +98,7 @@ class TrainingEngine:
             if plan.engine.async_tensor_parallel:
                 share_memory(grid)
             recompute = 0 if within else recompute
-        self._grid, self._seed = grid, plan.engine.seed
+        self._grid, self._plan, self._seed = grid, plan, plan.engine.seed
         self.is_adapted = plan.model.lora is not None
         self.base: dict[str, str] | None = None  # which model adapters belong to, as in base.json
         self._accumulation = plan.batch.accumulation_steps
@@ -191,6 +194,18 @@ class TrainingEngine:
         with torch.no_grad():
             losses = [self._engine(inputs, targets=targets) for inputs, targets in batches]
         return self._mean_over_replicas(losses)
+
+    @contextmanager
+    def inference(self, begin: Callable[[], None] = lambda: None) -> Iterator[InferenceEngine]:
+        """The model as it is, for inference until the block ends. Entered by all ranks.
+
+        begin: called before each forward pass.
+
+        Nothing is compiled for its shapes, and tensor-parallel ranks do not divide the sequence.
+        """
+        module = self._engine.module.eval()
+        with torch.compiler.set_stance("force_eager"), self._grid.whole_sequences():
+            yield TrainingInference(module, self._grid, self._plan, begin)
 
     def _train_sequential(self, batches: Iterator[MicroBatch]) -> Tensor:
         losses = []

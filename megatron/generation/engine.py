@@ -61,6 +61,7 @@ class Engine:
         ]
         self._commands = _Commands()
         self._places: dict[int, tuple[int, int]] = {}  # replica and lane of each unfinished request
+        self._loads = {(replica, lane): 0 for lane in range(lanes) for replica in range(self._replicas)}
         self._last = 0
 
     def check(self, request: Request) -> None:
@@ -68,7 +69,7 @@ class Engine:
         problems = []
         if not request.ids:
             problems.append("a prompt has no tokens")
-        if len(request.ids) > self._model.context:
+        if len(request.ids) - (request.maximum_tokens == 0) > self._model.context:
             problems.append(
                 f"a prompt has {len(request.ids)} tokens; the model's context is {self._model.context} "
                 "(max_position_embeddings)"
@@ -108,10 +109,8 @@ class Engine:
         """Queue a request, on rank 0; its number. Raises UserError; see `check`."""
         self.check(request)
         self._last += 1
-        loads = {(replica, lane): 0 for lane in range(len(self._lanes)) for replica in range(self._replicas)}
-        for place in self._places.values():
-            loads[place] += 1
-        place = min(loads, key=lambda place: loads[place])
+        place = min(self._loads, key=lambda place: self._loads[place])
+        self._loads[place] += 1
         self._places[self._last] = place
         self._commands.added.append((*place, self._last, request))
         return self._last
@@ -149,7 +148,7 @@ class Engine:
         updates = self._round(self._told(commands))
         for update in updates:
             if update.reason is not None:
-                del self._places[update.request]
+                self._loads[self._places.pop(update.request)] -= 1
         return updates
 
     def run(self, requests: Iterable[Request], on_update: Callable[[Update], None] | None = None) -> list[Answer]:
@@ -208,7 +207,7 @@ class Engine:
         if dist.get_rank() == 0:
             for replica in range(1, self._replicas):
                 updates += self._messages.receive(replica * size)
-        elif grid.rank("pipe") == 0 and grid.rank("tensor") == 0:
+        elif grid.rank("data") and grid.rank("pipe") == 0 and grid.rank("tensor") == 0:
             self._messages.send(updates, [0])
         return updates
 

@@ -254,8 +254,12 @@ class Lane:
 
         A model may know more, which nothing in the data has trained.
         """
+        return self._all_logits(hidden, places)[:, : self._model.tokenizer.vocab_size]
+
+    def _all_logits(self, hidden: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
+        """Float32 [n, v] at (row, column), of all ids that the model has: its distribution is over all of them."""
         rows, columns = torch.tensor(places, dtype=torch.int64, device=hidden.device).view(-1, 2).unbind(1)
-        return self._model.logits_of(hidden[rows, columns])[:, : self._model.tokenizer.vocab_size]
+        return self._model.logits_of(hidden[rows, columns])
 
     def _scores(self, hidden: Tensor, rows: Sequence[Row]) -> list[list[Token]]:
         places = [(number, column) for number, row in enumerate(rows) for column in row.scored]
@@ -264,7 +268,7 @@ class Lane:
         tokens: list[Token] = []
         for first in range(0, len(places), SCORED_AT_ONCE):
             part = slice(first, first + SCORED_AT_ONCE)
-            tokens += score(self._logits(hidden, places[part]), targets[part], wanted[part])
+            tokens += score(self._all_logits(hidden, places[part]), targets[part], wanted[part])
         found = iter(tokens)
         return [[next(found) for _ in row.scored] for row in rows]
 

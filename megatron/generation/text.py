@@ -1,7 +1,6 @@
 """A request as it is computed: its tokens, what of them is in the cache, and the text shown so far."""
 
 from collections.abc import Sequence
-from itertools import takewhile
 
 from megatron.generation.constraints import Matcher
 from megatron.generation.requests import Reason, Request, Token, Update
@@ -67,8 +66,7 @@ class Text:
         most = len(self.ids) - 1
         if self.request.score_from is not None:
             most = min(most, self.request.score_from - 1)
-        pairs = zip(self.ids[:most], ids, strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return common_length(self.ids[:most], ids)
 
     def twin(self) -> "Text":
         """Another beam of the same request, which rests."""
@@ -129,3 +127,17 @@ class Text:
         scored, self._scored = tuple(self._scored), []
         cached, self.cached = self.cached, 0
         return Update(self.number, tokens, text, scored, reason, cached)
+
+
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many elements at the beginning of two lists are equal, found by comparing halves, which is fast in Python."""
+    equal, most = 0, min(len(one), len(other))
+    if not most or one[0] != other[0]:
+        return 0
+    while equal < most:
+        middle = (equal + most + 1) // 2
+        if one[equal:middle] == other[equal:middle]:
+            equal = middle
+        else:
+            most = middle - 1
+    return equal

@@ -1,27 +1,26 @@
 """The harness's interface of a language model: text in, likelihoods and continuations out.
 
-Tokenization and truncation follow the harness's own `hf` model, so that the same weights get the same scores. Requests
-are sorted by length and batched here; the team computes them.
+Tokenization and truncation follow the harness's own `hf` model, so that the same weights get the same scores. The
+engine computes the requests.
 """
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
 
 from megatron.errors import UserError
 from megatron.generation.chat import ChatFormat
-from megatron.generation.requests import Sampling
-from megatron.harness.continuing import ContinuationSettings, Opening, continue_openings
-from megatron.harness.scoring import Likelihood, Row, score_rows
-from megatron.harness.team import Team
+from megatron.generation.engine import Engine
+from megatron.generation.requests import Answer, Request, Sampling, Update
 from megatron.text import well_formed
 from megatron.tokenizer.base import Tokenizer, digest
 
-Item = TypeVar("Item")
+Likelihood = tuple[float, bool]  # log-likelihood in nats, and whether greedy decoding gives the same tokens
 Tokenized = tuple[Any, list[int], list[int]]  # the strings, the ids of the context, the ids of the continuation
 MAXIMUM_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given
 UNDERSTOOD = {*MAXIMUM_TOKENS, "until", "do_sample", "temperature", "top_k", "top_p"}
@@ -35,34 +34,33 @@ class HarnessModel(TemplateLM):
         self,
         tokenizer: Tokenizer,
         context: int,
-        batch: int,
         seed: int,
-        open_team: Callable[[], Team],
+        open_engine: Callable[[], Engine],
         chat: ChatFormat | None = None,
     ) -> None:
-        """context: tokens that the model sees at once. batch: texts computed together on a replica.
+        """context: tokens that the model sees at once.
 
-        open_team: starts the process group and loads the weights; called for the first request, when the tasks have
+        open_engine: starts the process group and loads the weights; called for the first request, when the tasks have
         been checked. chat: what questions are written with, if they are to be chats.
         """
         super().__init__()
-        self._tokenizer, self._context, self._batch, self._seed = tokenizer, context, batch, seed
-        self._open_team, self._chat = open_team, chat
+        self._tokenizer, self._context, self._seed = tokenizer, context, seed
+        self._open_engine, self._chat = open_engine, chat
         self.was_needed = False
         self._task_of: dict[Any, str] = {}  # by context and continuation, for messages
         self._prefix = tokenizer.affixes[0][0] if tokenizer.affixes[0] else tokenizer.end_of_document
         self._prefix_text = tokenizer.decode([self._prefix])
 
     @cached_property
-    def team(self) -> Team:
-        """The ranks that compute."""
+    def engine(self) -> Engine:
+        """What computes, on all ranks."""
         self.was_needed = True
-        return self._open_team()
+        return self._open_engine()
 
     @property
     def is_open(self) -> bool:
         """Whether the process group is up and the weights are loaded; `was_needed`: whether that was tried."""
-        return "team" in self.__dict__
+        return "engine" in self.__dict__
 
     @property
     def eot_token_id(self) -> int:
@@ -132,26 +130,32 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """A continuation of each context, up to the first stop string of its task."""
-        openings = [self._opening(number, request) for number, request in enumerate(requests)]
-        batches: list[list[int]] = []
-        for settings in dict.fromkeys(opening.settings for opening in openings):
-            numbers = [number for number, opening in enumerate(openings) if opening.settings == settings]
-            batches += self._batches(numbers, lambda number: len(openings[number].ids))
-        shares = [[openings[number] for number in batch] for batch in batches]
-        return in_order(batches, self.team.ask(continue_openings, shares, "generate_until") if shares else [])
+        asked = [self._continuation(number, request) for number, request in enumerate(requests)]
+        return [answer.text for answer in self._answers(asked, "generate_until", lambda request: -len(request.ids))]
 
     def _loglikelihood_tokens(self, requests: Sequence[Tokenized], **_: Any) -> list[Likelihood]:
-        rows: dict[tuple[int, ...], list[int]] = {}
-        for number, request in enumerate(requests):
-            rows.setdefault(self._tokens_to_read(request), []).append(number)
-        batches = self._batches(list(rows), len)
-        shares = [[Row(tokens, tuple(tuple(requests[n][2]) for n in rows[tokens])) for tokens in b] for b in batches]
-        answers = self.team.ask(score_rows, shares, "loglikelihood") if shares else []
-        numbers = [[rows[tokens] for tokens in batch] for batch in batches]
-        return in_order([n for batch in numbers for n in batch], [row for answer in answers for row in answer])
+        answers = self._answers([self._scored(request) for request in requests], "loglikelihood", _by_context)
+        return [
+            (sum(token.log_probability or 0.0 for token in answer.scored), all(token.greedy for token in answer.scored))
+            for answer in answers
+        ]
 
-    def _tokens_to_read(self, request: Tokenized) -> tuple[int, ...]:
-        """All but the last token of context and continuation, truncated on the left to the model's context."""
+    def _answers(self, requests: Sequence[Request], what: str, key: Callable[[Request], Any]) -> list[Answer]:
+        """The answers in order, computed in the order of `key`, with a progress bar on a terminal."""
+        if not requests:
+            return []
+        order = sorted(range(len(requests)), key=lambda number: key(requests[number]))
+        engine = self.engine
+        with tqdm(total=len(requests), desc=what, disable=None) as bar:
+
+            def show(update: Update) -> None:
+                bar.update(update.reason is not None)
+
+            answers = engine.run([requests[number] for number in order], show)
+        return [answer for _, answer in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]
+
+    def _scored(self, request: Tokenized) -> Request:
+        """Context and continuation, truncated on the left to the model's context and the token that follows it."""
         strings, context, continuation = request
         task = f"eval_tasks: {self._task_of[strings]}" if strings in self._task_of else "eval_tasks"
         if not continuation:
@@ -161,37 +165,35 @@ class HarnessModel(TemplateLM):
                 f"{task}: an answer of {len(continuation)} tokens cannot be scored; the model's context is "
                 f"{self._context} (max_position_embeddings): {str(strings)[-80:]}"
             )
-        whole = [*(context or [self._prefix]), *continuation]
-        return tuple(whole[-self._context - 1 : -1])
+        ids = tuple([*(context or [self._prefix]), *continuation][-self._context - 1 :])
+        return Request(ids, maximum_tokens=0, score_from=len(ids) - len(continuation))
 
-    def _opening(self, number: int, request: Any) -> Opening:
+    def _continuation(self, number: int, request: Any) -> Request:
+        """What a request of `generate_until` asks. Raises UserError for settings that are not supported."""
         text, options = request.args
-        settings = self._settings(request.task_name, options)
-        ids = self.tok_encode(text)[settings.maximum_tokens - self._context :]
-        return Opening(tuple(ids or [self._prefix]), settings, f"{self._seed}/{number}")
-
-    def _settings(self, task: str, options: Mapping[str, Any]) -> ContinuationSettings:
-        """A task's generation_kwargs. Raises UserError for those that are not supported."""
         unknown = [key for key in options if key not in UNDERSTOOD and options[key] != HARMLESS.get(key)]
         tokens = next((int(options[key]) for key in MAXIMUM_TOKENS if key in options), self.max_gen_toks)
         if unknown:
             raise UserError(
-                f"eval_tasks: {task} asks for {', '.join(unknown)} in its generation_kwargs, which is not supported"
+                f"eval_tasks: {request.task_name} asks for {', '.join(unknown)} in its generation_kwargs, which is not "
+                "supported"
             )
         if tokens >= self._context:
             raise UserError(
-                f"eval_tasks: {task} wants up to {tokens} tokens (max_gen_toks), which leaves no room for a prompt in "
-                f"the model's context of {self._context} (max_position_embeddings)"
+                f"eval_tasks: {request.task_name} wants up to {tokens} tokens (max_gen_toks), which leaves no room for "
+                f"a prompt in the model's context of {self._context} (max_position_embeddings)"
             )
         until = options.get("until") or []
         ends = [until] if isinstance(until, str) else list(until)
         ends.append(self._tokenizer.decode([self.eot_token_id]))
-        return ContinuationSettings(sampling(options), tokens, tuple(dict.fromkeys(filter(None, ends))))
-
-    def _batches(self, items: Sequence[Item], length: Callable[[Item], int]) -> list[list[Item]]:
-        """The longest first: running out of memory shows at once, and a batch has little padding."""
-        ordered = sorted(items, key=length, reverse=True)
-        return [ordered[first : first + self._batch] for first in range(0, len(ordered), self._batch)]
+        ids = self.tok_encode(text)[tokens - self._context :] or [self._prefix]
+        return Request(
+            tuple(ids),
+            tokens,
+            sampling(options),
+            f"{self._seed}/{number}",
+            stop_strings=tuple(dict.fromkeys(filter(None, ends))),
+        )
 
 
 def sampling(options: Mapping[str, Any]) -> Sampling:
@@ -203,7 +205,7 @@ def sampling(options: Mapping[str, Any]) -> Sampling:
     return Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
 
 
-def in_order(numbers: Sequence[Sequence[int]], answers: Sequence[Sequence[Item]]) -> list[Item]:
-    """Answers of all groups, sorted by their numbers."""
-    pairs = [pair for group, found in zip(numbers, answers, strict=True) for pair in zip(group, found, strict=True)]
-    return [answer for _, answer in sorted(pairs, key=lambda pair: pair[0])]
+def _by_context(request: Request) -> Any:
+    """Long contexts first, and equal ones together, which are then read once."""
+    context = request.ids[: request.score_from]
+    return -len(context), context, -len(request.ids)

@@ -7,6 +7,8 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from megatron.errors import UserError
+
 
 def task_problems(names: Sequence[str], manager: Any, error: Exception, limit: float | None = None) -> list[str]:
     """One line for each task among `names`, or in a group of them, that cannot be loaded or asked.
@@ -15,6 +17,13 @@ def task_problems(names: Sequence[str], manager: Any, error: Exception, limit: f
     """
     problems = [line for name in names for line in _problems_of(name, manager, limit)]
     return list(dict.fromkeys(problems)) or [f"eval_tasks: {_reason(error)}"]
+
+
+def refuse_unusable(names: Sequence[str], manager: Any, limit: float | None = None) -> None:
+    """Load the tasks called `names` and build their requests. Raises UserError with a line for each that fails."""
+    problems = [line for name in names for line in _problems_of(name, manager, limit)]
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
 
 
 def broken_files(folder: Path) -> list[str]:

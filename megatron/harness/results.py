@@ -24,6 +24,16 @@ def write_samples(results: dict[str, Any], target: Path) -> list[Path]:
     return written
 
 
+def metrics_of(results: Mapping[str, Any]) -> dict[str, float]:
+    """The scores of all tasks and groups by name, such as tasks/piqa/acc, without their standard errors."""
+    return {
+        f"tasks/{task}/{name.removesuffix(',none')}": float(value)
+        for task, scores in results["results"].items()
+        for name, value in scores.items()
+        if "," in name and "_stderr," not in name and isinstance(value, int | float)
+    }
+
+
 def as_table(results: Mapping[str, Any]) -> str:
     """The harness's tables, with the number of documents beside each name."""
     columns = [column for column in ("results", "groups") if results.get(column)]

@@ -3,21 +3,30 @@
 import logging
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.config.schema.config import Config
 from megatron.config.schema.run_keys import EvaluationKeys
 from megatron.errors import RunError, UserError
 from megatron.generation.chat import open_chat
+from megatron.generation.engine import Engine, EngineSettings
 from megatron.harness.hub import require_datasets
 from megatron.harness.problems import task_problems
 from megatron.harness.requests_cache import use_requests_cache
 from megatron.harness.tasks import check_harness, find_tasks, open_tasks
-from megatron.harness.team import PATIENCE, Team
 from megatron.inference import FoundModel, open_trained_model
+from megatron.tokenizer.base import Tokenizer
+
+if TYPE_CHECKING:
+    from megatron.harness.language_model import HarnessModel
 
 log = logging.getLogger(__name__)
+
+# Datasets are fetched and requests built on one rank while the others wait.
+PATIENCE = timedelta(days=1)
+AUTOMATIC_BATCH = 64  # texts at once, if they fit into memory: reading is no faster with more
 
 
 def evaluate_tasks(config: Config, found: FoundModel, target: Path) -> None:
@@ -26,17 +35,12 @@ def evaluate_tasks(config: Config, found: FoundModel, target: Path) -> None:
     Raises UserError for tasks or datasets that cannot be used, before the process group starts; RunError later.
     """
     check_harness(config.evaluation.eval_include_path)
-
-    def open_team() -> Team:
-        minutes = PATIENCE.total_seconds() / 60  # the other ranks wait while rank 0 downloads datasets
-        return Team(open_trained_model(found, config.launcher.distributed_backend, minutes))
-
     if int(os.environ.get("RANK", "0")) != 0:
-        open_team().serve()
+        _open_engine(config, found).follow()
         return
     from megatron.harness.results import as_json, as_table, write_samples
 
-    results = _results(config, found, open_team)
+    results = _results(config, found)
     log.info("%s", as_table(results))
     for path in write_samples(results, target):
         log.info("samples written to %s", path)
@@ -44,22 +48,58 @@ def evaluate_tasks(config: Config, found: FoundModel, target: Path) -> None:
     log.info("written to %s", target)
 
 
-def _results(config: Config, found: FoundModel, open_team: Callable[[], Team]) -> dict[str, Any]:
-    """The harness's results with the configuration of the run. For rank 0."""
+def harness_model(config: Config, found: FoundModel) -> "HarnessModel":
+    """The model for the harness, on rank 0. Its weights are loaded when the first request has come."""
+    return model_on(
+        lambda: _open_engine(config, found), config, found.tokenizer, found.plan.model.max_position_embeddings
+    )
+
+
+def model_on(open_engine: Callable[[], Engine], config: Config, tokenizer: Tokenizer, context: int) -> "HarnessModel":
+    """A model for the harness, on rank 0, computed by the engine that `open_engine` gives.
+
+    Raises UserError where questions are to be chats and there is no template.
+    """
     from megatron.harness.language_model import HarnessModel
 
-    keys, context = config.evaluation, found.plan.model.max_position_embeddings
+    chat = open_chat(config.tokenizer, tokenizer) if config.evaluation.eval_chat_template else None
+    return HarnessModel(tokenizer, context, config.training.seed, open_engine, chat)
+
+
+def _open_engine(config: Config, found: FoundModel) -> Engine:
+    """The engine on this rank. Collective."""
+    minutes = PATIENCE.total_seconds() / 60
+    model = open_trained_model(found, config.launcher.distributed_backend, minutes)
+    return Engine(model, engine_settings(config.evaluation, model.context))
+
+
+def engine_settings(keys: EvaluationKeys, context: int) -> EngineSettings:
+    """The settings of the engine that `eval_batch_size` asks for."""
+    asked = keys.eval_batch_size
+    return EngineSettings(AUTOMATIC_BATCH if asked == "auto" else asked, context)
+
+
+def open_harness(keys: EvaluationKeys) -> tuple[list[str], Any]:
+    """The names of the tasks that the keys ask for, and the harness's TaskManager.
+
+    Raises UserError for tasks that are not there or whose datasets cannot be fetched.
+    """
     manager = open_tasks(keys.eval_include_path)
     names = find_tasks(keys.eval_tasks or (), manager)
     require_datasets(names, manager)
     if keys.eval_requests_cache is not None:
         use_requests_cache(keys.eval_requests_cache, names, manager)
-    chat = open_chat(config.tokenizer, found.tokenizer) if keys.eval_chat_template else None
-    batch = config.batch.train_micro_batch_size_per_gpu or config.generation.generation_batch_size
-    model = HarnessModel(found.tokenizer, context, batch, config.training.seed, open_team, chat)
+    return names, manager
+
+
+def _results(config: Config, found: FoundModel) -> dict[str, Any]:
+    """The harness's results with the configuration of the run. For rank 0."""
+    keys = config.evaluation
+    names, manager = open_harness(keys)
+    model = harness_model(config, found)
     results = run_harness(model, names, manager, **harness_options(keys))
-    model.team.dismiss()
-    results["config"] |= {"model": "deepy", "model_args": config.to_flat(), "batch_size": batch}
+    model.engine.close()
+    results["config"] |= {"model": "deepy", "model_args": config.to_flat(), "batch_size": model.engine.slots}
     return results | {"checkpoint": str(found.checkpoint), "tokenizer": found.tokenizer.describe()}
 
 

@@ -1,5 +1,7 @@
 """The grid of ranks and its process groups: one object per process, passed as an argument."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -74,6 +76,16 @@ class ParallelGrid:
         dist.all_reduce(total, group=self.host_group)
         return int(total) * self.size("data") // self.mesh.size()
 
+    @contextmanager
+    def whole_sequences(self) -> Iterator[None]:
+        """Within the block tensor-parallel ranks share no sequence, whose length may then be any."""
+        shared = self.sequence_parallel
+        object.__setattr__(self, "sequence_parallel", False)
+        try:
+            yield
+        finally:
+            object.__setattr__(self, "sequence_parallel", shared)
+
     def own_tokens(self, length: int) -> slice:
         """The columns of this rank's `length` tokens in the whole sequence."""
         part = self.rank("context")
@@ -102,6 +114,23 @@ class ParallelGrid:
     def is_last_stage(self) -> bool:
         """Whether this rank holds the last stage of the pipeline."""
         return self.rank("pipe") == self.size("pipe") - 1
+
+
+class LockstepGrid(ParallelGrid):
+    """A grid for work that all data-parallel replicas do alike: along "data" each is the only one."""
+
+    @classmethod
+    def of(cls, grid: ParallelGrid) -> "LockstepGrid":
+        """The same ranks."""
+        return cls(grid.mesh, grid.replicas, grid.sequence_parallel, grid.host_group)
+
+    def size(self, axis: Axis) -> int:
+        """Number of ranks along `axis`; 1 along "data"."""
+        return 1 if axis == "data" else super().size(axis)
+
+    def rank(self, axis: Axis) -> int:
+        """This rank's index along `axis`; 0 along "data"."""
+        return 0 if axis == "data" else super().rank(axis)
 
 
 class LoneGrid(ParallelGrid):

@@ -255,6 +255,7 @@ BROKEN = [
     ),
     ({"include": "localhost:0", "num_gpus": 1}, "include (localhost:0) and num_gpus (1) exclude each other"),
     ({"eval_num_fewshot": 5, "eval_limit": 0.5}, "eval_num_fewshot (5) and eval_limit (0.5) need eval_tasks"),
+    ({"eval_batch_size": 4}, "eval_batch_size (4) need eval_tasks"),
     ({"eval_chat_template": True}, "eval_chat_template (true) need eval_tasks"),
     (
         {"eval_stride": 4, "eval_split": "test", "eval_tasks": ["piqa"]},

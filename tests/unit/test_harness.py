@@ -22,21 +22,18 @@ from megatron.convert.families import gpt_neox, llama
 from megatron.convert.model_keys import model_keys
 from megatron.errors import RunError, UserError
 from megatron.generation.chat import open_chat
+from megatron.generation.engine import Engine, EngineSettings
 from megatron.generation.requests import Sampling
-from megatron.harness.continuing import StopsAt, continue_openings, cut
 from megatron.harness.hub import require_datasets
 from megatron.harness.language_model import HarnessModel, sampling
 from megatron.harness.requests_cache import use_requests_cache
 from megatron.harness.results import as_json, as_table, write_samples
 from megatron.harness.run import evaluate_tasks, run_harness
-from megatron.harness.scoring import score_rows
 from megatron.harness.tasks import check_harness, find_tasks, open_tasks
-from megatron.harness.team import Team
 from megatron.tokenizer.build import build_tokenizer
 from tests.harness_tasks import BEGINNING, CONTEXT, QUESTIONS, TEXTS, Weights, requests, vocabulary, write_tasks
 from tests.models import random_tensor, spread
-from tests.ranks.harness import assert_answers
-from tests.ranks.run import one_rank, run_ranks
+from tests.ranks.run import one_rank
 
 SIZES = {
     "hidden_size": 32,
@@ -76,11 +73,11 @@ def pair(request, tmp_path_factory):
     return make_pair(tmp_path_factory.mktemp("vocabulary"), request.param)
 
 
-def make_pair(folder, kind):
+def make_pair(folder, kind, more_ids=0):
     family, model_class, config_class, special = KINDS[kind]
     path = vocabulary(folder, beginning=bool(special))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=path, eos_token="<|endoftext|>", **special)
-    config = config_class(vocab_size=len(tokenizer), **SIZES)
+    config = config_class(vocab_size=len(tokenizer) + more_ids, **SIZES)
     theirs = model_class(config).eval().requires_grad_(False)
     for index, (name, parameter) in enumerate(theirs.named_parameters()):
         parameter.copy_(spread(name, random_tensor(parameter.shape, index)))
@@ -91,11 +88,16 @@ def make_pair(folder, kind):
     return Weights(weights.keys, path, mapped), exact
 
 
+def engine(weights, grid):
+    """An engine with fewer slots and smaller steps than there is work."""
+    return Engine(weights.on(grid), EngineSettings(slots=5, capacity=CONTEXT, chunk=64))
+
+
 @pytest.fixture
 def ours(pair):
     weights, _ = pair
     with one_rank() as grid:
-        yield HarnessModel(weights.tokenizer, CONTEXT, 4, 1234, lambda: Team(weights.on(grid)))
+        yield HarnessModel(weights.tokenizer, CONTEXT, 1234, lambda: engine(weights, grid))
 
 
 def test_questions_as_chats_have_the_scores_of_the_harness_own_model(pair, manager, tmp_path):
@@ -104,7 +106,7 @@ def test_questions_as_chats_have_the_scores_of_the_harness_own_model(pair, manag
     chat = open_chat(TokenizerKeys(chat_template=f"{tmp_path}/chat.jinja"), weights.tokenizer)
     theirs.tokenizer.chat_template = CHAT
     with one_rank() as grid:
-        ours = HarnessModel(weights.tokenizer, CONTEXT, 4, 1234, lambda: Team(weights.on(grid)), chat)
+        ours = HarnessModel(weights.tokenizer, CONTEXT, 1234, lambda: engine(weights, grid), chat)
         options = {"apply_chat_template": True, "fewshot_as_multiturn": True, "num_fewshot": 1}
         found, expected = (run_harness(model, ["own_choice"], manager, **options) for model in (ours, theirs))
     assert found["results"]["own_choice"] == pytest.approx(expected["results"]["own_choice"])
@@ -126,7 +128,7 @@ def unopened(**changes):
     tokenizer = SimpleNamespace(
         affixes=((), ()), end_of_document=0, decode=lambda ids: "<eod>", encode_openings=lambda texts: [[1]]
     )
-    return HarnessModel(tokenizer, changes.get("context", CONTEXT), 4, 1234, fail)
+    return HarnessModel(tokenizer, changes.get("context", CONTEXT), 1234, fail)
 
 
 def test_likelihoods_and_continuations_are_those_of_the_harness_own_model(ours, pair, tasks):
@@ -142,18 +144,12 @@ def test_likelihoods_and_continuations_are_those_of_the_harness_own_model(ours, 
     assert len(set(texts)) > QUESTIONS / 2
 
 
-def test_two_replicas_of_two_tensor_parallel_ranks_give_the_same_answers(ours, pair, tasks, monkeypatch):
-    work, ask = [], ours.team.ask
-
-    def noted(compute, batches, what):
-        work.append((compute, batches, ask(compute, batches, what)))
-        return work[-1][2]
-
-    monkeypatch.setattr(ours.team, "ask", noted)
-    for kind, asked in requests(tasks).items():
-        getattr(ours, kind)(asked)
-    assert {compute for compute, _, _ in work} == {score_rows, continue_openings}
-    run_ranks(4, assert_answers, pair[0], 2, work, timeout=120)
+def test_likelihoods_count_ids_that_the_model_has_and_the_tokenizer_has_not(tasks, tmp_path):
+    weights, theirs = make_pair(tmp_path, "NeoX", more_ids=3)
+    asked = requests(tasks)["loglikelihood"][:6]
+    with one_rank() as grid:
+        found = HarnessModel(weights.tokenizer, CONTEXT, 1234, lambda: engine(weights, grid)).loglikelihood(asked)
+    assert [nats for nats, _ in found] == pytest.approx([nats for nats, _ in theirs.loglikelihood(asked)], abs=1e-4)
 
 
 def test_a_context_of_spaces_counts_as_none(ours):
@@ -188,7 +184,7 @@ def test_few_shot_and_limit_reach_the_harness_and_the_counts_stand_beside_the_sc
 
 
 def test_a_failure_after_the_ranks_met_is_no_wrong_command(ours, manager, monkeypatch):
-    assert ours.team
+    assert ours.engine
     monkeypatch.setattr(ours, "_context", 9)
     with pytest.raises(RunError, match="own_continuation wants up to 9 tokens"):
         run_harness(ours, ["own_continuation"], manager)
@@ -258,15 +254,6 @@ def test_an_answer_longer_than_the_context_is_refused():
 )
 def test_sampling_is_what_a_task_asks_for(options, expected):
     assert sampling(options) == expected
-
-
-def test_a_text_ends_where_the_first_end_begins_and_decoding_stops_there(tmp_path):
-    assert cut("one\ntwo. three", ("\n", ".", "three")) == "one"
-    tokenizer = Weights({}, vocabulary(tmp_path), {}).tokenizer
-    ends = StopsAt(("über",), tokenizer)
-    ids = tokenizer.encode("The quick brown fox jumps über")
-    complete = [ends(ids[:count], count) for count in range(1, len(ids) + 1)]
-    assert complete == [False] * (len(ids) - 1) + [True]
 
 
 ONE_TASK = """
@@ -339,7 +326,7 @@ def test_contexts_do_not_end_with_the_token_that_a_template_puts_at_the_end(tmp_
     backend.post_processor = processors.TemplateProcessing("$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
     backend.save(str(path))
     tokenizer = build_tokenizer("HFTokenizer", str(path))
-    model = HarnessModel(tokenizer, CONTEXT, 4, 1234, lambda: None)
+    model = HarnessModel(tokenizer, CONTEXT, 1234, lambda: None)
     assert tokenizer.encode("dog")[-1] == 0
     assert model.tok_encode("dog") == tokenizer.encode("dog")[:-1]
     context, answer = model._encode_pair("the", " dog")

@@ -15,7 +15,7 @@ from megatron.config.schema.run_keys import TokenizerKeys
 from megatron.errors import UserError
 from megatron.generation.prompts import Prompt
 from megatron.generation.samples import SampleMaker
-from megatron.harness.continuing import StopsAt
+from megatron.generation.stopping import TextStream
 from megatron.preprocessing.fast_encoding.checked import EncoderSettings
 from megatron.tokenizer.base import END_OF_DOCUMENT, Tokenizer, UnknownTextError
 from megatron.tokenizer.build import TokenizerSettings, build_tokenizer
@@ -115,10 +115,10 @@ def test_a_stop_string_that_begins_with_a_space_is_found_in_the_first_token(
 ) -> None:
     tokenizer = tokenizers_["llama"]
     prompt, whole = tokenizer.encode_openings(["lazy", "lazy dog"])
-    stops = StopsAt((" dog",), tokenizer)
-    assert stops(whole, len(whole) - len(prompt))
-    assert not stops(whole[:-1], len(whole) - 1 - len(prompt))
-    assert not StopsAt(("lazy",), tokenizer)(whole, len(whole) - len(prompt))  # it is in the prompt only
+    for ends, stopped in (((" dog",), True), (("lazy",), False)):  # the latter is in the prompt only
+        stream = TextStream(tokenizer, prompt, ends)
+        shown = [stream.push(token) for token in whole[len(prompt) :]]
+        assert stream.stopped == stopped and "".join([*shown, stream.finish()]) == ("" if stopped else " dog")
 
 
 def opened(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:

@@ -8,9 +8,11 @@ from megatron.config.yaml_file import show
 
 EVALUATION_RULES: list[Rule] = []
 HARNESS_KEYS = (
+    "eval_tasks_interval",
     "eval_num_fewshot",
     "eval_limit",
     "eval_include_path",
+    "eval_batch_size",
     "eval_chat_template",
     "eval_log_samples",
     "eval_requests_cache",
@@ -53,4 +55,14 @@ def _references_have_prompts(config: Config) -> Iterator[str]:
         yield (
             f"eval_references ({references}) needs sample_input_file, the prompts that its lines belong to; set it, or "
             "use a .jsonl file with prompt and reference in each line"
+        )
+
+
+@rule(EVALUATION_RULES, "eval_tasks_interval", "context_parallel_size", scripts=("train.py",))
+def _tasks_in_training_have_whole_sequences(config: Config) -> Iterator[str]:
+    interval, ranks = config.evaluation.eval_tasks_interval, config.parallelism.context_parallel_size
+    if interval is not None and ranks > 1:
+        yield (
+            f"eval_tasks_interval ({interval}) excludes context_parallel_size ({ranks}), whose ranks hold parts of "
+            "a sequence; evaluate the checkpoints with evaluate.py, or set context_parallel_size to 1"
         )

@@ -171,6 +171,9 @@ class EvaluationKeys(Group):
     """Tasks, groups or tags of the lm-evaluation-harness, in a list or separated by commas; `*` and `?` match as in
     file names. Unset: perplexity."""
 
+    eval_tasks_interval: PositiveInt | None = None
+    """train.py: steps between evaluations of eval_tasks, which are also evaluated after the last step. Unset: none."""
+
     eval_num_fewshot: NotNegativeInt | None = None
     """Few-shot examples before each question, except for tasks that require 0. Unset: the default of each task."""
 
@@ -179,6 +182,9 @@ class EvaluationKeys(Group):
 
     eval_include_path: PathText | None = None
     """Folder with your own task files, which override the harness's."""
+
+    eval_batch_size: Literal["auto"] | PositiveInt = "auto"
+    """Texts of eval_tasks that each replica computes at once; auto: 64, or as many as fit into free memory."""
 
     eval_chat_template: bool = False
     """Write each question of eval_tasks as a chat, with the tokenizer's chat template (or chat_template)."""
