@@ -101,6 +101,7 @@ def test_at_a_terminal_a_second_ctrl_c_ends_the_conversation(folder):
     with Terminal(folder, "generate.py", *INTERACTIVE, *ENDLESS, "prompt_end=';;'") as terminal:
         terminal.wait_for(">>> ")
         terminal.press("half a line")
+        terminal.wait_for("half a line")  # Ctrl-C would throw away what the command has not read yet
         terminal.press(CTRL_C)
         terminal.wait_for("Ctrl-C once more ends")
         terminal.wait_for(">>> ")
