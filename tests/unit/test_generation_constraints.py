@@ -148,6 +148,13 @@ def test_minimum_tokens_hold_back_the_end_until_nothing_else_is_left():
         assert row.generated.count(ord("a")) == expected
 
 
+def test_where_a_constraint_has_only_the_end_it_comes_in_spite_of_minimum_tokens():
+    constraint = Constraint("regex", "")
+    request = Request((1,), 9, constraint=constraint, minimum_tokens=3)
+    row = Row(request, Constraints(bytes_()).matcher(constraint))
+    assert Chooser(257, 256).choose(torch.zeros(1, 257), [row])[0].id == 256
+
+
 def test_a_text_ends_where_the_vocabulary_has_no_token_for_the_rest(tokenizers_):
     tokenizer = tokenizers_["metaspace never"]
     request = request_of(tokenizer, Constraint("regex", "dog\u4e00"), 0)

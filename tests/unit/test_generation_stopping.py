@@ -124,13 +124,28 @@ def test_byte_tokens_are_shown_before_their_row_ends_and_never_taken_back(tokeni
     assert broken.startswith("東\ufffd") and broken.endswith("dog")
 
 
+def watched(tokenizer: Tokenizer) -> tuple[Tokenizer, list[int]]:
+    """A tokenizer that notes how many ids it decodes at once."""
+    noted, decode = [], tokenizer.decode
+    tokenizer = copy(tokenizer)
+    tokenizer.decode = lambda ids: noted.append(len(ids)) or decode(ids)
+    return tokenizer, noted
+
+
+def test_a_space_after_many_tokens_without_text_is_shown_as_in_the_middle_of_a_text(tokenizers_):
+    tokenizer, noted = watched(tokenizers_["sentencepiece"])
+    prompt, word = tokenizer.encode_parts(["The", " dog"])
+    assert tokenizer.decode([tokenizer.end_of_document]) == ""
+    stream = TextStream(tokenizer, prompt)
+    assert "".join(map(stream.push, [tokenizer.end_of_document] * 40 + word)) == " dog"
+    assert max(noted) <= 3 * WINDOW + 1
+
+
 def test_the_cost_of_a_token_does_not_depend_on_the_length_of_prompt_and_text(tokenizers_):
-    for tokenizer in map(copy, tokenizers_.values()):
-        decoded, decode = [], tokenizer.decode
-        tokenizer.decode = lambda ids, decode=decode, decoded=decoded: decoded.append(len(ids)) or decode(ids)
+    for tokenizer, noted in map(watched, tokenizers_.values()):
         [prompt] = tokenizer.encode_openings(["The quick brown fox jumps over the lazy dog, ß 東京 again. " * 9])
         stream = TextStream(tokenizer, prompt, ["never"])
-        del decoded[:]
+        del noted[:]
         for token in prompt[1:]:
             stream.push(token)
-        assert max(decoded) <= 3 * WINDOW + 1
+        assert max(noted) <= 3 * WINDOW + 1
