@@ -14,7 +14,7 @@ from megatron.engine.inference import InferenceEngine
 from megatron.harness.run import run_harness
 from megatron.inference import find_trained_model
 from megatron.model.gpt import gpt_layers
-from tests.end_to_end.commands import SMALL, run
+from tests.end_to_end.commands import SMALL, json_lines, losses, run
 from tests.harness_tasks import CONTEXT, QUESTIONS, vocabulary, write_tasks
 from tests.ranks.run import one_rank
 
@@ -110,3 +110,21 @@ def test_few_shot_and_limit_of_the_command_line_reach_the_harness(folder):
     said = run(folder, "evaluate.py", "small.yml", *words).stdout
     assert f"own_choice (5 of {QUESTIONS} documents)" in said
     assert "|     1|acc " in said
+
+
+def test_scores_in_training_are_those_of_its_checkpoint_and_leave_the_losses_as_they_are(folder):
+    """Two replicas with ZeRO 1 train and score; one rank scores what they saved."""
+    tasks = ("eval_tasks=own_group,own_continuation", "eval_include_path=tasks", "eval_limit=6")
+    steps = ("train_iters=4", "eval_iters=0", "zero_optimization.stage=1", "num_gpus=2")
+    run(folder, "deepy.py", "train.py", "small", *steps, "save=plain")
+    run(folder, "deepy.py", "train.py", "small", *steps, *tasks, "eval_tasks_interval=2", "save=scored")
+    assert losses(folder / "scored") == losses(folder / "plain")
+    rows = json_lines(folder / "scored" / "logs" / "metrics.jsonl")
+    scores = [{name: row[name] for name in row if name.startswith("tasks/")} for row in rows]
+    assert [bool(each) for each in scores] == [False, True, False, True]
+    prefix = ("--eval_results_prefix", f"{folder}/scored/own")
+    run(folder, "evaluate.py", "small.yml", *tasks, "load=scored", *prefix)
+    [path] = (folder / "scored").glob("own_eval_results_*.json")
+    found = json.loads(path.read_text())["results"]
+    expected = {name: found[name.split("/")[1]][name.split("/")[2] + ",none"] for name in scores[-1]}
+    assert scores[-1] == expected and {name.split("/")[1] for name in expected} == set(found)

@@ -7,20 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron.generation.decoding import DecodingSettings, NextLogits
-from megatron.generation.requests import Sampling
-from megatron.harness import scoring
-from megatron.harness.scoring import Row, score_rows
+from megatron.generation import lane
+from megatron.generation.engine import Engine, EngineSettings
+from megatron.generation.requests import Request
 from megatron.inference import TrainedModel, width_for
 from tests.models import random_tokens
 from tests.trained import one_rank_model
 
 CONTEXT = 200
 APART = {"reset_attention_mask": True, "reset_position_ids": True}
-ROWS = [
-    Row(tuple(range(20, 60)), ((5,), (6,), (7,))),  # three answers to one question
-    Row(tuple(range(30)), ((28, 29, 1), (3,))),  # a continuation and the end of it
-    Row(tuple(range(70, 82)), (tuple(range(71, 83)),)),  # a whole text
+SCORED = [
+    *(Request((*range(20, 60), answer), 0, score_from=40) for answer in (5, 6, 7)),  # three answers to one question
+    Request((*range(30), 1), 0, score_from=28),
+    Request(tuple(range(70, 83)), 0, score_from=1),  # a whole text
 ]
 
 
@@ -46,36 +45,36 @@ def counted(model: TrainedModel) -> Iterator[list[int]]:
     del model.engine.module.forward
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_decoding_computes_the_logits_of_one_position_of_each_text(model, use_cache):
+def test_decoding_computes_the_logits_of_one_position_of_each_text(model):
     texts = [list(range(50)), list(range(9, 40))]
-    following = NextLogits(model, DecodingSettings(Sampling(), 3, use_cache))
+    engine = Engine(model, EngineSettings(2, CONTEXT))
     with counted(model) as positions:
-        first = following(texts)
-        following([[*text, 5] for text in texts])
+        answers = engine.run([Request(tuple(text), 2, keep_logits=True, ignore_end=True) for text in texts])
     assert positions == [2, 2]
-    if use_cache:
-        return
-    for text, logits in zip(texts, first, strict=True):
-        torch.testing.assert_close(logits, model.logits(torch.tensor([text]))[0, -1])
+    for text, answer in zip(texts, answers, strict=True):
+        known = model.logits(torch.tensor([text]))[0, -1, : model.tokenizer.vocab_size]
+        torch.testing.assert_close(torch.tensor(answer.tokens[0].logits), known)
 
 
-def test_scoring_computes_the_logits_of_each_scored_position_once(model, monkeypatch):
-    with counted(model) as positions:
-        whole = score_rows(model, ROWS)
-    assert positions == [1 + 3 + 12]
-    monkeypatch.setattr(scoring, "POSITIONS", 5)
-    with counted(model) as positions:
-        in_parts = score_rows(model, ROWS)
-    assert positions == [5, 5, 5, 1]
-    for row, found, other in zip(ROWS, whole, in_parts, strict=True):
-        logits = model.logits_of(model.hidden_of_documents(torch.tensor([row.tokens])))[0].double().log_softmax(-1)
-        for ids, (nats, greedy), (same, also) in zip(row.continuations, found, other, strict=True):
-            end = logits[len(logits) - len(ids) :]
-            # a sum of up to 12 fp32 terms of up to 20 nats, whose logits were summed in another order
-            assert nats == pytest.approx(float(end.gather(1, torch.tensor(ids)[:, None]).sum()), abs=1e-4)
-            assert same == pytest.approx(nats, abs=1e-4)
-            assert greedy == also == (end.argmax(-1).tolist() == list(ids))
+def test_scoring_computes_the_logits_of_the_scored_positions_alone_and_not_all_at_once(model, monkeypatch):
+    found = {}
+    for at_once in (1024, 5):
+        monkeypatch.setattr(lane, "SCORED_AT_ONCE", at_once)
+        engine = Engine(model, EngineSettings(8, CONTEXT))
+        with counted(model) as positions:
+            found[at_once] = engine.run(SCORED)
+        assert sum(positions) == sum(len(request.ids) - request.score_from for request in SCORED)
+        assert max(positions) <= at_once
+    for request, whole, in_parts in zip(SCORED, found[1024], found[5], strict=True):
+        ids = torch.tensor([request.ids])
+        logits = model.logits_of(model.hidden_of_documents(ids[:, :-1]))[0, request.score_from - 1 :].log_softmax(-1)
+        expected = logits.gather(1, ids[0, request.score_from :, None])[:, 0].tolist()
+        for answer in (whole, in_parts):
+            # fp32, whose sums are in another order
+            assert [token.log_probability for token in answer.scored] == pytest.approx(expected, abs=1e-5)
+            assert [token.greedy for token in answer.scored] == (
+                logits.argmax(-1) == ids[0, request.score_from :]
+            ).tolist()
 
 
 @pytest.mark.parametrize("length", [9, 128, 140, CONTEXT])
