@@ -26,6 +26,12 @@ def model():
         yield model
 
 
+def generated(loop: EngineLoop) -> float:
+    """Tokens of all texts so far."""
+    lines = loop._metrics.page().decode().splitlines()
+    return float(next(line for line in lines if line.startswith("deepy_generated_tokens_total ")).split()[1])
+
+
 def request(text: str, tokens: int = 8, seed: str = "0") -> Request:
     return Request(tuple(text.encode()), tokens, Sampling(temperature=1.0), seed=seed, ignore_end=True)
 
@@ -85,6 +91,7 @@ def test_a_batch_that_is_given_up_frees_its_slots_and_the_others_go_on(model):
         [answer] = inside(ask)
         assert (answer.reason, len(answer.tokens)) == ("length", 30)
     assert engine.is_idle and engine.slots_in_use == 0
+    assert generated(loop) < 1200
 
 
 def test_texts_beyond_the_queue_are_refused_together_and_taken_when_there_is_room(model):
@@ -115,6 +122,7 @@ def test_a_batch_that_takes_too_long_gets_an_error_and_gives_up_its_slot(model):
 
         inside(ask)
     assert engine.is_idle
+    assert generated(loop) < 1000
 
 
 def test_when_the_engine_fails_everyone_who_waits_hears_it_and_so_do_later_ones(model):
