@@ -75,6 +75,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/layouts.py
 	$(BIN)/python bench/train_step.py
+	$(BIN)/python bench/generate.py
 
 lock:
 	$(PYTHON) tools/lock.py

@@ -46,6 +46,10 @@ class Numbers(Tokenizer):
         """See `Tokenizer`."""
         return "tokenizer: numbers"
 
+    def token_bytes(self) -> list[bytes]:
+        """See `Tokenizer`."""
+        return [f" {number}".encode() for number in range(self.vocab_size)]
+
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return [[int(word) for word in text.split()] for text in texts]
 

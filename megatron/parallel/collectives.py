@@ -20,12 +20,12 @@ def copy_to_group(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
     Identity forward; one all-reduce of the gradient backward.
     """
-    return tensor if dist.get_world_size(group) == 1 else _CopyToGroup.apply(tensor, group)
+    return tensor if group.size() == 1 else _CopyToGroup.apply(tensor, group)
 
 
 def reduce_from_group(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum the ranks' partial results. One all-reduce forward; identity backward."""
-    return tensor if dist.get_world_size(group) == 1 else _ReduceFromGroup.apply(tensor, group)
+    return tensor if group.size() == 1 else _ReduceFromGroup.apply(tensor, group)
 
 
 def gather_from_group(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -33,7 +33,7 @@ def gather_from_group(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
     One all-gather forward; backward keeps this rank's slice without communication.
     """
-    return tensor if dist.get_world_size(group) == 1 else _GatherFromGroup.apply(tensor, group)
+    return tensor if group.size() == 1 else _GatherFromGroup.apply(tensor, group)
 
 
 def gather_sequence(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -41,7 +41,7 @@ def gather_sequence(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
     One all-gather forward; one reduce-scatter of the gradient backward.
     """
-    return tensor if dist.get_world_size(group) == 1 else _GatherSequence.apply(tensor, group)
+    return tensor if group.size() == 1 else _GatherSequence.apply(tensor, group)
 
 
 def scatter_sequence(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -49,7 +49,7 @@ def scatter_sequence(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
     One reduce-scatter forward; one all-gather backward.
     """
-    return tensor if dist.get_world_size(group) == 1 else _ScatterSequence.apply(tensor, group)
+    return tensor if group.size() == 1 else _ScatterSequence.apply(tensor, group)
 
 
 def exchange(tensor: Tensor, split: int, join: int, group: dist.ProcessGroup) -> Tensor:
@@ -57,7 +57,7 @@ def exchange(tensor: Tensor, split: int, join: int, group: dist.ProcessGroup) ->
 
     One all-to-all forward and its inverse backward (https://arxiv.org/abs/2309.14509).
     """
-    return tensor if dist.get_world_size(group) == 1 else _Exchange.apply(tensor, split, join, group)
+    return tensor if group.size() == 1 else _Exchange.apply(tensor, split, join, group)
 
 
 def exchange_rows(tensor: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -65,7 +65,7 @@ def exchange_rows(tensor: Tensor, sent: list[int], received: list[int], group: d
 
     Returns the `received[i]` rows from each rank, concatenated. One all-to-all forward and its inverse backward.
     """
-    return tensor if dist.get_world_size(group) == 1 else _ExchangeRows.apply(tensor, sent, received, group)
+    return tensor if group.size() == 1 else _ExchangeRows.apply(tensor, sent, received, group)
 
 
 def all_gather_sequence(part: Tensor, group: dist.ProcessGroup) -> Tensor:

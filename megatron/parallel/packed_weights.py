@@ -71,7 +71,8 @@ def has_products(dtype: torch.dtype) -> bool:
 def _by_onednn(weight: Tensor) -> PackedWeight | None:
     if not torch.backends.mkldnn.is_available():
         return None
-    packed, multiply = torch.ops.mkldnn._reorder_linear_weight(weight, _TOKENS), torch.ops.mkldnn._linear_pointwise
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, _TOKENS)
+    multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def product(inputs: Tensor, bias: Tensor | None) -> Tensor:
         outputs: Tensor = multiply(inputs, packed, bias, "none", [], "")
@@ -84,7 +85,8 @@ def _by_fbgemm(weight: Tensor) -> PackedWeight | None:
     exact = weight.float()
     if not (exact.half().float() - exact).norm() <= LARGEST_CHANGE * exact.norm():
         return None
-    packed, multiply = torch.ops.quantized.linear_prepack_fp16(exact, None), torch.ops.quantized.linear_dynamic_fp16
+    packed = torch.ops.quantized.linear_prepack_fp16(exact, None)
+    multiply = torch.ops.quantized.linear_dynamic_fp16.default
 
     def product(inputs: Tensor, bias: Tensor | None) -> Tensor:
         outputs: Tensor = multiply(inputs.float(), packed)
