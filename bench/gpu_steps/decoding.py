@@ -18,8 +18,8 @@ from megatron.config.parameter_counts import embedding_parameters, parameter_cou
 from megatron.config.plan import ModelPlan
 from megatron.engine.distributed import start, stop
 from megatron.engine.inference import InferenceEngine
-from megatron.generation.decoding import DecodingSettings, continue_texts
-from megatron.generation.requests import Sampling
+from megatron.generation.engine import Engine, EngineSettings
+from megatron.generation.requests import Answer, Request
 from megatron.inference import TrainedModel
 from megatron.model.gpt import gpt_layers
 from megatron.resources import open_tokenizer
@@ -67,18 +67,20 @@ def decode(model: TrainedModel, texts: int, tokens: int) -> tuple[float, float]:
     draw = torch.Generator().manual_seed(1)
     length = min(PROMPT, model.context // 2)
     prompts = torch.randint(0, model.plan.model.vocab_size, (texts, length), generator=draw).tolist()
-    seeds = [str(number) for number in range(texts)]
 
-    def generate(count: int) -> tuple[float, int]:
-        """Seconds and tokens of greedy decoding, which ends early if all texts end."""
-        settings, found = DecodingSettings(Sampling(), count), []
-        seconds = seconds_of(lambda: found.extend(continue_texts(model, prompts, settings, seeds)))
-        return seconds, max(len(text.tokens) + text.finished for text in found)
+    def generate(count: int) -> float:
+        """Seconds of greedy decoding, of as many tokens for each text."""
+        found: list[Answer] = []
+        # a new engine: the slots of one that has read these prompts would still hold them
+        engine = Engine(model, EngineSettings(texts, length + tokens))
+        requests = [Request(tuple(ids), count, ignore_end=True) for ids in prompts]
+        seconds = seconds_of(lambda: found.extend(engine.run(requests)))
+        assert all(len(answer.tokens) == count for answer in found)
+        return seconds
 
     generate(4)  # kernels are chosen and loaded
-    first, _ = generate(1)
-    seconds, generated = generate(tokens)
-    return first, (seconds - first) / max(1, generated - 1)
+    first = generate(1)
+    return first, (generate(tokens) - first) / (tokens - 1)
 
 
 def bytes_per_token(model: ModelPlan) -> int:

@@ -183,6 +183,18 @@ def test_a_stop_string_ends_a_text_and_is_no_part_of_it(small_model):
     assert found.reason == "stop" and found.text == whole.text[: whole.text.index(stop)]
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=2.0)], ids=["greedy", "sampled"])
+def test_ids_that_only_the_model_knows_are_not_generated(small_model, sampling):
+    tokenizer = copy(small_model.tokenizer)
+    tokenizer.vocab_size = 100
+    requests = [prompt(text, 12, sampling=sampling, ignore_end=True) for text in ("a", "hello wor", "To be, or")]
+    free, bound = (
+        {token for answer in engine_of(model).run(requests) for token in answer.ids}
+        for model in (small_model, replace(small_model, tokenizer=tokenizer))
+    )
+    assert max(free) >= 100 > max(bound)
+
+
 def test_only_the_logits_that_are_needed_are_computed(small_model):
     engine = engine_of(small_model, slots=2, chunk=CONTEXT)
     with Operations() as computed:
