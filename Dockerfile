@@ -31,6 +31,8 @@ RUN test "$FLASH_ATTENTION" = 0 \
     || MAX_JOBS=$MAX_JOBS pip install --no-build-isolation -r requirements/flash.txt
 
 COPY --chown=10001 . .
-RUN pip install --no-build-isolation --constraint requirements/dev.txt --editable ".[logging,corpora,eval,convert,serve]"
+RUN pip install --no-build-isolation --constraint requirements/dev.txt --editable ".[logging,corpora,eval,convert,serve,constrain]"
 
+# serve.py listens here, at serve_host 0.0.0.0
+EXPOSE 8000
 CMD ["./deepy.py", "--help"]

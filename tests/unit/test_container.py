@@ -15,6 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from megatron.config.schema.serving_keys import ServingKeys
+
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "Dockerfile"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -62,7 +64,7 @@ def test_what_is_copied_exists_and_is_not_left_out():
     assert paths == ["requirements", "."]
     assert all((ROOT / path).exists() for path in paths)
     left_out = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
-    needed = ["requirements", "megatron", "configs", "tools", "deepy.py", "train.py", "pyproject.toml", "README.md"]
+    needed = ["requirements", "megatron", "configs", "tools", "deepy.py", "train.py", "serve.py", "pyproject.toml", "README.md"]
     assert not [(path, rule) for path in needed for rule in left_out if fnmatch.fnmatch(path, rule)]
     assert {".git", ".venv", "data", "checkpoints"} <= set(left_out)
 
@@ -82,6 +84,12 @@ def test_extras_are_those_of_the_project_and_the_lock_pins_all_of_them():
     locked = pins("dev.txt")
     wanted = [need for extra in extras for need in needs(extra)] + [Requirement(n) for n in PROJECT["dependencies"]]
     assert [str(need) for need in wanted if locked[canonicalize_name(need.name)] not in need.specifier] == []
+
+
+def test_the_image_can_serve_on_its_port():
+    [words] = [words for words in pip_installs() if "--editable" in words]
+    assert {"serve", "constrain", "convert"} <= set(re.fullmatch(r"\.\[(.*)]", words[-1])[1].split(","))
+    assert arguments("EXPOSE") == [str(ServingKeys().serve_port)]
 
 
 def test_the_lock_for_gpus_has_its_extra_and_nothing_else():
