@@ -76,6 +76,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python bench/layouts.py
 	$(BIN)/python bench/train_step.py
 	$(BIN)/python bench/generate.py
+	$(BIN)/python bench/serve.py
 
 lock:
 	$(PYTHON) tools/lock.py

@@ -6,9 +6,9 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import aiohttp
-
 from serve_model import WORDS
 
 PATIENCE = 600.0  # seconds that an answer may take
@@ -33,7 +33,10 @@ class Asked:
 
 @dataclass
 class Seen:
-    """What the clients saw. seconds: until the last answer. first, between: seconds to the first token and between two."""
+    """What the clients saw.
+
+    seconds: until the last answer. first, between: seconds to the first token and between two.
+    """
 
     seconds: float = 0.0
     first: list[float] = field(default_factory=list)
@@ -84,4 +87,4 @@ async def _ask(session: aiohttp.ClientSession, asked: Asked, seen: Seen) -> None
         return
     seen.texts[asked.seed] = text
     seen.first.append(times[0] - began)
-    seen.between += [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    seen.between += [later - earlier for earlier, later in pairwise(times)]

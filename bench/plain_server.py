@@ -2,8 +2,8 @@
 
     python bench/plain_server.py MODEL
 
-One `generate` at a time answers one request; the others wait for a lock. The body's fields are those that bench/serve.py
-sends. The first line of the output is the address.
+One `generate` at a time answers one request; the others wait for a lock. The body has the fields that bench/serve.py
+needs. The first line of the output is the address.
 """
 
 import asyncio

@@ -3,14 +3,15 @@
     python bench/serve.py [--quick] [--only throughput] [--clients 1 4 16 64] [--rounds 3] [--minutes 40] [--write]
 
 Both servers serve the same folder in fp32, on 127.0.0.1 of this machine: ours with continuous batching
-(`load: hf:FOLDER`), the other one (bench/plain_server.py) with one `generate` at a time, as guides write it. The clients
-(bench/http_load.py) send one request after another: a prompt of 16 to 96 tokens, and a greedy answer of 48, read as a
-stream. The servers are asked in turn, with the same prompts; the ratio of requests/s is computed in each round. The texts
-of both are compared.
+(`load: hf:FOLDER`), the other one (bench/plain_server.py) with one `generate` at a time, as guides write it. The
+clients (bench/http_load.py) send one request after another: a prompt of 16 to 96 tokens, and a greedy answer of 48,
+read as a stream. The servers are asked in turn, with the same prompts; the ratio of requests/s is computed in each
+round. The texts of both are compared.
 
 The soak sends 2,000 requests of which a tenth disconnect after three tokens. It passes if nothing else fails, all slots
-are free at the end, and the server's memory (resident, all of its processes) has grown by at most 32 MiB since the first
-fifth. Nothing new starts after --minutes. --write writes the tables into bench/results/. The last line is one JSON object.
+are free at the end, and the server's memory (resident, all of its processes) has grown by at most 32 MiB in the second
+half. Nothing new starts after --minutes. --write writes the tables into bench/results/. The last line is one JSON
+object.
 """
 
 import argparse
@@ -79,9 +80,9 @@ class Server:
 @contextmanager
 def server(name: str, model: Path) -> Iterator[Server]:
     """Start a server and wait until it answers; end it at the end."""
-    script = ["deepy.py", "serve.py", str(model / "served.yml")] if name == OWN else ["bench/plain_server.py", str(model)]
+    own, plain = ["deepy.py", "serve.py", str(model / "served.yml")], ["bench/plain_server.py", str(model)]
     with tempfile.TemporaryFile("w+") as output:
-        command = [sys.executable, *script]
+        command = [sys.executable, *(own if name == OWN else plain)]
         process = psutil.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
         try:
             yield Server(_address(process, output.fileno(), name), process)
@@ -144,15 +145,18 @@ def _milliseconds(seconds: list[float], percentile: int) -> float | None:
 
 def throughput_table(figures: dict[int, dict[str, Any]]) -> str:
     """The table, in Markdown."""
-    head = "requests/s | first token, ms | between tokens, ms"
-    lines = [f"| clients | server | {head} | ratio of requests/s | same texts |", "|---|---|---|---|---|---|---|"]
+    head = "| clients | server | requests/s | first token, ms | between tokens, ms | ratio of requests/s | same texts |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
     for clients, found in figures.items():
-        for name in (OWN, PLAIN):
+        compared = (
+            f"{found['ratio']['median']} {found['ratio']['spread']}",
+            f"{found['same_texts']} of {found['requests']}",
+        )
+        for name, (ratios, texts) in ((OWN, compared), (PLAIN, ("", ""))):
             one = found[name]
-            first, between = (" / ".join(f"{value}" for value in one[key]) for key in ("first_ms", "between_ms"))
-            end = f"{found['ratio']['median']} {found['ratio']['spread']} | {found['same_texts']} of {found['requests']}"
-            end = end if name == OWN else "|"
-            lines.append(f"| {clients} | {name} | {one['requests_per_second']} | {first} | {between} | {end} |")
+            first, between = (" / ".join(map(str, one[key])) for key in ("first_ms", "between_ms"))
+            row = (clients, name, one["requests_per_second"], first, between, ratios, texts)
+            lines.append(f"| {' | '.join(map(str, row))} |")
     return "\n".join([*lines, "", "Times: median / 99th percentile. Ratio: median and spread over the rounds."])
 
 
@@ -171,7 +175,7 @@ def soak(own: Server, count: int, deadline: float) -> dict[str, Any]:
         memory.append(own.resident())
         print(f"  soak: {sent} requests, {left} left, {memory[-1] / 2**20:.1f} MiB", flush=True)
     problems += _wrong_at_the_end(own, left)
-    settled = memory[min(1, len(memory) - 1) :]
+    settled = memory[SOAK_PARTS // 2 - 1 :]
     if settled and settled[-1] - settled[0] > GROWTH:
         problems.append(f"memory grew by {(settled[-1] - settled[0]) / 2**20:.1f} MiB")
     mib = [round(value / 2**20, 1) for value in memory]
@@ -196,7 +200,7 @@ def _wrong_at_the_end(own: Server, left: int) -> list[str]:
         time.sleep(0.1)
     errors = {code: value for code, value in now.get("deepy_errors_total", {}).items() if "closed" not in code}
     expected = {"deepy_slots_in_use": 0, "deepy_texts_waiting": 0, "deepy_disconnects_total": left}
-    wrong = [f"{name} is {now[name][''] :g}, not {value}" for name, value in expected.items() if now[name][""] != value]
+    wrong = [f"{name} is {now[name]['']:g}, not {value}" for name, value in expected.items() if now[name][""] != value]
     return [*wrong, *(f"{value:g} errors {code}" for code, value in errors.items())]
 
 

@@ -19,7 +19,9 @@ def write_model(folder: Path, shape: str) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     words = [SPACE + word[1:] for word in WORDS]
     tokens = [END, *PARTS, *words]
     merges = [(part[:-1], part[-1]) for part in [*PARTS, *words] if len(part) > 1]
