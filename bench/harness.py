@@ -144,13 +144,13 @@ class Contender:
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Figures of all rounds."""
     tried = {}
-    for size in arguments.batch_sizes:
+    for size in arguments.batch_sizes if len(arguments.batch_sizes) > 1 else ():
         contender = Contender("hf", folder, arguments.precision, str(size))
         contender.evaluate()  # warm-up
         tried[size] = contender.evaluate()[0]
         contender.end()
         print(f"  hf, batch size {size}: {tried[size]:.1f} s", flush=True)
-    best = min(tried, key=lambda size: tried[size])
+    best = min(tried, key=lambda size: tried[size], default=arguments.batch_sizes[0])
     contenders = {
         name: Contender(name, folder, arguments.precision, options)
         for name, options in (("deepy", arguments.options), ("hf", str(best)))

@@ -48,10 +48,13 @@ class _Commands:
 class Engine:
     """Continuous batching over all ranks."""
 
-    def __init__(self, model: TrainedModel, settings: EngineSettings) -> None:
-        """Allocate the slots, as many as asked for and as fit into free memory. Collective."""
+    def __init__(self, model: TrainedModel, settings: EngineSettings, messages: Messages | None = None) -> None:
+        """Allocate the slots, as many as asked for and as fit into free memory. Collective.
+
+        messages: those of an engine before this one, whose process group serves again; None: a new one.
+        """
         self._model, self._settings = model, settings
-        self._messages = Messages()
+        self._messages = messages or Messages()
         self._constraints = Constraints(model.tokenizer)
         lanes = model.grid.size("pipe")
         slots = self._fitting_slots()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron.engine.inference import InferenceEngine
 from megatron.generation.engine import Engine
+from megatron.generation.messages import Messages
 from megatron.harness.problems import refuse_unusable
 from megatron.harness.run import engine_settings, harness_options, model_on, open_harness, run_harness
 from megatron.harness.tasks import check_harness
@@ -28,6 +29,7 @@ class TaskScores(Hook):
     def __init__(self, run: Run, interval: int, names: list[str], manager: Any) -> None:
         """interval: in steps. names, manager: the tasks, and the harness's TaskManager, on rank 0."""
         self._run, self._interval, self._names, self._manager = run, interval, names, manager
+        self._messages: Messages | None = None  # of all evaluations, as each has a process group
 
     def after_step(self, step: FinishedStep) -> Mapping[str, float]:
         """Score if due, and at the last step, unless the run is being stopped early. The metrics are rank 0's."""
@@ -52,7 +54,8 @@ class TaskScores(Hook):
         if on_gpu:
             torch.cuda.empty_cache()  # for the keys and values
         model = TrainedModel(inference, inference.grid, run.plan, run.tokenizer, few_widths=on_gpu)
-        engine = Engine(model, engine_settings(keys, model.context))
+        self._messages = self._messages or Messages()
+        engine = Engine(model, engine_settings(keys, model.context), self._messages)
         if dist.get_rank() != 0:
             engine.follow()
             return None
