@@ -109,10 +109,11 @@ class Token:
 class Update:
     """News of a request.
 
-    request: its number, from `Engine.submit`. tokens: new ones, without that of the end or of a stop. text: what
-    can be shown now. It lags behind the tokens where a character is incomplete or a stop string may have begun;
-    the texts of all updates joined are the answer. scored: of the prompt, once, in order. reason: None until the last.
-    cached: tokens of the prompt that had been read for another request, in the first update.
+    request: its number, from `Engine.submit`. tokens: new ones, without the one that ended or stopped the text, but
+    with those of a stop string. text: what can be shown now. It lags behind the tokens where a character is incomplete
+    or a stop string may have begun; the texts of all updates joined are the answer. scored: of the prompt, once, in
+    order. reason: None until the last. cached: tokens of the prompt that had been read for another request, in the
+    first update.
     """
 
     request: int

@@ -42,6 +42,19 @@ def small_model(grid):
     return trained_model(grid, num_layers=2, attention_kinds=("global",) * 2)
 
 
+@pytest.fixture(scope="module")
+def models(grid, small_model):
+    windows = trained_model(grid, num_layers=2, attention_kinds=("local", "global"), sliding_window=3)
+    return {"global": small_model, "windows": windows}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_beginnings_are_shared():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lane_module, "SHORTEST_SHARED", 2)
+        yield
+
+
 def prompt(text: str, tokens: int = 6, **options) -> Request:
     return Request(tuple(text.encode()), tokens, **options)
 
@@ -71,25 +84,27 @@ def test_tokens_are_the_likeliest_after_all_before_them_also_beyond_the_context(
     assert {answer.reason for answer in answers} == {"length"}
 
 
+@pytest.mark.parametrize("kind", ["global", "windows"])
 @settings(max_examples=25, deadline=None)
 @given(data=st.data(), slots=st.integers(1, 4), chunk=st.integers(1, 9))
-def test_a_text_is_the_same_whatever_arrives_beside_it_and_when(small_model, data, slots, chunk):
+def test_a_text_is_the_same_whatever_arrives_beside_it_and_when(models, kind, data, slots, chunk):
+    model = models[kind]
     asked = data.draw(
         st.lists(
             st.builds(
                 prompt,
-                st.sampled_from([*TEXTS, "hello world, he", "hello world, his"]),
+                st.sampled_from([*TEXTS, "hello world, he", "hello world, his", "hello wide web"]),
                 st.integers(0, 20),
                 sampling=st.sampled_from([Sampling(), SAMPLED]),
                 seed=st.sampled_from("xyz"),
-                score_from=st.sampled_from([None, 1]),
+                score_from=st.sampled_from([None, 1, 5]),
             ),
             min_size=1,
             max_size=6,
         )
     )
     pauses = data.draw(st.lists(st.integers(0, 4), min_size=len(asked), max_size=len(asked)))
-    engine, answers, numbers = engine_of(small_model, slots, chunk), {}, []
+    engine, answers, numbers = engine_of(model, slots, chunk), {}, []
 
     def work(steps: int) -> None:
         for _ in range(steps):
@@ -102,7 +117,7 @@ def test_a_text_is_the_same_whatever_arrives_beside_it_and_when(small_model, dat
     while not engine.is_idle:
         work(1)
     for request, number in zip(asked, numbers, strict=True):
-        expected, found = alone(small_model, request), answers[number]
+        expected, found = alone(model, request), answers[number]
         assert (found.ids, found.text, found.reason) == (expected.ids, expected.text, expected.reason)
         scores = [[token.log_probability for token in answer.scored] for answer in (found, expected)]
         assert scores[0] == pytest.approx(scores[1], abs=1e-4)
@@ -121,8 +136,26 @@ def test_scores_of_a_prompt_are_its_log_probabilities(model):
         assert token.greedy == (token.id == int(row.argmax()))
 
 
-def test_prompts_that_share_a_beginning_read_it_once(small_model, monkeypatch):
-    monkeypatch.setattr(lane_module, "SHORTEST_SHARED", 4)
+def test_a_copied_ring_has_what_the_next_token_sees_or_is_not_copied(models):
+    model = models["windows"]
+    engine = engine_of(model, slots=2, chunk=2)
+    long, short = "hello world, he", "hello wide web"
+    answers = engine.run([prompt(long, 1)]) + engine.run([prompt(short, 3)]) + engine.run([prompt(short + "b", 1)])
+    assert [answer.cached for answer in answers] == [0, 0, len(short)]
+    for text, answer in zip((long, short, short + "b"), answers, strict=True):
+        assert answer.ids == next_tokens(model, list(text.encode()), len(answer.ids))
+
+
+def test_texts_grow_while_a_long_prompt_is_read(small_model):
+    engine = engine_of(small_model, slots=2, chunk=2)
+    growing = engine.submit(prompt("a", 14))
+    engine.step()
+    reading = engine.submit(prompt("To be, or not", 1))
+    order = [update.request for _ in range(14) for update in engine.step()]
+    assert order.index(reading) >= 5 and order[:5] == [growing] * 5
+
+
+def test_prompts_that_share_a_beginning_read_it_once(small_model):
     engine = engine_of(small_model, slots=3, chunk=CONTEXT)
     shared = "hello world, he"
     texts = [shared, shared[:-2] + "xy", shared[:-1] + "z"]
