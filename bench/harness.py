@@ -1,13 +1,13 @@
 """A multiple-choice task of the lm-evaluation-harness with our model, compared with the harness's own `hf` model.
 
-    python bench/harness.py [--questions 500] [--rounds 3] [--precision bf16] [--batch-sizes 8 32] [--quick] [--write]
+    python bench/harness.py [--questions 500] [--rounds 3] [--precision fp32] [--batch-sizes 8 32] [--quick] [--write]
 
 The task is made up: questions of about 100 to 200 tokens with four answers of a few tokens each, which are 2,000
 requests of 500 questions. Both contenders score the same weights, a GPT-NeoX of 6 layers of 512 with a vocabulary of
 50,304, written by transformers and read by each. Each is a process that runs the whole evaluation on request, prompts
 and metrics included. They run alternately, so that other load affects both; a ratio is computed in each round, and its
 median and spread over the rounds are printed. `hf` (HFLM, what `lm_eval --model hf` runs) gets the best of
---batch-sizes, tried in a first round. Scores are compared: the accuracy, and the likelihood of every answer.
+--batch-sizes, tried on a few questions. Scores are compared: the accuracy, and the likelihood of every answer.
 --write writes the table into bench/results/. The last line is one JSON object.
 """
 
@@ -32,6 +32,7 @@ from train_step import machine, ratio  # noqa: E402
 from megatron.launch.protocol.environment import rank_environment  # noqa: E402
 
 VOCABULARY, CONTEXT = 50304, 512
+WARM_UP = 4  # questions
 TASK = """
 task: bench
 dataset_path: json
@@ -43,7 +44,7 @@ doc_to_choice: "{{choices}}"
 doc_to_target: answer
 metric_list: [{metric: acc}, {metric: acc_norm}]
 """
-Evaluation = Callable[[], dict[str, Any]]
+Evaluation = Callable[[int | None], dict[str, Any]]  # of so many questions; None: all
 
 
 def prepare(folder: Path, questions: int, precision: str) -> None:
@@ -73,6 +74,7 @@ def prepare(folder: Path, questions: int, precision: str) -> None:
         for _ in range(questions)
     ]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "model.yml").write_text(f"load: hf:{folder}\neval_tasks: [bench]\n")
     (folder / "bench.yaml").write_text(TASK.replace("FOLDER", str(folder)))
 
 
@@ -84,11 +86,11 @@ def deepy(folder: Path, precision: str, options: str) -> Evaluation:
     from megatron.harness.run import harness_model, run_harness
     from megatron.inference import find_trained_model
 
-    keys = [f"load=hf:{folder}", f"precision={'bfloat16' if precision == 'bf16' else 'fp32'}", *options.split()]
-    config = load_config([], overrides=[*keys, "eval_tasks=bench"], script="evaluate.py")
+    keys = [f"precision={'bfloat16' if precision == 'bf16' else 'fp32'}", *options.split()]
+    config = load_config([str(folder / "model.yml")], overrides=keys, script="evaluate.py")
     model = harness_model(config, find_trained_model(config))
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    return lambda: run_harness(model, ["bench"], manager, log_samples=True)
+    return lambda limit: run_harness(model, ["bench"], manager, log_samples=True, limit=limit)
 
 
 def hf(folder: Path, precision: str, options: str) -> Evaluation:
@@ -100,16 +102,16 @@ def hf(folder: Path, precision: str, options: str) -> Evaluation:
     dtype = "bfloat16" if precision == "bf16" else "float32"
     model = HFLM(str(folder), dtype=dtype, device="cpu", batch_size=int(options))
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    return lambda: simple_evaluate(model, tasks=["bench"], task_manager=manager, log_samples=True)
+    return lambda limit: simple_evaluate(model, tasks=["bench"], task_manager=manager, log_samples=True, limit=limit)
 
 
 def serve(name: str, folder: Path, precision: str, options: str) -> None:
-    """Run the evaluation for each line of the input; answer with seconds, accuracy and likelihoods."""
+    """For each line of the input, a number of questions or null, answer with seconds, accuracy and likelihoods."""
     answers, sys.stdout = sys.stdout, sys.stderr
     evaluate = {"deepy": deepy, "hf": hf}[name](folder, precision, options)
-    for _ in sys.stdin:
+    for line in sys.stdin:
         began = time.perf_counter()
-        results = evaluate()
+        results = evaluate(json.loads(line))
         seconds = time.perf_counter() - began
         nats = [float(each[0][0]) for row in results["samples"]["bench"] for each in row["resps"]]
         print(json.dumps([seconds, results["results"]["bench"]["acc,none"], nats]), file=answers, flush=True)
@@ -127,10 +129,10 @@ class Contender:
             command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )  # fmt: skip
 
-    def evaluate(self) -> tuple[float, float, list[float]]:
+    def evaluate(self, questions: int | None = None) -> tuple[float, float, list[float]]:
         """Seconds, accuracy, and the likelihood of each answer in nats."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write("\n")
+        self.process.stdin.write(f"{json.dumps(questions)}\n")
         self.process.stdin.flush()
         seconds, accuracy, nats = json.loads(self.process.stdout.readline())
         return seconds, accuracy, nats
@@ -146,8 +148,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     tried = {}
     for size in arguments.batch_sizes if len(arguments.batch_sizes) > 1 else ():
         contender = Contender("hf", folder, arguments.precision, str(size))
-        contender.evaluate()  # warm-up
-        tried[size] = contender.evaluate()[0]
+        contender.evaluate(WARM_UP)
+        tried[size] = contender.evaluate(4 * WARM_UP)[0]
         contender.end()
         print(f"  hf, batch size {size}: {tried[size]:.1f} s", flush=True)
     best = min(tried, key=lambda size: tried[size], default=arguments.batch_sizes[0])
@@ -158,11 +160,13 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     found: dict[str, tuple[float, list[float]]] = {}
     try:
-        for number in range(arguments.rounds + 1):  # the first one warms up
+        for contender in contenders.values():
+            contender.evaluate(WARM_UP)
+        for number in range(arguments.rounds):
             for name in list(contenders)[:: 1 if number % 2 else -1]:
                 took, *found[name] = contenders[name].evaluate()
-                seconds[name] += [took] * bool(number)
-                print(f"  {name}: {took:.1f} s{'' if number else ' (warm-up)'}", flush=True)
+                seconds[name].append(took)
+                print(f"  {name}: {took:.1f} s", flush=True)
     finally:
         for contender in contenders.values():
             contender.end()
@@ -198,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="fp32")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32], help="of hf, the best of which counts")
     parser.add_argument("--options", default="", help='more keys of our configuration, as "key=value key=value"')
     parser.add_argument("--quick", action="store_true", help="50 questions, one round")

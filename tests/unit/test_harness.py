@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
 from megatron.config.load import config_from_flat
-from megatron.config.schema.run_keys import TokenizerKeys
+from megatron.config.schema.run_keys import EvaluationKeys, TokenizerKeys
 from megatron.convert.families import gpt_neox, llama
 from megatron.convert.model_keys import model_keys
 from megatron.errors import RunError, UserError
@@ -28,7 +28,7 @@ from megatron.harness.hub import require_datasets
 from megatron.harness.language_model import HarnessModel, sampling
 from megatron.harness.requests_cache import use_requests_cache
 from megatron.harness.results import as_json, as_table, write_samples
-from megatron.harness.run import evaluate_tasks, run_harness
+from megatron.harness.run import AUTOMATIC_BATCH, engine_settings, evaluate_tasks, run_harness
 from megatron.harness.tasks import check_harness, find_tasks, open_tasks
 from megatron.tokenizer.build import build_tokenizer
 from tests.harness_tasks import BEGINNING, CONTEXT, QUESTIONS, TEXTS, Weights, requests, vocabulary, write_tasks
@@ -117,6 +117,11 @@ def test_questions_as_chats_have_the_scores_of_the_harness_own_model(pair, manag
                 asked = chats[: last + len(system) - 1]
                 written = [model.apply_chat_template(asked, add_generation_prompt=wanted) for model in (ours, theirs)]
                 assert written[0] == written[1]
+
+
+@pytest.mark.parametrize(("keys", "slots"), [({}, AUTOMATIC_BATCH), ({"eval_batch_size": 5}, 5)])
+def test_the_batch_size_is_the_number_of_texts_at_once(keys, slots):
+    assert engine_settings(EvaluationKeys(**keys), CONTEXT) == EngineSettings(slots, CONTEXT)
 
 
 def unopened(**changes):
