@@ -92,7 +92,9 @@ def test_prompts_of_a_file_are_continued_in_json_lines(folder, trained):
     rows = json_lines(folder / "out.txt")
     assert [row["context"] for row in rows] == ["the quick", "a small red hen and"]
     for row in rows:
-        assert list(row) == ["context", "text", "length", "finished", "message", "duration_seconds"]
+        # GPT-NeoX's fields, and ours
+        assert list(row)[:6] == ["context", "text", "length", "finished", "message", "duration_seconds"]
+        assert list(row)[6:] == ["reason", "prompt", "sample", "identity"]
         assert row["length"] == 12 or row["finished"]
     assert "2 texts" in said
     run(
