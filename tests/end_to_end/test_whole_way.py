@@ -110,7 +110,7 @@ def test_prompts_can_be_typed(folder, trained):
         folder, "deepy.py", "generate.py", "model", "places", "text_gen_type=interactive", "maximum_tokens=5",
         input="the quick\nbrown\n",
     )  # fmt: skip
-    assert done.stdout.count("Context prompt") == 3
+    assert done.stdout.count("\n>>> ") == 3  # two prompts, and the end of the input
 
 
 def test_evaluation_scores_the_held_out_part_and_writes_a_file(folder, trained):
