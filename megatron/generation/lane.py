@@ -188,7 +188,7 @@ class Lane:
         shared = text.shares(held)
         if self._whole_matters and (other is None or other.whole != text.whole):
             return 0
-        return shared if self._cache.can_copy(len(held), shared) else 0
+        return shared if self._cache.can_copy(slot, shared) else 0
 
     def _next_rows(self) -> list[Row]:
         """Texts with more than one token to compute are read, some at a time; the others grow, all in one step."""

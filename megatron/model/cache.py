@@ -93,6 +93,8 @@ class KVCache:
             shape = (slots, columns.size + 1, kv_heads, model.head_size)
             self._keys[layer] = torch.zeros(shape, dtype=dtype, device=device)
             self._values[layer] = torch.zeros(shape, dtype=dtype, device=device)
+        # the position after the last one that each slot has held since it was at 0: what of it rings have lost
+        self._ends = [0] * slots
         self._from_nothing = False
         self._rows: slice | Tensor = slice(0, 0)
         self._indices = torch.empty(0)
@@ -132,6 +134,8 @@ class KVCache:
                 f"{width} tokens up to position {max(ends)} do not fit: a step has at most {self.longest_step}, a slot "
                 f"{self.capacity}"
             )
+        for slot, begin, end in zip(slots, starts, ends, strict=True):
+            self._ends[slot] = max(self._ends[slot], end) if begin else end
         steps = torch.arange(width)
         begins, stops = torch.tensor(starts).unsqueeze(1), torch.tensor(ends).unsqueeze(1)
         last = (stops - 1).clamp(min=0)
@@ -178,19 +182,26 @@ class KVCache:
         shown_keys, shown_values = (tensor[self._rows, : kind.shown] for tensor in stored)
         return shown_keys, shown_values
 
-    def can_copy(self, length: int, tokens: int) -> bool:
-        """Whether a slot that has read `length` tokens still has all that the one after its first `tokens` sees."""
+    def can_copy(self, slot: int, tokens: int) -> bool:
+        """Whether a slot still has all that the token after its first `tokens` sees."""
+        lost = (self._ends[slot] - kind.size for kind in self._kinds)
         return all(
-            kind.window is None or length - kind.size <= max(0, tokens - kind.window + 1) for kind in self._kinds
+            kind.window is None or last <= max(0, tokens - kind.window + 1)
+            for kind, last in zip(self._kinds, lost, strict=True)
         )
 
     def copy(self, sources: Sequence[int], targets: Sequence[int], tokens: int) -> None:
         """Copy slots as they were after their first `tokens` tokens; a target may be another one's source."""
-        taken, given = (torch.tensor(slots, device=self._device) for slots in (sources, targets))
+        ends = [self._ends[source] for source in sources]
+        for target, end in zip(targets, ends, strict=True):
+            self._ends[target] = end
         for layer, kind in self._of_layer.items():
             columns = slice(min(tokens, kind.size) if kind.window is None else kind.size)
             for stored in (self._keys[layer], self._values[layer]):
-                stored[given, columns] = stored[taken, columns]
+                # one by one: a copy by lists of indices takes a hundred times as long on a CPU
+                parts = [stored[source, columns].clone() for source in sources]
+                for target, part in zip(targets, parts, strict=True):
+                    stored[target, columns] = part
 
 
 def bytes_of_slot(

@@ -97,7 +97,7 @@ def test_a_copied_beginning_continues_as_if_it_had_been_read(grid, name):
     first = random_tokens(model, 1, 8)[0]
     for start in (0, 4):
         read_rows(module, [first[start : start + 4]], [2], [start], cache)
-    assert cache.can_copy(8, shared)
+    assert cache.can_copy(2, shared)
     other = torch.cat((first[:shared], random_tokens(model, 1, 6, seed=9)[0]))
     cache.copy([2], [0], shared)
     parts = [read_rows(module, [other[i : i + 2]], [0], [i], cache)[0] for i in (6, 8, 10)]
@@ -107,7 +107,14 @@ def test_a_copied_beginning_continues_as_if_it_had_been_read(grid, name):
 def test_a_ring_that_has_lost_what_a_beginning_needs_is_not_copied():
     model = MODELS["narrow window"]
     cache = new_cache(model, 2, 64, longest_step=2)
-    assert cache.can_copy(6, 5) and not cache.can_copy(40, 5) and cache.can_copy(1, 1)
+    for end, kept in ((2, True), (6, True), (40, False)):
+        cache.begin_step([0], [end - 2], [2])
+        assert cache.can_copy(0, min(end, 5)) == kept
+    cache.copy([0], [1], 38)
+    cache.begin_step([0], [0], [2])  # another text
+    assert cache.can_copy(0, 2)
+    cache.begin_step([1], [38], [1])  # an end that is behind what the copied text had read
+    assert cache.can_copy(1, 38) and not cache.can_copy(1, 37)
 
 
 def test_slots_may_change_places():
