@@ -135,7 +135,8 @@ class KVCache:
                 f"{self.capacity}"
             )
         for slot, begin, end in zip(slots, starts, ends, strict=True):
-            self._ends[slot] = max(self._ends[slot], end) if begin else end
+            if end > begin:
+                self._ends[slot] = max(self._ends[slot], end) if begin else end
         steps = torch.arange(width)
         begins, stops = torch.tensor(starts).unsqueeze(1), torch.tensor(ends).unsqueeze(1)
         last = (stops - 1).clamp(min=0)

@@ -110,6 +110,8 @@ def test_a_ring_that_has_lost_what_a_beginning_needs_is_not_copied():
     for end, kept in ((2, True), (6, True), (40, False)):
         cache.begin_step([0], [end - 2], [2])
         assert cache.can_copy(0, min(end, 5)) == kept
+    cache.begin_step([0], [0], [0])  # a row without tokens is no other text
+    assert not cache.can_copy(0, 5)
     cache.copy([0], [1], 38)
     cache.begin_step([0], [0], [2])  # another text
     assert cache.can_copy(0, 2)
