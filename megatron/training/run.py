@@ -24,6 +24,7 @@ from megatron.engine.settings import DTYPES
 from megatron.engine.training import TrainingEngine
 from megatron.errors import RunError, work_begins
 from megatron.estimate.describe import plan_lines
+from megatron.events import EventLog
 from megatron.files import refuse_overwriting
 from megatron.hugging_face.incoming import refuse_existing
 from megatron.hugging_face.outgoing import Export, plan_export
@@ -190,7 +191,10 @@ def set_up(config: Config, prepared: Prepared) -> tuple[Run, TrainState]:
             log.info("%s", line)
     last_step = final_step(state.step, config.training.train_iters or 0, config.training.exit_interval)
     clock = Clock(grid.device)
-    run = Run(config, plan, prepared.tokenizer, prepared.sources, engine, state.step, last_step, clock, liveness)
+    events = _events_of(config)
+    events.record("resume" if state.step else "start", beginning, state.step)
+    opened = (config, plan, prepared.tokenizer, prepared.sources, engine)
+    run = Run(*opened, state.step, last_step, clock, liveness, events)
     return run, state
 
 
@@ -220,6 +224,11 @@ def read_samples(run: Run, state: TrainState) -> Iterator[Tensor]:
         num_workers=run.config.data.num_workers,
         pin_memory=grid.device.type == "cuda",
     )
+
+
+def _events_of(config: Config) -> EventLog:
+    """Where rank 0 records events; the other ranks record none."""
+    return EventLog(Path(config.log_folder) if config.log_folder and dist.get_rank() == 0 else None)
 
 
 def writers_of(run: Run) -> MetricWriters:

@@ -14,6 +14,7 @@ from megatron.config.plan import Plan
 from megatron.config.schema.config import Config
 from megatron.data.build import Sources
 from megatron.engine.training import MicroBatch, StepOutput, TrainingEngine
+from megatron.events import EventLog
 from megatron.tokenizer.base import Tokenizer
 from megatron.training.clock import Clock
 from megatron.training.liveness import Liveness
@@ -26,7 +27,8 @@ MicroBatches = list[MicroBatch]  # this rank's, of one step
 class Run:
     """A training run that is set up.
 
-    clock: measures training; a slow hook pauses it. liveness: a slow hook reports its phase to it.
+    clock: measures training; a slow hook pauses it. liveness: a slow hook reports its phase to it. events: a file and
+    listeners on rank 0, nothing elsewhere.
     """
 
     config: Config
@@ -38,6 +40,7 @@ class Run:
     last_step: int  # steps done when it ends
     clock: Clock
     liveness: Liveness = field(default_factory=Liveness)
+    events: EventLog = field(default_factory=EventLog)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from megatron.checkpoint.folder import Retention, best_checkpoint, read_document
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.store import CheckpointWriter
 from megatron.config.schema.run_keys import CheckpointKeys
+from megatron.events import EventLog
 from megatron.training.clock import Clock
 from megatron.training.hooks.base import NOTHING, FinishedStep, Hook, Run
 from megatron.training.identity import identity_of
@@ -52,10 +53,11 @@ class Saving(Hook):
         clock: Clock,
         liveness: Liveness | None = None,
         best_loss: float | None = None,
+        events: EventLog | None = None,
     ) -> None:
         """best_loss: save after each validation with a lower loss; None: the best is not kept."""
         self._writer, self._steps, self._clock, self._liveness = writer, steps, clock, liveness or Liveness()
-        self._best_loss = best_loss
+        self._best_loss, self._events = best_loss, events or EventLog()
 
     def after_step(self, step: FinishedStep) -> Mapping[str, float]:
         """Save if due. Collective over all ranks. Raises RunError if the checkpoint cannot be written."""
@@ -76,7 +78,9 @@ class Saving(Hook):
             self._writer.save(state, loss, is_best)
         done = "copied, and is written in the background," if self._writer.asynchronous else "saved"
         best = " (the best so far)" if is_best else ""
-        log.info("step %d %s in %.1f s%s", state.step, done, time.perf_counter() - started, best)
+        text = f"step {state.step} {done} in {time.perf_counter() - started:.1f} s{best}"
+        log.info("%s", text)
+        self._events.record("checkpoint", text, state.step)
 
     def close(self) -> None:
         """Wait until everything is on disk."""
@@ -96,7 +100,7 @@ def saving(run: Run) -> Saving | None:
     if run.first_step == 0 and 0 in keys.extra_save_iters:
         writer.save(TrainState())
     best_loss = best_loss_in(folder) if keys.keep_best_checkpoint else None
-    return Saving(writer, SaveSteps.of(keys), run.clock, run.liveness, best_loss)
+    return Saving(writer, SaveSteps.of(keys), run.clock, run.liveness, best_loss, run.events)
 
 
 def best_loss_in(folder: Path) -> float:

@@ -1,0 +1,78 @@
+"""What happens in a run beside its steps: checkpoints, resumes, spikes, restarts, stragglers. One line of JSON each.
+
+The launcher and rank 0 append to the same file, each line in one write. Imports no torch.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+log = logging.getLogger(__name__)
+
+EVENTS_FILE = "events.jsonl"
+
+Kind = Literal[
+    "start", "resume", "finish", "failure", "checkpoint", "validation", "evaluation", "samples", "spike", "rewind",
+    "skipped_update", "not_finite", "restart", "hang", "straggler", "replicas_differ", "writer",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Event:
+    """step: steps done when it happened; None outside of training. time: seconds since 1970. text: one line for people.
+
+    details: for programs, as JSON has them.
+    """
+
+    kind: Kind
+    text: str
+    step: int | None = None
+    time: float = 0.0
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class EventLog:
+    """Records events in a file, and tells listeners, such as alerts and the panel."""
+
+    def __init__(self, folder: Path | None = None, listeners: Sequence[Callable[[Event], None]] = ()) -> None:
+        """folder: of the file; None: no file is written, as on all ranks but the first."""
+        self._path = None if folder is None else folder / EVENTS_FILE
+        self._listeners = list(listeners)
+
+    def listen(self, listener: Callable[[Event], None]) -> None:
+        """Tell `listener` of every event from now on. One that raises ends the run: it must handle its own failures."""
+        self._listeners.append(listener)
+
+    def record(self, kind: Kind, text: str, step: int | None = None, **details: Any) -> None:
+        """Record what has just happened. A file that cannot be written is warned of once; the run goes on."""
+        event = Event(kind, text, step, time.time(), details)
+        if self._path is not None:
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(event)) + "\n")
+            except OSError as error:
+                log.warning("events are no longer recorded: %s cannot be written: %s", self._path, error.strerror)
+                self._path = None
+        for listener in self._listeners:
+            listener(event)
+
+
+def read_events(folder: Path) -> list[Event]:
+    """All events recorded in `folder`, in order; what a crash left of a line is passed over, and so are other kinds."""
+    try:
+        lines = (folder / EVENTS_FILE).read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    events = []
+    for line in lines:
+        try:
+            event = Event(**json.loads(line))
+        except (ValueError, TypeError):
+            continue
+        if event.kind in get_args(Kind):
+            events.append(event)
+    return events
