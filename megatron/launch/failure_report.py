@@ -23,28 +23,47 @@ class Outcome:
     several_hosts: bool
 
 
-def report(outcome: Outcome) -> int:
-    """Print on stderr why the run failed, and return the exit code."""
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended. code: of the process. text: why it failed, for people; empty if it did not.
+
+    is_said: a rank has printed the text already.
+    """
+
+    code: int
+    text: str = ""
+    is_said: bool = False
+
+
+def report(outcome: Outcome) -> Ending:
+    """Print on stderr why the run failed, unless a rank has done so, and return how it ended."""
+    ending = ending_of(outcome)
+    if ending.text and not ending.is_said:
+        say(ending.text)
+    return ending
+
+
+def ending_of(outcome: Outcome) -> Ending:
+    """The exit code and the reason."""
     if outcome.at_once:
-        return say(f"stopped by {outcome.stopped_by}")
+        return Ending(FAILED, f"stopped by {outcome.stopped_by}")
     if outcome.hung:
-        return say("the run hung and was terminated (watchdog_action: wait keeps it)")
+        return Ending(FAILED, "the run hung and was terminated (watchdog_action: wait keeps it)")
     if outcome.lost:
-        return _report_lost(outcome.lost)
+        return Ending(FAILED, "\n".join(_loss_in_words(*node) for node in outcome.lost))
     problems = dict.fromkeys(node.problem for node in outcome.nodes if node.problem)
     if problems:
         where = {node.problem: node.host for node in reversed(outcome.nodes) if node.problem}
-        return say("\n".join(f"{where[text]}: {text}" for text in problems), WRONG)
+        return Ending(WRONG, "\n".join(f"{where[text]}: {text}" for text in problems))
     ranks = [rank for node in outcome.nodes for rank in node.ranks]
     gone = [node for node in outcome.nodes if node.gone]
     # Ranks that ended without a record usually ended first, and the others failed because of it.
-    return _report_gone(outcome, gone) if gone and not _failed_before(ranks, gone) else _report_failure(outcome, ranks)
+    return _of_gone(outcome, gone) if gone and not _failed_before(ranks, gone) else _of_failure(outcome, ranks)
 
 
-def say(text: str, code: int = FAILED) -> int:
-    """Print on stderr; returns `code`."""
+def say(text: str) -> None:
+    """Print on stderr."""
     print(text.rstrip(), file=sys.stderr, flush=True)
-    return code
 
 
 def _failed_before(ranks: Sequence[RankRecord], gone: Sequence[NodeRecord]) -> bool:
@@ -55,30 +74,28 @@ def _failed_before(ranks: Sequence[RankRecord], gone: Sequence[NodeRecord]) -> b
     return failure.end == "exit" or "lost its connection" not in (cause_in_words(failure.text) or "")
 
 
-def _report_lost(lost: Sequence[tuple[str, str, bool]]) -> int:
-    for host, said, had_started in lost:
-        why = f" ({said})" if said else ""
-        if had_started:
-            say(f"lost the node {host}: its processes ended or it no longer answers{why}")
-        else:
-            say(f"cannot start on {host}: its agent did not report{why}; try `ssh {host} true`")
-    return 1
+def _loss_in_words(host: str, said: str, had_started: bool) -> str:
+    why = f" ({said})" if said else ""
+    if had_started:
+        return f"lost the node {host}: its processes ended or it no longer answers{why}"
+    return f"cannot start on {host}: its agent did not report{why}; try `ssh {host} true`"
 
 
-def _report_gone(outcome: Outcome, gone: Sequence[NodeRecord]) -> int:
+def _of_gone(outcome: Outcome, gone: Sequence[NodeRecord]) -> Ending:
     node = gone[0]
     who = " or ".join(f"rank {record.rank}" for record in node.gone)
     # DeepSpeed's launcher exits with minus the signal's number, which the system shows modulo 256.
     code = node.code if node.code is None or node.code <= 128 else node.code - 256
     known = next((record.code for record in node.gone if record.code is not None), code)
-    lines = node.last_lines.get(str(node.gone[0].rank), "")
+    last = node.last_lines.get(str(node.gone[0].rank), "")
     where = f" on {node.host}" if outcome.several_hosts else ""
-    cause = cause_in_words(lines)
-    say(f"{who}{where} {death_in_words(known, node.killed_for_memory)}" + (f"\ncause: {cause}" if cause else ""))
-    return say(f"its last lines:\n{lines}") if lines else 1
+    cause = cause_in_words(last)
+    lines = [f"{who}{where} {death_in_words(known, node.killed_for_memory)}"]
+    lines += [f"cause: {cause}"] if cause else []
+    return Ending(FAILED, "\n".join([*lines, *([f"its last lines:\n{last}"] if last else [])]))
 
 
-def _report_failure(outcome: Outcome, ranks: Sequence[RankRecord]) -> int:
+def _of_failure(outcome: Outcome, ranks: Sequence[RankRecord]) -> Ending:
     failure = first_failure(ranks)
     if failure is None:
         return _without_failure(outcome, ranks)
@@ -86,15 +103,16 @@ def _report_failure(outcome: Outcome, ranks: Sequence[RankRecord]) -> int:
     who = f"rank {failure.rank} of {outcome.world_size}" + (f" on {host}" if outcome.several_hosts else "")
     if failure.end == "exception":
         cause = cause_in_words(failure.text)
-        return say(f"{who} failed" + (f": {cause}" if cause else ":") + f"\n{failure.text}")
+        return Ending(FAILED, f"{who} failed" + (f": {cause}" if cause else ":") + f"\n{failure.text}")
+    code = WRONG if failure.code == WRONG else FAILED
     said_by_first = next((record.text for record in ranks if record.rank == 0), "")
     if failure.rank != 0 and failure.text.strip() not in said_by_first:
-        say(f"{who}:\n{failure.text}")
-    return WRONG if failure.code == WRONG else 1
+        return Ending(code, f"{who}:\n{failure.text}")
+    return Ending(code, failure.text.strip(), is_said=True)
 
 
-def _without_failure(outcome: Outcome, ranks: Sequence[RankRecord]) -> int:
+def _without_failure(outcome: Outcome, ranks: Sequence[RankRecord]) -> Ending:
     if len(ranks) == outcome.world_size and all(rank.code == 0 for rank in ranks):
-        return DONE
+        return Ending(DONE)
     code = next((node.code for node in outcome.nodes if node.code), outcome.code)
-    return say(f"the run ended with code {code} before its ranks could start")
+    return Ending(FAILED, f"the run ended with code {code} before its ranks could start")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from megatron.events import EventLog
 from megatron.launch.failure_report import say
 from megatron.launch.node_states import NodeStates
 from megatron.launch.protocol.heartbeat import RankStatus
@@ -19,11 +20,17 @@ class HangReports:
     """Reports each hang of a run once."""
 
     def __init__(
-        self, watchdog: Watchdog, nodes: NodeStates, request_stacks: Callable[[], int], log_folder: str | None
+        self,
+        watchdog: Watchdog,
+        nodes: NodeStates,
+        request_stacks: Callable[[], int],
+        log_folder: str | None,
+        events: EventLog,
     ) -> None:
         """request_stacks: orders the stacks of all ranks and returns the number of the request."""
         self._watchdog, self._nodes, self._request_stacks = watchdog, nodes, request_stacks
         self._log_folder = None if log_folder is None else Path(log_folder)
+        self._events = events
 
     def report_new_hang(self, poll: float) -> bool:
         """Report a hang that has not been reported yet, and return whether there is one.
@@ -35,7 +42,7 @@ class HangReports:
             return False
         statuses = {status.rank: status for status in self._nodes.statuses}
         stacks = self._gather_stacks(poll)
-        self._print(hung, roll_call(statuses, stacks, self._hosts()))
+        self._tell(hung, roll_call(statuses, stacks, self._hosts()))
         self._write(stacks)
         return True
 
@@ -51,11 +58,13 @@ class HangReports:
     def _hosts(self) -> dict[int, str]:
         return {one.rank: record.host for record in self._nodes.records for one in record.ranks}
 
-    def _print(self, hung: RankStatus, roll: str) -> None:
-        say(
-            f"watchdog: rank {hung.rank} has been in step {hung.step} ({hung.phase}) for {hung.age:.0f} s, "
+    def _tell(self, hung: RankStatus, roll: str) -> None:
+        text = (
+            f"rank {hung.rank} has been in step {hung.step} ({hung.phase}) for {hung.age:.0f} s, "
             f"more than {self._watchdog.limit(hung):.0f} s (watchdog_timeout)\n{roll}"
         )
+        say(f"watchdog: {text}")
+        self._events.record("hang", text, hung.step, rank=hung.rank, phase=hung.phase, seconds=round(hung.age, 1))
 
     def _write(self, stacks: list[RankStacks]) -> None:
         if self._log_folder is None:

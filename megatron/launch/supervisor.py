@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.schema.config import Config
-from megatron.errors import UserError
-from megatron.launch.failure_report import Outcome, report, say
+from megatron.errors import DONE, UserError
+from megatron.events import EventLog
+from megatron.launch.failure_report import Ending, Outcome, report, say
 from megatron.launch.hang_reports import HangReports
 from megatron.launch.launchers.launcher import LaunchSpec, make_job, make_log_folder
 from megatron.launch.node_states import SILENCE_AFTER_FAILURE_SECONDS, SILENCE_SECONDS, NodeState, NodeStates
@@ -46,6 +47,7 @@ def supervise(launch: LaunchSpec, config: Config, script: Path) -> int:
     """
     log_folder = make_log_folder(config, script)
     job = make_job(launch, config, script, log_folder)
+    events = EventLog(log_folder if script.name == "train.py" else None)
     shared = (log_folder or Path.cwd()).resolve() if launch.remote else None
     try:
         run_folder = tempfile.TemporaryDirectory(prefix=".deepy-" if shared else "deepy-", dir=shared)
@@ -57,25 +59,43 @@ def supervise(launch: LaunchSpec, config: Config, script: Path) -> int:
     with run_folder as folder:
         write_job(Path(folder), job)
         with StopSignals() as signals:
-            return Supervisor(launch, config, job, Path(folder), signals).run()
+            ending = Supervisor(launch, config, job, Path(folder), signals, events).run()
+            _record_end(events, ending, signals)
+    return ending.code
+
+
+def _record_end(events: EventLog, ending: Ending, signals: StopSignals) -> None:
+    if ending.code == DONE:
+        stopped = f"stopped by {signals.received[0].name} at a step boundary" if signals.received else "done"
+        events.record("finish", stopped, code=ending.code)
+    else:
+        events.record("failure", ending.text, code=ending.code)
 
 
 class Supervisor:
     """Supervises one run."""
 
-    def __init__(self, launch: LaunchSpec, config: Config, job: JobSpec, folder: Path, signals: StopSignals) -> None:
+    def __init__(
+        self,
+        launch: LaunchSpec,
+        config: Config,
+        job: JobSpec,
+        folder: Path,
+        signals: StopSignals,
+        events: EventLog,
+    ) -> None:
         self._launch, self._job, self._folder, self._signals = launch, job, folder, signals
         self._ends_hung_runs = config.launcher.watchdog_action == "end"
         self._orders = OrderBook(folder)
         self._nodes = NodeStates(folder, job.hosts, launch.remote)
         watchdog = Watchdog(config.launcher.watchdog_timeout)
-        self._hangs = HangReports(watchdog, self._nodes, self._request_stacks, job.log_folder)
+        self._hangs = HangReports(watchdog, self._nodes, self._request_stacks, job.log_folder, events)
         self._poll = REMOTE_POLL_SECONDS if launch.remote else POLL_SECONDS
         self._hung = False
         self._stop_requested_at: float | None = None  # set while no rank has a heartbeat
 
-    def run(self) -> int:
-        """Start the agents and return the exit code after all processes have ended. Raises UserError."""
+    def run(self) -> Ending:
+        """Start the agents, and return how the run ended after all processes have. Raises UserError."""
         command = self._launch.command(self._folder)
         environment = {**os.environ, **self._launch.settings}
         pipe = subprocess.PIPE if self._launch.remote else None

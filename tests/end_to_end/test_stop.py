@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from megatron.events import read_events
 from tests.end_to_end.commands import SMALL, command, run
 from tests.end_to_end.processes import deepy, descendants, end, is_running, started, steps_done, wait_for
 
@@ -34,6 +35,10 @@ def test_a_signal_to_deepy_ends_the_run_with_a_checkpoint_that_it_goes_on_from(f
     assert not [process for process in ranks if is_running(process)]
     done = run(folder, "deepy.py", "train.py", "small", f"train_iters={step + 2}", "num_gpus=1")
     assert f"resuming from run/global_step{step}" in done.stdout
+    events = read_events(folder / "run" / "logs")
+    ends = [(event.text, event.details) for event in events if event.kind == "finish"]
+    assert ends == [(f"stopped by {number.name} at a step boundary", {"code": 0}), ("done", {"code": 0})]
+    assert [event.kind for event in events if event.kind in ("start", "resume")] == ["start", "resume"]
 
 
 @pytest.mark.long
@@ -44,6 +49,8 @@ def test_a_stop_without_a_place_to_save_is_a_failure(folder):
         code, _, err = end(process, signal.SIGINT)
     assert code == 1
     assert err.endswith("save is not set, so nothing is kept\n")
+    failure = read_events(folder / "run" / "logs")[-1]
+    assert failure.kind == "failure" and failure.text.endswith("save is not set, so nothing is kept")
 
 
 @pytest.mark.long

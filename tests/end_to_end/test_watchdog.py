@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from megatron.events import read_events
 from tests.end_to_end.commands import SMALL
 from tests.end_to_end.processes import (
     deepy,
@@ -56,7 +57,12 @@ def test_a_rank_that_is_stopped_is_named_and_the_run_ended(folder):
     # The others stand where the stopped rank left them: in the gradients of its step, or a rank ahead in the next one.
     waiting = re.findall(r"ranks? ([\d, ]+) waits? in all_reduce \([^)]*, step \d+\)", err)
     assert sorted(", ".join(waiting).split(", ")) == ["0", "1", "3"], err
-    assert "in train_steps" in (folder / "run" / "logs" / "stacks_rank_0.txt").read_text()
+    logs = folder / "run" / "logs"
+    assert "in train_steps" in (logs / "stacks_rank_0.txt").read_text()
+    hang, failure = read_events(logs)[-2:]
+    assert (hang.kind, hang.details["rank"] in range(4), hang.details["seconds"] >= 5) == ("hang", True, True)
+    assert hang.step == steps_done(folder / "run") + 1 and "rank 2 is stopped by a signal" in hang.text
+    assert (failure.kind, failure.details) == ("failure", {"code": 1}) and "the run hung" in failure.text
     assert not [process for process in ranks if is_running(process)]
 
 
