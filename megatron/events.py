@@ -67,12 +67,13 @@ def read_events(folder: Path) -> list[Event]:
         lines = (folder / EVENTS_FILE).read_bytes().splitlines()
     except FileNotFoundError:
         return []
-    events = []
-    for line in lines:
-        try:
-            event = Event(**json.loads(line))
-        except (ValueError, TypeError):
-            continue
-        if event.kind in get_args(Kind):
-            events.append(event)
-    return events
+    return [event for line in lines if (event := event_of(line)) is not None]
+
+
+def event_of(line: bytes) -> Event | None:
+    """The event that a line of the file holds; None for what a crash left of one, and for kinds that are not known."""
+    try:
+        event = Event(**json.loads(line))
+    except (ValueError, TypeError):
+        return None
+    return event if event.kind in get_args(Kind) else None

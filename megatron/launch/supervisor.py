@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron.alerts.sender import open_alerts
 from megatron.config.schema.config import Config
 from megatron.errors import DONE, UserError
 from megatron.events import EventLog
@@ -47,8 +48,13 @@ def supervise(launch: LaunchSpec, config: Config, script: Path) -> int:
     """
     log_folder = make_log_folder(config, script)
     job = make_job(launch, config, script, log_folder)
-    events = EventLog(log_folder if script.name == "train.py" else None)
-    shared = (log_folder or Path.cwd()).resolve() if launch.remote else None
+    told = log_folder if script.name == "train.py" else None
+    with open_alerts(config.alerts, told, follow=True) as alerts:
+        return _supervised(launch, config, job, EventLog(told, [alerts.hear]))
+
+
+def _supervised(launch: LaunchSpec, config: Config, job: JobSpec, events: EventLog) -> int:
+    shared = Path(job.log_folder or Path.cwd()).resolve() if launch.remote else None
     try:
         run_folder = tempfile.TemporaryDirectory(prefix=".deepy-" if shared else "deepy-", dir=shared)
     except OSError as error:

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.alerts.sender import open_alerts
 from megatron.checkpoint.lock import SaveLock
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.store import checkpoint_config
@@ -22,7 +23,7 @@ from megatron.data.loader import micro_batches
 from megatron.engine.distributed import be_deterministic, choose_matmul_precision, start_layout, stop
 from megatron.engine.settings import DTYPES
 from megatron.engine.training import TrainingEngine
-from megatron.errors import RunError, work_begins
+from megatron.errors import DONE, FAILED, RunError, work_begins
 from megatron.estimate.describe import plan_lines
 from megatron.events import EventLog
 from megatron.files import refuse_overwriting
@@ -36,7 +37,7 @@ from megatron.hugging_face.published import (
     published_name,
 )
 from megatron.launch.protocol.environment import environment_line
-from megatron.launch.protocol.heartbeat import Heartbeat
+from megatron.launch.protocol.heartbeat import RUN_FOLDER, Heartbeat
 from megatron.logging import configure
 from megatron.metrics.writers import METRICS_FILE, MetricWriters, WriterSettings, open_writers
 from megatron.model.attention import describe_attention
@@ -92,17 +93,37 @@ def _train(config: Config, prepared: Prepared, request: StopRequest) -> None:
     with request.listening():
         run, state = set_up(config, prepared)
         vote = StopVote(request, run.engine.grid.host_group)
-        batches = training_batches(read_samples(run, state), BatchBuilder.of(run), run.plan.batch.accumulation_steps)
-        batches = run.liveness.watched(batches, state.step)
-        hooks = build_hooks(run)
-        with closing(writers_of(run)) as writers:
-            run.clock.lap()  # discard the time of the set-up
-            with work_begins():
-                state = train_steps(run, state, batches, hooks, writers, vote)
-                if prepared.export is not None and state.step == config.training.train_iters:
-                    export_at_end(run, prepared.export, state)
-    stop()
-    finish(config, state.step, vote.reason)
+        with told_end(run, vote):
+            batches = training_batches(
+                read_samples(run, state), BatchBuilder.of(run), run.plan.batch.accumulation_steps
+            )
+            batches = run.liveness.watched(batches, state.step)
+            hooks = build_hooks(run)
+            with closing(writers_of(run)) as writers:
+                run.clock.lap()  # discard the time of the set-up
+                with work_begins():
+                    state = train_steps(run, state, batches, hooks, writers, vote)
+                    if prepared.export is not None and state.step == config.training.train_iters:
+                        export_at_end(run, prepared.export, state)
+            stop()
+            finish(config, state.step, vote.reason)
+
+
+@contextmanager
+def told_end(run: Run, vote: StopVote) -> Iterator[None]:
+    """Without deepy.py, which does both otherwise: record how the block ends as an event, and send alerts of events."""
+    if RUN_FOLDER in os.environ or dist.get_rank() != 0:
+        yield
+        return
+    folder = Path(run.config.log_folder) if run.config.log_folder else None
+    with open_alerts(run.config.alerts, folder, follow=False) as alerts:
+        run.events.listen(alerts.hear)
+        try:
+            yield
+        except BaseException as error:
+            run.events.record("failure", str(error) or type(error).__name__, code=FAILED)
+            raise
+        run.events.record("finish", f"stopped by {vote.reason}" if vote.reason else "done", code=DONE)
 
 
 def finish(config: Config, step: int, stopped_by: str | None) -> None:

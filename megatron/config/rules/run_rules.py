@@ -169,6 +169,20 @@ def _offload_has_a_stage(config: Config) -> Iterator[str]:
         yield f"zero_optimization.offload_param (cpu) needs zero_optimization.stage 3, not {keys.stage}"
 
 
+@rule(RUN_RULES, "alert_webhook", "alert_command", "log_dir", "save", scripts=("train.py",))
+def _alerts_have_events(config: Config) -> Iterator[str]:
+    """The name of a variable is not shown where it may be an address, which may hold a secret."""
+    keys = config.alerts
+    if keys.alert_webhook is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", keys.alert_webhook):
+        yield (
+            "alert_webhook must be the name of an environment variable, such as DEEPY_ALERT_WEBHOOK; export the "
+            "address in it, because an address may hold a secret"
+        )
+    elif (keys.alert_webhook or keys.alert_command) and config.log_folder is None:
+        which = f"alert_webhook ({keys.alert_webhook})" if keys.alert_webhook else "alert_command"
+        yield f"{which} needs save or log_dir, the folder in which the ranks record what happens"
+
+
 @rule(RUN_RULES, "pipe_partition_method")
 def _partition_method_is_known(config: Config) -> Iterator[str]:
     method = config.parallelism.pipe_partition_method

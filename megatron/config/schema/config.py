@@ -15,6 +15,7 @@ from megatron.config.schema.generation_keys import GenerationKeys
 from megatron.config.schema.key_group import Group
 from megatron.config.schema.model_keys import ModelKeys, ParallelismKeys
 from megatron.config.schema.run_keys import (
+    AlertKeys,
     CheckpointKeys,
     EvaluationKeys,
     LauncherKeys,
@@ -48,6 +49,7 @@ class Config(Group):
     training: TrainingKeys
     checkpoint: CheckpointKeys
     logging: LoggingKeys
+    alerts: AlertKeys
     profiling: ProfilingKeys
     generation: GenerationKeys
     serving: ServingKeys

@@ -13,6 +13,7 @@ from megatron.config.schema.key_group import (
     WholeNumber,
     registered,
 )
+from megatron.events import Kind
 
 
 class TokenizerKeys(Group):
@@ -124,6 +125,29 @@ class LoggingKeys(Group):
 
     peak_theoretical_tflops: PositiveFloat | None = None
     """Peak TFLOP/s of one device; adds MFU to the log line. Unset: known in fp16 and bf16 for common GPUs."""
+
+
+class AlertKeys(Group):
+    """Alerts: what happens in a run, told to a webhook or a command (docs/watching.md)."""
+
+    alert_webhook: str | None = None
+    """Name of the environment variable that holds the address to post alerts to; not the address, which may be a
+    secret. Unset: none."""
+
+    alert_format: Literal["json", "slack"] = "json"
+    """What is posted: an object with run, host, kind, step, time, text and details, or a message as Slack takes it."""
+
+    alert_command: str | None = None
+    """Shell command that deepy.py runs for each alert, which it gets as JSON on its standard input. Unset: none."""
+
+    alert_kinds: tuple[Kind, ...] = (
+        *("finish", "failure", "not_finite", "spike", "rewind", "hang", "straggler", "replicas_differ", "restart"),
+    )
+    """Kinds of events to send."""
+
+    alert_limit: PositiveInt = 10
+    """Most alerts of one kind within 24 hours, and a third of the most of all kinds. What exceeds it is counted, and
+    told with the next alert. finish and failure are always sent."""
 
 
 class ProfilingKeys(Group):

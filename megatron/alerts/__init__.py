@@ -1,0 +1,1 @@
+"""Alerts: events of a run, sent to a webhook or a command. No torch."""
