@@ -139,9 +139,15 @@ TABLE: dict[str, dict[str, str]] = {
         "progress": "megatron.training.hooks.progress:progress",
     },
     "metric_writer": {
-        "jsonl": "megatron.metrics.writers:json_lines",
-        "tensorboard": "megatron.metrics.writers:tensorboard",
-        "wandb": "megatron.metrics.writers:weights_and_biases",
+        "jsonl": "megatron.metrics.local_writers:json_lines",
+        "csv": "megatron.metrics.local_writers:csv_file",
+        "tensorboard": "megatron.metrics.local_writers:tensorboard",
+        "wandb": "megatron.metrics.services:weights_and_biases",
+        "mlflow": "megatron.metrics.services:mlflow",
+        "comet": "megatron.metrics.services:comet",
+        "trackio": "megatron.metrics.services:trackio",
+        "prometheus": "megatron.metrics.prometheus:scrape_port",
+        "prometheus_textfile": "megatron.metrics.prometheus:textfile",
     },
 }
 

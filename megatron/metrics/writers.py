@@ -1,37 +1,54 @@
-"""Writers of metrics: a JSON Lines file, TensorBoard, Weights & Biases.
+"""The stream of metrics, and the writers that record it.
 
-Each writer is an entry of the registry's kind "metric_writer": a function of `WriterSettings` that returns a writer, or
-None if the configuration does not ask for it. Only rank 0 opens writers.
+A writer is a class here or beside this file (`local_writers.py`, `services.py`, `prometheus.py`) and an entry of the
+registry's kind "metric_writer": a function of `WriterSettings` that returns the writer, or None if the configuration
+does not ask for it. Only rank 0 opens writers.
+
+What a writer does not take never ends a run, and holds up no other writer. It is warned of once, recorded as an event,
+kept, and offered again every `RETRY_SECONDS` until the writer takes it.
 """
 
-import json
 import logging
-import math
-import os
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron import registry
 from megatron.config.schema.run_keys import LoggingKeys
-from megatron.errors import RunError, UserError
-from megatron.files import replaced_when_complete
+from megatron.errors import UserError
+from megatron.events import EventLog
 
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+MOST_WAITING = 10_000  # steps that are kept for a writer; beyond, the oldest ones are lost to it
+RETRY_SECONDS = 15.0
+CLOSE_SECONDS = 30.0  # that a writer in the background may take for its last steps when the run ends
 
 
-class MetricWriter(Protocol):
-    """Records the metrics of one step after another."""
+class MetricWriter(ABC):
+    """Records the metrics of one step after another. Its constructor raises UserError for what the user must mend."""
 
+    in_background = False  # whether it may take long, as over a network: it then has a thread of its own
+
+    def open(self) -> None:  # noqa: B027  # some writers have nothing to open or close
+        """Connect, or open the file. Called before the first `write`, and after a failure until it succeeds."""
+
+    @abstractmethod
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Record `values` for `step`, the number of steps done; called at most once per step. May raise RunError."""
+        """Record `values` for `step`, the number of steps done; called at most once per step.
 
-    def close(self) -> None:
-        """Flush and close."""
+        Any exception counts as not written: the writer is closed, opened and given the same step again.
+        """
+
+    def close(self) -> None:  # noqa: B027
+        """Flush and close; also called after a failure."""
 
 
 @dataclass(frozen=True)
@@ -44,169 +61,179 @@ class WriterSettings:
     config: Mapping[str, Any]  # as the user wrote it, to be recorded
 
 
-class MetricWriters:
-    """Several writers as one."""
+class Outlet:
+    """A writer with the steps that it has not taken yet.
 
-    def __init__(self, writers: Sequence[MetricWriter]) -> None:
-        """Take over `writers`; `close` closes them."""
-        self._writers = writers
+    Its trouble is told where `write` and `close` are called, so that events have one thread.
+    """
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Pass `values` to each writer, unless they are empty."""
-        for writer in self._writers if values else []:
-            writer.write(step, values)
+    def __init__(self, name: str, writer: MetricWriter, retry_seconds: float = RETRY_SECONDS) -> None:
+        """name: in messages and events."""
+        self.name = name
+        self._writer, self._retry_seconds = writer, retry_seconds
+        self._waiting: deque[tuple[int, Mapping[str, float]]] = deque()
+        self._changed = threading.Condition()
+        self._closing = self._is_open = self._is_done = False
+        self._failure: str | None = None  # the latest, until the writer works again
+        self._is_told = False  # whether the failure has been told
+        self._retry_at = 0.0
+        self._lost = 0
+        self._thread = threading.Thread(target=self._run, name=f"metrics: {name}", daemon=True)
+        if writer.in_background:
+            self._thread.start()
 
-    def close(self) -> None:
-        """Close all, even if one of them fails."""
-        with ExitStack() as closing:
-            for writer in self._writers:
-                closing.callback(writer.close)
+    def put(self, step: int, values: Mapping[str, float]) -> None:
+        """Take over `values`. Waits for writers to files, and not for those in the background."""
+        with self._changed:
+            self._waiting.append((step, values))
+            if len(self._waiting) > MOST_WAITING:
+                self._waiting.popleft()
+                self._lost += 1
+            self._changed.notify()
+        if not self._writer.in_background and time.monotonic() >= self._retry_at:
+            self._deliver()
 
+    def news(self) -> tuple[str, bool] | None:
+        """What is to be told of the writer since the last call, and whether it has failed; else it works again."""
+        with self._changed:
+            if self._failure is not None and not self._is_told:
+                self._is_told = True
+                text = f"the metric writer {self.name} has failed ({self._failure}); the run goes on, and it is retried"
+                return text, True
+            if self._failure is None and self._is_told and not self._waiting:
+                lost, self._is_told, self._lost = self._lost, False, 0
+                missing = f"; {lost} steps, for which there was no room, are missing there" if lost else ""
+                return f"the metric writer {self.name} works again{missing}", False
+            return None
 
-def open_writers(settings: WriterSettings) -> MetricWriters:
-    """The writers of the registry that the configuration asks for. Raises UserError where one cannot be opened."""
-    opened = [registry.resolve("metric_writer", name)(settings) for name in registry.names("metric_writer")]
-    return MetricWriters([writer for writer in opened if writer is not None])
+    def begin_closing(self) -> None:
+        """Let a writer in the background write what waits, for the last time, and close."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
 
+    def close(self, deadline: float) -> str | None:
+        """Wait for that, or do it now for any other writer. Returns what could not be done.
 
-class JsonLines:
-    """One object per logged step: {"step": 11, "train/lm_loss": 3.2, ...}. NaN and infinity become null."""
+        deadline: by time.monotonic(), after which a writer in the background is left to itself.
+        """
+        if self._writer.in_background:
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+            if self._thread.is_alive():
+                return f"the metric writer {self.name} does not end; {self._unwritten()}"
+        else:
+            self._finish()
+        if self._waiting or self._lost:
+            return f"the metric writer {self.name} has failed to the end ({self._failure}); {self._unwritten()}"
+        return None
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        """Open `path` for appending; an earlier run's steps beyond `first_step` are moved to another file."""
-        self._path = path
-        with _failures_as(UserError, f"log_dir: {path} cannot be written", OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _set_later_steps_aside(path, first_step)
-            self._file = path.open("a", encoding="utf-8")
+    def _unwritten(self) -> str:
+        return f"{len(self._waiting) + self._lost} logged steps are missing there"
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line and flush it, so that the file is complete at any moment."""
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with _failures_as(RunError, f"{self._path} cannot be written", OSError):
-            self._file.write(json.dumps({"step": step} | finite) + "\n")
-            self._file.flush()
+    def _run(self) -> None:
+        """The thread of a writer in the background."""
+        while not self._closing:
+            self._deliver()
+            with self._changed:
+                if self._closing:
+                    break
+                if self._failure is not None:
+                    self._changed.wait_for(lambda: self._closing, self._retry_at - time.monotonic())
+                elif not self._waiting:
+                    self._changed.wait()
+        self._finish()
 
-    def close(self) -> None:
-        """Close the file."""
-        with suppress(OSError):  # every line was flushed, or `write` has raised already
-            self._file.close()
-
-
-class Tensorboard:
-    """Event files for TensorBoard."""
-
-    def __init__(self, folder: Path, first_step: int) -> None:
-        """Open event files in `folder`; TensorBoard hides an earlier run's steps beyond `first_step`."""
-        self._folder = folder
-        with _failures_as(UserError, f"tensorboard_dir ({folder}) cannot be written", OSError, ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add one scalar per value."""
-        with _failures_as(RunError, f"tensorboard_dir ({self._folder}) cannot be written", OSError):
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flush and close the event file."""
-        with _failures_as(RunError, f"tensorboard_dir ({self._folder}) cannot be written", OSError):
+    def _finish(self) -> None:
+        if self._waiting:
+            self._deliver()
+        with suppress(Exception):  # `_deliver` has told what there is to tell
             self._writer.close()
 
+    def _deliver(self) -> None:
+        """Open the writer if it is closed, and pass it everything that waits, until it fails."""
+        try:
+            if not self._is_open:
+                self._writer.open()
+                self._is_open = True
+            while True:
+                with self._changed:
+                    if not self._waiting:
+                        self._failure = None
+                        return
+                    step, values = self._waiting[0]
+                self._writer.write(step, values)
+                with self._changed:
+                    if self._waiting and self._waiting[0][0] == step:  # else it was pushed out meanwhile
+                        self._waiting.popleft()
+        except Exception as error:
+            with self._changed:
+                self._failure = reason_of(error)
+                self._retry_at = time.monotonic() + self._retry_seconds
+            self._is_open = False
+            with suppress(Exception):
+                self._writer.close()
 
-class WeightsAndBiases:
-    """A run at Weights & Biases; without an API key a local one, to be uploaded with `wandb sync`."""
 
-    def __init__(self, settings: WriterSettings) -> None:
-        """Start the run. The WANDB_* environment variables keep their meaning."""
-        way_out = "WANDB_MODE=offline records the run locally, use_wandb=false turns it off"
-        with _failures_as(UserError, f"use_wandb: the run cannot be started at Weights & Biases ({way_out})"):
-            self._run = self._started(settings)
+@dataclass
+class MetricWriters:
+    """Several writers as one. Nothing that a writer does raises here."""
 
-    def _started(self, settings: WriterSettings) -> Any:
-        import wandb
-
-        chosen = settings.logging
-        if chosen.wandb_host is not None:
-            os.environ.setdefault("WANDB_BASE_URL", chosen.wandb_host)
-        offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False)
-        if offline:
-            log.info("wandb: no API key found, so the run is recorded locally; `wandb sync` uploads it later")
-        return wandb.init(
-            project=chosen.wandb_project,
-            group=chosen.wandb_group,
-            name=chosen.wandb_run_name,
-            entity=chosen.wandb_team,
-            dir=settings.folder,
-            config=dict(settings.config),
-            mode="offline" if offline else None,
-        )
+    outlets: Sequence[Outlet] = ()
+    events: EventLog = field(default_factory=EventLog)
+    _step: int | None = field(default=None, init=False)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log all values of the step together."""
-        with _failures_as(RunError, f"Weights & Biases does not take the metrics of step {step}"):
-            self._run.log(dict(values), step=step)
+        """Pass `values` to each writer, unless they are empty, and tell of writers that have failed or recovered."""
+        self._step = step
+        for outlet in self.outlets if values else []:
+            outlet.put(step, values)
+        self._tell()
 
     def close(self) -> None:
-        """Finish the run."""
-        with _failures_as(RunError, "the run at Weights & Biases cannot be finished"):
-            self._run.finish()
+        """Let all writers finish; those in the background have `CLOSE_SECONDS` together."""
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for outlet in self.outlets:
+            outlet.begin_closing()
+        for outlet in self.outlets:
+            if (problem := outlet.close(deadline)) is not None:
+                self._report(outlet, problem, failed=True)
+        self._tell()
+
+    def _tell(self) -> None:
+        for outlet in self.outlets:
+            if (news := outlet.news()) is not None:
+                self._report(outlet, *news)
+
+    def _report(self, outlet: Outlet, text: str, failed: bool) -> None:
+        (log.warning if failed else log.info)("%s", text)
+        self.events.record("writer", text, self._step, writer=outlet.name, failed=failed)
 
 
-def json_lines(settings: WriterSettings) -> JsonLines | None:
-    """Registry entry: whenever the run writes files."""
-    return JsonLines(settings.folder / METRICS_FILE, settings.first_step) if settings.folder else None
+def open_writers(settings: WriterSettings, events: EventLog | None = None) -> MetricWriters:
+    """The writers of the registry that the configuration asks for. Raises UserError where one cannot be used at all."""
+    built = [(name, registry.resolve("metric_writer", name)(settings)) for name in registry.names("metric_writer")]
+    outlets = [Outlet(name, writer) for name, writer in built if writer is not None]
+    return MetricWriters(outlets, events or EventLog())
 
 
-def tensorboard(settings: WriterSettings) -> Tensorboard | None:
-    """Registry entry: with `tensorboard_dir`."""
-    folder = settings.logging.tensorboard_dir
-    return Tensorboard(Path(folder), settings.first_step) if folder else None
-
-
-def weights_and_biases(settings: WriterSettings) -> WeightsAndBiases | None:
-    """Registry entry: with `use_wandb`."""
-    return WeightsAndBiases(settings) if settings.logging.use_wandb else None
+def reason_of(error: Exception) -> str:
+    """An exception in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}"
 
 
 @contextmanager
-def _failures_as(kind: type[UserError | RunError], what: str, *caught: type[Exception]) -> Iterator[None]:
-    """Raise `kind`, with `what` failed and why, for exceptions of the types `caught` (default: all)."""
+def user_errors(what: str, extra: str = "logging", *caught: type[Exception]) -> Iterator[None]:
+    """Raise UserError, with `what` failed and why, for a missing package or exceptions of the types `caught`.
+
+    extra: of pyproject.toml, that has the package.
+    """
     try:
         yield
-    except Exception as error:
-        if isinstance(error, UserError | RunError) or (caught and not isinstance(error, caught)):
-            raise
-        if isinstance(error, ModuleNotFoundError):
-            reason = f'the package {error.name} is not installed; `pip install -e ".[logging]"` installs it'
-        else:
-            reason = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
-        raise kind(f"{what}: {reason}") from error
-
-
-def _set_later_steps_aside(path: Path, first_step: int) -> None:
-    """If `path` holds steps that will be trained again, or other lines, rename it and keep the earlier steps only."""
-    if not path.is_file():  # a device or a pipe has no earlier steps
-        return
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if (step := _step_of(line)) is not None and step <= first_step]
-    if len(kept) == len(lines):
-        return
-    number = 1
-    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    path.rename(aside)
-    with replaced_when_complete(path, "wb") as file:
-        file.write(b"".join(kept))
-    log.info("%s continues from step %d; its previous content is in %s", path, first_step, aside.name)
-
-
-def _step_of(line: bytes) -> int | None:
-    """The step of a line of metrics; None for what a crash left of one, and for lines of other programs."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-    return step if isinstance(step, int) and line.endswith(b"\n") else None
+    except ModuleNotFoundError as error:
+        way_out = f"the package {error.name} is not installed; `pip install 'deepy[{extra}]'` installs it"
+        raise UserError(f"{what}: {way_out}") from error
+    except caught as error:
+        raise UserError(f"{what}: {reason_of(error)}") from error

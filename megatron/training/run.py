@@ -147,10 +147,12 @@ def prepare(config: Config, world_size: int) -> Prepared:
         check_fits(config, plan, tokenizer, checkpoint)
     published = _published(config, plan) if checkpoint is None else None
     export = _export(config, plan, tokenizer)
+    textfile = config.logging.prometheus_textfile
     written = {
         "save": config.checkpoint.save,
         "log_dir": config.log_folder,
         "tensorboard_dir": config.logging.tensorboard_dir,
+        "the folder of prometheus_textfile": textfile and str(Path(textfile).parent),
     }
     for key, folder in written.items():
         if folder is not None:
@@ -255,9 +257,9 @@ def _events_of(config: Config) -> EventLog:
 def writers_of(run: Run) -> MetricWriters:
     """The configured metric writers on rank 0, none elsewhere."""
     if dist.get_rank() != 0:
-        return MetricWriters([])
+        return MetricWriters()
     folder = Path(run.config.log_folder) if run.config.log_folder else None
-    return open_writers(WriterSettings(run.config.logging, folder, run.first_step, run.config.to_flat()))
+    return open_writers(WriterSettings(run.config.logging, folder, run.first_step, run.config.to_flat()), run.events)
 
 
 def _where_files_go(config: Config) -> list[str]:

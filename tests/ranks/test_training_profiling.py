@@ -47,7 +47,7 @@ def trained(layout: dict, folder: Path | None) -> Losses:
         recording = Recording(ProfileRequest(range(1, 3), folder, folder), grid.device, dist.get_rank())
         hooks = [Breakdown(1, watch), Profiling(recording, range(1, 3), 0, Clock(grid.device)), losses]
     batches = (tiny.micro_batches(step, plan, grid.rank("data")) for step in range(STEPS))
-    train_steps(tiny.run(engine, plan, 0, STEPS), TrainState(), batches, hooks, MetricWriters([]))
+    train_steps(tiny.run(engine, plan, 0, STEPS), TrainState(), batches, hooks, MetricWriters())
     return losses
 
 

@@ -85,7 +85,7 @@ class LooksAtTheVote(Hook):
 def hooks_act_between_votes() -> None:
     vote = StopVote(StopRequest(None), make_grid().host_group)
     hook = LooksAtTheVote(vote)
-    train_steps(tiny.run(Engine(), tiny.plan(), 0, 5), TrainState(), iter(range(5)), [hook], MetricWriters([]), vote)
+    train_steps(tiny.run(Engine(), tiny.plan(), 0, 5), TrainState(), iter(range(5)), [hook], MetricWriters(), vote)
     assert hook.was_over == [True] * 5
 
 

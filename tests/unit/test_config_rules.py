@@ -37,6 +37,8 @@ BROKEN = [
     ),
     ({"head_dim": 5, "pos_emb": "rotary"}, "rotary_pct (1) rotates 5 of the 5 elements of a head"),
     ({"norm_placement": "output", "gpt_j_residual": True}, "norm_placement (output) and gpt_j_residual (true) exclude"),
+    ({"prometheus_textfile": "a.txt"}, 'prometheus_textfile ("a.txt") must end in .prom'),
+    ({"use_wandb": True, "wandb_project": "a/b#c"}, 'wandb_project ("a/b#c") must not contain # /, which'),
     ({"norm": "rmsnorm", "norm_bias": False}, "norm_bias (false) has no effect with norm rmsnorm"),
     (
         {"norm": "scalenorm", "qk_norm": "head"},

@@ -43,7 +43,7 @@ def train(folder, start: int, stop: int, first: int = 0, last: int = 6, engine=N
     steps = range(max(start, first), min(stop, last))
     hooks: list[Hook] = [Profiling(recording, steps, first, Clock(engine.device)), *others]
     batches = iter([[]] * 100)
-    return train_steps(tiny.run(engine, tiny.plan(), first, last), TrainState(first), batches, hooks, MetricWriters([]))
+    return train_steps(tiny.run(engine, tiny.plan(), first, last), TrainState(first), batches, hooks, MetricWriters())
 
 
 def trace(folder) -> list[dict]:

@@ -313,6 +313,26 @@ def _profile_has_a_folder(config: Config) -> Iterator[str]:
         yield "memory_profiling (true) writes files, but has no folder; set memory_profiling_path, log_dir or save"
 
 
+@rule(RUN_RULES, "use_csv", "log_dir", "save", scripts=("train.py",))
+def _csv_has_a_folder(config: Config) -> Iterator[str]:
+    if config.logging.use_csv and config.log_folder is None:
+        yield "use_csv (true) writes metrics.csv, but neither log_dir nor save is set; set log_dir"
+
+
+@rule(RUN_RULES, "use_wandb", "wandb_project")
+def _wandb_takes_the_project(config: Config) -> Iterator[str]:
+    name, refused = config.logging.wandb_project, set("/\\#?%:")
+    if config.logging.use_wandb and (found := sorted(refused & set(name))):
+        yield f'wandb_project ("{name}") must not contain {" ".join(found)}, which Weights & Biases refuses; use - or _'
+
+
+@rule(RUN_RULES, "prometheus_textfile")
+def _textfile_is_collected(config: Config) -> Iterator[str]:
+    path = config.logging.prometheus_textfile
+    if path is not None and not path.endswith(".prom"):
+        yield f'prometheus_textfile ("{path}") must end in .prom, as node_exporter reads no others; add .prom'
+
+
 @rule(RUN_RULES, "train_iters", scripts=("train.py",))
 def _training_has_an_end(config: Config) -> Iterator[str]:
     if config.training.train_iters is None:

@@ -1,6 +1,6 @@
 """Keys of tokenizer, checkpoints, logging, evaluation and launcher."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -102,6 +102,9 @@ class LoggingKeys(Group):
     log_dir: PathText | None = None
     """Folder of metrics.jsonl and the logs of the ranks. Unset: logs in save; without save, nothing is written."""
 
+    use_csv: bool = False
+    """Also write metrics.csv beside metrics.jsonl: a row of step, name and value for each value."""
+
     tensorboard_dir: PathText | None = None
     """Folder for TensorBoard event files. Unset: none."""
 
@@ -122,6 +125,57 @@ class LoggingKeys(Group):
 
     wandb_host: str | None = None
     """Address of a self-hosted Weights & Biases server."""
+
+    use_mlflow: bool = False
+    """Also log to MLflow."""
+
+    mlflow_tracking_uri: str | None = None
+    """Address of the MLflow server, or a folder. Unset: as MLFLOW_TRACKING_URI or MLflow's own default say."""
+
+    mlflow_experiment: str = "deepy"
+    """MLflow experiment, which is created if it is missing."""
+
+    mlflow_run_name: str | None = None
+    """MLflow run name. Unset: MLflow makes one up."""
+
+    use_comet: bool = False
+    """Also log to Comet; without COMET_API_KEY an archive in log_dir, for comet upload."""
+
+    comet_workspace: str | None = None
+    """Comet workspace. Unset: the default of the account."""
+
+    comet_project: str | None = None
+    """Comet project. Unset: the default of the account."""
+
+    comet_experiment_name: str | None = None
+    """Name of the experiment at Comet. Unset: Comet makes one up."""
+
+    comet_tags: tuple[str, ...] = ()
+    """Tags of the experiment at Comet."""
+
+    comet_others: dict[str, Any] | None = None
+    """Other values that are recorded with the experiment at Comet. Unset: none."""
+
+    use_trackio: bool = False
+    """Also log to Trackio, into its local database (TRACKIO_DIR)."""
+
+    trackio_project: str = "deepy"
+    """Trackio project."""
+
+    trackio_run_name: str | None = None
+    """Name of the run in Trackio, which is continued if it exists. Unset: Trackio makes one up."""
+
+    trackio_space_id: str | None = None
+    """Space of Hugging Face that Trackio sends the run to. Unset: none."""
+
+    prometheus_port: Annotated[WholeNumber, Field(gt=0, lt=65536)] | None = None
+    """Port on which rank 0 shows the latest metrics to Prometheus, at /metrics. Unset: none."""
+
+    prometheus_host: str = "127.0.0.1"
+    """Address of that port; 0.0.0.0 for a Prometheus on another machine. There is no password."""
+
+    prometheus_textfile: PathText | None = None
+    """File, ending in .prom, for the textfile collector of Prometheus' node_exporter; replaced at each log line."""
 
     peak_theoretical_tflops: PositiveFloat | None = None
     """Peak TFLOP/s of one device; adds MFU to the log line. Unset: known in fp16 and bf16 for common GPUs."""
