@@ -41,8 +41,7 @@ def run(script: str, target: str) -> int:
 
 
 def _run(script: str, target: str) -> int | None:
-    from megatron.config.command_line import parse_command_line
-    from megatron.config.load import load_config
+    from megatron.config.command_line import configuration_of, parse_command_line
 
     name = Path(script).name
     command = parse_command_line(sys.argv[1:], script=name)
@@ -50,7 +49,7 @@ def _run(script: str, target: str) -> int | None:
         from megatron.launch.main import main as describe
 
         return describe([name, *sys.argv[1:]], Path(script).resolve().parent)
-    config = command.merged or load_config(command.files, command.folder, command.overrides, name)
+    config = configuration_of(command, [name, *sys.argv[1:]], name)
     module, function = target.split(":")
     getattr(import_module(module), function)(config)
     return None

@@ -10,10 +10,11 @@ import base64
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NoReturn
 
-from megatron.config.load import OVERRIDE, config_from_flat
+from megatron.config.load import OVERRIDE, config_from_flat, find_files, load_config
+from megatron.config.origin import Origin, origin_of
 from megatron.config.schema.config import Config
 from megatron.errors import UserError
 from megatron.files import is_file
@@ -91,19 +92,37 @@ def parse_command_line(argv: Sequence[str], script: str | None = None) -> Comman
     )
 
 
+def configuration_of(command: CommandLine, words: Sequence[str], script: str, *, planning: bool = False) -> Config:
+    """The configuration that a command names, with its origin, unless a launcher passed it on.
+
+    words: program and arguments. script, planning: as for `load_config`. Raises ConfigError.
+    """
+    if command.merged is not None:
+        return command.merged
+    config = load_config(command.files, command.folder, command.overrides, script, planning=planning)
+    paths, _ = find_files(command.files, command.folder)
+    return config.model_copy(update={"origin": origin_of(words, paths, command.overrides)})
+
+
 def merged_to_argument(config: Config) -> str:
     """Encode a configuration as one word, for the command line of a rank."""
-    text = json.dumps(config.to_flat(), separators=(",", ":"))
+    origin = None if config.origin is None else asdict(config.origin)
+    text = json.dumps([config.to_flat(), origin], separators=(",", ":"))
     return base64.urlsafe_b64encode(zlib.compress(text.encode(), level=9)).decode()
 
 
 def config_from_argument(argument: str) -> Config:
     """Decode what `merged_to_argument` wrote. Raises UserError for anything else."""
     try:
-        flat = json.loads(zlib.decompress(base64.urlsafe_b64decode(argument)))
+        flat, origin = json.loads(zlib.decompress(base64.urlsafe_b64decode(argument)))
     except (ValueError, zlib.error) as error:
         raise UserError(f"{MERGED_FLAG} is written by deepy.py, not by hand: {error}") from error
-    return config_from_flat(flat, "the configuration that the launcher passed on")
+    config = config_from_flat(flat, "the configuration that the launcher passed on")
+    if origin is None:
+        return config
+    listed = {name: tuple(origin[name]) for name in ("command", "overrides")}
+    files = tuple((path, text) for path, text in origin["files"])
+    return config.model_copy(update={"origin": Origin(**origin | listed | {"files": files})})
 
 
 def _parser(script: str | None) -> _Parser:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron import registry
-from megatron.config.command_line import DOORS, CommandLine, parse_command_line
-from megatron.config.load import load_config
+from megatron.config.command_line import DOORS, CommandLine, configuration_of, parse_command_line
 from megatron.config.resolve import resolve
 from megatron.config.schema.config import Config
 from megatron.errors import UserError, exit_code
@@ -30,9 +29,7 @@ def _main(arguments: Sequence[str], folder: Path) -> int:
     command = parse_command_line(arguments)
     script = find_script(command.script, folder)
     planning = command.print_config or command.dry_run
-    config = command.merged or load_config(
-        command.files, command.folder, command.overrides, script.name, planning=planning
-    )
+    config = configuration_of(command, ["deepy.py", *arguments], script.name, planning=planning)
     _check_master_address(config)
     if planning:
         print(_described(command, config, script))

@@ -44,6 +44,7 @@ from megatron.model.attention import describe_attention
 from megatron.model.gpt import gpt_layers
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.products import check_float8
+from megatron.record.start import Surroundings
 from megatron.resources import check_same_model, open_data, open_tokenizer
 from megatron.tokenizer.base import Tokenizer
 from megatron.training.batch import BatchBuilder, training_batches
@@ -56,6 +57,7 @@ from megatron.training.liveness import Liveness
 from megatron.training.loop import final_step, train_steps
 from megatron.training.schedule_change import resumed_changes
 from megatron.training.start import agreed, begin, check_writable, checkpoint_to_load
+from megatron.training.start_record import look_around, record_start
 from megatron.training.stopping import StopRequest, StopVote
 
 log = logging.getLogger(__name__)
@@ -80,18 +82,18 @@ def train(config: Config) -> None:
     """
     rank = int(os.environ.get("RANK", "0"))
     configure(rank)
-    request = StopRequest(config.launcher.time_limit_minutes)
+    request, surroundings = StopRequest(config.launcher.time_limit_minutes), look_around(config.log_folder)
     with SaveLock(Path(config.checkpoint.save) if config.checkpoint.save and rank == 0 else None) as lock:
         lock.take()  # before the folder is read: a run that is about to end may still save there
         prepared = prepare(config, int(os.environ.get("WORLD_SIZE", "1")))
         lock.take()  # `prepare` has created the folder if it was missing
-        _train(config, prepared, request)
+        _train(config, prepared, request, surroundings)
 
 
-def _train(config: Config, prepared: Prepared, request: StopRequest) -> None:
+def _train(config: Config, prepared: Prepared, request: StopRequest, surroundings: Surroundings | None) -> None:
     """Set the process group up, train, and report how the run ended. Collective."""
     with request.listening():
-        run, state = set_up(config, prepared)
+        run, state = set_up(config, prepared, surroundings)
         vote = StopVote(request, run.engine.grid.host_group)
         with told_end(run, vote):
             batches = training_batches(
@@ -194,8 +196,11 @@ def check_fits(config: Config, plan: Plan, tokenizer: Tokenizer, checkpoint: Pat
         check_same_run(config, tokenizer, checkpoint)
 
 
-def set_up(config: Config, prepared: Prepared) -> tuple[Run, TrainState]:
-    """Set the process group up, build the model and load the checkpoint. Collective."""
+def set_up(config: Config, prepared: Prepared, surroundings: Surroundings | None = None) -> tuple[Run, TrainState]:
+    """Set the process group up, build the model and load the checkpoint. Collective.
+
+    surroundings: for the record of the start, on rank 0.
+    """
     plan, liveness = prepared.plan, Liveness(Heartbeat.of_this_process())
     nondeterministic = be_deterministic() if plan.engine.deterministic else []
     grid = start_layout(plan.layout, config.launcher.distributed_backend)
@@ -218,6 +223,7 @@ def set_up(config: Config, prepared: Prepared) -> tuple[Run, TrainState]:
     events.record("resume" if state.step else "start", beginning, state.step)
     opened = (config, plan, prepared.tokenizer, prepared.sources, engine)
     run = Run(*opened, state.step, last_step, clock, liveness, events)
+    record_start(run, state, checkpoint, beginning, surroundings)
     return run, state
 
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from megatron.events import read_events
+from megatron.record.start import read_starts
 from tests.end_to_end.commands import SMALL, command, run
 from tests.end_to_end.processes import deepy, descendants, end, is_running, started, steps_done, wait_for
 
@@ -39,6 +40,10 @@ def test_a_signal_to_deepy_ends_the_run_with_a_checkpoint_that_it_goes_on_from(f
     ends = [(event.text, event.details) for event in events if event.kind == "finish"]
     assert ends == [(f"stopped by {number.name} at a step boundary", {"code": 0}), ("done", {"code": 0})]
     assert [event.kind for event in events if event.kind in ("start", "resume")] == ["start", "resume"]
+    first, second = read_starts(folder / "run" / "logs")
+    assert first.facts["command"] == ["deepy.py", "train.py", "small", MANY, "num_gpus=2"]
+    assert (first.facts["layout"]["world_size"], second.facts["layout"]["world_size"]) == (2, 1)
+    assert (second.step, second.facts["checkpoint"]) == (step, str(folder / "run" / f"global_step{step}"))
 
 
 @pytest.mark.long

@@ -6,10 +6,12 @@ Every key of the flat YAML is a field of one group (or `plugins`). For derived v
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from pydantic.fields import FieldInfo
 
+from megatron.config.origin import Origin
 from megatron.config.schema.data_keys import DataKeys
 from megatron.config.schema.generation_keys import GenerationKeys
 from megatron.config.schema.key_group import Group
@@ -58,6 +60,9 @@ class Config(Group):
 
     plugins: tuple[str, ...] = ()
     """Python modules whose DEEPY_REGISTRY adds names to the registry."""
+
+    origin: Annotated[Origin | None, Field(repr=False)] = None
+    """No key: the command and the files that the configuration was read from, for the record of a run."""
 
     @property
     def log_folder(self) -> str | None:
