@@ -1,18 +1,13 @@
 """Hook: end a run whose gradients have stopped being finite."""
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-
-import numpy as np
-import torch.distributed as dist
+from collections.abc import Callable, Mapping
 
 from megatron.checkpoint.state import TrainState
 from megatron.engine.deferred_read import DeferredScalar
 from megatron.errors import RunError
-from megatron.files import replaced_when_complete
 from megatron.training.hooks.base import NOTHING, FinishedStep, Hook, Run
+from megatron.training.sample_texts import keep_texts
 
 PATIENCE = 10
 # fp16: a dynamic loss scale that starts far too high is halved every few steps until it fits.
@@ -51,6 +46,11 @@ class Divergence(Hook):
             self._judge(*self._before)
         return NOTHING
 
+    def rewound(self, state: TrainState) -> None:
+        """Count anew."""
+        self._skipped = self._skipped_at_lowest = 0
+        self._before = None
+
     def _judge(self, step: FinishedStep, norm: DeferredScalar) -> None:
         skipped = not math.isfinite(norm.read())
         scale, lowest = step.output.loss_scale, self._lowest_scale
@@ -74,26 +74,6 @@ def divergence(run: Run) -> Divergence:
 
 
 def keep_batch(run: Run, state: TrainState) -> str:
-    """Write the samples of the step before `state` to the log folder, as JSON lines with number and text, on rank 0.
-
-    Returns a sentence for the user: which samples they are, and the file.
-    """
+    """Write the samples of the step before `state` to the log folder; returns a sentence that says which and where."""
     numbers = range(state.consumed_samples - run.plan.batch.global_size, state.consumed_samples)
-    sentence = f"The last batch of them was samples {numbers[0]:,} to {numbers[-1]:,}"
-    if run.config.log_folder is None:
-        return sentence
-    path = Path(run.config.log_folder) / f"bad_batch_step_{state.step}.jsonl"
-    try:
-        if dist.get_rank() == 0:
-            _write_samples(run, path, numbers)
-    except OSError as error:  # the divergence is what the user has to see
-        return f"{sentence}; their text cannot be written to {path}: {error.strerror}"
-    return f"{sentence}; their text is in {path}"
-
-
-def _write_samples(run: Run, path: Path, numbers: Sequence[int]) -> None:
-    source = run.sources.samples("train")
-    with replaced_when_complete(path) as file:
-        for number in numbers:
-            ids = np.atleast_2d(source[number])[0]  # a second row holds labels
-            file.write(json.dumps({"sample": number, "text": run.tokenizer.decode(ids.tolist())}) + "\n")
+    return f"The last batch of them was {keep_texts(run, f'bad_batch_step_{state.step}.jsonl', numbers)}"

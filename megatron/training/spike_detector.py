@@ -1,0 +1,56 @@
+"""Which of a series of losses are far above those before."""
+
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass
+
+# the standard deviation of a normal distribution, in median distances from its median
+DEVIATIONS_PER_DISTANCE = 1.4826
+# of the median: the least deviation, so that a loss that hardly changes has no spikes by rounding
+LEAST_DEVIATION = 1e-3
+
+
+@dataclass(frozen=True)
+class Jump:
+    """A loss that is far above those before. distance: in deviations; infinite for a loss that is no number."""
+
+    loss: float
+    median: float
+    deviation: float
+    distance: float
+
+
+class SpikeDetector:
+    """Compares a loss with the median and the deviation of the losses before, both of which outliers hardly move.
+
+    The deviation is 1.4826 times the median distance from the median (the scaled median absolute deviation).
+    """
+
+    def __init__(self, window: int, threshold: float) -> None:
+        """window: losses that are kept; nothing is a spike before half of them are there. threshold: in deviations."""
+        self.window, self.threshold = window, threshold
+        self._losses: deque[float] = deque(maxlen=window)
+
+    def jump(self, loss: float, goes_on: bool = False) -> Jump | None:
+        """How far `loss` is above those before, if that is more than the threshold.
+
+        goes_on: whether the loss before was, too; then half of the threshold is enough.
+        """
+        if 2 * len(self._losses) < self.window:
+            return None
+        median = statistics.median(self._losses)
+        distances = [abs(known - median) for known in self._losses]
+        deviation = max(DEVIATIONS_PER_DISTANCE * statistics.median(distances), LEAST_DEVIATION * abs(median))
+        distance = (loss - median) / deviation if math.isfinite(loss) and deviation else math.inf
+        threshold = self.threshold / 2 if goes_on else self.threshold
+        return Jump(loss, median, deviation, distance) if distance > threshold else None
+
+    def add(self, loss: float) -> None:
+        """Count `loss` among those that later ones are compared with, if it is a number."""
+        if math.isfinite(loss):
+            self._losses.append(loss)
+
+    def forget(self) -> None:
+        """Begin anew: the losses have reached another level."""
+        self._losses.clear()
