@@ -157,6 +157,8 @@ class OptimizerPlan:
     epsilon: float
     weight_decay: float
     gradient_clipping: float  # 0: off
+    skip_update: float | None = None  # deviations of the gradient norm; None: off
+    skip_update_window: int = 100  # norms
 
 
 @dataclass(frozen=True)

@@ -267,6 +267,8 @@ def _optimizer(config: Config) -> OptimizerPlan:
         epsilon=params.eps,
         weight_decay=config.optimizer.weight_decay if params.weight_decay is None else params.weight_decay,
         gradient_clipping=config.optimizer.gradient_clipping,
+        skip_update=config.recovery.skip_update,
+        skip_update_window=config.recovery.skip_update_window,
     )
 
 

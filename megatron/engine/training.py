@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.config.plan import EnginePlan, Plan
-from megatron.engine.clipping import GradientNorm, clip_and_skip
+from megatron.engine.clipping import GradientNorm, NormLimit, clip_and_skip
 from megatron.engine.compiling import compiled_layers, gather_whole_blocks, share_memory
 from megatron.engine.deepspeed_internals import (
     disable_gradient_averaging,
@@ -37,7 +37,7 @@ from megatron.engine.master_weights import MasterWeights
 from megatron.engine.model_parallel_unit import ModelParallelUnit
 from megatron.engine.modules import Sequential, cast_parameters, freeze_parameters, pipeline_module
 from megatron.engine.optimizer_state import OptimizerState, draw_initial_values
-from megatron.engine.phases import Timed, time_phases
+from megatron.engine.phases import Call, Timed, time_phases
 from megatron.engine.recompute import checkpoint_function
 from megatron.engine.settings import DTYPES, deepspeed_settings
 from megatron.engine.training_inference import TrainingInference
@@ -62,6 +62,7 @@ class StepOutput:
     loss: Tensor  # mean over the unmasked tokens of the global batch
     norm: Tensor  # of the gradients before the clip; not finite if the step was skipped
     loss_scale: float | None = None  # fp16 only
+    norm_limit: Tensor | None = None  # with `skip_update`: the norm above which the update was skipped; inf: none
 
     @property
     def skipped(self) -> bool:
@@ -144,8 +145,11 @@ class TrainingEngine:
             self._norm = lambda: norm.value
             if grid.size("replica") == 1:
                 disable_gradient_averaging(self._engine)
-        clip_and_skip(optimizer, self._norm, plan.optimizer.gradient_clipping, traits.on_device)
+        deviations, window = plan.optimizer.skip_update, plan.optimizer.skip_update_window
+        self._limit = None if deviations is None else NormLimit(deviations, window, grid.device)
+        clip_and_skip(optimizer, self._norm, plan.optimizer.gradient_clipping, traits.on_device, self._limit)
         frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+        self._optimizer = optimizer
         self.state = OptimizerState(self._engine.optimizer, optimizer, traits, masters, frozen)
         draw_initial_values(module, self.state)
 
@@ -153,6 +157,21 @@ class TrainingEngine:
     def grid(self) -> ParallelGrid:
         """The grid of ranks."""
         return self._grid
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The parameters this rank computes with; under ZeRO 3 they are empty between steps."""
+        return list(self._engine.module.parameters())
+
+    @property
+    def gradient_norms(self) -> dict[str, Any]:
+        """The norms that `skip_update` compares with, for a checkpoint; empty without it. Waits for the device."""
+        return {} if self._limit is None else self._limit.state
+
+    @gradient_norms.setter
+    def gradient_norms(self, values: dict[str, Any]) -> None:
+        if self._limit is not None:
+            self._limit.state = values
 
     @property
     def parameter_names(self) -> set[str]:
@@ -167,6 +186,15 @@ class TrainingEngine:
         """Wrap the functions of a training step (and an evaluation) in `timed(phase, function)`."""
         time_phases(self._engine, self._pipelined, timed)
 
+    def time_update(self, begin: Call, end: Call) -> None:
+        """Call `begin` and `end` around each update of this rank's own weights, during which no rank waits for another.
+
+        The clip that a fused optimizer computes with it is part of it. A step may have several: one for each group of
+        weights.
+        """
+        self._optimizer.register_step_pre_hook(begin)
+        self._optimizer.register_step_post_hook(end)
+
     def train_batch(self, micro_batches: Sequence[MicroBatch], *, step: int, learning_rate: float) -> StepOutput:
         """One optimizer step over this rank's micro-batches of a global batch. Collective over all ranks.
 
@@ -178,11 +206,14 @@ class TrainingEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.module.train()
+        if self._limit is not None:
+            self._limit.begin_step()
         batches = self._on_device(micro_batches)
         loss = self._engine.train_batch(batches) if self._pipelined else self._train_sequential(batches)
         # a float after an overflow
         norm = torch.as_tensor(self._norm(), dtype=torch.float32, device=self._grid.device)
-        return StepOutput(loss.detach(), norm, self._loss_scale())
+        limit = None if self._limit is None else self._limit.value
+        return StepOutput(loss.detach(), norm, self._loss_scale(), limit)
 
     def evaluate_batch(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """The mean loss over the micro-batches of all data-parallel ranks, without gradients. Collective."""

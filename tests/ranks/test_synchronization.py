@@ -58,6 +58,7 @@ CASES: dict[str, tuple[dict, dict[str, int]]] = {
     ),
     "pipeline": (BF16 | {"pipe": 2, "accumulation": 4}, {}),
     "pipeline zero1 x4": (BF16 | {"pipe": 2, "zero": 1, "accumulation": 4}, {}),
+    "skip_update": (BF16 | {"optimizer": {"skip_update": 3.0, "skip_update_window": 8}}, {}),
     "tensor": (BF16 | {"tensor": 2}, {}),
 }
 
@@ -137,7 +138,7 @@ def test_what_makes_the_host_wait_is_counted():
     run_ranks(1, wait_in_every_way)
 
 
-ON_A_GPU = ("bf16", "bf16 x4", "masked", "zero1", "zero1 x4", "zero2 x4")
+ON_A_GPU = ("bf16", "bf16 x4", "skip_update", "masked", "zero1", "zero1 x4", "zero2 x4")
 
 
 def steps_on_a_gpu() -> None:

@@ -375,6 +375,33 @@ def test_a_profile_needs_steps_and_a_folder(keys, problem):
     check(TRAINING | PROFILE | keys | {"save": "x"}, script="evaluate.py")
 
 
+REWIND = {"on_loss_spike": "rewind", "save": "x", "checkpoint_factor": 4, "keep_last_n_checkpoints": 4}
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"save": None}, r"on_loss_spike \(rewind\) goes back to a checkpoint, but save is not set"),
+        ({"checkpoint_factor": None}, r"without checkpoint_factor the only one is that of the end"),
+        (
+            {"keep_last_n_checkpoints": 3},
+            r"loss_spike_patience \(8\) and checkpoint_factor \(4\) needs keep_last_n_checkpoints of at least 4, not 3",
+        ),
+    ],
+)
+def test_a_rewind_finds_a_checkpoint(keys, problem):
+    check(TRAINING | REWIND)
+    with pytest.raises(ConfigError, match=problem):
+        check(TRAINING | REWIND | keys)
+    check(TRAINING | REWIND | keys | {"on_loss_spike": "warn"})
+
+
+def test_with_zero_3_there_are_no_replicas_to_compare():
+    check(TRAINING | {"check_replicas_interval": 10, "zero_optimization": {"stage": 2}})
+    with pytest.raises(ConfigError, match=r"with zero_optimization.stage 3 each element is held once"):
+        check(TRAINING | {"check_replicas_interval": 10, "zero_optimization": {"stage": 3}})
+
+
 def test_the_memory_of_a_run_needs_no_other_place_than_its_own():
     keys = {"profile": False, "memory_profiling": True, "memory_profiling_path": "memory", "log_dir": None}
     check(TRAINING | PROFILE | keys, script="train.py")

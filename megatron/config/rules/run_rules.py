@@ -13,6 +13,7 @@ from megatron.config.rules.data_rules import DATA_RULES
 from megatron.config.rules.evaluation_rules import EVALUATION_RULES
 from megatron.config.rules.generation_rules import GENERATION_RULES
 from megatron.config.rules.model_rules import MODEL_RULES
+from megatron.config.rules.recovery_rules import RECOVERY_RULES
 from megatron.config.rules.rule import Rule, rule
 from megatron.config.schema.config import Config
 from megatron.config.widths import feed_forward_width, head_size, is_gated, neox_gated_width, round_up
@@ -28,7 +29,7 @@ def broken_rules(config: Config, wrong: set[str], script: str | None = None, pla
     """
     needed = [
         rule
-        for rule in (*MODEL_RULES, *DATA_RULES, *EVALUATION_RULES, *GENERATION_RULES, *RUN_RULES)
+        for rule in (*MODEL_RULES, *DATA_RULES, *EVALUATION_RULES, *GENERATION_RULES, *RECOVERY_RULES, *RUN_RULES)
         if (not rule.scripts or script in rule.scripts) and (rule.for_plans or not planning)
     ]
     return [problem for rule in needed if not wrong.intersection(rule.keys) for problem in rule.check(config)]

@@ -16,6 +16,7 @@ from megatron.config.schema.data_keys import DataKeys
 from megatron.config.schema.generation_keys import GenerationKeys
 from megatron.config.schema.key_group import Group
 from megatron.config.schema.model_keys import ModelKeys, ParallelismKeys
+from megatron.config.schema.recovery_keys import RecoveryKeys
 from megatron.config.schema.run_keys import (
     AlertKeys,
     CheckpointKeys,
@@ -50,6 +51,7 @@ class Config(Group):
     data: DataKeys
     training: TrainingKeys
     checkpoint: CheckpointKeys
+    recovery: RecoveryKeys
     logging: LoggingKeys
     alerts: AlertKeys
     profiling: ProfilingKeys
