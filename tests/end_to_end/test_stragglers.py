@@ -1,0 +1,77 @@
+"""A rank that is slower than the other is named, with the phase in which it is slow."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from megatron.events import Event, read_events
+from tests.end_to_end.commands import SMALL, json_lines
+from tests.end_to_end.processes import deepy, end, process_of_rank, steps_done, wait_for
+
+LARGER = ("hidden_size=128", "seq_length=128", "num_layers=4", "train_iters=100000", "eval_iters=0", "log_interval=20")
+SLOW_READER = """
+import os, time
+
+DEEPY_REGISTRY = {}
+
+if os.environ.get("RANK") == "1":
+    from megatron.data.mock import MockStream
+    read = MockStream.tokens
+
+    def slow(self, start, length):
+        time.sleep(0.03)
+        return read(self, start, length)
+
+    MockStream.tokens = slow
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "small.yml").write_text(SMALL + "save: run\n")
+    return tmp_path
+
+
+def told_of(folder, phase: str) -> list[Event]:
+    """The events of stragglers in a phase."""
+    events = read_events(folder / "run" / "logs")
+    return [event for event in events if event.kind == "straggler" and event.details["phase"] == phase]
+
+
+@pytest.mark.long
+def test_a_rank_that_is_held_up_again_and_again_is_named(folder):
+    """As by a process that takes its turns on the same core: stopped half of the time, some 30 ms at once."""
+    with deepy(folder, "train.py", "small", *LARGER, "num_gpus=2") as process:
+        wait_for(lambda: steps_done(folder / "run") >= 1, process)
+        slowed = process_of_rank(1, process)
+        limit = time.monotonic() + 150
+        while not any(event.details["ranks"] == [1] for event in told_of(folder, "forward")):
+            assert time.monotonic() < limit, read_events(folder / "run" / "logs")
+            for number in (signal.SIGSTOP, signal.SIGCONT):
+                os.kill(slowed, number)
+                time.sleep(0.03)
+        code, out, err = end(process, signal.SIGTERM)
+    assert code == 0, err
+    event = next(event for event in told_of(folder, "forward") if event.details["ranks"] == [1])
+    assert event.text in out
+    assert f"rank 1 on {os.uname().nodename} is slow in the forward pass: " in event.text
+    assert event.details["seconds"] > 1.3 * event.details["others"]
+    rows = [row for row in json_lines(folder / "run" / "logs" / "metrics.jsonl") if "runtime/slowest_rank" in row]
+    assert rows[-1]["runtime/slowest_rank"] == 1
+    assert rows[-1]["runtime/slowest_rank_seconds"] > rows[-1]["runtime/fastest_rank_seconds"]
+
+
+@pytest.mark.long
+def test_a_rank_that_reads_slowly_is_named(folder, monkeypatch):
+    (folder / "slow_reader.py").write_text(SLOW_READER)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])))
+    words = ("num_gpus=2", "plugins=[slow_reader]", "log_interval=10", "eval_iters=0")
+    with deepy(folder, "train.py", "small", *words, "train_iters=60") as process:
+        code, out, err = end(process)
+    assert code == 0, err
+    (event,) = told_of(folder, "data")
+    assert event.details["ranks"] == [1] and event.step == 31, "known after three intervals, a step later"
+    assert "rank 1 on " in event.text and "is slow in reading data" in event.text
+    assert event.text in out
