@@ -62,7 +62,8 @@ def summary(checkpoint: Path) -> str:
     size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
     progress = read_document(checkpoint / "progress.json")
     counts = ", ".join(f"{progress.get(f'consumed_{name}', 0):,} {name}" for name in ("samples", "tokens"))
-    return f"{checkpoint.name}: {size / 2**20:,.1f} MiB, {counts}"
+    skipped = "".join(f", left out {first:,} to {end - 1:,}" for first, end in progress.get("skipped_samples", []))
+    return f"{checkpoint.name}: {size / 2**20:,.1f} MiB, {counts}{skipped}"
 
 
 def verify(checkpoints: list[Path]) -> int:

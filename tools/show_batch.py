@@ -70,7 +70,7 @@ def state_before(config: Config, step: int) -> TrainState:
     if not steps or folder is None:
         return TrainState()
     progress = json.loads((folder / checkpoint_name(steps[-1]) / "progress.json").read_text())
-    return TrainState(progress["step"], progress["consumed_samples"], progress["consumed_tokens"])
+    return TrainState.of(progress)
 
 
 def origin(sources: Sources, source: SampleSource, sample: int) -> str:

@@ -78,6 +78,7 @@ class CheckpointWriter:
             "optimizer_updates": self._engine.state.updates,
             "validation_loss": validation_loss,
             "loss_scale": self._engine.state.loss_scale,
+            "gradient_norms": self._engine.gradient_norms,
         }
         if self._snapshot is None:
             self._write(chunks, state.step, progress, is_best)
@@ -87,6 +88,11 @@ class CheckpointWriter:
             target=self._write_in_background, args=(self._snapshot, state.step, progress, is_best)
         )
         self._thread.start()
+
+    def save_again(self, state: TrainState) -> None:
+        """Replace the checkpoint of `state.step` by one of `state`, with the same validation loss. Collective."""
+        document = folders.read_document(folders.checkpoint_path(self._folder, state.step) / "progress.json")
+        self.save(state, document.get("validation_loss"))
 
     @property
     def asynchronous(self) -> bool:
@@ -185,7 +191,7 @@ def load_checkpoint(
     """
     document = folders.read_document(path / "progress.json")
     try:
-        progress = TrainState(*(int(document[name]) for name in ("step", "consumed_samples", "consumed_tokens")))
+        progress = TrainState.of(document)
         updates, loss_scale = document["optimizer_updates"], document["loss_scale"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path / 'progress.json'} does not hold the progress of a run ({in_words(error)})") from error
@@ -197,6 +203,7 @@ def load_checkpoint(
     if optimizer:
         engine.state.updates = updates
         engine.state.loss_scale = loss_scale
+        engine.gradient_norms = document.get("gradient_norms", {})
     return progress
 
 
@@ -303,10 +310,40 @@ def agree_on_checkpoint(
     raise folders.nothing_whole(path.parent)
 
 
-def _collective_damage(path: Path) -> list[str]:
-    """What is wrong with the content of a checkpoint; each rank hashes its share of the files. Collective."""
+def checkpoint_before(
+    folder: Path, step: int, state: TrainState, verify: folders.Verification = "quick"
+) -> Path | None:
+    """The newest whole checkpoint of at most `step` steps on the way to `state`; None if there is none. Collective.
+
+    Not on the way are checkpoints from before another rewind, which lack its range of skipped samples.
+    """
+    found: list[Any] = [_on_the_way(folder, step, state) if dist.get_rank() == 0 else []]
+    dist.broadcast_object_list(found, src=0)
+    for candidate in found[0]:
+        problems = _collective_damage(candidate, verify)
+        if not problems:
+            return Path(candidate)
+        log.warning("%s is damaged and not used: %s", candidate, "; ".join(problems))
+    return None
+
+
+def _on_the_way(folder: Path, step: int, state: TrainState) -> list[Path]:
+    """Checkpoints of at most `step` steps that skipped the samples that `state` has skipped, the newest first."""
+    paths = []
+    for path in folders.newest_first(folder):
+        try:
+            saved = TrainState.of(folders.read_document(path / "progress.json"))
+        except (UserError, KeyError, TypeError, ValueError):
+            continue
+        if saved.step <= step and saved.skipped_samples == state.skipped_samples:
+            paths.append(path)
+    return paths
+
+
+def _collective_damage(path: Path, verify: folders.Verification = "full") -> list[str]:
+    """What is wrong with the files of a checkpoint; each rank checks its share of them. Collective."""
     gathered: list[Any] = [None] * dist.get_world_size()
-    mine = folders.damage(path, "full", (dist.get_rank(), len(gathered)))
+    mine = folders.damage(path, verify, (dist.get_rank(), len(gathered)))
     dist.all_gather_object(gathered, mine)
     return sorted({problem for problems in gathered for problem in problems})
 

@@ -100,7 +100,7 @@ def open_checkpoint(folder: Path, iteration: int | None, changes: Mapping[str, A
     tokenizer = open_tokenizer(config)
     model = resolve(config, config.parallelism.model_parallel_size, tokenizer.vocab_size, inference=True).model
     document = read_document(path / "progress.json")
-    state = TrainState(*(int(document.get(name, 0)) for name in ("step", "consumed_samples", "consumed_tokens")))
+    state = TrainState.of({"step": 0, "consumed_samples": 0, "consumed_tokens": 0} | document)
     base = read_base(path)["path"] if model.lora is not None else None
     return TrainedWeights(
         model, checkpoint_weights(path), tokenizer, flat, state, document.get("validation_loss"), base

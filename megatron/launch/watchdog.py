@@ -6,16 +6,17 @@ from megatron.launch.protocol.heartbeat import CONVERSING, RankStatus
 
 MEDIANS = 10
 LEAST_SECONDS = 300.0
-# Start-up, the first step (which may compile) and a checkpoint take long without a beat.
+# Start-up, the first step (which may compile), a checkpoint and going back to one take long without a beat.
 PATIENT_SECONDS = 900.0
-PATIENT_PHASES = ("starting", "saving")
+PATIENT_PHASES = ("starting", "saving", "rewinding")
 
 
 class Watchdog:
     """Decides which ranks hang, by the age of their heartbeats.
 
     A step may take `timeout` seconds; if unset, ten times the running median of earlier steps, at least five minutes.
-    Start-up, the first step and saving get at least 15 minutes, a conversation any time. 0 turns the watchdog off.
+    Start-up, the first step, saving and rewinding get at least 15 minutes, a conversation any time. 0 turns the
+    watchdog off.
     """
 
     def __init__(self, timeout: float | None) -> None:

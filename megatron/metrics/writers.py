@@ -190,11 +190,12 @@ class MetricWriters:
         self._tell()
 
     def close(self) -> None:
-        """Let all writers finish; those in the background have `CLOSE_SECONDS` together."""
+        """Let all writers finish, once; those in the background have `CLOSE_SECONDS` together."""
         deadline = time.monotonic() + CLOSE_SECONDS
-        for outlet in self.outlets:
+        outlets, self.outlets = self.outlets, ()
+        for outlet in outlets:
             outlet.begin_closing()
-        for outlet in self.outlets:
+        for outlet in outlets:
             if (problem := outlet.close(deadline)) is not None:
                 self._report(outlet, problem, failed=True)
         self._tell()

@@ -7,6 +7,7 @@ from megatron.checkpoint.state import TrainState
 from megatron.metrics.writers import MetricWriters
 from megatron.optimizers.schedules import learning_rate
 from megatron.training.hooks.base import FinishedStep, Hook, MicroBatches, Run
+from megatron.training.rewinding import Rewinding
 from megatron.training.stopping import StopVote
 
 
@@ -17,22 +18,23 @@ def train_steps(
     hooks: Sequence[Hook],
     writers: MetricWriters,
     stop_vote: StopVote | None = None,
+    rewinding: Rewinding | None = None,
 ) -> TrainState:
     """Train from `state` until `run.last_step` steps are done, and return the state there. Collective over all ranks.
 
     batches: this rank's micro-batches, starting at `state.consumed_samples`. stop_vote: is held during every step but
-    the last, and may end the run with that step. After every step the hooks are called in turn, and what they return is
-    written as the step's metrics.
+    the last, and may end the run with that step, or have `rewinding` take it back. After every step the hooks are
+    called in turn, and what they return is written as the step's metrics.
     """
     batch, last_step = run.plan.batch, run.last_step
     with ExitStack() as closing:
         for hook in hooks:
             closing.callback(hook.close)
-            batches = hook.watched(batches)
+        batches = _watched(batches, hooks)
         while state.step < last_step:
             vote = stop_vote if state.step + 1 < last_step else None
             if vote is not None:
-                vote.begin()
+                vote.begin(rewinding.asked if rewinding else None)
             rate = learning_rate(run.plan.schedule, state.step)
             output = run.engine.train_batch(next(batches), step=state.step, learning_rate=rate)
             state = state.after_step(batch.global_size, batch.tokens_per_step)
@@ -44,7 +46,19 @@ def train_steps(
             writers.write(state.step, metrics)
             if stop:
                 break
+            if rewinding and vote and vote.spike and (back := rewinding.go_back(vote.spike, state)):
+                state = back
+                batches = _watched(rewinding.read_batches(state), hooks)
+                writers.close()
+                writers = rewinding.new_writers(state.step)
+                closing.callback(writers.close)
     return state
+
+
+def _watched(batches: Iterator[MicroBatches], hooks: Sequence[Hook]) -> Iterator[MicroBatches]:
+    for hook in hooks:
+        batches = hook.watched(batches)
+    return batches
 
 
 def final_step(done: int, train_iters: int, exit_interval: int | None) -> int:

@@ -50,11 +50,12 @@ from megatron.tokenizer.base import Tokenizer
 from megatron.training.batch import BatchBuilder, training_batches
 from megatron.training.clock import Clock
 from megatron.training.export import export_at_end
-from megatron.training.hooks.base import Run, build_hooks
+from megatron.training.hooks.base import MicroBatches, Run, build_hooks
 from megatron.training.hooks.profiling import ProfileRequest
 from megatron.training.identity import check_same_run
 from megatron.training.liveness import Liveness
 from megatron.training.loop import final_step, train_steps
+from megatron.training.rewinding import Rewinding
 from megatron.training.schedule_change import resumed_changes
 from megatron.training.start import agreed, begin, check_writable, checkpoint_to_load
 from megatron.training.start_record import look_around, record_start
@@ -96,15 +97,13 @@ def _train(config: Config, prepared: Prepared, request: StopRequest, surrounding
         run, state = set_up(config, prepared, surroundings)
         vote = StopVote(request, run.engine.grid.host_group)
         with told_end(run, vote):
-            batches = training_batches(
-                read_samples(run, state), BatchBuilder.of(run), run.plan.batch.accumulation_steps
-            )
-            batches = run.liveness.watched(batches, state.step)
+            batches = read_batches(run, state)
             hooks = build_hooks(run)
-            with closing(writers_of(run)) as writers:
+            rewinding = Rewinding(run, hooks, partial(read_batches, run), partial(writers_of, run))
+            with closing(writers_of(run, state.step)) as writers:
                 run.clock.lap()  # discard the time of the set-up
                 with work_begins():
-                    state = train_steps(run, state, batches, hooks, writers, vote)
+                    state = train_steps(run, state, batches, hooks, writers, vote, rewinding)
                     if prepared.export is not None and state.step == config.training.train_iters:
                         export_at_end(run, prepared.export, state)
             stop()
@@ -240,6 +239,12 @@ def _description(prepared: Prepared, grid: ParallelGrid) -> list[str]:
     ]
 
 
+def read_batches(run: Run, state: TrainState) -> Iterator[MicroBatches]:
+    """This rank's micro-batches of each step after `state`, reported to the watchdog."""
+    steps = training_batches(read_samples(run, state), BatchBuilder.of(run), run.plan.batch.accumulation_steps)
+    return run.liveness.watched(steps, state.step)
+
+
 def read_samples(run: Run, state: TrainState) -> Iterator[Tensor]:
     """This rank's micro-batches of token ids, int64 [b, s + 1], from `state.consumed_samples` on."""
     grid, batch = run.engine.grid, run.plan.batch
@@ -260,12 +265,12 @@ def _events_of(config: Config) -> EventLog:
     return EventLog(Path(config.log_folder) if config.log_folder and dist.get_rank() == 0 else None)
 
 
-def writers_of(run: Run) -> MetricWriters:
-    """The configured metric writers on rank 0, none elsewhere."""
+def writers_of(run: Run, first_step: int) -> MetricWriters:
+    """The configured metric writers on rank 0, for a run that goes on after `first_step` steps; none elsewhere."""
     if dist.get_rank() != 0:
         return MetricWriters()
     folder = Path(run.config.log_folder) if run.config.log_folder else None
-    return open_writers(WriterSettings(run.config.logging, folder, run.first_step, run.config.to_flat()), run.events)
+    return open_writers(WriterSettings(run.config.logging, folder, first_step, run.config.to_flat()), run.events)
 
 
 def _where_files_go(config: Config) -> list[str]:

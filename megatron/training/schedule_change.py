@@ -89,8 +89,8 @@ def _restoring(config: Config, before: Config, here: SchedulePlan, there: Schedu
 
 def _batch_changes(plan: Plan, written: Mapping[str, Any], state: TrainState) -> list[str]:
     size = written.get("train_batch_size")
-    if size is None and state.step and state.consumed_samples % state.step == 0:
-        size = state.consumed_samples // state.step
+    if size is None and state.step and state.trained_samples % state.step == 0:
+        size = state.trained_samples // state.step
     if size is None or size == plan.batch.global_size:
         return []
     return [

@@ -81,7 +81,11 @@ def begin(
         return TrainState(), f"starting at step 0 with the weights of {checkpoint} (finetune)"
     state = load_checkpoint(engine, checkpoint, optimizer=not keys.no_load_optim, base=base)
     without = ", without the optimizer's state (no_load_optim)" if keys.no_load_optim else ""
-    return state, f"resuming from {checkpoint}{without}: step {state.step}, {state.consumed_samples:,} samples seen"
+    left_out = ", ".join(f"{first:,} to {end - 1:,}" for first, end in state.skipped_samples)
+    return state, (
+        f"resuming from {checkpoint}{without}: step {state.step}, {state.trained_samples:,} samples seen"
+        f"{f', left out: {left_out}' if left_out else ''}"
+    )
 
 
 def _same(one: str, other: str) -> bool:

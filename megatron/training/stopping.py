@@ -1,8 +1,9 @@
-"""End a run early: on a signal, or at its limit of wall-clock time.
+"""End a run early: on a signal, or at its limit of wall-clock time. Or go back from a loss spike.
 
-All ranks must end after the same step, or the others hang in their next collective. So they vote in each step, by
-an all-reduce of the maximum over one number in host memory, which no device takes part in. It starts when a step begins
-and is read when the host has launched the step. Hence a run ends one step after the one in which the signal arrived.
+All ranks must act after the same step, or the others hang in their next collective. So they vote in each step, by
+an all-reduce of the maximum over three numbers in host memory, which no device takes part in. It starts when a step
+begins and is read when the host has launched the step. Hence a run ends one step after the one in which the signal
+arrived.
 """
 
 import logging
@@ -10,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 import torch
@@ -21,6 +23,14 @@ log = logging.getLogger(__name__)
 # A rank's vote is the number of a signal, or one of these.
 CONTINUE, TIME_LIMIT = 0, 1_000
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class Spike:
+    """Consecutive steps with a loss that is far too high, by their numbers from 1."""
+
+    first: int
+    last: int
 
 
 class StopRequest:
@@ -53,7 +63,7 @@ class StopRequest:
 
 
 class StopVote:
-    """Collective decision to stop, made while a step computes.
+    """Collective decision to stop, or to go back from a loss spike, made while a step computes.
 
     No vote is in flight between steps, when hooks act: torch's profiler, which one of them stops, corrupts memory if a
     collective is recorded meanwhile.
@@ -64,18 +74,24 @@ class StopVote:
         self._request, self._group = request, group
         self._pending: dist.Work | None = None
         self.outcome = CONTINUE
+        self.spike: Spike | None = None
 
-    def begin(self) -> None:
-        """Vote, as a step begins, on whether it is the last one. Collective over all ranks; does not wait."""
-        self._ballot: Tensor = torch.tensor(self._request.vote)
+    def begin(self, spike: Spike | None = None) -> None:
+        """Vote, as a step begins, on whether it is the last one. Collective over all ranks; does not wait.
+
+        spike: to go back from after this step, if this rank asks for it.
+        """
+        asked = (spike.first, spike.last) if spike else (0, 0)
+        self._ballot: Tensor = torch.tensor([self._request.vote, *asked])
         if dist.get_world_size() > 1:
             self._pending = dist.all_reduce(self._ballot, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def ends_run(self) -> bool:
-        """Whether the step is the last one; the same on all ranks. Waits for the vote that `begin` started."""
+        """Whether the step is the last one; the same on all ranks, as `spike` is from then on. Waits for the vote."""
         if self._pending is not None:
             self._pending.wait()
-        self.outcome = int(self._ballot)
+        self.outcome, first, last = self._ballot.tolist()
+        self.spike = Spike(first, last) if first else None
         return self.outcome != CONTINUE
 
     @property

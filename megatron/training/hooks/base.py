@@ -70,6 +70,12 @@ class Hook(ABC):
         """Wrap `batches`, to act before and after the batch of a step is loaded."""
         return batches
 
+    def before_rewind(self) -> None:  # noqa: B027  # most hooks have nothing under way
+        """Called before the run goes back to a checkpoint: finish what uses checkpoints or the process group."""
+
+    def rewound(self, state: TrainState) -> None:  # noqa: B027  # most hooks remember nothing
+        """Called when the run has gone back to `state`: forget the steps after it."""
+
     def close(self) -> None:  # noqa: B027  # most hooks have nothing to close
         """Called once when the loop has ended, by an exception or not."""
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.state import TrainState
 from megatron.config.flops import token_flops
 from megatron.metrics.interval import Interval, Workload, interval_metrics, log_line
 from megatron.metrics.peaks import peak_flops
@@ -48,6 +49,11 @@ class MetricsLog(Hook):
         known = {**step.metrics, **metrics}
         log.info("%s", log_line(step.state.step, self._last_step, known, on_gpu, self._work.float8))
         return metrics
+
+    def rewound(self, state: TrainState) -> None:
+        """Drop what was collected since the last line, and start a new interval."""
+        self._losses, self._norms = [], []
+        self._clock.lap()
 
 
 def mean_loss(losses: Sequence[float], skipped: Sequence[bool]) -> float:

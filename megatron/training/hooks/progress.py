@@ -9,6 +9,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from megatron.checkpoint.state import TrainState
 from megatron.logging import PROJECT
 from megatron.training.hooks.base import NOTHING, FinishedStep, Hook, Run
 
@@ -28,6 +29,11 @@ class ProgressBar(Hook):
         """Advance by one step."""
         self._bar.update()
         return NOTHING
+
+    def rewound(self, state: TrainState) -> None:
+        """Go back to the step of `state`."""
+        self._bar.n = state.step
+        self._bar.refresh()
 
     def close(self) -> None:
         """Remove the bar."""

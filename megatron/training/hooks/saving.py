@@ -82,6 +82,15 @@ class Saving(Hook):
         log.info("%s", text)
         self._events.record("checkpoint", text, state.step)
 
+    def before_rewind(self) -> None:
+        """Wait until everything is on disk."""
+        self._writer.finish()
+
+    def rewound(self, state: TrainState) -> None:
+        """Store which samples are left out, so that a run that resumes from this checkpoint knows."""
+        self._liveness.begin("saving")
+        self._writer.save_again(state)
+
     def close(self) -> None:
         """Wait until everything is on disk."""
         self._writer.finish()

@@ -1,0 +1,61 @@
+"""A run that went back goes on like one that was resumed from the same checkpoint, in every kind of engine."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron.checkpoint.folder import checkpoint_path
+from megatron.checkpoint.state import TrainState
+from megatron.checkpoint.store import CheckpointWriter, checkpoint_before, load_checkpoint
+from tests.ranks.moves import TIED, different_tensors, engine_of, run_steps, same_progress
+from tests.ranks.run import run_ranks
+
+SKIP = {"optimizer": {"skip_update": 6.0, "skip_update_window": 8}}
+KINDS: dict[str, dict[str, Any]] = {
+    "bf16": {"data": 2, "precision": "bf16"} | SKIP,
+    "zero1": {"data": 2, "zero": 1, "precision": "bf16"},
+    "zero3": {"data": 2, "zero": 3, "precision": "bf16"},
+}
+MORE_KINDS: dict[str, dict[str, Any]] = {
+    "fp32 tensor": {"tensor": 2, "model": TIED} | SKIP,
+    "zero2": {"data": 2, "zero": 2, "precision": "bf16", "accumulation": 2} | SKIP,
+    "zero1 summed": {"data": 2, "zero": 1, "precision": "bf16", "accumulation": 2},
+    "fp16": {"data": 2, "precision": "fp16"},
+    "pipeline": {"pipe": 2, "accumulation": 2, "model": TIED} | SKIP,
+    "pipeline zero1": {"pipe": 2, "zero": 1, "precision": "bf16", "accumulation": 2, "model": TIED},
+}
+
+
+def goes_back(folder: str, kinds: dict[str, dict[str, Any]]) -> None:
+    """Three steps and a checkpoint; two more and back; two more. And in a new engine: from the checkpoint two steps."""
+    for name, settings in kinds.items():
+        rewound, resumed = Path(folder, name, "rewound"), Path(folder, name, "resumed")
+        engine, plan = engine_of(settings)
+        state, _ = run_steps(engine, plan, TrainState(), 3)
+        writer = CheckpointWriter(engine, rewound, {})
+        writer.save(state, validation_loss=2.5)
+        away, _ = run_steps(engine, plan, state, 2)
+        assert checkpoint_before(rewound, 2, away) is None
+        found = checkpoint_before(rewound, 4, away)
+        assert found == checkpoint_path(rewound, 3)
+        back = load_checkpoint(engine, found).leaving_out(40)
+        writer.save_again(back)
+        assert checkpoint_before(rewound, 4, away) is None, "it is on the way to the new state only"
+        ended, _ = run_steps(engine, plan, back, 2)
+        writer.save(ended, validation_loss=2.5)
+
+        other, _ = engine_of(settings)
+        again = load_checkpoint(other, checkpoint_path(rewound, 3))
+        assert again == back == TrainState(3, 40, 384, ((24, 40),)), again
+        CheckpointWriter(other, resumed, {}).save(run_steps(other, plan, again, 2)[0], validation_loss=2.5)
+        if dist.get_rank() == 0:
+            pair = checkpoint_path(rewound, 5), checkpoint_path(resumed, 5)
+            assert different_tensors(*pair) == [], name
+            assert same_progress(*pair), name
+
+
+@pytest.mark.parametrize("kinds", [KINDS, pytest.param(MORE_KINDS, marks=pytest.mark.long)])
+def test_after_going_back_everything_is_as_in_a_new_process(kinds, tmp_path):
+    run_ranks(2, goes_back, str(tmp_path), kinds, timeout=200)
