@@ -53,8 +53,8 @@ class NormLimit:
         if self._judged:
             return
         self._judged = True
-        median = self._norms.nanmedian()
-        distance = (self._norms - median).abs().nanmedian()
+        median = _median(self._norms)
+        distance = _median((self._norms - median).abs())
         deviation = torch.maximum(DEVIATIONS_PER_DISTANCE * distance, LEAST_DEVIATION * median)
         enough = self._norms.isfinite().sum() * 2 >= len(self._norms)
         limit = torch.where(enough, median + self._deviations * deviation, torch.inf)
@@ -79,6 +79,16 @@ class NormLimit:
         filled = [math.nan] * (len(self._norms) - len(norms)) + norms
         self._norms = torch.tensor(filled, device=self._norms.device)
         self._in_a_row = torch.full_like(self._in_a_row, values.get("skipped_in_a_row", 0))
+
+
+def _median(values: Tensor) -> Tensor:
+    """The median of those of `values` [n] that are numbers, a scalar; torch.nanmedian is the lower of two middle ones.
+
+    The index is looked up on the device.
+    """
+    ordered, count = values.sort().values, values.isfinite().sum()  # what is no number comes last
+    middle = torch.stack(((count - 1) // 2, count // 2)).clamp(min=0, max=len(values) - 1)
+    return ordered.gather(0, middle).mean()
 
 
 def clip_and_skip(

@@ -12,6 +12,7 @@ from megatron.hugging_face.published import base_of_adapters
 from megatron.metrics.writers import MetricWriters
 from megatron.training.hooks.base import Hook, MicroBatches, Run
 from megatron.training.hooks.spikes import LossSpikes
+from megatron.training.reporting import report
 from megatron.training.sample_texts import keep_texts
 from megatron.training.stopping import Spike
 
@@ -79,8 +80,8 @@ class Rewinding:
             f"{spike.last}, which had {kept}; samples {first:,} to {next_sample - 1:,} are left out (rewind "
             f"{len(back.skipped_samples)} of at most {self.run.config.recovery.max_rewinds})"
         )
-        log.warning("%s", text)
-        self.run.events.record(
+        report(
+            self.run.events,
             "rewind",
             text,
             state.step,
@@ -92,7 +93,7 @@ class Rewinding:
         )
 
     def _stay(self, spike: Spike, state: TrainState) -> None:
-        log.warning(
+        log.info(  # rank 0 alone prints it
             "there is no whole checkpoint from before step %d in %s to go back to: the run goes on as it is",
             spike.first,
             self.run.config.checkpoint.save,

@@ -1,6 +1,5 @@
 """Hook: report updates that `skip_update` has skipped."""
 
-import logging
 import math
 from collections.abc import Mapping
 
@@ -8,8 +7,7 @@ from megatron.checkpoint.state import TrainState
 from megatron.engine.deferred_read import DeferredScalar
 from megatron.events import EventLog
 from megatron.training.hooks.base import FinishedStep, Hook, Run
-
-log = logging.getLogger(__name__)
+from megatron.training.reporting import report
 
 
 class SkippedUpdates(Hook):
@@ -48,8 +46,7 @@ class SkippedUpdates(Hook):
             f"the update of step {number} was skipped: its gradient norm, {norm:.4g}, is above {limit:.4g}, which is "
             f"{self._deviations:g} deviations above the median of the last norms (skip_update)"
         )
-        log.warning("%s", text)
-        self._events.record("skipped_update", text, number, norm=norm, limit=limit)
+        report(self._events, "skipped_update", text, number, norm=norm, limit=limit)
 
 
 def skipped_updates(run: Run) -> SkippedUpdates | None:

@@ -8,6 +8,7 @@ from megatron.config.schema.recovery_keys import RecoveryKeys
 from megatron.engine.deferred_read import DeferredScalar
 from megatron.events import EventLog
 from megatron.training.hooks.base import NOTHING, FinishedStep, Hook, Run
+from megatron.training.reporting import report
 from megatron.training.sample_texts import keep_texts
 from megatron.training.spike_detector import Jump, SpikeDetector
 from megatron.training.stopping import Spike
@@ -61,7 +62,7 @@ class LossSpikes(Hook):
     def close(self) -> None:
         """Warn if the run ends within a spike, which its last checkpoint then holds."""
         if self._spike is not None:
-            log.warning("the run ends within the loss spike that began at step %d", self._spike.first)
+            log.info("the run ends within the loss spike that began at step %d", self._spike.first)
 
     def _judge(self, step: FinishedStep, deferred: DeferredScalar) -> None:
         if self.asked is not None:
@@ -107,9 +108,8 @@ class LossSpikes(Hook):
         text += f"; the step had {samples}" if samples else ""
         if self._keys.on_loss_spike == "rewind" and not self._rewinds(state):
             text += f"; the run does not go back, as it has done so {len(state.skipped_samples)} times (max_rewinds)"
-        log.warning("%s", text)
         figures = {"loss": jump.loss, "median": jump.median, "deviation": jump.deviation}
-        self._events.record("spike", text, state.step, **figures)
+        report(self._events, "spike", text, state.step, **figures)
 
 
 def spikes(run: Run) -> LossSpikes | None:

@@ -12,7 +12,6 @@ A slow device is slow in the forward pass and in the update; where the forward p
 apart, the update can. A slow network is seen by none of these.
 """
 
-import logging
 import socket
 import statistics
 import time
@@ -30,9 +29,8 @@ from megatron.engine.phases import FORWARD, Call
 from megatron.events import EventLog
 from megatron.parallel.grid import ParallelGrid
 from megatron.training.hooks.base import NOTHING, FinishedStep, Hook, MicroBatches, Run
+from megatron.training.reporting import report
 from megatron.training.straggler_rule import INTERVALS, PHASES, Slow, StragglerRule, Times
-
-log = logging.getLogger(__name__)
 
 MOST_EVENTS = 20  # by one process
 LEAST_STEPS = 10  # in an interval
@@ -205,9 +203,16 @@ class Stragglers(Hook):
         )
         if self._reported == MOST_EVENTS:
             text += "; no more of this is reported"
-        log.warning("%s", text)
-        self._events.record(
-            "straggler", text, step, ranks=ranks, nodes=nodes, phase=phase, seconds=worst.seconds, others=worst.others
+        report(
+            self._events,
+            "straggler",
+            text,
+            step,
+            ranks=ranks,
+            nodes=nodes,
+            phase=phase,
+            seconds=worst.seconds,
+            others=worst.others,
         )
 
 
