@@ -165,3 +165,21 @@ def test_a_run_that_resumes_after_a_rewind_on_another_layout_reads_the_same_samp
     assert noted(folder, 2) == rest
     one, two = losses(folder / "rewound"), losses(folder / "moved")
     assert [two[step] for step in range(41, 61)] == pytest.approx([one[step] for step in range(41, 61)], abs=1e-5)
+
+
+@pytest.mark.long
+def test_two_ranks_go_back_together_while_checkpoints_are_written_in_the_background(folder, rewound):
+    words = ("save=two", "load=two", "train_data_paths=[poisoned]", "train_data_weights=[1.0]", "num_gpus=2")
+    keys = (
+        "on_loss_spike=rewind",
+        "async_save=true",
+        "num_workers=2",
+        "pipe_parallel_size=2",
+        "keep_last_n_checkpoints=3",
+    )
+    run(folder, "deepy.py", "train.py", "small", *words, *keys)
+    kinds = [event.kind for event in read_events(folder / "two" / "logs")]
+    assert kinds.count("rewind") == kinds.count("spike") == 1
+    one, two = losses(folder / "rewound"), losses(folder / "two")
+    assert list(two) == list(one) and list(two.values()) == pytest.approx(list(one.values()), abs=1e-3)
+    assert steps_in(folder / "two") == [40, 50, 60]

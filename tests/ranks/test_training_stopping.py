@@ -13,7 +13,7 @@ from megatron.engine.training import StepOutput
 from megatron.metrics.writers import MetricWriters
 from megatron.training.hooks.base import NOTHING, Hook
 from megatron.training.loop import train_steps
-from megatron.training.stopping import StopRequest, StopVote
+from megatron.training.stopping import Spike, StopRequest, StopVote
 from tests import tiny
 from tests.ranks.run import make_grid, run_ranks
 
@@ -60,6 +60,20 @@ def reaches_its_limit() -> None:
 
 def test_the_time_limit_of_one_rank_ends_all():
     run_ranks(2, reaches_its_limit)
+
+
+def goes_back_together() -> None:
+    vote = StopVote(StopRequest(None), make_grid().host_group)
+    seen = []
+    for asked in (None, Spike(4, 6), None):
+        vote.begin(asked if dist.get_rank() == 1 else None)
+        assert not vote.ends_run()
+        seen.append(vote.spike)
+    assert seen == [None, Spike(4, 6), None]
+
+
+def test_all_ranks_go_back_when_one_asks_to():
+    run_ranks(2, goes_back_together)
 
 
 class Engine:

@@ -11,6 +11,7 @@ from megatron.config.schema.recovery_keys import RecoveryKeys
 from megatron.engine.training import StepOutput
 from megatron.events import EventLog, read_events
 from megatron.training.hooks.base import FinishedStep
+from megatron.training.hooks.divergence import PATIENCE, Divergence
 from megatron.training.hooks.spikes import LossSpikes
 from megatron.training.spike_detector import SpikeDetector
 from megatron.training.stopping import Spike
@@ -83,6 +84,26 @@ def test_a_spike_is_over_when_the_loss_has_settled_and_only_then_the_run_goes_ba
 def test_a_spike_that_does_not_end_is_over_after_some_steps():
     hook = LossSpikes(keys(loss_spike_patience=5))
     assert judged(hook, [*USUAL, *[math.nan] * 9]) == [None] * 45 + [Spike(41, 45)] * 4
+
+
+def test_with_infinite_losses_a_run_goes_back_before_it_counts_as_diverged():
+    """The vote on going back is held in the step after `asked`, and acted on before the one after that."""
+    spikes, divergence = LossSpikes(keys()), Divergence(PATIENCE)
+    judged(spikes, USUAL)
+    state, voted = TrainState(len(USUAL)), False
+    for _ in range(20):
+        voted = spikes.asked is not None
+        state = state.after_step(4, 32)
+        step = FinishedStep(state, StepOutput(torch.tensor(math.nan), torch.tensor(math.nan)), 1e-3, is_last=False)
+        spikes.after_step(step)
+        divergence.after_step(step)
+        if voted:
+            break
+    assert voted
+    spikes.rewound(state)
+    divergence.rewound(state)
+    for _ in range(PATIENCE - 1):
+        divergence.after_step(step)
 
 
 def test_the_number_of_rewinds_is_limited_and_told(tmp_path):

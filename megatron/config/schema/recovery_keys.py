@@ -29,7 +29,7 @@ class RecoveryKeys(Group):
 
     loss_spike_patience: PositiveInt = 8
     """Steps after which a spike that has not ended counts as over: rewind goes back then, warn takes the losses as the
-    new level. Above 10, a run whose gradients are not finite ends before it can go back."""
+    new level. Above 8, a run whose gradients are not finite ends before it can go back."""
 
     max_rewinds: NotNegativeInt = 3
     """How often a run may go back, over all its restarts; later spikes are only reported."""

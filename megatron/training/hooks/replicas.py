@@ -86,8 +86,8 @@ def describe(everyone: list[tuple[str, dict[Slice, int]]]) -> tuple[str, dict[st
     for (name, _), values in holders.items():
         if len(set(values.values())) > 1:
             right, votes = Counter(values.values()).most_common(1)[0]
-            wrong = [rank for rank, value in values.items() if value != right or 2 * votes <= len(values)]
-            differing[tuple(wrong), tuple(rank for rank in values if rank not in wrong)].append(name)
+            outvoted = [rank for rank, value in values.items() if value != right or 2 * votes <= len(values)]
+            differing[tuple(outvoted), tuple(rank for rank in values if rank not in outvoted)].append(name)
     if not differing:
         return None
     sentences = []
