@@ -139,6 +139,7 @@ TABLE: dict[str, dict[str, str]] = {
         "replicas": "megatron.training.hooks.replicas:replicas",
         "validation": "megatron.training.hooks.validation:validation",
         "tasks": "megatron.training.hooks.tasks:tasks",
+        "samples": "megatron.training.hooks.samples:samples",
         "saving": "megatron.training.hooks.saving:saving",
         "progress": "megatron.training.hooks.progress:progress",
     },

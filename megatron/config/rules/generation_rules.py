@@ -29,6 +29,21 @@ def _prompts_have_a_source(config: Config) -> Iterator[str]:
         yield "chat (true) needs messages: from sample_input_file (or -i FILE), or with text_gen_type interactive"
 
 
+@rule(GENERATION_RULES, "sample_prompts", "sample_interval", "context_parallel_size", scripts=("train.py",))
+def _samples_in_training_have_prompts_and_steps(config: Config) -> Iterator[str]:
+    prompts, interval = config.generation.sample_prompts, config.generation.sample_interval
+    ranks = config.parallelism.context_parallel_size
+    if prompts and interval is None:
+        yield "sample_prompts needs sample_interval, the steps between two samples; set it, such as 1000"
+    if interval is not None and not prompts:
+        yield f"sample_interval ({interval}) needs sample_prompts, a list of texts or a file; set it, or leave both out"
+    if interval is not None and ranks > 1:
+        yield (
+            f"sample_interval ({interval}) excludes context_parallel_size ({ranks}), whose ranks hold parts of a "
+            "sequence; use generate.py on the checkpoints, or set context_parallel_size to 1"
+        )
+
+
 def broken_answer_rules(keys: AnswerKeys) -> Iterator[str]:
     """A message for each way in which the settings of a text exclude each other."""
     if keys.minimum_tokens > keys.maximum_tokens:

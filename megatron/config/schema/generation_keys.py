@@ -139,6 +139,13 @@ class GenerationKeys(AnswerKeys):
     prefill_chunk_size: PositiveInt = 512
     """Most tokens of prompts that are read in one forward pass."""
 
+    sample_prompts: tuple[str, ...] | PathText | None = None
+    """train.py: a list of texts that are continued during training, or a file of prompts as for sample_input_file. The
+    keys of this group up to return_logits say how. Unset: none."""
+
+    sample_interval: PositiveInt | None = None
+    """train.py: steps between continuations of sample_prompts, which are also continued after the last step."""
+
     quantization: Quantization | None = None
     """int8: generate and evaluate, on a CPU, with the weights of matrix products rounded to 8 bits, each output with
     its own scale. They take half the memory of 16 bits; bench/README.md has what it costs. Unset: as trained."""

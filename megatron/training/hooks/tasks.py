@@ -1,23 +1,19 @@
 """Hook: scores of tasks of the lm-evaluation-harness, every `eval_tasks_interval` steps."""
 
 import logging
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
 
-from megatron.engine.inference import InferenceEngine
 from megatron.generation.engine import Engine
 from megatron.generation.messages import Messages
 from megatron.harness.problems import refuse_unusable
 from megatron.harness.run import engine_settings, harness_options, model_on, open_harness, run_harness
 from megatron.harness.tasks import check_harness
 from megatron.inference import TrainedModel
+from megatron.training.decoding import decoding, kept_random_states
 from megatron.training.hooks.base import NOTHING, FinishedStep, Hook, Run
 
 log = logging.getLogger(__name__)
@@ -35,8 +31,8 @@ class TaskScores(Hook):
         """Score if due, and at the last step, unless the run is being stopped early. The metrics are rank 0's."""
         if step.is_stop or not step.is_due(self._interval):
             return NOTHING
-        with self._run.clock.paused(), kept_random_states(), self._run.engine.inference(self._begin) as inference:
-            results = self._results(inference)
+        with decoding(self._run, "evaluation of tasks") as model:
+            results = self._results(model)
         if results is None:
             return NOTHING
         from megatron.harness.results import as_table, metrics_of
@@ -44,16 +40,9 @@ class TaskScores(Hook):
         log.info("tasks at step %d\n%s", step.state.step, as_table(results))
         return metrics_of(results)
 
-    def _begin(self) -> None:
-        self._run.liveness.begin("evaluation of tasks")
-
-    def _results(self, inference: InferenceEngine) -> dict[str, Any] | None:
+    def _results(self, model: TrainedModel) -> dict[str, Any] | None:
         """The harness's results on rank 0. Collective."""
         run, keys = self._run, self._run.config.evaluation
-        on_gpu = inference.grid.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.empty_cache()  # for the keys and values
-        model = TrainedModel(inference, inference.grid, run.plan, run.tokenizer, few_widths=on_gpu)
         self._messages = self._messages or Messages()
         engine = Engine(model, engine_settings(keys, model.context), self._messages)
         if dist.get_rank() != 0:
@@ -63,17 +52,6 @@ class TaskScores(Hook):
         results = run_harness(asked, self._names, self._manager, **harness_options(keys))
         engine.close()
         return results
-
-
-@contextmanager
-def kept_random_states() -> Iterator[None]:
-    """Set all random generators back after the block: the harness seeds each of them."""
-    python, arrays = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        yield
-    random.setstate(python)
-    np.random.set_state(arrays)
 
 
 def tasks(run: Run) -> TaskScores | None:
