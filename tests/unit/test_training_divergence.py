@@ -11,9 +11,10 @@ from megatron.checkpoint.state import TrainState
 from megatron.data.build import build_sources
 from megatron.engine.training import StepOutput
 from megatron.errors import RunError
+from megatron.events import EventLog, read_events
 from megatron.tokenizer.build import build_tokenizer
 from megatron.training.hooks.base import FinishedStep
-from megatron.training.hooks.divergence import PATIENCE, divergence, keep_batch
+from megatron.training.hooks.divergence import PATIENCE, Divergence, divergence, keep_batch
 
 BATCH, SEQUENCE = 4, 8
 
@@ -26,7 +27,11 @@ def run(tmp_path, monkeypatch):
     sources = build_sources(data_impl="mock", seq_length=SEQUENCE, seed=1, vocab_size=tokenizer.vocab_size)
     plan = SimpleNamespace(batch=SimpleNamespace(global_size=BATCH), engine=SimpleNamespace(loss_scale=None))
     return SimpleNamespace(
-        plan=plan, sources=sources, tokenizer=tokenizer, config=SimpleNamespace(log_folder=str(tmp_path))
+        plan=plan,
+        sources=sources,
+        tokenizer=tokenizer,
+        config=SimpleNamespace(log_folder=str(tmp_path)),
+        events=EventLog(tmp_path),
     )
 
 
@@ -45,6 +50,22 @@ def test_the_batch_of_the_last_bad_step_is_told_and_written_out(run, tmp_path):
     path = tmp_path / "bad_batch_step_110.jsonl"
     assert f"was samples 436 to 439; their text is in {path}" in str(error.value)
     assert [json.loads(line) for line in path.read_text().splitlines()] == texts(run, range(436, 440))
+
+
+def test_the_first_of_some_bad_steps_in_a_row_is_an_event(run, tmp_path):
+    hook, norms = divergence(run), [1.0, math.nan, math.inf, 1.0, math.nan]
+    for step, norm in enumerate(norms, 1):
+        output = StepOutput(torch.tensor(1.0), torch.tensor(norm))
+        hook.after_step(FinishedStep(TrainState(step), output, 1e-3, is_last=step == len(norms)))
+    assert [(event.kind, event.step) for event in read_events(tmp_path)] == [("not_finite", 2), ("not_finite", 5)]
+
+
+def test_a_loss_scale_that_is_still_too_high_is_no_event(tmp_path):
+    hook = Divergence(PATIENCE, lowest_scale=1.0, events=EventLog(tmp_path))
+    for step, scale in enumerate((8.0, 4.0, 2.0, 1.0), 1):
+        output = StepOutput(torch.tensor(1.0), torch.tensor(math.inf), loss_scale=scale)
+        hook.after_step(FinishedStep(TrainState(step), output, 1e-3, is_last=step == 4))
+    assert [event.step for event in read_events(tmp_path)] == [4]
 
 
 def test_without_a_folder_for_logs_the_samples_are_told(run):

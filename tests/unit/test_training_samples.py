@@ -76,7 +76,7 @@ def test_texts_are_written_at_the_steps_that_are_due_and_at_the_end(hook_of, tmp
         ("samples", 8, {"prompts": 4}),
         ("samples", 9, {"prompts": 4}),
     ]
-    assert f'samples at step 8\n  "a b" -> {json.dumps(texts[0])}' in caplog.text
+    assert f'samples at step 8\n  "a b" -> {json.dumps(texts[0], ensure_ascii=False)}' in caplog.text
 
 
 def test_prompts_of_a_file_have_settings_of_their_own(hook_of, tmp_path):

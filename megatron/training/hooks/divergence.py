@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from megatron.checkpoint.state import TrainState
 from megatron.engine.deferred_read import DeferredScalar
 from megatron.errors import RunError
+from megatron.events import EventLog
 from megatron.training.hooks.base import NOTHING, FinishedStep, Hook, Run
+from megatron.training.reporting import report
 from megatron.training.sample_texts import keep_texts
 
 PATIENCE = 10
@@ -26,14 +28,15 @@ class Divergence(Hook):
         patience: int,
         write_batch: Callable[[TrainState], str] = lambda _: "",
         lowest_scale: float | None = None,
+        events: EventLog | None = None,
     ) -> None:
         """patience: steps in a row that may be skipped. write_batch: stores the batch of a step and says where.
 
-        lowest_scale: of fp16; while the loss scale is above it, more steps may be skipped.
+        lowest_scale: of fp16; while the loss scale is above it, more steps may be skipped, and none is an event.
         """
         self._patience = patience
         self._write_batch = write_batch
-        self._lowest_scale = lowest_scale
+        self._lowest_scale, self._events = lowest_scale, events or EventLog()
         self._skipped = self._skipped_at_lowest = 0
         self._before: tuple[FinishedStep, DeferredScalar] | None = None
 
@@ -57,6 +60,9 @@ class Divergence(Hook):
         falls = scale is not None and lowest is not None and scale > lowest
         self._skipped = self._skipped + 1 if skipped else 0
         self._skipped_at_lowest = self._skipped_at_lowest + 1 if skipped and not falls else 0
+        if self._skipped_at_lowest == 1:  # of a row of them
+            text = f"the gradients of step {step.state.step} were not finite, and the update was skipped"
+            report(self._events, "not_finite", text, step.state.step)
         if self._skipped_at_lowest >= self._patience or self._skipped >= PATIENCE_WHILE_THE_SCALE_FALLS:
             with_scale = "" if scale is None else f", loss scale {scale:g}{'' if falls else ', which is its lowest'}"
             raise RunError(
@@ -70,7 +76,7 @@ def divergence(run: Run) -> Divergence:
     """Registry entry: in every run."""
     scale = run.plan.engine.loss_scale
     lowest = None if scale is None else scale.minimum if scale.dynamic else scale.initial
-    return Divergence(PATIENCE, lambda state: keep_batch(run, state), lowest)
+    return Divergence(PATIENCE, lambda state: keep_batch(run, state), lowest, run.events)
 
 
 def keep_batch(run: Run, state: TrainState) -> str:
