@@ -233,21 +233,24 @@ class Lane:
 
     def _hidden(self, rows: Sequence[Row]) -> Tensor:
         """The input of the head, [b, s, h]."""
-        width = max(row.size for row in rows)
-        tokens = [row.text.window[row.start : row.start + row.size] for row in rows]
-        documents = None
-        if self._model.plan.model.keeps_documents_apart:
-            starts = [row.text.document_starts(row.start, row.size) for row in rows]
-            documents = torch.tensor([part + [0] * (width - len(part)) for part in starts])
+        slots, places = slots_of_step([row.slot for row in rows])
+        width, known = max(row.size for row in rows), dict(zip(places, rows, strict=True))
+        tokens = torch.zeros(len(slots), width, dtype=torch.int64)
+        documents = tokens.clone() if self._model.plan.model.keeps_documents_apart else None
+        for place, row in known.items():
+            tokens[place, : row.size] = torch.tensor(row.text.window[row.start : row.start + row.size])
+            if documents is not None:
+                documents[place, : row.size] = torch.tensor(row.text.document_starts(row.start, row.size))
+        every = [known.get(place) for place in range(len(slots))]
         self._cache.begin_step(
-            [row.slot for row in rows],
-            [row.start for row in rows],
-            [row.size for row in rows],
-            lengths=[row.text.whole for row in rows],
+            slots,
+            [0 if row is None else row.start for row in every],
+            [0 if row is None else row.size for row in every],
+            lengths=[(row or rows[0]).text.whole for row in every],
             document_start=documents,
         )
-        padded = torch.tensor([part + [0] * (width - len(part)) for part in tokens])
-        return self._model.hidden(padded, self._cache)
+        hidden = self._model.hidden(tokens, self._cache)
+        return hidden if len(slots) == len(rows) else hidden[places]
 
     def _logits(self, hidden: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
         """Float32 [n, v] at (row, column), of the ids that the tokenizer has.
@@ -258,6 +261,8 @@ class Lane:
 
     def _all_logits(self, hidden: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
         """Float32 [n, v] at (row, column), of all ids that the model has: its distribution is over all of them."""
+        if hidden.shape[1] == 1 and len(places) == hidden.shape[0]:
+            return self._model.logits_of(hidden.squeeze(1))
         rows, columns = torch.tensor(places, dtype=torch.int64, device=hidden.device).view(-1, 2).unbind(1)
         return self._model.logits_of(hidden[rows, columns])
 
@@ -298,3 +303,15 @@ class Lane:
         assert text is not None
         self._groups.pop(text.number, None)
         self._texts[slot], self._held[slot], self._freed[slot] = None, text.computed_ids, self._steps
+
+
+def slots_of_step(wanted: list[int]) -> tuple[list[int], list[int]]:
+    """The slots of a step with the `wanted` ones, ascending, and where each of these is among them.
+
+    The keys of slots in a row are used where they are, those of others are copied. So the slots between are computed
+    as well, for nothing, if they are no more than the wanted ones.
+    """
+    between = list(range(wanted[0], wanted[-1] + 1))
+    if len(between) > 2 * len(wanted):
+        return wanted, list(range(len(wanted)))
+    return between, [slot - wanted[0] for slot in wanted]

@@ -1,7 +1,7 @@
 """Python objects between ranks, in host memory; a sender does not wait for the receiver."""
 
 import pickle
-from collections.abc import Iterable
+from collections.abc import Collection
 from datetime import timedelta
 from typing import Any
 
@@ -20,8 +20,10 @@ class Messages:
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.get_world_size() > 1 else None
         self._leaving: list[tuple[dist.Work, Tensor]] = []  # a tensor must live until it has left
 
-    def send(self, message: Any, ranks: Iterable[int]) -> None:
+    def send(self, message: Any, ranks: Collection[int]) -> None:
         """Send `message` to each of `ranks`, by their number among all."""
+        if not ranks:
+            return
         self._leaving = [(work, tensor) for work, tensor in self._leaving if not work.is_completed()]
         body = torch.frombuffer(bytearray(pickle.dumps(message)), dtype=torch.uint8)
         for rank in ranks:

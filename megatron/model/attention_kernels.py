@@ -4,15 +4,15 @@ Shapes: b micro-batch, s queries, k keys (k >= s; the queries are the last s of 
 heads on this rank, d head size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megatron.config.plan import ModelPlan
@@ -27,15 +27,24 @@ MOST_SHAPES = (
     64  # that FlexAttention is compiled for (widths x windows x micro-batch sizes); beyond, it runs uncompiled
 )
 FLASH_TYPES = (torch.float16, torch.bfloat16)
-# cuDNN builds a graph for each number of keys, which changes with each token that is decoded
-kernels_for_decoding = partial(
-    sdpa_kernel, [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-)
-
 # What queries see: all keys up to their own, of which they are the last (None); by position; or by block, where that
 # is how the kernel computes.
 Visible = Positions | BlockMask | None
 Bias = ScoreBias | None  # what is added to the scores
+
+
+@contextmanager
+def kernels_for_decoding() -> Iterator[None]:
+    """Leave cuDNN out: it builds a graph for each number of keys, which changes with each token that is decoded.
+
+    torch's `sdpa_kernel` would do, and take a hundredth of a small model's step.
+    """
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
 class Attend(Protocol):
@@ -119,6 +128,15 @@ class ScaledDotProduct:
         if visible is None and (queries not in (1, keys) or (self.window or keys) < keys):
             visible = _in_order(queries, keys, query.device)
         mask = visible.visible(self.window) if visible else None
+        if queries == 1 and not query.is_cuda:
+            # in 16 bits torch's kernel takes 2 to 4 times as long as in fp32 with the conversion of the keys
+            mixed = self._of_queries(query.float(), key.float(), value.float(), mask, dropout)
+            return mixed.to(query.dtype)
+        return self._of_queries(query, key, value, mask, dropout)
+
+    def _of_queries(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+        """By the kernels of torch; without a mask one query sees all keys, and several are all there are."""
+        queries = query.shape[1]
         grouped = query.shape[2] != key.shape[2]
         if grouped and queries == 1:
             # the queries that share a key are its queries, so that any kernel can take them

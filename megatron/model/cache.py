@@ -54,7 +54,8 @@ class _Columns:
 
     size: int
     window: int | None
-    written: Tensor = field(default_factory=lambda: torch.empty(0))  # [b, s]; padding is written to column `size`
+    # [b, s], where padding is written to column `size`; a slice: the same columns for all rows
+    written: Tensor | slice = field(default_factory=lambda: slice(0))
     shown: int = 0  # columns that hold keys
     positions: StepPositions | None = None
 
@@ -90,7 +91,8 @@ class KVCache:
         self._values: dict[int, Tensor] = {}
         for layer in own:
             columns = self._of_layer[layer] = self._columns(model, layer)
-            shape = (slots, columns.size + 1, kv_heads, model.head_size)
+            # a head's keys are neighbours: a query reads them twice as fast as keys that alternate with other heads'
+            shape = (slots, kv_heads, columns.size + 1, model.head_size)
             self._keys[layer] = torch.zeros(shape, dtype=dtype, device=device)
             self._values[layer] = torch.zeros(shape, dtype=dtype, device=device)
         # the position after the last one that each slot has held since it was at 0: what of it rings have lost
@@ -137,36 +139,45 @@ class KVCache:
         for slot, begin, end in zip(slots, starts, ends, strict=True):
             if end > begin:
                 self._ends[slot] = max(self._ends[slot], end) if begin else end
-        steps = torch.arange(width)
-        begins, stops = torch.tensor(starts).unsqueeze(1), torch.tensor(ends).unsqueeze(1)
-        last = (stops - 1).clamp(min=0)
-        places = torch.minimum(begins + steps, last)  # padding sees what the last token sees
-        real = steps < stops - begins
+        last = [max(end - 1, 0) for end in ends]
+        # padding sees what the last token sees
+        ranges = [range(begin, begin + width) for begin in starts]
+        places = [[min(place, final) for place in row] for row, final in zip(ranges, last, strict=True)]
         start = None if document_start is None else document_start.to(self._device)
         first = start if self._reset_mask else None
-        self.positions = places.to(self._device)
+        self.positions = torch.tensor(places, device=self._device)
         self.lengths = tuple(lengths or [self.capacity] * len(slots))
-        self._indices = torch.tensor(slots, device=self._device).unsqueeze(1)
         in_a_row = list(slots) == list(range(slots[0], slots[0] + len(slots)))
-        self._rows = slice(slots[0], slots[0] + len(slots)) if in_a_row else self._indices.squeeze(1)
+        self._rows = slice(slots[0], slots[0] + len(slots)) if in_a_row else torch.tensor(slots, device=self._device)
+        self._indices = torch.tensor(slots, device=self._device).unsqueeze(1)
         even = len(set(sizes)) == 1 and len(set(ends)) == 1
         self._from_nothing = even and starts[0] == 0 and first is None
         for kind in self._kinds:
-            kind.written = torch.where(real, places % kind.size, kind.size).to(self._device)
+            column = starts[0] % kind.size
+            if even and in_a_row and column + width <= kind.size:
+                kind.written = slice(column, column + width)
+            else:
+                columns = [
+                    [place % kind.size if number < size else kind.size for number, place in enumerate(row)]
+                    for row, size in zip(places, sizes, strict=True)
+                ]
+                kind.written = torch.tensor(columns, device=self._device)
             kind.shown = min(kind.size, max(ends))
             kind.positions = self._positions(kind, last, even, even and (width == 1 or starts[0] == 0), first)
         if start is not None and self._reset_positions:
             self.positions = self.positions - start
 
     def _positions(
-        self, kind: _Columns, last: Tensor, even: bool, causal: bool, first: Tensor | None
+        self, kind: _Columns, last: Sequence[int], even: bool, causal: bool, first: Tensor | None
     ) -> StepPositions | None:
         """What queries of a kind of layers see; None: each one all keys up to its own, the cases with fast kernels."""
-        columns = torch.arange(kind.shown)
-        wrapped = kind.window is not None and int(last.max()) >= kind.size
+        wrapped = kind.window is not None and max(last) >= kind.size
         if causal and first is None and not wrapped:
             return None
-        keys = last - (last - columns) % kind.size if kind.window is not None else columns.unsqueeze(0)
+        keys = torch.arange(kind.shown).unsqueeze(0)
+        if kind.window is not None:
+            finals = torch.tensor(last).unsqueeze(1)
+            keys = finals - (finals - keys) % kind.size
         return StepPositions(self.positions, keys.to(self._device), first, in_order=even and not wrapped)
 
     def visibility(self, layer: int) -> Positions | None:
@@ -177,10 +188,13 @@ class KVCache:
         """Store a layer's keys and values [b, s, g, d] of this step; returns those of all tokens, [b, k, g, d]."""
         kind, stored = self._of_layer[layer], (self._keys[layer], self._values[layer])
         for tensor, new in zip(stored, (keys, values), strict=True):
-            tensor[self._indices, kind.written] = new
+            if isinstance(kind.written, slice):
+                tensor[self._rows, :, kind.written] = new.transpose(1, 2)
+            else:
+                tensor[self._indices, :, kind.written] = new
         if self._from_nothing:
             return keys, values
-        shown_keys, shown_values = (tensor[self._rows, : kind.shown] for tensor in stored)
+        shown_keys, shown_values = (tensor[self._rows, :, : kind.shown].transpose(1, 2) for tensor in stored)
         return shown_keys, shown_values
 
     def can_copy(self, slot: int, tokens: int) -> bool:
@@ -200,9 +214,9 @@ class KVCache:
             columns = slice(min(tokens, kind.size) if kind.window is None else kind.size)
             for stored in (self._keys[layer], self._values[layer]):
                 # one by one: a copy by lists of indices takes a hundred times as long on a CPU
-                parts = [stored[source, columns].clone() for source in sources]
+                parts = [stored[source, :, columns].clone() for source in sources]
                 for target, part in zip(targets, parts, strict=True):
-                    stored[target, columns] = part
+                    stored[target, :, columns] = part
 
 
 def bytes_of_slot(

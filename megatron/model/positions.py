@@ -102,13 +102,20 @@ class RotaryTable:
             self.short = min(self.positions, self.scaling.original_positions)
         self.tables = self._tables(self.short)
         self.long_tables = self._tables(self.positions) if self.positions > self.short else None
+        # the positions of the last step of decoding, which all layers share, and what was looked up for them
+        self._known: tuple[Tensor | None, tuple[Tensor, Tensor]] = (None, self.tables)
 
     def __call__(self, heads: Tensor, positions: Tensor | None = None, lengths: Sequence[int] | None = None) -> Tensor:
         """Rotate queries or keys [b, s, ..., d] by their positions, in fp32; returns the input's type.
 
         lengths: of the whole sequences, by which dynamic and longrope scaling choose the frequencies; unset: s.
         """
-        cosine, sine = self._cosine_and_sine(heads, positions, lengths or [heads.shape[1]])
+        if positions is None or torch.compiler.is_compiling():
+            cosine, sine = self._cosine_and_sine(heads, positions, lengths or [heads.shape[1]])
+        else:
+            if self._known[0] is not positions:
+                self._known = positions, self._cosine_and_sine(heads, positions, lengths or [heads.shape[1]])
+            cosine, sine = self._known[1]
         if self.interleaved:
             pairs, rest = heads.split([self.width, heads.shape[-1] - self.width], dim=-1)
             first, second = pairs.unflatten(-1, (-1, 2)).unbind(-1)

@@ -26,12 +26,16 @@ class ParallelGrid:
     sequence_parallel: bool = False  # tensor-parallel ranks shard the sequence between the matrices
     host_group: dist.ProcessGroup | None = None  # all ranks, for tensors in host memory; None: the default group
     groups: dict[Axis, dist.ProcessGroup] = field(default_factory=dict, init=False, compare=False, repr=False)
+    sizes: dict[Axis, int] = field(default_factory=dict, init=False, compare=False, repr=False)
+    ranks: dict[Axis, int] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Look the groups up once: DeviceMesh takes a tenth of a small model's step of decoding to find them."""
+        """Look everything up once: DeviceMesh takes a tenth of a small model's step of decoding to find it."""
         for axis in (*AXES, "replica"):
             mesh, name = self._mesh_of(axis)
             self.groups[axis] = mesh.get_group(name)
+            self.sizes[axis] = mesh.size((mesh.mesh_dim_names or ()).index(name))
+            self.ranks[axis] = mesh.get_local_rank(name)
 
     @classmethod
     def create(
@@ -59,13 +63,11 @@ class ParallelGrid:
 
     def size(self, axis: Axis) -> int:
         """Number of ranks along `axis`."""
-        mesh, name = self._mesh_of(axis)
-        return mesh.size((mesh.mesh_dim_names or ()).index(name))
+        return self.sizes[axis]
 
     def rank(self, axis: Axis) -> int:
         """This rank's index along `axis`, from 0."""
-        mesh, name = self._mesh_of(axis)
-        return mesh.get_local_rank(name)
+        return self.ranks[axis]
 
     def group(self, axis: Axis) -> dist.ProcessGroup:
         """The process group of this rank along `axis`."""

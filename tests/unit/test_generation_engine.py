@@ -306,3 +306,11 @@ def test_beams_that_cannot_be_computed_are_refused_all_at_once(small_model):
             prompt("hello", 12, beams=Beams(3), sampling=SAMPLED, stop_strings=("x",))
         )
     assert len(str(error.value).splitlines()) >= 3
+
+
+@pytest.mark.parametrize(
+    ("wanted", "slots", "places"),
+    [([3], [3], [0]), ([1, 2], [1, 2], [0, 1]), ([1, 4], [1, 2, 3, 4], [0, 3]), ([1, 5], [1, 5], [0, 1])],
+)
+def test_few_slots_between_are_computed_for_nothing_and_many_are_left_out(wanted, slots, places):
+    assert lane_module.slots_of_step(wanted) == (slots, places)

@@ -59,7 +59,7 @@ def test_a_layer_with_a_window_keeps_only_what_its_queries_see(grid, name, step)
     decoded = read_in_steps(module, tokens, cache, [step] * (LENGTH // step))[..., : model.vocab_size]
     assert_near(decoded, true_logits(module, tokens, model))
     layer, expected = model.attention_kinds.index("local"), model.sliding_window - 1 + step
-    assert cache._keys[layer].shape[1] == expected + 1  # and a column for what padding would write
+    assert cache._keys[layer].shape[2] == expected + 1  # and a column for what padding would write
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -125,7 +125,7 @@ def test_slots_may_change_places():
     for slot in range(3):
         cache._keys[0][slot] = slot
     cache.copy([1, 2, 2], [0, 1, 2], 4)
-    assert cache._keys[0][:, :4].mean((1, 2, 3)).tolist() == [1, 2, 2]
+    assert cache._keys[0][:, :, :4].mean((1, 2, 3)).tolist() == [1, 2, 2]
 
 
 def test_tokens_that_do_not_fit_are_refused():
