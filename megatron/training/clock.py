@@ -1,10 +1,13 @@
-"""Time spent training, without validation and saving."""
+"""Time spent training, without validation and saving; and time spent waiting for samples."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 class Clock:
@@ -35,3 +38,18 @@ class Clock:
         now = time.perf_counter()
         self._elapsed += now - self._since
         self._since = now
+
+
+class ReadingTime:
+    """Seconds that this rank has waited for the loader of its samples, in which no rank waits for another."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def watched(self, items: Iterator[T]) -> Iterator[T]:
+        """`items`, which have no end, with the time that each takes added up."""
+        while True:
+            begun = time.perf_counter()
+            item = next(items)
+            self.seconds += time.perf_counter() - begun
+            yield item

@@ -241,7 +241,8 @@ def _description(prepared: Prepared, grid: ParallelGrid) -> list[str]:
 
 def read_batches(run: Run, state: TrainState) -> Iterator[MicroBatches]:
     """This rank's micro-batches of each step after `state`, reported to the watchdog."""
-    steps = training_batches(read_samples(run, state), BatchBuilder.of(run), run.plan.batch.accumulation_steps)
+    samples = run.reading.watched(read_samples(run, state))
+    steps = training_batches(samples, BatchBuilder.of(run), run.plan.batch.accumulation_steps)
     return run.liveness.watched(steps, state.step)
 
 

@@ -6,6 +6,7 @@ from itertools import count
 import pytest
 import torch
 
+from megatron.training.clock import ReadingTime
 from megatron.training.hooks.stragglers import Spans, StepTimes
 from megatron.training.straggler_rule import INTERVALS, Slow, StragglerRule, Times
 
@@ -56,12 +57,14 @@ def test_ranks_are_compared_with_those_of_the_same_stage():
 def test_only_what_happens_within_a_step_is_timed(monkeypatch):
     clock = count()  # one second later each time
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
-    times = StepTimes(torch.device("cpu"))
+    reading = ReadingTime()
+    times = StepTimes(torch.device("cpu"), reading)
+    batches = reading.watched(count())
     forward = times.forward.timed("forward", lambda: None)
     assert times.forward.timed("backward", forward) is forward, "nothing else is wrapped"
     for _ in range(3):
         times.begin_step()
-        times.begin_training()
+        next(batches)
         forward()
         forward()
         times.update.begin()
@@ -69,8 +72,8 @@ def test_only_what_happens_within_a_step_is_timed(monkeypatch):
         times.end_step()
         forward()  # a validation
     times.begin_step()
-    # from the beginning of a step to the next one the clock is read 8 times
-    assert times.take() == [1.0, 2.0, 1.0, 8.0]
+    # from the beginning of a step to the next one the clock is read 9 times
+    assert times.take() == [1.0, 2.0, 1.0, 9.0]
     assert times.take() == [0.0] * 4
 
 

@@ -16,7 +16,7 @@ from megatron.data.build import Sources
 from megatron.engine.training import MicroBatch, StepOutput, TrainingEngine
 from megatron.events import EventLog
 from megatron.tokenizer.base import Tokenizer
-from megatron.training.clock import Clock
+from megatron.training.clock import Clock, ReadingTime
 from megatron.training.liveness import Liveness
 
 NOTHING: Mapping[str, float] = {}
@@ -28,7 +28,7 @@ class Run:
     """A training run that is set up.
 
     clock: measures training; a slow hook pauses it. liveness: a slow hook reports its phase to it. events: a file and
-    listeners on rank 0, nothing elsewhere.
+    listeners on rank 0, nothing elsewhere. reading: measures the loader of samples.
     """
 
     config: Config
@@ -41,6 +41,7 @@ class Run:
     clock: Clock
     liveness: Liveness = field(default_factory=Liveness)
     events: EventLog = field(default_factory=EventLog)
+    reading: ReadingTime = field(default_factory=ReadingTime)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Ranks wait for each other in every step, so a step takes equally long on all of them. What differs is the time that a
 rank needs by itself, and that can only be measured where it waits for no other:
 
-data        reading the samples of a step: never waits
+data        waiting for the loader of this rank's samples: never waits for a rank
 forward     the forward pass: waits for the ranks with which it shares a replica (tensor and context parallelism, and
             under ZeRO 3 for all), which then are as slow as the slowest of them
 update      the optimizer's update of this rank's own weights: never waits, but is short
@@ -28,6 +28,7 @@ from megatron.checkpoint.state import TrainState
 from megatron.engine.phases import FORWARD, Call
 from megatron.events import EventLog
 from megatron.parallel.grid import ParallelGrid
+from megatron.training.clock import ReadingTime
 from megatron.training.hooks.base import NOTHING, FinishedStep, Hook, MicroBatches, Run
 from megatron.training.reporting import report
 from megatron.training.straggler_rule import INTERVALS, PHASES, Slow, StragglerRule, Times
@@ -88,24 +89,19 @@ class Spans:
 class StepTimes:
     """The times of this rank since they were last taken."""
 
-    def __init__(self, device: torch.device) -> None:
-        """device: of this rank."""
+    def __init__(self, device: torch.device, reading: ReadingTime) -> None:
+        """device: of this rank. reading: counts the time of its loader."""
         self.forward, self.update = Spans(device), Spans(device)
-        self._data = 0.0
+        self._reading, self._read = reading, reading.seconds
         self._steps: list[float] = []  # seconds from beginning to beginning
         self._begun: float | None = None
 
     def begin_step(self) -> None:
-        """The samples of a step are about to be read."""
+        """A step begins: its samples are about to be read."""
         now = time.perf_counter()
         if self._begun is not None:
             self._steps.append(now - self._begun)
         self._begun = now
-
-    def begin_training(self) -> None:
-        """The samples have been read."""
-        assert self._begun is not None
-        self._data += time.perf_counter() - self._begun
         self.forward.is_open = self.update.is_open = True
 
     def end_step(self) -> None:
@@ -117,9 +113,9 @@ class StepTimes:
     def take(self) -> list[float]:
         """Seconds per step, in the order of `Times`, and start anew. Of whole steps the median: some also save."""
         steps = max(len(self._steps), 1)
-        sums = (self._data, self.forward.seconds, self.update.seconds)
+        sums = (self._reading.seconds - self._read, self.forward.seconds, self.update.seconds)
         taken = [*(seconds / steps for seconds in sums), statistics.median(self._steps or [0.0])]
-        self._data, self.forward.seconds, self.update.seconds, self._steps = 0.0, 0.0, 0.0, []
+        self._read, self.forward.seconds, self.update.seconds, self._steps = self._reading.seconds, 0.0, 0.0, []
         return taken
 
 
@@ -145,9 +141,7 @@ class Stragglers(Hook):
             self._times.begin_step()
             if self._is_due:
                 self._exchange()
-            batch = next(batches)
-            self._times.begin_training()
-            yield batch
+            yield next(batches)
 
     def after_step(self, step: FinishedStep) -> Mapping[str, float]:
         """Judge what was exchanged during the step; return the figures of an interval with the next metrics."""
@@ -231,7 +225,7 @@ def stragglers(run: Run) -> Stragglers | None:
         return None
     nodes: list[Any] = [None] * world
     dist.all_gather_object(nodes, socket.gethostname(), group=engine.grid.host_group)
-    times = StepTimes(engine.grid.device)
+    times = StepTimes(engine.grid.device, run.reading)
     engine.time_phases(times.forward.timed)
     engine.time_update(times.update.begin, times.update.end)
     return Stragglers(engine.grid, times, run.config.logging.log_interval, nodes, run.events)
