@@ -183,3 +183,13 @@ def test_two_ranks_go_back_together_while_checkpoints_are_written_in_the_backgro
     one, two = losses(folder / "rewound"), losses(folder / "two")
     assert list(two) == list(one) and list(two.values()) == pytest.approx(list(one.values()), abs=1e-3)
     assert steps_in(folder / "two") == [40, 50, 60]
+
+
+@pytest.mark.long
+def test_without_a_checkpoint_from_before_the_spike_the_run_goes_on(folder):
+    words = ("save=nowhere", "load=nowhere", "train_data_paths=[poisoned]", "train_data_weights=[1.0]")
+    said = run(folder, "train.py", "small", *words, "on_loss_spike=rewind", "checkpoint_factor=55").stdout
+    assert f"there is no whole checkpoint from before step {POISONED[0]} in nowhere to go back to" in said
+    assert list(losses(folder / "nowhere")) == list(range(1, STEPS + 1))
+    kinds = [event.kind for event in read_events(folder / "nowhere" / "logs")]
+    assert "rewind" not in kinds and kinds.count("spike") == 1

@@ -59,3 +59,24 @@ def goes_back(folder: str, kinds: dict[str, dict[str, Any]]) -> None:
 @pytest.mark.parametrize("kinds", [KINDS, pytest.param(MORE_KINDS, marks=pytest.mark.long)])
 def test_after_going_back_everything_is_as_in_a_new_process(kinds, tmp_path):
     run_ranks(2, goes_back, str(tmp_path), kinds, timeout=200)
+
+
+def passes_over_damage(folder: str) -> None:
+    engine, plan = engine_of({})
+    writer, state = CheckpointWriter(engine, Path(folder), {}), TrainState()
+    for _ in range(2):
+        state, _ = run_steps(engine, plan, state, 1)
+        writer.save(state)
+    first, second = (checkpoint_path(Path(folder), step) for step in (1, 2))
+    assert checkpoint_before(Path(folder), 9, state) == second
+    (written,) = (second / "state").glob("*.distcp")
+    written.write_bytes(written.read_bytes()[:-1])
+    assert checkpoint_before(Path(folder), 9, state) == first
+    (written,) = (first / "state").glob("*.distcp")
+    written.write_bytes(bytes(written.stat().st_size))
+    assert checkpoint_before(Path(folder), 9, state) == first, "the size is as it was"
+    assert checkpoint_before(Path(folder), 9, state, "full") is None
+
+
+def test_damaged_checkpoints_are_passed_over(tmp_path):
+    run_ranks(1, passes_over_damage, str(tmp_path))
