@@ -31,7 +31,7 @@ def test_a_rank_that_is_slow_for_three_intervals_is_told_once(phase, seconds):
     assert told(rule, [times] * 9) == []
 
 
-@pytest.mark.parametrize(("phase", "seconds"), [("data", 0.02), ("forward", 0.12), ("update", 0.0125)])
+@pytest.mark.parametrize(("phase", "seconds"), [("data", 0.02), ("forward", 0.125), ("update", 0.0125)])
 def test_what_hardly_costs_a_step_anything_is_not_told(phase, seconds):
     assert told(StragglerRule([0, 0]), [[USUAL, slow(phase, seconds)]] * 9) == []
 
