@@ -141,6 +141,7 @@ TABLE: dict[str, dict[str, str]] = {
         "tasks": "megatron.training.hooks.tasks:tasks",
         "samples": "megatron.training.hooks.samples:samples",
         "saving": "megatron.training.hooks.saving:saving",
+        "report": "megatron.training.hooks.report:report",
         "progress": "megatron.training.hooks.progress:progress",
     },
     "metric_writer": {

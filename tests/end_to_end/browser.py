@@ -23,9 +23,11 @@ class Page:
         """Open an empty page. The descriptors are those of the browser's pipes."""
         self._to, self._from = os.fdopen(to_browser, "wb"), os.fdopen(from_browser, "rb")
         self._last, self._rest, self._session = 0, b"", None
+        self.complaints: list[str] = []  # errors and warnings on the console, uncaught exceptions
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        self.call("Page.enable")
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: object) -> dict[str, Any]:
         """Call a method of the protocol, and return its result."""
@@ -45,8 +47,17 @@ class Page:
             piece = self._from.read1(65536)
             assert piece, "the browser has ended"
             self._rest += piece
-        message, _, self._rest = self._rest.partition(b"\0")
-        return json.loads(message)
+        text, _, self._rest = self._rest.partition(b"\0")
+        message = json.loads(text)
+        told = message.get("params", {})
+        complains = {
+            "Runtime.exceptionThrown": True,
+            "Runtime.consoleAPICalled": told.get("type") in ("error", "warning", "assert"),
+            "Log.entryAdded": told.get("entry", {}).get("level") in ("error", "warning"),
+        }
+        if complains.get(message.get("method")):
+            self.complaints.append(text.decode())
+        return message
 
     def open(self, url: str) -> None:
         """Load a page, and wait until it is complete."""
@@ -72,17 +83,36 @@ class Page:
 
     def press(self, key: str, control: bool = False) -> None:
         """Press a key, such as Enter or Tab."""
-        codes = {"Enter": 13, "Escape": 27, "Tab": 9, " ": 32, "ArrowRight": 39}
+        codes = {"Enter": 13, "Escape": 27, "Tab": 9, " ": 32, "ArrowLeft": 37, "ArrowRight": 39, "0": 48, "+": 187}
         event = {"key": key, "code": key, "windowsVirtualKeyCode": codes[key], "modifiers": 2 if control else 0}
         self.call("Input.dispatchKeyEvent", type="rawKeyDown", **event)
         self.call("Input.dispatchKeyEvent", type="keyUp", **event)
 
-    def click(self, selector: str) -> None:
-        """Click the middle of an element."""
+    def _place(self, selector: str, across: float = 0.5) -> tuple[float, float]:
+        """Where in the window an element is: `across` of its width from the left, in the middle of its height."""
+        self.value(f"document.querySelector({selector!r}).scrollIntoView({{ block: 'center', behavior: 'instant' }})")
         rectangle = f"document.querySelector({selector!r}).getBoundingClientRect()"
-        box = self.value(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({rectangle})")
-        for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
+        x, y = self.value(f"(r => [r.x + r.width * {across}, r.y + r.height / 2])({rectangle})")
+        return x, y
+
+    def hover(self, selector: str, across: float = 0.5) -> None:
+        """Move the mouse onto an element."""
+        x, y = self._place(selector, across)
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def click(self, selector: str, times: int = 1) -> None:
+        """Click the middle of an element, once or twice in a row."""
+        x, y = self._place(selector)
+        for count in range(1, times + 1):
+            for kind in ("mousePressed", "mouseReleased"):
+                self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=count)
+
+    def drag(self, selector: str, begin: float, end: float) -> None:
+        """Drag the mouse over an element, from one part of its width to another."""
+        for kind, across in (("mousePressed", begin), ("mouseMoved", (begin + end) / 2), ("mouseMoved", end)):
+            x, y = self._place(selector, across)
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
+        self.call("Input.dispatchMouseEvent", type="mouseReleased", x=x, y=y, button="left", clickCount=1)
 
     def show_as(self, width: int, height: int, scheme: str) -> None:
         """The size of the window, and whether the user prefers light or dark."""
@@ -90,6 +120,11 @@ class Page:
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def printed(self) -> bytes:
+        """The page as a PDF, on paper of A4."""
+        sheet = {"paperWidth": 8.27, "paperHeight": 11.69, "preferCSSPageSize": True}
+        return base64.b64decode(self.call("Page.printToPDF", **sheet)["data"])
 
     def screenshot(self, path: Path) -> None:
         """Write a picture of what is shown."""

@@ -32,6 +32,7 @@ optimizer: {type: Adam, params: {lr: 1e-2}}
 eval_interval: 10
 eval_iters: 2
 log_interval: 1
+report: false
 """
 
 

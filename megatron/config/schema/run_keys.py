@@ -105,6 +105,10 @@ class LoggingKeys(Group):
     use_csv: bool = False
     """Also write metrics.csv beside metrics.jsonl: a row of step, name and value for each value."""
 
+    report: bool = True
+    """Write report.html, with report.md and report.csv, to log_dir (or logs in save) after each checkpoint and at the
+    end, in a process of the lowest priority (docs/watching.md)."""
+
     tensorboard_dir: PathText | None = None
     """Folder for TensorBoard event files. Unset: none."""
 
