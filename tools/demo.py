@@ -58,6 +58,7 @@ def summarise(seconds: float) -> int:
         f"held-out loss    {loss:.3f} nats per token: {entropy - loss:.3f} below, {GAIN} was asked for\n"
         f"data             data/stdlib\n"
         f"checkpoints      {CHECKPOINTS} (metrics and logs in {CHECKPOINTS}/logs)\n"
+        f"report           {CHECKPOINTS}/logs/report.html\n"
         f"evaluation       {newest.relative_to(ROOT)}\n"
         f"samples          out.txt; the first of them:\n{sample['context']}{sample['text'] or ''}"
     )
