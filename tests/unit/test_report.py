@@ -60,13 +60,17 @@ def test_a_growing_file_is_followed_line_by_line(tmp_path):
     assert losses(file) == [(1, 4.0), (2, 3.0), (3, 2.5)] and not file.is_cut and not file.damaged
 
 
-def test_a_file_that_was_replaced_is_read_again(tmp_path):
-    file = MetricsFile(make_run(tmp_path, line(1, 4.0), line(2, 3.0)) / "metrics.jsonl")
+def test_a_file_that_was_replaced_or_emptied_is_read_again(tmp_path):
+    path = make_run(tmp_path, line(1, 4.0), line(2, 3.0)) / "metrics.jsonl"
+    file = MetricsFile(path)
     file.update()
-    (tmp_path / "new").write_text(line(1, 5.0))
-    (tmp_path / "new").rename(tmp_path / "metrics.jsonl")
+    (tmp_path / "new").write_text(line(1, 5.0) + line(2, 6.0) + line(3, 7.0))
+    (tmp_path / "new").rename(path)
     file.update()
-    assert losses(file) == [(1, 5.0)]
+    assert losses(file) == [(1, 5.0), (2, 6.0), (3, 7.0)]
+    path.write_text(line(1, 8.0))
+    file.update()
+    assert losses(file) == [(1, 8.0)]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +119,14 @@ def test_tokens_and_training_time_follow_from_rates_also_where_the_batch_grows(t
     assert record.seconds.tolist() == [5, 10, 15]
 
 
+def test_tokens_are_those_that_the_run_recorded(tmp_path):
+    rates = {"runtime/iteration_time": 0.5, "runtime/tokens_per_sec": 200.0}
+    validation = json.dumps({"step": 15, "validation/lm_loss": 3.0}) + "\n"
+    rows = [line(step, 4.0, **rates, **{"train/tokens": tokens}) for step, tokens in ((10, 700), (20, 1500))]
+    record = read(make_run(tmp_path, rows[0], validation, rows[1]))
+    assert record.tokens is not None and record.tokens.tolist() == [700, 1100, 1500]
+
+
 def test_without_rates_there_are_steps_alone(tmp_path):
     record = read(make_run(tmp_path, line(1, 4.0)))
     assert record.tokens is None and record.seconds is None
@@ -132,7 +144,7 @@ def test_of_each_stretch_the_extremes_and_a_gap_are_kept(values, stretches):
     assert list(points) == sorted(points) and {0, (len(values) - 1) * 3} <= points.keys()
     assert all(value == values[step // 3] or math.isnan(values[step // 3]) for step, value in points.items())
     if means is None:
-        assert len(points) == len(values) <= 2 * stretches
+        assert len(points) == len(values) <= 4 * stretches
         return
     assert len(points) <= 3 * stretches + 2
     size = -(-len(values) // stretches)

@@ -14,9 +14,11 @@ const GROUPS = [
   ["Scores of tasks", /^(tasks|evaluation)\//, false],
   ["Learning rate", /^train\/learning_rate$/, false],
   ["Gradient norm", /^train\/grad_norm$/, true],
+  ["Norm of the weights", /^train\/param_norm$/, false],
   ["Gradient noise scale", /noise_scale/, true],
   ["Loss scale", /^train\/loss_scale$/, false],
   ["Skipped updates", /^train\/skipped_steps$/, false],
+  ["Epochs", /^train\/epochs(\/|$)/, false],
   ["Tokens per second", /^runtime\/tokens_per_sec$/, true],
   ["Utilization of the peak", /flops_utilization$/, true],
   ["FLOP/s per device", /flops_per_sec_per_gpu$/, true],
@@ -44,7 +46,7 @@ function made(tag, properties = {}, ...children) {
 function table(content, label, tall = false, wordy = false) {
   const head = made("tr", {}, ...content.header.map(text => made("th", { scope: "col" }, text)));
   const rows = content.rows.map(row => made("tr", {},
-    ...row.map((text, place) => place ? made("td", {}, text) : made("th", { scope: "row" }, text))));
+    ...row.map((text, place) => place || !text ? made("td", {}, text) : made("th", { scope: "row" }, text))));
   const element = made("table", { className: "figures" + (wordy ? " wordy" : "") }, made("thead", {}, head), made("tbody", {}, ...rows));
   const region = made("div", { className: "scroll" + (tall ? " tall" : ""), tabIndex: 0, role: "region", "aria-label": label });
   if (content.rows.length) region.append(element);
@@ -138,7 +140,7 @@ function charts() {
       : line(name, false, { label: "validation", points: true, dash: [6, 4], colour: single ? "--c1" : null }));
     found.push({ key: "loss", title: "Loss", wide: true, lines, aside: losses.includes(LOSS) });
   }
-  take(name => name === PERPLEXITY);  // the exponential of what is drawn
+  take(name => [PERPLEXITY, "train/tokens", "train/samples"].includes(name));  // what others show already
   const add = (title, members, smooth, rest) => {
     if (single && members.length <= COLOURS) {
       const lines = members.map((name, number) => line(name, smooth, { colour: `--c${number}` }));
@@ -211,11 +213,11 @@ function visibleMarks() {
 
 function logTicks(low, high) {
   const decades = Math.log10(high / low);
-  if (decades < 1) {
+  if (high / low < 2) {  // as on a linear axis
     const step = 10 ** Math.floor(Math.log10((high - low) / 3)), size = [1, 2, 5, 10].map(m => m * step).find(s => (high - low) / s <= 6);
     return Array.from({ length: Math.floor(high / size) - Math.ceil(low / size) + 1 }, (_, i) => Number(((Math.ceil(low / size) + i) * size).toPrecision(12)));
   }
-  const ticks = [], each = decades < 3 ? [1, 2, 5] : [1], skip = Math.ceil(decades / 8);
+  const ticks = [], each = decades < 1 ? [1, 1.5, 2, 3, 4, 5, 6, 8] : decades < 3 ? [1, 2, 5] : [1], skip = Math.ceil(decades / 8);
   for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
     if (power % skip === 0) for (const m of each) { const tick = Number(`${m}e${power}`); if (tick >= low && tick <= high) ticks.push(tick); }
   }
@@ -367,7 +369,7 @@ function showCharts() {
   for (const chart of wanted) {
     let card = cards.get(chart.key);
     if (!card) {
-      const heading = made("h3", {}, chart.title), plot = made("div", { className: "plot", tabIndex: 0, role: "group" }), near = made("p", { className: "near" });
+      const heading = made("h2", {}, chart.title), plot = made("div", { className: "plot", tabIndex: 0, role: "group" }), near = made("p", { className: "near" });
       card = { plot, near, element: made("div", { className: "card" + (chart.wide ? " wide" : "") }, heading, plot, near) };
       plot.addEventListener("keydown", event => press(card, event));
       cards.set(chart.key, card);
@@ -413,7 +415,7 @@ function showTexts() {
     `${several ? `${run.name}: ` : ""}${run.rows.toLocaleString("en")} steps with metrics; curves show the smallest and the largest value of each stretch.`));
   const left = report.left_out.length ? [made("p", { className: "note" }, `No room for ${report.left_out.length} metrics: ${report.left_out.slice(0, 20).join(", ")}${report.left_out.length > 20 ? ", ..." : ""}`)] : [];
   const tiles = ([row]) => [made("dl", { className: "tiles" }, ...report.overview.header.slice(1).map((name, place) => made("div", { className: row[place + 1].length > 16 ? "long" : "" }, made("dt", {}, name), made("dd", {}, row[place + 1]))))];
-  const overview = several ? table(report.overview, "Overview") : tiles(report.overview.rows);
+  const overview = several ? table(report.overview, "The runs side by side", false, true) : tiles(report.overview.rows);
   byId("overview").replaceChildren(made("div", { className: "card" }, ...overview, ...thin, ...left, ...notes));
   const parts = [];
   if (report.difference) parts.push(made("section", { className: "card long" }, made("h2", {}, "Differences of the configurations"), ...table(report.difference, "Differences of the configurations", true)));
