@@ -174,8 +174,10 @@ def _marks(run: RunRecord) -> list[dict[str, Any]]:
         step = step if event.step is None else event.step
         placed.append((step, event))
     told = {step for step, event in placed if event.kind in ("skipped_update", "not_finite")}
-    skipped = run.metrics.get("train/skipped_steps")
-    if skipped is not None:
+    for name in ("train/skipped_steps", "train/skipped_updates"):
+        skipped = run.metrics.get(name)
+        if skipped is None:
+            continue
         for step, count in zip(skipped.steps.tolist(), skipped.values.tolist(), strict=True):
             if count > 0 and step not in told:
                 text = f"{count:.0f} update{'s' if count > 1 else ''} skipped"

@@ -173,7 +173,8 @@ def _tokens(steps: Steps, metrics: dict[str, Series]) -> Numbers | None:
     """Tokens trained until each step: as recorded, or else those of a step follow from its time and its rate."""
     recorded = metrics.get("train/tokens")
     if recorded is not None and not np.isnan(recorded.values).any():
-        return np.interp(steps, np.append(0, recorded.steps), np.append(0.0, recorded.values))
+        tokens: Numbers = np.interp(steps, np.append(0, recorded.steps), np.append(0.0, recorded.values))
+        return tokens
     seconds, rate = metrics.get("runtime/iteration_time"), metrics.get("runtime/tokens_per_sec")
     if seconds is None or rate is None:
         return None

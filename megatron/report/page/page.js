@@ -17,13 +17,14 @@ const GROUPS = [
   ["Norm of the weights", /^train\/param_norm$/, false],
   ["Gradient noise scale", /noise_scale/, true],
   ["Loss scale", /^train\/loss_scale$/, false],
-  ["Skipped updates", /^train\/skipped_steps$/, false],
+  ["Skipped updates", /^train\/skipped_(steps|updates)$/, false],
   ["Epochs", /^train\/epochs(\/|$)/, false],
   ["Tokens per second", /^runtime\/tokens_per_sec$/, true],
   ["Utilization of the peak", /flops_utilization$/, true],
   ["FLOP/s per device", /flops_per_sec_per_gpu$/, true],
   ["Memory", /mem(ory)?(_|\/|$)/, false],
   ["Seconds per step", /^runtime\/iteration_time$/, true],
+  ["Seconds per step, of the slowest and the fastest rank", /_rank_seconds$/, true],
   ["Seconds per step, by phase", /^runtime\/.*_seconds$/, true],
 ];
 const LOSS = "train/lm_loss", HELD_OUT = "validation/lm_loss", PERPLEXITY = "validation/lm_loss_ppl";
