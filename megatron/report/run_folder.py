@@ -13,6 +13,7 @@ import numpy as np
 from megatron.errors import UserError
 from megatron.events import EVENTS_FILE, Event, read_events
 from megatron.files import is_file, is_folder
+from megatron.record.start import STARTS, Start, read_starts
 from megatron.report.metrics_file import MetricsFile, Numbers, Series, Steps
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class RunRecord:
 
     steps: with metrics, ascending [n]. tokens, seconds: trained until each of them, None if the files do not tell; the
     seconds are those of training, without validation, saving and interruptions. set_aside: the training loss of steps
-    that were trained again, a series for each time. starts: start.json of the first start and of each resume. config:
+    that were trained again, a series for each time. starts: as recorded, the first and each resume. config:
     flat keys. config_files: the text of each as given. notes: what is wrong with the files, for people.
     """
 
@@ -50,7 +51,7 @@ class RunRecord:
     seconds: Numbers | None = None
     set_aside: list[Series] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
-    starts: list[dict[str, Any]] = field(default_factory=list)
+    starts: list[Start] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     config_files: dict[str, str] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
@@ -77,7 +78,7 @@ class RunFolder:
         if self._metrics.damaged and not len(self._metrics):
             raise UserError(f'{path} holds no metrics: none of its lines is a JSON object with "step"')
         steps, metrics, gone = self._metrics.split()
-        starts = list(_starts(self.path))
+        starts = read_starts(self.path)
         config, files = _configuration(self.path, starts)
         return RunRecord(
             name=self.name,
@@ -218,18 +219,12 @@ def _text(path: Path) -> str | None:
         return None
 
 
-def _starts(folder: Path) -> Iterator[dict[str, Any]]:
-    for path in sorted((folder / "starts").glob("*/start.json")):
-        if start := _object(path):
-            yield start | {"folder": path.parent}
-
-
-def _configuration(folder: Path, starts: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
+def _configuration(folder: Path, starts: Sequence[Start]) -> tuple[dict[str, Any], dict[str, str]]:
     """The configuration of the last start, and its files as given; else that of the newest checkpoint around."""
     for start in reversed(starts):
-        if isinstance(start.get("config"), dict):
-            paths = sorted((start["folder"] / "config").glob("*"))
-            return start["config"], {path.name: text for path in paths if (text := _text(path)) is not None}
+        if isinstance(config := start.facts.get("config"), dict):
+            paths = sorted((start.folder / "config").glob("*"))
+            return config, {path.name: text for path in paths if (text := _text(path)) is not None}
     checkpoints = sorted(folder.parent.glob("global_step*/config.json"), key=_step_of_checkpoint)
     return (_object(checkpoints[-1]), {}) if checkpoints and folder.name == "logs" else ({}, {})
 
@@ -239,7 +234,7 @@ def _step_of_checkpoint(path: Path) -> int:
     return int(digits) if digits else -1
 
 
-def _events(folder: Path, starts: Sequence[dict[str, Any]]) -> list[Event]:
+def _events(folder: Path, starts: Sequence[Start]) -> list[Event]:
     """The events, with types as promised; those of resumes say whether the layout has changed."""
     events = [
         Event(event.kind, str(event.text), _whole(event.step), _number(event.time), event.details)
@@ -248,12 +243,12 @@ def _events(folder: Path, starts: Sequence[dict[str, Any]]) -> list[Event]:
     return [_with_layout(event, starts) if event.kind == "resume" else event for event in events]
 
 
-def _with_layout(event: Event, starts: Sequence[dict[str, Any]]) -> Event:
+def _with_layout(event: Event, starts: Sequence[Start]) -> Event:
     """`event`, a resume, with the change of the layout in its text, if the record of the starts shows one."""
-    numbers = [number for number, start in enumerate(starts) if abs(_number(start.get("time")) - event.time) < 60]
+    numbers = [number for number, start in enumerate(starts) if abs(_number(start.facts.get("time")) - event.time) < 60]
     if not numbers or numbers[-1] == 0:
         return event
-    before, after = (starts[number].get("layout") for number in (numbers[-1] - 1, numbers[-1]))
+    before, after = (starts[number].facts.get("layout") for number in (numbers[-1] - 1, numbers[-1]))
     if not isinstance(before, dict) or not isinstance(after, dict):
         return event
     changes = [
@@ -285,6 +280,6 @@ def _number(value: Any) -> float:
 
 def modified(folder: Path) -> object:
     """Changes when a file that a report is made from does."""
-    paths = [folder / name for name in (METRICS_FILE, EVENTS_FILE, SAMPLES_FILE, "starts")]
+    paths = [folder / name for name in (METRICS_FILE, EVENTS_FILE, SAMPLES_FILE, STARTS)]
     found = [path.stat() if path.exists() else None for path in paths]
     return [status and (status.st_ino, status.st_mtime_ns, status.st_size) for status in found]

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -53,7 +53,7 @@ def overview(runs: Sequence[RunRecord]) -> Table:
 
 
 def _overview_row(run: RunRecord) -> dict[str, str]:
-    start: dict[str, Any] = run.starts[-1] if run.starts else {}
+    start: Mapping[str, Any] = run.starts[-1].facts if run.starts else {}
     parameters = start.get("parameters")
     memory = [series for name, series in run.metrics.items() if "memory" in name or "_mem" in name]
     return {
@@ -249,7 +249,8 @@ def starts(run: RunRecord) -> Table | None:
     if not run.starts:
         return None
     rows = []
-    for start in run.starts:
+    for recorded in run.starts:
+        start = recorded.facts
         code, versions = start.get("code"), start.get("versions")
         commit = str(code.get("commit") or "")[:10] if isinstance(code, dict) else ""
         changed = (
@@ -260,7 +261,7 @@ def starts(run: RunRecord) -> Table | None:
         hosts, command = start.get("hosts"), start.get("command")
         rows.append(
             [
-                str(start.get("step", "")),
+                f"{recorded.step:,}",
                 _clock(start["time"]) if isinstance(start.get("time"), int | float) else "",
                 _layout(start.get("layout")),
                 ", ".join(map(str, hosts)) if isinstance(hosts, list) else "",

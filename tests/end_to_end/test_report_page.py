@@ -32,12 +32,18 @@ def trained(tmp_path_factory) -> Path:
     return folder / "run" / "logs"
 
 
-@pytest.fixture
-def page(tmp_path):
-    with chromium(tmp_path) as page:
-        page.show_as(1280, 900, "light")
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("browser")) as page:
         yield page
-        assert page.complaints == []
+
+
+@pytest.fixture
+def page(browser):
+    browser.complaints.clear()
+    browser.show_as(1280, 900, "light")
+    yield browser
+    assert browser.complaints == []
 
 
 def test_training_leaves_its_report_with_the_last_step(trained):

@@ -211,7 +211,7 @@ def start_of(folder: Path, number: int, **facts: object) -> None:
     place = folder / "starts" / f"{number:04}"
     (place / "config").mkdir(parents=True)
     (place / "config" / "1-small.yml").write_text("num_layers: 2\n")
-    (place / "start.json").write_text(json.dumps({"number": number, **facts}))
+    (place / "start.json").write_text(json.dumps({"step": 0, **facts}))
 
 
 def test_a_resume_on_another_layout_says_so(tmp_path):
