@@ -23,9 +23,10 @@ from megatron.text import well_formed
 _PAGE = Path(__file__).parent / "page"
 _CURVES = 1_600_000  # bytes of all curves; samples, tables and the page itself have the rest of 3 MB
 _POINT = 18  # bytes of a step and a value
-_TEXTS = 200_000  # characters of samples, of events, and of configurations, each, over all runs
+_TEXTS = 120_000  # characters of each kind of text, such as samples and events, over all runs
 _STRETCHES = (1000, 500, 250, 125, 60, 30, 15)  # of a curve: the first number of them that has room
-_MARKS = 1000  # of a run
+_POINTS = 3000  # of all axes, and of all curves that were set aside
+_NAMES = 50  # of metrics that are left out
 _MAIN = (TRAIN_LOSS, VALIDATION_LOSS, "train/grad_norm", "train/learning_rate", "runtime/tokens_per_sec")
 
 
@@ -85,16 +86,14 @@ def _asset(name: str) -> str:
 
 def data(report: Report) -> bytes:
     """What the page shows, as JSON."""
-    runs = [
-        _run_data(run, curves, _TEXTS // len(report.runs))
-        for run, curves in zip(report.runs, report.curves, strict=True)
-    ]
+    runs = [_run_data(run, curves, len(report.runs)) for run, curves in zip(report.runs, report.curves, strict=True)]
     whole = {
         "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
         "runs": runs,
         "overview": tables.overview(report.runs),
-        "difference": tables.difference(report.runs),
-        "left_out": report.left_out,
+        "difference": tables.difference(report.runs, _TEXTS),
+        "left_out": [*report.left_out[:_NAMES], *(["..."] if len(report.left_out) > _NAMES else [])],
+        "left_out_count": len(report.left_out),
     }
     return orjson.dumps(_well_formed(whole), option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
 
@@ -112,9 +111,11 @@ def _well_formed(value: Any) -> Any:
     return value
 
 
-def _run_data(run: RunRecord, curves: dict[str, Thinned], room: int) -> dict[str, Any]:
-    """room: characters of samples, of events, and of the configuration."""
-    shown = np.unique(np.linspace(0, max(0, len(run.steps) - 1), 1000).astype(int))[: len(run.steps)]
+def _run_data(run: RunRecord, curves: dict[str, Thinned], runs: int) -> dict[str, Any]:
+    """runs: how many share the room of the page."""
+    room, points = _TEXTS // runs, _POINTS // runs
+    shown = np.unique(np.linspace(0, max(0, len(run.steps) - 1), min(1000, points)).astype(int))[: len(run.steps)]
+    aside = run.set_aside[-20:]
     axes = {"steps": run.steps[shown]}
     for name, values in (("tokens", run.tokens), ("seconds", run.seconds)):
         if values is not None and len(values) and np.isfinite(values).all():
@@ -128,13 +129,13 @@ def _run_data(run: RunRecord, curves: dict[str, Thinned], room: int) -> dict[str
         "notes": run.notes,
         "axes": axes,
         "curves": {name: _curve(curve) for name, curve in curves.items()},
-        "aside": [_points(thinned(series, 100).kept) for series in run.set_aside[-20:]],
-        "marks": _marks(run),
+        "aside": [_points(thinned(series, max(2, points // (4 * len(aside)))).kept) for series in aside],
+        "marks": _marks(run, room),
         "events": tables.events(run, room),
-        "evaluations": tables.evaluations(run),
+        "evaluations": tables.evaluations(run, room),
         "samples": [{"step": one.step, "prompt": one.prompt, "text": one.text} for one in texts],
         "samples_left_out": len(run.samples) - len(texts),
-        "starts": tables.starts(run),
+        "starts": tables.starts(run, room),
         "configuration": tables.configuration(run, room) if run.config else None,
         "config_files": {
             name: _cut(text, room // max(1, len(run.config_files))) for name, text in run.config_files.items()
@@ -157,8 +158,9 @@ def _cut(text: str, length: int) -> str:
 
 
 def _shortened(samples: Sequence[Sample], room: int) -> list[Sample]:
-    """Samples of as many steps as have room, evenly spaced and always of the last step; none is longer than 4,000."""
-    samples = [Sample(one.step, _cut(one.prompt, 2000), _cut(one.text, 4000)) for one in samples]
+    """Samples of as many steps as have room, evenly spaced and always of the last step; very long ones are cut."""
+    longest = min(4000, room // 8)
+    samples = [Sample(one.step, _cut(one.prompt, longest // 2), _cut(one.text, longest)) for one in samples]
     steps = sorted({one.step for one in samples})
     while len(steps) > 1 and sum(len(one.prompt) + len(one.text) for one in samples) > room:
         steps = steps[::-1][::2][::-1]
@@ -166,7 +168,7 @@ def _shortened(samples: Sequence[Sample], room: int) -> list[Sample]:
     return samples
 
 
-def _marks(run: RunRecord) -> list[dict[str, Any]]:
+def _marks(run: RunRecord, room: int) -> list[dict[str, Any]]:
     """Events that have a place on the axis of steps: their own, or that of the event before."""
     placed: list[tuple[int, Event]] = []
     step = 0
@@ -184,8 +186,8 @@ def _marks(run: RunRecord) -> list[dict[str, Any]]:
                 placed.append((step, Event("skipped_update", text, step)))
     order = sorted(range(len(placed)), key=lambda place: (placed[place][1].kind in tables.ROUTINE, -place))
     return [
-        {"step": placed[place][0], "kind": placed[place][1].kind, "text": _cut(placed[place][1].text, 300)}
-        for place in sorted(order[:_MARKS])
+        {"step": placed[place][0], "kind": placed[place][1].kind, "text": _cut(placed[place][1].text, 200)}
+        for place in sorted(order[: room // 120])
     ]
 
 

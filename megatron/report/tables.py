@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron.record.start import Start
 from megatron.report.metrics_file import Series
 from megatron.report.run_folder import TRAIN_LOSS, VALIDATION_LOSS, RunRecord
 from megatron.units import duration, short_number
@@ -136,14 +137,15 @@ def events(run: RunRecord, room: int = 1_000_000) -> Table:
 
     room: characters of all texts.
     """
+    most = min(_MOST_ROWS, max(10, room // 200))
     order = sorted(range(len(run.events)), key=lambda place: (run.events[place].kind in ROUTINE, -place))
-    shown = sorted(order[:_MOST_ROWS])
+    shown = sorted(order[:most])
     rows = [
         [
             "" if event.step is None else f"{event.step:,}",
             _clock(event.time),
             event.kind.replace("_", " "),
-            _cut(event.text, room // _MOST_ROWS),
+            _cut(event.text, max(100, room // most)),
         ]
         for event in (run.events[place] for place in shown)
     ]
@@ -162,14 +164,18 @@ def _clock(seconds: float) -> str:
         return ""
 
 
-def evaluations(run: RunRecord) -> Table | None:
-    """Validation losses and scores of tasks, a row for each step that has some; None without any."""
+def evaluations(run: RunRecord, room: int = 1_000_000) -> Table | None:
+    """Validation losses and scores of tasks, a row for each step that has some; None without any.
+
+    room: characters of all rows; of too many rows the best and evenly spaced ones are shown.
+    """
     names = [name for name in run.metrics if name.startswith(("validation/", "tasks/", "evaluation/"))]
     if not names:
         return None
     steps = np.unique(np.concatenate([run.metrics[name].steps for name in names]))
+    most = min(_MOST_ROWS, max(2, room // (10 * (len(names) + 2))))
     best = run.metrics.get(VALIDATION_LOSS)
-    kept = {int(steps[place]) for place in np.unique(np.linspace(0, len(steps) - 1, _MOST_ROWS).astype(int))}
+    kept = {int(steps[place]) for place in np.unique(np.linspace(0, len(steps) - 1, most).astype(int))}
     if best is not None and _has_number(best):
         kept.add(int(best.steps[np.nanargmin(best.values)]))
     saved = {event.step for event in run.events if event.kind == "checkpoint"}
@@ -185,26 +191,24 @@ def evaluations(run: RunRecord) -> Table | None:
     return Table(["step", "saved", *names], rows, f"{left:,} rows in between are not shown." if left else "")
 
 
-def difference(runs: Sequence[RunRecord]) -> Table | None:
-    """Keys of the configurations that differ; None if there are not two configurations to compare."""
+def difference(runs: Sequence[RunRecord], room: int = 1_000_000) -> Table | None:
+    """Keys of the configurations that differ; None if there are not two configurations to compare.
+
+    room: characters of all values.
+    """
     known = [run for run in runs if run.config]
     if len(known) < 2:
         return None
     flat = [dict(_flat(run.config)) for run in known]
     defaults = _defaults()
-    rows = []
+    differing: dict[str, list[str]] = {}
     for key in sorted({key for one in flat for key in one}):
         values = [one.get(key, defaults.get(key)) for one in flat]
         if any(value != values[0] for value in values):
-            rows.append(
-                [
-                    key,
-                    *(
-                        _value(value) + ("" if key in one else " (default)")
-                        for one, value in zip(flat, values, strict=True)
-                    ),
-                ]
-            )
+            told = ["" if key in one else " (default)" for one in flat]
+            differing[key] = [_value(value) + default for value, default in zip(values, told, strict=True)]
+    longest = max(12, room // max(1, len(differing) * len(known)))
+    rows = [[key, *(_cut(value, longest) for value in values)] for key, values in differing.items()]
     return Table(["key", *(run.name for run in known)], rows, "" if rows else "The configurations are the same.")
 
 
@@ -244,30 +248,34 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) else "not set" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def starts(run: RunRecord) -> Table | None:
-    """When, where and on what the run was started; None for a run without such a record."""
+def starts(run: RunRecord, room: int = 1_000_000) -> Table | None:
+    """When, where and on what the run was started; None for a run without such a record.
+
+    room: characters of all rows; of too many the last are shown.
+    """
     if not run.starts:
         return None
-    rows = []
-    for recorded in run.starts:
-        start = recorded.facts
-        code, versions = start.get("code"), start.get("versions")
-        commit = str(code.get("commit") or "")[:10] if isinstance(code, dict) else ""
-        changed = (
-            f" and {code['changed_files']} changed files"
-            if isinstance(code, dict) and code.get("changed_files")
-            else ""
-        )
-        hosts, command = start.get("hosts"), start.get("command")
-        rows.append(
-            [
-                f"{recorded.step:,}",
-                _clock(start["time"]) if isinstance(start.get("time"), int | float) else "",
-                _layout(start.get("layout")),
-                ", ".join(map(str, hosts)) if isinstance(hosts, list) else "",
-                commit + changed,
-                str(versions.get("torch") or "") if isinstance(versions, dict) else "",
-                " ".join(map(str, command)) if isinstance(command, list) else "",
-            ]
-        )
-    return Table(["from step", "time (UTC)", "layout", "hosts", "commit", "torch", "command"], rows)
+    shown = run.starts[-min(_MOST_ROWS, max(2, room // 500)) :]
+    rows = [[_cut(cell, 250) for cell in _start_row(start)] for start in shown]
+    left = len(run.starts) - len(shown)
+    header = ["from step", "time (UTC)", "layout", "hosts", "commit", "torch", "command"]
+    return Table(header, rows, f"{left:,} earlier starts are not shown." if left else "")
+
+
+def _start_row(start: Start) -> list[str]:
+    """Facts of a start; any of them may be missing."""
+    facts = start.facts
+    code, versions, hosts, command = (facts.get(name) for name in ("code", "versions", "hosts", "command"))
+    commit = ""
+    if isinstance(code, dict):
+        changed = code.get("changed_files")
+        commit = str(code.get("commit") or "")[:10] + (f" and {changed} changed files" if changed else "")
+    return [
+        f"{start.step:,}",
+        _clock(facts["time"]) if isinstance(facts.get("time"), int | float) else "",
+        _layout(facts.get("layout")),
+        ", ".join(map(str, hosts)) if isinstance(hosts, list) else "",
+        commit,
+        str(versions.get("torch") or "") if isinstance(versions, dict) else "",
+        " ".join(map(str, command)) if isinstance(command, list) else "",
+    ]

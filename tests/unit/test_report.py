@@ -15,13 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.errors import UserError
-from megatron.events import EventLog
+from megatron.events import Event, EventLog
+from megatron.record.start import Start
 from megatron.report import tables
 from megatron.report.command import run as report_command
 from megatron.report.document import data, make_report, page
 from megatron.report.live import make_server
 from megatron.report.metrics_file import MetricsFile, Series
-from megatron.report.run_folder import RunFolder, RunRecord
+from megatron.report.run_folder import RunFolder, RunRecord, Sample
 from megatron.report.thinning import thinned
 
 LIMIT = 3_000_000  # bytes of a page
@@ -191,17 +192,41 @@ def test_a_million_steps_are_written_in_seconds_and_are_below_3_mb(tmp_path):
     assert len(rows) == 1 and rows[0].endswith(",99.5")
 
 
-def test_many_metrics_of_many_long_runs_are_below_3_mb_and_the_page_says_what_is_left_out(tmp_path):
-    values = np.random.default_rng(1).normal(size=5000)
-    series = Series(np.arange(5000), values)
-    names = ["train/lm_loss", *(f"layers/{number}/norm" for number in range(2000))]
-    runs = [RunRecord(str(n), tmp_path, series.steps, dict.fromkeys(names, series)) for n in range(3)]
+@pytest.mark.parametrize("number", [1, 3, pytest.param(40, marks=pytest.mark.long)])
+def test_whatever_runs_hold_the_page_is_below_3_mb_and_says_what_is_left_out(tmp_path, number):
+    series = Series(np.arange(5000), np.random.default_rng(1).normal(size=5000))
+    names = [
+        "train/lm_loss",
+        *(f"layers/{number}/norm" for number in range(4000)),
+        *(f"tasks/{n}/acc" for n in range(40)),
+    ]
+    text = "some words and \u00fcml\u00e4uts " * 500
+    facts = {"step": 5, "time": 1.7e9, "command": [text], "hosts": [text], "layout": {"pipe": 2}}
+    runs = [
+        RunRecord(
+            f"run{n}",
+            tmp_path,
+            series.steps,
+            dict.fromkeys(names, series),
+            series.values,
+            series.values,
+            [series] * 30,
+            [Event("spike", text, step, 1.7e9) for step in range(3000)],
+            [Start(tmp_path, facts)] * 400,
+            {f"key_{key}": f"{n} {text}" for key in range(200)},
+            {"a.yml": text * 20, "b.yml": text * 20},
+            [Sample(step, text, text) for step in range(500)],
+        )
+        for n in range(number)
+    ]
     report = make_report(runs)
-    text = page(report)
-    assert len(text.encode()) < LIMIT
+    assert len(page(report).encode()) < LIMIT
     assert report.left_out and len(report.left_out) + len(report.curves[0]) == len(names)
     assert "train/lm_loss" in report.curves[0]
-    assert json.loads(data(report))["left_out"] == report.left_out
+    told = json.loads(data(report))
+    assert told["left_out_count"] == len(report.left_out)
+    assert all("not shown" in run["events"]["note"] and run["samples_left_out"] for run in told["runs"])
+    assert all(run["samples"][-1]["step"] == 499 and run["starts"]["note"] for run in told["runs"])
 
 
 # what else is read

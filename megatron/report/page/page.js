@@ -414,7 +414,7 @@ function showTexts() {
   const notes = report.runs.flatMap(run => run.notes.map(note => made("p", { className: "note bad" }, several ? `${run.name}: ${note}` : note)));
   const thin = report.runs.filter(run => run.thinned).map(run => made("p", { className: "note" },
     `${several ? `${run.name}: ` : ""}${run.rows.toLocaleString("en")} steps with metrics; curves show the smallest and the largest value of each stretch.`));
-  const left = report.left_out.length ? [made("p", { className: "note" }, `No room for ${report.left_out.length} metrics: ${report.left_out.slice(0, 20).join(", ")}${report.left_out.length > 20 ? ", ..." : ""}`)] : [];
+  const left = report.left_out.length ? [made("p", { className: "note" }, `No room for ${report.left_out_count} metrics: ${report.left_out.join(", ")}`)] : [];
   const tiles = ([row]) => [made("dl", { className: "tiles" }, ...report.overview.header.slice(1).map((name, place) => made("div", { className: row[place + 1].length > 16 ? "long" : "" }, made("dt", {}, name), made("dd", {}, row[place + 1]))))];
   const overview = several ? table(report.overview, "The runs side by side", false, true) : tiles(report.overview.rows);
   byId("overview").replaceChildren(made("div", { className: "card" }, ...overview, ...thin, ...left, ...notes));
