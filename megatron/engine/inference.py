@@ -6,7 +6,7 @@ Shapes: b rows, s columns, h hidden, v vocabulary in memory, tp tensor-parallel 
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,9 @@ from megatron.config.parameter_shapes import is_adapter
 from megatron.config.schema.generation_keys import Quantization
 from megatron.engine.modules import Sequential, cast_parameters
 from megatron.engine.optimizer_state import ModuleState, draw_initial_values
+from megatron.engine.replay import Replay
 from megatron.model.attention_kernels import kernels_for_decoding
+from megatron.model.cache import KVCache
 from megatron.model.embedding_and_head import Embedding
 from megatron.model.layer import Layer, Masking, Targets, pack, unpack
 from megatron.parallel.grid import ParallelGrid
@@ -26,7 +28,12 @@ from megatron.parallel.parameter import PlacedParameter
 
 
 class InferenceEngine:
-    """This rank's stage of the model, or its tensor-parallel shard of it."""
+    """This rank's stage of the model, or its tensor-parallel shard of it.
+
+    replays: fixed steps of a cache (`KVCache.begin_step`) are CUDA graphs.
+    """
+
+    replays = False
 
     def __init__(
         self, layers: list[Layer], grid: ParallelGrid, dtype: torch.dtype = torch.float32, hidden_size: int = 0
@@ -49,6 +56,8 @@ class InferenceEngine:
         self.is_adapted = any(is_adapter(name) for name in self.parameter_names)
         self.base: dict[str, str] | None = None  # which model adapters belong to, as in base.json
         self._sending: tuple[dist.Work, Tensor] | None = None
+        self.replays = grid.device.type == "cuda" and grid.size("tensor") == grid.size("pipe") == 1
+        self._replay = Replay(self._run)
 
     @property
     def parameter_names(self) -> set[str]:
@@ -91,7 +100,7 @@ class InferenceEngine:
                     parameter.data = parameter.data.float()
 
     @torch.inference_mode()
-    def hidden(self, tokens: Tensor, cache: Any = None, document_start: Tensor | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None, document_start: Tensor | None = None) -> Tensor:
         """Tokens [b, s] in, this stage's output [b, s, h] out: in the last stage the input of the head.
 
         Every stage calls it with the same arguments. With a cache, `tokens` are its step, begun by the caller.
@@ -100,11 +109,18 @@ class InferenceEngine:
         if document_start is not None:
             document_start = document_start.to(self.grid.device)
         inputs = tokens.to(self.grid.device) if self.grid.is_first_stage else self._received(tokens)
-        layers = slice(-1) if self.grid.is_last_stage else slice(None)
-        with nullcontext() if cache is None else kernels_for_decoding():
-            hidden = unpack(self.module(pack(inputs, Masking(document_start)), cache, layers))[0]
+        if cache is not None and cache.form is not None:
+            return self._replay(inputs, cache)
+        hidden = self._run(inputs, cache, document_start)
         if not self.grid.is_last_stage:
             self._send(hidden)
+        return hidden
+
+    def _run(self, inputs: Tensor, cache: KVCache | None, document_start: Tensor | None = None) -> Tensor:
+        """This stage's layers without the head, of tokens [b, s] or hidden states [b, s, h]."""
+        layers = slice(-1) if self.grid.is_last_stage else slice(None)
+        with nullcontext() if cache is None else kernels_for_decoding():
+            hidden, _ = unpack(self.module(pack(inputs, Masking(document_start)), cache, layers))
         return hidden
 
     @torch.inference_mode()

@@ -10,6 +10,7 @@ from megatron.config.plan import Plan
 from megatron.engine.deepspeed_internals import layers_of_stage
 from megatron.engine.inference import InferenceEngine
 from megatron.engine.settings import DTYPES
+from megatron.model.cache import KVCache
 from megatron.model.layer import Targets
 from megatron.parallel.grid import LockstepGrid, ParallelGrid
 
@@ -35,7 +36,7 @@ class TrainingInference(InferenceEngine):
         self.blocks = blocks
         self._sending = None
 
-    def hidden(self, tokens: Tensor, cache: Any = None, document_start: Tensor | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None, document_start: Tensor | None = None) -> Tensor:
         """As `InferenceEngine`."""
         self._begin()
         return super().hidden(tokens, cache, document_start)

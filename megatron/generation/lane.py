@@ -93,6 +93,7 @@ class Lane:
         self._news: list[Update] = []
         scaling = model.plan.model.rope_scaling
         self._whole_matters = scaling is not None and scaling.kind in ("dynamic", "longrope")
+        self._replays = model.engine.replays and not self._whole_matters
 
     def __len__(self) -> int:
         """Slots."""
@@ -233,8 +234,11 @@ class Lane:
 
     def _hidden(self, rows: Sequence[Row]) -> Tensor:
         """The input of the head, [b, s, h]."""
-        slots, places = slots_of_step([row.slot for row in rows])
-        width, known = max(row.size for row in rows), dict(zip(places, rows, strict=True))
+        width = max(row.size for row in rows)
+        fixed = self._replays and width == 1
+        wanted = [row.slot for row in rows]
+        slots, places = slots_of_replayed_step(wanted, len(self)) if fixed else slots_of_step(wanted)
+        known = dict(zip(places, rows, strict=True))
         tokens = torch.zeros(len(slots), width, dtype=torch.int64)
         documents = tokens.clone() if self._model.plan.model.keeps_documents_apart else None
         for place, row in known.items():
@@ -248,6 +252,7 @@ class Lane:
             [0 if row is None else row.size for row in every],
             lengths=[(row or rows[0]).text.whole for row in every],
             document_start=documents,
+            fixed=fixed,
         )
         hidden = self._model.hidden(tokens, self._cache)
         return hidden if len(slots) == len(rows) else hidden[places]
@@ -315,3 +320,8 @@ def slots_of_step(wanted: list[int]) -> tuple[list[int], list[int]]:
     if len(between) > 2 * len(wanted):
         return wanted, list(range(len(wanted)))
     return between, [slot - wanted[0] for slot in wanted]
+
+
+def slots_of_replayed_step(wanted: list[int], slots: int) -> tuple[list[int], list[int]]:
+    """All slots up to the last wanted one and beyond, to a power of two, so that few forms of a step occur."""
+    return list(range(min(slots, 1 << wanted[-1].bit_length()))), wanted

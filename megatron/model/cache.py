@@ -7,8 +7,8 @@ many of each as it likes. A layer with a window keeps no more columns than its q
 column p modulo their size holds position p.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -98,6 +98,8 @@ class KVCache:
         # the position after the last one that each slot has held since it was at 0: what of it rings have lost
         self._ends = [0] * slots
         self._from_nothing = False
+        self._fixed: dict[Hashable, dict[Hashable, Tensor]] = {}  # the tensors of fixed steps, by the form of the step
+        self.form: Hashable = None  # of the current step, if it is fixed
         self._rows: slice | Tensor = slice(0, 0)
         self._indices = torch.empty(0)
         self.positions = torch.empty(0)
@@ -121,12 +123,14 @@ class KVCache:
         *,
         lengths: Sequence[int] | None = None,
         document_start: Tensor | None = None,
+        fixed: bool = False,
     ) -> None:
         """Begin a step of the tokens at positions start to start + size - 1 of each slot.
 
         A row of size 0 computes nothing that counts. lengths: of the whole texts, by which some rotary scaling chooses
         its frequencies; None: the capacity. document_start: [b, s], the position at which each token's document
-        begins, if the model keeps documents apart.
+        begins, if the model keeps documents apart. fixed: for slots in a row; steps of the same `form` use the same
+        tensors, with other values, and therefore the same operations. There are few forms.
         Raises ValueError for tokens that do not fit.
         """
         ends = [start + size for start, size in zip(starts, sizes, strict=True)]
@@ -143,16 +147,23 @@ class KVCache:
         # padding sees what the last token sees
         ranges = [range(begin, begin + width) for begin in starts]
         places = [[min(place, final) for place in row] for row, final in zip(ranges, last, strict=True)]
-        start = None if document_start is None else document_start.to(self._device)
+        shown = [min(kind.size, _rounded(max(ends)) if fixed else max(ends)) for kind in self._kinds]
+        self.form = (slots[0], len(slots), width, *shown) if fixed else None
+        seen = self._on_device("places", torch.tensor(places))
+        start = None if document_start is None else self._on_device("documents", document_start)
         first = start if self._reset_mask else None
-        self.positions = torch.tensor(places, device=self._device)
+        self.positions = seen
+        if document_start is not None and self._reset_positions:
+            self.positions = self._on_device("positions", torch.tensor(places) - document_start)
         self.lengths = tuple(lengths or [self.capacity] * len(slots))
         in_a_row = list(slots) == list(range(slots[0], slots[0] + len(slots)))
-        self._rows = slice(slots[0], slots[0] + len(slots)) if in_a_row else torch.tensor(slots, device=self._device)
-        self._indices = torch.tensor(slots, device=self._device).unsqueeze(1)
+        indices = self._on_device("slots", torch.tensor(slots))
+        self._rows = slice(slots[0], slots[0] + len(slots)) if in_a_row else indices
+        self._indices = indices.unsqueeze(1)
         even = len(set(sizes)) == 1 and len(set(ends)) == 1
+        even = even and not fixed
         self._from_nothing = even and starts[0] == 0 and first is None
-        for kind in self._kinds:
+        for kind, kind.shown in zip(self._kinds, shown, strict=True):
             column = starts[0] % kind.size
             if even and in_a_row and column + width <= kind.size:
                 kind.written = slice(column, column + width)
@@ -161,14 +172,29 @@ class KVCache:
                     [place % kind.size if number < size else kind.size for number, place in enumerate(row)]
                     for row, size in zip(places, sizes, strict=True)
                 ]
-                kind.written = torch.tensor(columns, device=self._device)
-            kind.shown = min(kind.size, max(ends))
-            kind.positions = self._positions(kind, last, even, even and (width == 1 or starts[0] == 0), first)
-        if start is not None and self._reset_positions:
-            self.positions = self.positions - start
+                kind.written = self._on_device(("written", kind.window), torch.tensor(columns))
+            causal = even and (width == 1 or starts[0] == 0)
+            kind.positions = self._positions(kind, seen, last, even, causal, first)
+
+    def begin_again(self) -> None:
+        """Forget what layers have computed for all of them in this step, such as masks: they will compute it again."""
+        self.positions = self.positions.view(self.positions.shape)
+        for kind in self._kinds:
+            if kind.positions is not None:
+                kind.positions = replace(kind.positions, masks={})
+
+    def _on_device(self, name: Hashable, values: Tensor) -> Tensor:
+        """A tensor of the step with these values; in a fixed step that of all steps of the form."""
+        if self.form is None:
+            return values.to(self._device)
+        kept = self._fixed.setdefault(self.form, {})
+        if name not in kept:
+            kept[name] = values.to(self._device, copy=True)
+        # seen as a new tensor, because layers recognize the tensors of a step by their identity
+        return kept[name].copy_(values, non_blocking=True).view(values.shape)
 
     def _positions(
-        self, kind: _Columns, last: Sequence[int], even: bool, causal: bool, first: Tensor | None
+        self, kind: _Columns, queries: Tensor, last: Sequence[int], even: bool, causal: bool, first: Tensor | None
     ) -> StepPositions | None:
         """What queries of a kind of layers see; None: each one all keys up to its own, the cases with fast kernels."""
         wrapped = kind.window is not None and max(last) >= kind.size
@@ -178,7 +204,8 @@ class KVCache:
         if kind.window is not None:
             finals = torch.tensor(last).unsqueeze(1)
             keys = finals - (finals - keys) % kind.size
-        return StepPositions(self.positions, keys.to(self._device), first, in_order=even and not wrapped)
+        keys = self._on_device(("keys", kind.window), keys)
+        return StepPositions(queries, keys, first, in_order=even and not wrapped)
 
     def visibility(self, layer: int) -> Positions | None:
         """Positions of this step's queries and all keys; None: each query sees all keys up to its own."""
@@ -217,6 +244,11 @@ class KVCache:
                 parts = [stored[source, :, columns].clone() for source in sources]
                 for target, part in zip(targets, parts, strict=True):
                     stored[target, :, columns] = part
+
+
+def _rounded(length: int) -> int:
+    """A power of two that is not below `length`, and at least 128: columns whose keys are read, and masked."""
+    return max(128, 1 << (length - 1).bit_length())
 
 
 def bytes_of_slot(

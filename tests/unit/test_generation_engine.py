@@ -86,8 +86,9 @@ def test_tokens_are_the_likeliest_after_all_before_them_also_beyond_the_context(
 
 @pytest.mark.parametrize("kind", ["global", "windows"])
 @settings(max_examples=25, deadline=None)
-@given(data=st.data(), slots=st.integers(1, 4), chunk=st.integers(1, 9))
-def test_a_text_is_the_same_whatever_arrives_beside_it_and_when(models, kind, data, slots, chunk):
+@given(data=st.data(), slots=st.integers(1, 4), chunk=st.integers(1, 9), replays=st.booleans())
+def test_a_text_is_the_same_whatever_arrives_beside_it_and_when(models, kind, data, slots, chunk, replays):
+    """Also where steps are replayed, as on a GPU: here by computing them again from the same tensors."""
     model = models[kind]
     asked = data.draw(
         st.lists(
@@ -104,7 +105,9 @@ def test_a_text_is_the_same_whatever_arrives_beside_it_and_when(models, kind, da
         )
     )
     pauses = data.draw(st.lists(st.integers(0, 4), min_size=len(asked), max_size=len(asked)))
-    engine, answers, numbers = engine_of(model, slots, chunk), {}, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.engine, "replays", replays)
+        engine, answers, numbers = engine_of(model, slots, chunk), {}, []
 
     def work(steps: int) -> None:
         for _ in range(steps):
@@ -314,3 +317,25 @@ def test_beams_that_cannot_be_computed_are_refused_all_at_once(small_model):
 )
 def test_few_slots_between_are_computed_for_nothing_and_many_are_left_out(wanted, slots, places):
     assert lane_module.slots_of_step(wanted) == (slots, places)
+
+
+@pytest.mark.parametrize(("wanted", "count"), [([0], 1), ([1], 2), ([0, 2], 4), ([5], 6)])
+def test_replayed_steps_compute_a_power_of_two_of_slots_or_all(wanted, count):
+    assert lane_module.slots_of_replayed_step(wanted, slots=6) == (list(range(count)), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, {"attention_kinds": ("local", "global"), "sliding_window": 5}], ids=str)
+def test_steps_as_cuda_graphs_give_the_tokens_of_steps_that_are_launched_one_by_one(options):
+    """fp32 weights as large as in the tests above: the likeliest token leads by far more than kernels differ by."""
+    requests = [prompt(text, tokens) for text, tokens in zip(TEXTS, (3, 6, 24, 1, 9, 20, 5), strict=True)]
+    with one_rank("cuda") as grid:
+        model = trained_model(grid, num_layers=2, **({"attention_kinds": ("global",) * 2} | options))
+        assert model.engine.replays
+        replayed = engine_of(model).run(requests)
+        again = engine_of(model).run(requests)
+        model.engine.replays = False
+        launched = engine_of(model).run(requests)
+    assert [answer.ids for answer in replayed] == [answer.ids for answer in launched]
+    assert [answer.ids for answer in again] == [answer.ids for answer in launched]

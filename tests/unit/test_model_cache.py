@@ -170,3 +170,25 @@ def test_visibility_follows_order_and_window():
     positions = Positions(queries=torch.tensor([[0, 1, 2]]), keys=keys)
     assert positions.visible()[0, 0].int().tolist() == [[0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]
     assert positions.visible(window=2)[0, 0].int().tolist() == [[0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("name", ["neox", *WINDOWS])
+def test_fixed_steps_of_a_form_use_the_same_memory_with_their_own_values(grid, name):
+    """What a CUDA graph needs. The rows grow from different positions, and a slot between them is empty."""
+    model = MODELS[name]
+    module, tokens = build(model, grid).eval(), random_tokens(model, batch=2, length=LENGTH)
+    cache, found, addresses = new_cache(model, 3, LENGTH, longest_step=6), [], set()
+    read_rows(module, [tokens[0, :5], tokens[1, :3]], [0, 2], [0, 0], cache)
+    for step in range(6):
+        starts, sizes = [5 + step, 0, 3 + step], [1, 0, 1]
+        cache.begin_step([0, 1, 2], starts, sizes, fixed=True)
+        before = cache.positions
+        cache.begin_again()
+        assert cache.positions is not before, "or layers would take what they kept of another pass"
+        step_tokens = torch.stack([tokens[0, 5 + step], torch.tensor(0), tokens[1, 3 + step]]).unsqueeze(1)
+        found.append(module(step_tokens, cache)[[0, 2], 0])
+        addresses.add((cache.form, cache.positions.data_ptr()))
+    assert len(addresses) == 1
+    wanted = true_logits(module, tokens, model)
+    for step, logits in enumerate(found):
+        assert_near(logits[..., : model.vocab_size], wanted[[0, 1], [5 + step, 3 + step]])
