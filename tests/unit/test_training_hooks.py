@@ -47,6 +47,13 @@ def test_the_report_is_the_mean_of_the_interval_and_of_nothing_before_it():
     assert losses == [None, 7.0, None, 4.0]
 
 
+def test_steps_that_a_run_has_gone_back_from_are_in_no_report():
+    report = MetricsLog(2, 6, WORK, clock())
+    report.after_step(finished(3, 8.0))
+    report.rewound(TrainState(1))
+    assert report.after_step(finished(2, 6.0))["train/lm_loss"] == 6.0
+
+
 def test_with_an_interval_of_one_every_step_reports_its_own_loss():
     report = MetricsLog(1, 6, WORK, clock())
     assert [report.after_step(finished(step, loss))["train/lm_loss"] for step, loss in ((1, 8.0), (2, 6.0))] == [8, 6]
