@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron.checkpoint.folder import checkpoint_path
+from megatron.checkpoint.folder import checkpoint_path, read_document
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.store import CheckpointWriter, checkpoint_before, load_checkpoint
 from tests.ranks.moves import TIED, different_tensors, engine_of, run_steps, same_progress
@@ -42,6 +42,7 @@ def goes_back(folder: str, kinds: dict[str, dict[str, Any]]) -> None:
         assert found == checkpoint_path(rewound, 3)
         back = load_checkpoint(engine, found).leaving_out(40)
         writer.save_again(back)
+        assert read_document(found / "progress.json")["validation_loss"] == 2.5, "as before"
         assert checkpoint_before(rewound, 4, away) is None, "it is on the way to the new state only"
         ended, _ = run_steps(engine, plan, back, 2)
         writer.save(ended, validation_loss=2.5)
