@@ -42,6 +42,7 @@ def run(script: str, target: str) -> int:
 
 def _run(script: str, target: str) -> int | None:
     from megatron.config.command_line import configuration_of, parse_command_line
+    from megatron.terminal import live
 
     name = Path(script).name
     command = parse_command_line(sys.argv[1:], script=name)
@@ -51,7 +52,8 @@ def _run(script: str, target: str) -> int | None:
         return describe([name, *sys.argv[1:]], Path(script).resolve().parent)
     config = configuration_of(command, [name, *sys.argv[1:]], name)
     module, function = target.split(":")
-    getattr(import_module(module), function)(config)
+    with live(config.logging.console == "panel"):
+        getattr(import_module(module), function)(config)
     return None
 
 

@@ -129,6 +129,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "hook": {
         "stragglers": "megatron.training.hooks.stragglers:stragglers",
+        "compiling": "megatron.training.hooks.compiling:compiling",
         "breakdown": "megatron.training.hooks.breakdown:breakdown",
         "profiling": "megatron.training.hooks.profiling:profiling",
         "liveness": "megatron.training.hooks.liveness:liveness",
@@ -142,7 +143,7 @@ TABLE: dict[str, dict[str, str]] = {
         "samples": "megatron.training.hooks.samples:samples",
         "saving": "megatron.training.hooks.saving:saving",
         "report": "megatron.training.hooks.report:report",
-        "progress": "megatron.training.hooks.progress:progress",
+        "panel": "megatron.training.hooks.panel:panel",
     },
     "metric_writer": {
         "jsonl": "megatron.metrics.local_writers:json_lines",

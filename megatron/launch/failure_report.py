@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron.errors import DONE, FAILED, WRONG
 from megatron.launch.failure_causes import cause_in_words, death_in_words
 from megatron.launch.protocol.records import NodeRecord, RankRecord, first_failure
+from megatron.terminal import ERASE_BELOW, can_redraw
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ def ending_of(outcome: Outcome) -> Ending:
 
 
 def say(text: str) -> None:
-    """Print on stderr."""
-    print(text.rstrip(), file=sys.stderr, flush=True)
+    """Print on stderr, in the place of what rank 0 has drawn at the bottom of a terminal."""
+    print((ERASE_BELOW if can_redraw(sys.stderr) else "") + text.rstrip(), file=sys.stderr, flush=True)
 
 
 def _failed_before(ranks: Sequence[RankRecord], gone: Sequence[NodeRecord]) -> bool:

@@ -20,7 +20,7 @@ class Workload:
     flops: TokenFlops
     ranks: int
     peak_flops: float | None
-    float8: bool = False  # some products are in float8; `peak_flops` is the peak of bf16 all the same
+    peak_name: str = ""  # what `peak_flops` is, if not the peak of the device in the run's precision
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ def interval_metrics(interval: Interval, work: Workload) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def log_line(step: int, last_step: int, metrics: Mapping[str, float], on_gpu: bool, float8: bool = False) -> str:
+def log_line(step: int, last_step: int, metrics: Mapping[str, float], on_gpu: bool, peak_name: str = "") -> str:
     """One line, units in the names: `step 1200/320000 | loss 3.214 | lr 5.9e-04 | ... | ETA 1d 4h`.
 
-    float8: as in `Workload`; the line then says of which peak the utilization is.
+    peak_name: as in `Workload`; the line then says of what the utilization is a share.
     metrics: those of `interval_metrics` and `runtime/<phase>_seconds` of PHASES; missing ones are left out of the line.
     """
     per_step = metrics["runtime/iteration_time"]
@@ -100,7 +100,7 @@ def log_line(step: int, last_step: int, metrics: Mapping[str, float], on_gpu: bo
     if "runtime/model_flops_utilization" in metrics:
         shares = (metrics.get(f"runtime/{way}_flops_utilization") for way in ("model", "executed", "hardware"))
         parts.append(f"MFU {_counted(*(None if share is None else f'{share:.0%}' for share in shares))}")
-        parts[-1] += " of the bf16 peak" if float8 else ""
+        parts[-1] += f" of {peak_name}" if peak_name else ""
     parts.append(f"ETA {duration((last_step - step) * per_step)}")
     return " | ".join(parts)
 

@@ -5,6 +5,9 @@ half of the rate that is advertised.
 """
 
 import re
+import time
+
+import torch
 
 from megatron.config.plan import Precision
 
@@ -68,3 +71,22 @@ def peak_flops(configured_tflops: float | None, device_name: str, precision: Pre
     table = PEAKS if precision == "bf16" else PEAKS | FP16_PEAKS
     fitting = [name for name in table if set(name.lower().split()) <= words]
     return table[max(fitting, key=lambda name: len(name.split()))] * 1e12 if fitting else None
+
+
+# The product that stands for the peak of a CPU: large enough for its best rate, and milliseconds long.
+MEASURED_SIZE = 512
+MEASURED_SECONDS = 0.05
+
+
+def measured_flops(dtype: torch.dtype) -> float:
+    """FLOP/s of this process in a square matrix product on the CPU, with its threads: the best of 50 ms.
+
+    Stands for the peak, which no data sheet of a CPU names. Ranks of one machine share its cores: measure at once.
+    """
+    left, right = (torch.ones(MEASURED_SIZE, MEASURED_SIZE, dtype=dtype) for _ in range(2))
+    torch.mm(left, right)  # the first call prepares the library
+    best, end = float("inf"), time.perf_counter() + MEASURED_SECONDS
+    while (started := time.perf_counter()) < end:
+        torch.mm(left, right)
+        best = min(best, time.perf_counter() - started)
+    return 2 * MEASURED_SIZE**3 / best

@@ -19,14 +19,20 @@ class Liveness:
     def __init__(self, heartbeat: Heartbeat | None = None) -> None:
         """heartbeat: the channel to the watchdog; None: send nothing."""
         self._heartbeat = heartbeat or Heartbeat(0, None)
-        self._seconds: deque[float] = deque(maxlen=MEMORY)
+        self._recent: deque[float] = deque(maxlen=MEMORY)
         self._median: float | None = None
         self._step = 0
         self._finished_at: float | None = None
+        self.phase, self.since = "starting", time.monotonic()  # the present one
+        self.seconds: dict[str, float] = {}  # of the host in each phase that has ended
 
     def begin(self, phase: str) -> None:
         """Report that a phase, such as "saving", begins or continues."""
         self._heartbeat.beat(phase, self._step, self._median)
+        if phase != self.phase:
+            now = time.monotonic()
+            self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self.since
+            self.phase, self.since = phase, now
 
     def watched(self, batches: Iterator[T], done: int) -> Iterator[T]:
         """`batches`, with a heartbeat before and after each. done: steps before the first."""
@@ -45,7 +51,7 @@ class Liveness:
         """
         now = time.monotonic()
         if self._finished_at is not None:
-            self._seconds.append(now - self._finished_at)
-            self._median = statistics.median(self._seconds)
+            self._recent.append(now - self._finished_at)
+            self._median = statistics.median(self._recent)
         self._finished_at = now
         self.begin("after the step")

@@ -1,12 +1,14 @@
 """The log line, the units in it, and the arithmetic behind it."""
 
 import math
+import time
 
 import pytest
+import torch
 
 from megatron.config.flops import TokenFlops
 from megatron.metrics.interval import Interval, Workload, interval_metrics, log_line
-from megatron.metrics.peaks import FP16_PEAKS, OTHER_CARDS, PEAKS, peak_flops
+from megatron.metrics.peaks import FP16_PEAKS, OTHER_CARDS, PEAKS, measured_flops, peak_flops
 from megatron.units import duration, perplexity, short_number
 
 
@@ -114,6 +116,13 @@ def test_a_configured_peak_wins():
     assert peak_flops(100.0, "NVIDIA H200", "fp32") == 100e12
 
 
+def test_a_matrix_product_is_measured_where_no_data_sheet_names_a_peak():
+    size, started = 1024, time.perf_counter()
+    torch.mm(torch.ones(size, size), torch.ones(size, size))
+    slower = 2 * size**3 / (time.perf_counter() - started)
+    assert 0.3 * slower < measured_flops(torch.float32) < 1e15
+
+
 def test_the_log_line_has_units_in_its_names_and_leaves_out_what_is_not_known():
     work = Workload(16384, TokenFlops(4.3e9, 3.1e9), ranks=1, peak_flops=989e12)
     interval = Interval(100, 41.2, 3.2142, 5.9e-4, grad_norm=0.831, loss_scale=None, skipped_steps=0)
@@ -173,4 +182,6 @@ def test_with_recomputation_the_line_and_the_metrics_also_say_what_the_hardware_
 
 def test_with_float8_the_line_says_that_the_peak_is_that_of_bf16():
     metrics = interval_metrics(Interval(1, 1.0, 2.0, 1e-3, None, None, 0), Workload(1, TokenFlops(6, 5), 1, 10.0))
-    assert "| MFU 60% (executed 50%) of the bf16 peak |" in log_line(1, 1, metrics, on_gpu=True, float8=True)
+    assert "| MFU 60% (executed 50%) of the bf16 peak |" in log_line(
+        1, 1, metrics, on_gpu=True, peak_name="the bf16 peak"
+    )

@@ -109,6 +109,10 @@ class LoggingKeys(Group):
     """Write report.html, with report.md and report.csv, to log_dir (or logs in save) after each checkpoint and at the
     end, in a process of the lowest priority (docs/watching.md)."""
 
+    console: Literal["panel", "lines"] = "panel"
+    """panel: on a terminal, keep the state of the run, or the progress of other work, at its bottom, below the log
+    lines; elsewhere log lines only. lines: log lines only, everywhere."""
+
     tensorboard_dir: PathText | None = None
     """Folder for TensorBoard event files. Unset: none."""
 
@@ -182,7 +186,8 @@ class LoggingKeys(Group):
     """File, ending in .prom, for the textfile collector of Prometheus' node_exporter; replaced at each log line."""
 
     peak_theoretical_tflops: PositiveFloat | None = None
-    """Peak TFLOP/s of one device; adds MFU to the log line. Unset: known in fp16 and bf16 for common GPUs."""
+    """Peak TFLOP/s of one device, of which MFU is a share. Unset: known in fp16 and bf16 for common GPUs; on a CPU a
+    matrix product is measured at the start."""
 
 
 class AlertKeys(Group):

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from megatron.checkpoint.state import TrainState
 from megatron.config.flops import token_flops
+from megatron.engine.settings import DTYPES
 from megatron.metrics.interval import Interval, Workload, interval_metrics, log_line
-from megatron.metrics.peaks import peak_flops
+from megatron.metrics.peaks import measured_flops, peak_flops
 from megatron.training.clock import Clock
 from megatron.training.hooks.base import NOTHING, FinishedStep, Hook, Run
 
 log = logging.getLogger(__name__)
+
+MEASURED = "a measured matmul"
 
 
 class MetricsLog(Hook):
@@ -47,7 +50,7 @@ class MetricsLog(Hook):
         metrics = interval_metrics(figures, self._work)
         on_gpu = step.output.loss.is_cuda
         known = {**step.metrics, **metrics}
-        log.info("%s", log_line(step.state.step, self._last_step, known, on_gpu, self._work.float8))
+        log.info("%s", log_line(step.state.step, self._last_step, known, on_gpu, self._work.peak_name))
         return metrics
 
     def rewound(self, state: TrainState) -> None:
@@ -65,11 +68,21 @@ def mean_loss(losses: Sequence[float], skipped: Sequence[bool]) -> float:
 def workload(run: Run) -> Workload:
     """Tokens and FLOPs of a step, for the rates in the log."""
     plan, device = run.plan, run.engine.grid.device
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = peak_flops(run.config.logging.peak_theoretical_tflops, card, plan.engine.precision)
-    return Workload(
-        plan.batch.tokens_per_step, token_flops(plan), plan.layout.world_size, peak, float8=plan.model.float8
-    )
+    configured, name = run.config.logging.peak_theoretical_tflops, peak_name(run)
+    peak: float | None
+    if name == MEASURED:
+        peak = measured_flops(DTYPES[plan.engine.precision])
+    else:
+        card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        peak = peak_flops(configured, card, plan.engine.precision)
+    return Workload(plan.batch.tokens_per_step, token_flops(plan), plan.layout.world_size, peak, name)
+
+
+def peak_name(run: Run) -> str:
+    """What utilizations are shares of, if it is not the peak of the device in the run's precision; otherwise ""."""
+    if run.engine.grid.device.type == "cpu" and run.config.logging.peak_theoretical_tflops is None:
+        return MEASURED
+    return "the bf16 peak" if run.plan.model.float8 else ""
 
 
 def metrics_log(run: Run) -> MetricsLog:
