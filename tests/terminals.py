@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
@@ -76,3 +77,15 @@ def terminal(columns: int = 80, rows: int = 24) -> Iterator[Terminal]:
         yield opened
     finally:
         opened.close()
+
+
+@contextmanager
+def output_to(window: Terminal) -> Iterator[None]:
+    """pytest sets standard output anew for each test, after the fixtures."""
+    before = sys.stdout, sys.stderr
+    with window.stream() as out:
+        sys.stdout = sys.stderr = out
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before

@@ -27,6 +27,7 @@ from megatron.hugging_face.incoming import import_model
 from megatron.hugging_face.memory import return_freed_tensors
 from megatron.hugging_face.published import configuration_keys, open_published
 from megatron.preprocessing.commands import new_parser
+from megatron.terminal import live
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
@@ -42,6 +43,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     return parser.parse_args(arguments)
 
 
+@live()
 def run(arguments: Namespace) -> None:
     """Convert, and print what was written."""
     return_freed_tensors()

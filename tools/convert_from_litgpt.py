@@ -20,6 +20,7 @@ from megatron.errors import exit_code
 from megatron.hugging_face.memory import return_freed_tensors
 from megatron.preprocessing.commands import new_parser
 from megatron.resources import open_tokenizer
+from megatron.terminal import live
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
@@ -32,6 +33,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
+@live()
 def run(arguments: Namespace) -> None:
     """Convert, and print what was written."""
     return_freed_tensors()

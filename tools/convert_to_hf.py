@@ -27,6 +27,7 @@ from megatron.hugging_face.adapters import export_adapters
 from megatron.hugging_face.memory import return_freed_tensors
 from megatron.hugging_face.outgoing import LARGEST, export_model, open_checkpoint, plan_export
 from megatron.preprocessing.commands import new_parser
+from megatron.terminal import live
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -68,6 +69,7 @@ def changes(words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+@live()
 def run(arguments: Namespace) -> None:
     """Convert, and print what was written."""
     return_freed_tensors()

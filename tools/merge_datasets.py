@@ -12,13 +12,13 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
 from megatron.data.indexed import DEFAULT_KEY_SUFFIX
 from megatron.data.manifest import read_manifest, write_manifest
 from megatron.errors import exit_code
 from megatron.preprocessing.commands import describe_pair, new_parser, output_locked, path, prefix, with_dashes
 from megatron.preprocessing.merge import merge, merge_shuffled, open_parts
+from megatron.progress import Progress
+from megatron.terminal import live
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
@@ -32,6 +32,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     return parser.parse_args(with_dashes(arguments))
 
 
+@live()
 def run(arguments: Namespace) -> None:
     """Keep other runs from the output while it is written."""
     with output_locked(arguments.output_prefix):
@@ -43,10 +44,10 @@ def join(arguments: Namespace) -> None:
     prefixes = dict.fromkeys(re.sub(r"\.(bin|idx)$", "", name) for name in arguments.input)
     parts = open_parts(list(prefixes))
     tokens = sum(part.num_tokens for part in parts)
-    with tqdm(total=tokens, unit="tokens", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+    with Progress("merging", tokens, "tokens") as progress:
 
         def show(done: int) -> None:
-            bar.update(done - bar.n)
+            progress.add(done - progress.done)
 
         if arguments.shuffle is None:
             merge(parts, arguments.output_prefix, show)

@@ -13,8 +13,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from megatron.checkpoint.converted import checkpoint_weights, write_converted
 from megatron.checkpoint.folder import find_checkpoint
 from megatron.checkpoint.merge import merged_weights
@@ -23,7 +21,9 @@ from megatron.config.resolve import resolve
 from megatron.errors import UserError, exit_code
 from megatron.hugging_face.adapters import base_weights
 from megatron.preprocessing.commands import new_parser
+from megatron.progress import Progress
 from megatron.resources import written_config
+from megatron.terminal import live
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
@@ -37,6 +37,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     return parser.parse_args(arguments)
 
 
+@live()
 def run(arguments: Namespace) -> None:
     """Merge, and print what was written."""
     checkpoint = find_checkpoint(arguments.load, arguments.iteration)
@@ -50,8 +51,8 @@ def run(arguments: Namespace) -> None:
         raise UserError(f"{checkpoint} holds no adapters: its configuration has no lora")
     merged = {key: value for key, value in flat.items() if key not in ("lora", "freeze")}
     weights = merged_weights(base_weights(checkpoint, arguments.base), checkpoint_weights(checkpoint), model)
-    with tqdm(total=len(weights), unit="tensors", disable=not sys.stderr.isatty()) as bar:
-        path = write_converted(arguments.output, weights, merged, bar.update)
+    with Progress(f"writing {arguments.output}", len(weights), "tensors") as progress:
+        path = write_converted(arguments.output, weights, merged, progress.add)
     print(f"{path}: the model of {checkpoint}, with its adapters merged")
 
 

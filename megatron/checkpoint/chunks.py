@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from megatron.engine.deepspeed_internals import is_tied_copy
 from megatron.engine.optimizer_state import Fragment
@@ -148,8 +148,15 @@ def _overlap(one: ChunkStorageMetadata, other: ChunkStorageMetadata) -> bool:
 class LoadPlanner(DefaultLoadPlanner):
     """torch's planner, for a state of `LocalChunks` only."""
 
-    def __init__(self) -> None:
+    def __init__(self, loaded: Callable[[int], object] = lambda count: None) -> None:
+        """loaded: is called with the bytes of each piece that has been read."""
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._loaded = loaded
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Count what has been read."""
+        super().commit_tensor(read_item, tensor)
+        self._loaded(tensor.nbytes)
 
     lookup_tensor = _chunk
 

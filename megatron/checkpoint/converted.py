@@ -6,7 +6,6 @@ generate.py and by evaluate.py.
 
 import math
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
-from tqdm import tqdm
 
 from megatron.checkpoint import folder as folders
 from megatron.checkpoint.chunks import LocalChunks, SavePlanner
@@ -32,6 +30,7 @@ from megatron.config.yaml_file import yaml_text
 from megatron.engine.optimizer_state import MASTER
 from megatron.errors import RunError, UserError
 from megatron.files import replaced_when_complete
+from megatron.progress import Progress
 from megatron.units import short_number
 
 
@@ -141,13 +140,13 @@ def write_converted(
 def write_model(
     folder: Path, parameters: Mapping[str, tuple[Sequence[int], Callable[[], Tensor]]], config: Config
 ) -> str:
-    """`write_converted` with a progress bar, and FOLDER/model.yml with the keys of `config` that were written.
+    """`write_converted` with its progress, and FOLDER/model.yml with the keys of `config` that were written.
 
     parameters: by global name, the shape and a function that reads it. Returns a summary of what was written.
     """
     weights = {name: StoredWeight(shape, read) for name, (shape, read) in parameters.items()}
-    with tqdm(total=len(weights), unit="tensors", disable=not sys.stderr.isatty()) as bar:
-        path = write_converted(folder, weights, config.to_flat(), bar.update)
+    with Progress(f"writing {folder}", len(weights), "tensors") as progress:
+        path = write_converted(folder, weights, config.to_flat(), progress.add)
     keys = config.to_flat() | {"load": str(folder), "finetune": True}
     with replaced_when_complete(folder / "model.yml") as file:
         file.write(yaml_text(keys))

@@ -29,6 +29,7 @@ from megatron.engine.inference import InferenceEngine
 from megatron.engine.optimizer_state import MASTER
 from megatron.engine.training import TrainingEngine
 from megatron.errors import RunError, UserError
+from megatron.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -136,9 +137,9 @@ class CheckpointWriter:
         unfinished = self._folder / f".{final.name}.unfinished"
         self._on_rank_0(lambda: _fresh_folder(unfinished))
         try:
-            dcp.save(
-                chunks, storage_writer=Writer(unfinished / "state"), planner=SavePlanner(), process_group=self._group
-            )
+            with Progress(f"saving {final}", _bytes(chunks), "B") as written:
+                writer = Writer(unfinished / "state", written.add)
+                dcp.save(chunks, storage_writer=writer, planner=SavePlanner(), process_group=self._group)
         except dcp.CheckpointException as error:
             self._on_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True))
             free = shutil.disk_usage(self._folder).free
@@ -271,7 +272,8 @@ def _load_chunks(engine: TrainingEngine | InferenceEngine, path: Path, chunks: d
         )
     _check_same_model(chunks, stored, path, engine)
     try:
-        dcp.load(chunks, storage_reader=reader, planner=LoadPlanner())
+        with Progress(f"loading {path}", _bytes(chunks), "B") as loaded:
+            dcp.load(chunks, storage_reader=reader, planner=LoadPlanner(loaded.add))
     except dcp.CheckpointException as error:
         raise UserError(
             f"{path} cannot be read: {causes(error)}",
@@ -367,6 +369,11 @@ def _check_same_model(
     if problems:
         more = [f"... and {len(problems) - 5} more"] if len(problems) > 5 else []
         raise UserError(f"{path} holds another model than the configuration describes:", *problems[:5], *more)
+
+
+def _bytes(chunks: dict[str, LocalChunks]) -> int:
+    """The size of what this rank holds of them."""
+    return sum(chunk.nbytes for local in chunks.values() for chunk in local.chunks.values())
 
 
 def _fresh_folder(folder: Path) -> None:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from megatron.data.indexed import IndexedDataset
 from megatron.data.windows import NOT_A_LABEL, Tokens, checked_ids, derived_key, permuted
 from megatron.errors import UserError
+from megatron.progress import Progress
 
 PADDING = 0  # any id: it is loss-masked, and no earlier token attends to it
 
@@ -43,6 +44,10 @@ class DocumentSamples:
     bounds: npt.NDArray[np.int64] = field(init=False, repr=False, compare=False)  # sample i: documents[b[i]:b[i + 1]]
 
     def __post_init__(self) -> None:
+        with Progress(f"laying out the documents of {self.dataset.prefix}"):
+            self._lay_out()
+
+    def _lay_out(self) -> None:
         sizes = self.dataset.sizes[self.first : self.last]
         expected = self.dataset.token_start(self.last) - self.dataset.token_start(self.first)
         if sizes.min(initial=0) < 0 or sizes.sum(dtype=np.int64) != expected:

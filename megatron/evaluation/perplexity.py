@@ -24,6 +24,7 @@ from megatron.errors import work_begins
 from megatron.evaluation.held_out import open_held_out
 from megatron.evaluation.text_size import TextSize
 from megatron.inference import FoundModel, TrainedModel, open_trained_model
+from megatron.progress import Progress
 from megatron.units import perplexity
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def measure_perplexity(config: Config, found: FoundModel) -> dict[str, Any]:
     results = {}
     with work_begins():
         for text in texts:
-            nats = negative_log_likelihood(model, text.stream, windows)
+            nats = negative_log_likelihood(model, text.stream, windows, text.name)
             if dist.get_rank() == 0:
                 size = text.measure()
                 results[text.name] = score(nats, size)
@@ -61,17 +62,21 @@ def measure_perplexity(config: Config, found: FoundModel) -> dict[str, Any]:
     return {"results": results}
 
 
-def negative_log_likelihood(model: TrainedModel, stream: TokenStream, windows: WindowSettings) -> float:
-    """Nats over all tokens of `stream`. Collective: data-parallel replicas share the windows."""
+def negative_log_likelihood(
+    model: TrainedModel, stream: TokenStream, windows: WindowSettings, name: str = "text"
+) -> float:
+    """Nats over all tokens of `stream`, which has a name. Collective: data-parallel replicas share the windows."""
     rank, replicas = model.grid.rank("data"), model.grid.size("data")
     total = torch.zeros((), dtype=torch.float64, device=model.grid.device)
-    for number, batch in enumerate(window_batches(stream, windows, model.tokenizer.end_of_document)):
-        if number % replicas == rank:
-            first = int(batch[1].any(dim=0).int().argmax())  # before it every column is context, which needs no head
-            ids, weights = (tensor.to(model.grid.device) for tensor in batch)
-            hidden = model.hidden_of_documents(ids[:, :-1])[:, first:]
-            if model.grid.is_last_stage:
-                total += model.engine.loss(hidden, (ids[:, 1 + first :], weights[:, first:])).double()
+    with Progress(f"scoring {name}", stream.num_tokens, "tokens") as progress:
+        for number, batch in enumerate(window_batches(stream, windows, model.tokenizer.end_of_document)):
+            if number % replicas == rank:
+                first = int(batch[1].any(dim=0).int().argmax())  # before it all is context, which needs no head
+                ids, weights = (tensor.to(model.grid.device) for tensor in batch)
+                hidden = model.hidden_of_documents(ids[:, :-1])[:, first:]
+                if model.grid.is_last_stage:
+                    total += model.engine.loss(hidden, (ids[:, 1 + first :], weights[:, first:])).double()
+            progress.add(int(batch[1].sum()))
     if replicas > 1:
         dist.all_reduce(total, group=model.grid.group("data"))
     return float(model.from_last_stage(total))

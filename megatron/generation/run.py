@@ -19,7 +19,7 @@ from megatron.errors import UserError, work_begins
 from megatron.files import refuse_overwriting
 from megatron.generation.engine import Engine, EngineSettings
 from megatron.generation.interactive import Session
-from megatron.generation.progress import Progress
+from megatron.generation.progress import TextProgress
 from megatron.generation.prompts import STANDARD_INPUT, Prompt, read_prompts, several_problems
 from megatron.generation.records import SamplesFile, record
 from megatron.generation.requests import Answer
@@ -180,7 +180,7 @@ def write_samples(engine: Engine, job: Job) -> None:
     due = output.kept
     if due:
         log.info("%d of %d texts are in %s already", due, total, output.path)
-    with Progress(due, total) as progress:
+    with TextProgress(due, total) as progress:
         while due < total:
             for place in islice(waiting, 2 * engine.slots - len(running)):
                 running[engine.submit(job.samples[place].request)] = _Running(place)
@@ -195,7 +195,7 @@ def write_samples(engine: Engine, job: Job) -> None:
                     finished[text.place] = record(
                         job.samples[text.place], text.answer, job.tokenizer, seconds, job.identities[text.place]
                     )
-                progress.add(len(update.tokens), int(update.reason is not None))
+                progress.generated(len(update.tokens), int(update.reason is not None))
             while due in finished:
                 output.write(finished.pop(due))
                 due += 1

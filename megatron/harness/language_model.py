@@ -11,12 +11,12 @@ from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from megatron.errors import UserError
 from megatron.generation.chat import ChatFormat
 from megatron.generation.engine import Engine
 from megatron.generation.requests import Answer, Request, Sampling, Update
+from megatron.progress import Progress
 from megatron.text import well_formed
 from megatron.tokenizer.base import Tokenizer, digest
 
@@ -141,15 +141,15 @@ class HarnessModel(TemplateLM):
         ]
 
     def _answers(self, requests: Sequence[Request], what: str, key: Callable[[Request], Any]) -> list[Answer]:
-        """The answers in order, computed in the order of `key`, with a progress bar on a terminal."""
+        """The answers in order, computed in the order of `key`."""
         if not requests:
             return []
         order = sorted(range(len(requests)), key=lambda number: key(requests[number]))
         engine = self.engine
-        with tqdm(total=len(requests), desc=what, disable=None) as bar:
+        with Progress(what, len(requests), "requests") as progress:
 
             def show(update: Update) -> None:
-                bar.update(update.reason is not None)
+                progress.add(update.reason is not None)
 
             answers = engine.run([requests[number] for number in order], show)
         return [answer for _, answer in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]

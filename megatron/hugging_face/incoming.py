@@ -1,14 +1,12 @@
 """A published model becomes a folder of ours: a checkpoint, its configuration, and the tokenizer's files."""
 
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from megatron.checkpoint.converted import checkpoint_weights, write_converted
 from megatron.config.load import config_from_flat
@@ -18,6 +16,7 @@ from megatron.errors import RunError, UserError, work_begins
 from megatron.hugging_face.parity import compare
 from megatron.hugging_face.published import PublishedModel
 from megatron.hugging_face.tokenizer_files import copy_files, write_json
+from megatron.progress import Progress
 from megatron.units import short_number
 
 NOT_CHECKED = "NOT CHECKED (--no-check): nothing shows that the two sides compute the same"
@@ -38,8 +37,8 @@ def import_model(published: PublishedModel, output: Path, check: bool, tell: Cal
     refuse_existing(output)
     require_space(output, 4 * published.tensors.elements)
     with unfinished(output) as folder:
-        with progress(len(published.weights()), "writing") as step:
-            path = write_converted(folder, published.weights(), keys, step)
+        with Progress(f"writing {output}", len(published.weights()), "tensors") as progress:
+            path = write_converted(folder, published.weights(), keys, progress.add)
         copy_files(published.folder, folder / FILES)
         if published.tokenizer is not None and not (folder / FILES / "tokenizer.json").is_file():
             write_json(folder / FILES / "tokenizer.json", published.tokenizer.definition())
@@ -96,13 +95,6 @@ def unfinished(output: Path) -> Iterator[Path]:
         raise RunError(f"cannot write {output} ({free:,} bytes are free there): {error.strerror or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def progress(total: int, what: str) -> Iterator[Callable[[], object]]:
-    """A progress bar on a terminal; the function counts a tensor."""
-    with tqdm(total=total, unit="tensors", desc=what, disable=not sys.stderr.isatty()) as bar:
-        yield bar.update
 
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:

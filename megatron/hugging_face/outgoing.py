@@ -27,7 +27,6 @@ from megatron.engine.settings import DTYPES
 from megatron.errors import UserError
 from megatron.hugging_face.incoming import (
     NOT_CHECKED,
-    progress,
     refuse_existing,
     require_space,
     unfinished,
@@ -43,6 +42,7 @@ from megatron.hugging_face.tokenizer_files import (
     write_json,
     write_tokenizer,
 )
+from megatron.progress import Progress
 from megatron.resources import BEHAVIOR_GROUPS, open_tokenizer, written_config
 from megatron.tokenizer.base import Tokenizer
 
@@ -163,8 +163,8 @@ def export_model(
             write_json(
                 folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None}
             )
-        with progress(len(stored), "writing") as step:
-            write_shards(folder, stored, _their_tensors(trained, export), export.dtype, largest, step)
+        with Progress(f"writing {output}", len(stored), "tensors") as progress:
+            write_shards(folder, stored, _their_tensors(trained, export), export.dtype, largest, progress.add)
         card = model_card(
             output.name, export.family, export.model, trained.keys, trained.state, trained.validation_loss
         )

@@ -34,6 +34,7 @@ from megatron.hugging_face.folder import find_folder
 from megatron.hugging_face.stored import DTYPES, StoredTensors, read_json
 from megatron.hugging_face.tokenizer_files import tokenizer_keys
 from megatron.model.gpt import parameter_shapes
+from megatron.progress import counted
 from megatron.tokenizer.huggingface import HuggingFaceTokenizer, build_hf_tokenizer
 
 PREFIX = "hf:"  # in `load`
@@ -152,7 +153,7 @@ def load_published(engine: TrainingEngine | InferenceEngine, published: Publishe
     mapped pages hold no more than its part.
     """
     held = local_chunks(engine.state.fragments(), engine.grid, owned_only=False, replicated_over_data=False)
-    for entry in published.parameters.entries:
+    for entry in counted(published.parameters.entries, f"loading {published.folder}", "tensors"):
         targets = [held.get(f"{name}/{MASTER}") for name in entry.ours]
         if not any(targets):
             continue

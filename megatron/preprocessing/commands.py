@@ -1,7 +1,6 @@
 """Shared by the tools that prepare data: flags, exit codes, progress, a summary. No torch."""
 
 import re
-import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +17,9 @@ from megatron.preprocessing.job import Job, Texts, Totals
 from megatron.preprocessing.pipeline import preprocess
 from megatron.preprocessing.sources import Shard, find_inputs, input_size, is_on_disk
 from megatron.preprocessing.text_streams import check_inputs
+from megatron.progress import Progress
 from megatron.registry import names
+from megatron.terminal import footer, live
 from megatron.tokenizer.build import TokenizerSettings
 
 
@@ -164,19 +165,18 @@ def progress(input_bytes: int, num_docs: int | None, log_interval: int) -> Itera
 
     input_bytes: the total that the bar shows, unless num_docs gives the number of documents.
     """
-    if not sys.stderr.isatty():
-        yield _LinePrinter(log_interval)
-        return
-    from tqdm import tqdm  # a tenth of a second, in every process
+    with live():
+        if footer() is None:
+            yield _LinePrinter(log_interval)
+            return
+        total, unit = (num_docs, "documents") if num_docs else (input_bytes, "B")
+        with Progress("preprocessing", total, unit) as bar:
 
-    unit, total, scale = ("docs", num_docs, False) if num_docs else ("B", input_bytes, True)
-    with tqdm(total=total, unit=unit, unit_scale=scale, dynamic_ncols=True) as bar:
+            def show(totals: Totals) -> None:
+                bar.note = f"{totals.documents:,} documents, {totals.tokens:,} tokens"
+                bar.add((totals.documents if num_docs else totals.input_bytes) - bar.done)
 
-        def show(totals: Totals) -> None:
-            bar.set_postfix_str(f"{totals.documents:,} documents, {totals.tokens:,} tokens", refresh=False)
-            bar.update((totals.documents if num_docs else totals.input_bytes) - bar.n)
-
-        yield show
+            yield show
 
 
 class _LinePrinter:

@@ -2,12 +2,16 @@
 
 import math
 
+import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from megatron.checkpoint.chunks import tiles
+from megatron.checkpoint.chunks import LoadPlanner, LocalChunks, SavePlanner, tiles
+from megatron.checkpoint.reading import SafeReader
+from megatron.checkpoint.writing import Writer
 from megatron.parallel.parameter import chunks_of_fragment, global_chunks
 
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4)
@@ -71,3 +75,23 @@ def test_chunks_tile_if_each_element_is_in_one_of_them_and_in_no_other_case(shap
     equal = [chunk for chunk in chunks[1:] if chunk.sizes == chunks[0].sizes]
     if equal:  # as large together as the whole
         assert not tiles(shape, [equal[0] if chunk is chunks[0] else chunk for chunk in chunks])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_bytes_of_a_checkpoint_are_counted_as_they_are_written_and_read(tmp_path):
+    def chunks(value: float) -> dict[str, LocalChunks]:
+        local = LocalChunks(torch.Size((4, 256)))
+        local.chunks |= {
+            torch.Size((0, 0)): torch.full((3, 256), value),
+            torch.Size((3, 0)): torch.full((1, 256), value),
+        }
+        return {"a": local}
+
+    written: list[int] = []
+    dcp.save(chunks(2.0), storage_writer=Writer(tmp_path, written.append), planner=SavePlanner(), no_dist=True)
+    assert sum(written) == sum(path.stat().st_size for path in tmp_path.iterdir()) > 4096
+    loaded: list[int] = []
+    target = chunks(0.0)
+    dcp.load(target, storage_reader=SafeReader(tmp_path), planner=LoadPlanner(loaded.append), no_dist=True)
+    assert sorted(loaded) == [1024, 3072]
+    assert all(bool((chunk == 2).all()) for chunk in target["a"].chunks.values())

@@ -20,6 +20,7 @@ from megatron.evaluation.held_out import open_held_out
 from megatron.evaluation.perplexity import WindowSettings, negative_log_likelihood, score, table, window_batches
 from megatron.evaluation.run import evaluate, results_file
 from megatron.evaluation.text_size import TextSize, measure_text, unigram_entropy
+from megatron.progress import Progress
 from megatron.tokenizer.build import build_tokenizer
 from tests.harness_tasks import Weights, vocabulary
 from tests.models import random_tensor, spread
@@ -68,6 +69,16 @@ def test_the_likelihood_is_that_of_the_same_windows_scored_one_token_at_a_time()
         windows = [WindowSettings(sequence, sequence, batch) for batch in (1, 4)]
         totals = [negative_log_likelihood(model, Stream(text), each) for each in windows]
     assert totals == pytest.approx([expected, expected], rel=1e-5)
+
+
+@pytest.mark.parametrize("stride", [8, 3])
+def test_each_token_counts_once_as_scored(monkeypatch, stride):
+    counts: list[float] = []
+    monkeypatch.setattr(Progress, "add", lambda self, amount=1: counts.append(amount))
+    text = tuple(b"The quick brown fox jumps over the lazy dog.")
+    with one_rank_model() as model:
+        negative_log_likelihood(model, Stream(text), WindowSettings(8, stride, 2))
+    assert len(counts) > 2 and sum(counts) == len(text)
 
 
 def test_words_and_bytes_are_of_the_documents_without_the_tokens_that_end_them():

@@ -7,7 +7,11 @@ import threading
 import pytest
 
 from megatron import progress as module
+from megatron.generation.progress import TextProgress
+from megatron.preprocessing.commands import progress as preprocessing
+from megatron.preprocessing.job import Totals
 from megatron.progress import Progress, bar, counted
+from tests.terminals import Terminal, output_to, terminal
 
 
 @pytest.fixture
@@ -94,6 +98,29 @@ def test_items_are_counted_as_they_are_gone_through(monkeypatch):
     assert list(counted("abc", "reading", "letters")) == ["a", "b", "c"]
     assert list(counted(iter("ab"), "reading", "letters", total=7)) == ["a", "b"]
     assert added == [3, 3, 3, 7, 7]
+
+
+def test_preprocessing_counts_bytes_or_documents(monkeypatch):
+    monkeypatch.setattr(module, "SHOWN_AFTER_SECONDS", 0.0)
+    monkeypatch.setenv("TERM", "xterm")
+    with terminal(120, 5) as window, output_to(window), preprocessing(2_000_000, None, 10) as show:
+        show(Totals(documents=3, tokens=70, input_bytes=500_000))
+        show(Totals(documents=5, tokens=90, input_bytes=1_000_000))
+        window.wait_for(lambda screen: "50%" in screen[0], seconds=5)
+        assert screen_has(window, "preprocessing", "1.00 MB of 2.00 MB", "5 documents, 90 tokens")
+
+
+def test_generation_tells_tokens_beside_texts(clock):
+    with TextProgress(2, 10) as progress:
+        clock[0] = 4.0
+        progress.generated(100, 0)
+        progress.generated(20, 2)
+        assert progress.line == "generating: 40% | 4 of 10 texts | 0.500 texts/s | 30 tokens/s | 12s left"
+        assert progress.summary() == "2 texts, 120 tokens in 4.0 s (30.0 tokens/s)"
+
+
+def screen_has(window: Terminal, *words: str) -> bool:
+    return all(word in window.screen[0] for word in words)
 
 
 def test_a_bar_is_filled_by_halves_and_never_beyond_its_end():

@@ -5,15 +5,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 from rich.text import Text
 
 from megatron.launch.failure_report import say
 from megatron.terminal import Footer, can_redraw, footer, live
-from tests.terminals import Terminal, terminal
+from tests.terminals import Terminal, output_to, terminal
 
 BACKGROUND = """
 import fcntl, os, sys, termios, time
@@ -43,18 +41,6 @@ def window(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with terminal(40, 12) as opened:
         yield opened
-
-
-@contextmanager
-def output_to(window: Terminal) -> Iterator[None]:
-    """pytest sets standard output anew for each test, after the fixtures."""
-    before = sys.stdout, sys.stderr
-    with window.stream() as out:
-        sys.stdout = sys.stderr = out
-        try:
-            yield
-        finally:
-            sys.stdout, sys.stderr = before
 
 
 def two_lines(columns: int) -> list[Text]:
