@@ -163,7 +163,8 @@ class KVCache:
         even = len(set(sizes)) == 1 and len(set(ends)) == 1
         even = even and not fixed
         self._from_nothing = even and starts[0] == 0 and first is None
-        for kind, kind.shown in zip(self._kinds, shown, strict=True):
+        for kind, columns_shown in zip(self._kinds, shown, strict=True):
+            kind.shown = columns_shown
             column = starts[0] % kind.size
             if even and in_a_row and column + width <= kind.size:
                 kind.written = slice(column, column + width)
