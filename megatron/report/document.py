@@ -123,7 +123,7 @@ def _run_data(run: RunRecord, curves: dict[str, Thinned], runs: int) -> dict[str
     texts = _shortened(run.samples, room)
     return {
         "name": run.name,
-        "folder": str(run.folder),
+        "folder": str(run.folder.resolve()),
         "rows": len(run.steps),
         "thinned": any(curve.means is not None for curve in curves.values()),
         "notes": run.notes,
