@@ -24,6 +24,7 @@ from typing import Any, Literal
 from megatron.checkpoint.foreign import ForeignCheckpoint, foreign_checkpoint, is_own, names_in, recognize
 from megatron.errors import UserError
 from megatron.files import exists, is_file, is_folder
+from megatron.progress import Progress
 from megatron.text_files import decode_text
 
 log = logging.getLogger(__name__)
@@ -135,8 +136,16 @@ def damage(path: Path, verify: Verification = "quick", share: tuple[int, int] = 
         if manifest["format"] != FORMAT:
             return [f"its format is {manifest['format']}, and this version of Deepy reads format {FORMAT}"]
         files = sorted(manifest["files"].items())[share[0] :: share[1]]
-        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-            checks = list(pool.map(lambda file: _file_damage(path / file[0], file[1], verify), files))
+        total = sum(int(entry["bytes"]) for _, entry in files)
+        with Progress(f"checking {path}", total, "B") as progress, ThreadPoolExecutor(_HASHING_THREADS) as pool:
+
+            def check(file: tuple[str, dict[str, Any]]) -> str | None:
+                name, entry = file
+                problem = _file_damage(path / name, entry, verify)
+                progress.add(entry["bytes"])
+                return problem
+
+            checks = list(pool.map(check, files))
     except UserError:
         return [f"{MANIFEST} is missing or cannot be read"]
     except OSError as error:

@@ -19,8 +19,10 @@ import psutil
 
 from megatron.errors import exit_code
 from megatron.files import expanded
+from megatron.progress import Progress
 from megatron.report.live import serve
 from megatron.report.write import check_output, open_runs, read_runs, write_report
+from megatron.terminal import live
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
@@ -50,7 +52,11 @@ def run(arguments: Sequence[str]) -> None:
         serve(folders, options.port)
         return
     check_output(options.output)
-    report = write_report(read_runs(folders), options.output)
+    with live(not options.background):
+        with Progress(f"reading {', '.join(map(str, options.runs))}"):
+            records = read_runs(folders)
+        with Progress(f"writing {options.output}"):
+            report = write_report(records, options.output)
     if not options.background:
         size = options.output.stat().st_size / 1e6
         print(f"{options.output} ({size:.1f} MB), with {options.output.with_suffix('.md').name} and .csv beside it")

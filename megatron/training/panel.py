@@ -231,7 +231,8 @@ def side_by_side(left: Text, right: Text | None) -> Text:
 def told(event: Event) -> Text:
     """An event in one line."""
     time_of_day = time.strftime("%H:%M:%S", time.localtime(event.time))
-    return Text(f"{time_of_day}  {' '.join(event.text.split())}", "yellow" if event.kind in BAD else "")
+    text = f"{event.kind.replace('_', ' ')}: {' '.join(event.text.split())}"
+    return Text(f"{time_of_day}  {text}", "yellow" if event.kind in BAD else "")
 
 
 def ago(moment: float) -> str:

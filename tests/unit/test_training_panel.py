@@ -78,7 +78,7 @@ def test_in_a_narrow_window_each_line_has_its_place_and_events_follow(clock):
         "memory      61.2 GB of 80.0 GB",
         "checkpoint  step 1200 saved in 1.2 s  5s ago",
         "validation  loss 3.3000  at step 1,100  45s ago",
-        "events      13:48:00  the loss rose to 9.1",
+        "events      13:48:00  spike: the loss rose to 9.1",
     ]
 
 
@@ -86,7 +86,7 @@ def test_in_a_wide_window_events_stand_beside_the_state(clock):
     lines = trained(clock, 199, peak_name="a measured matmul")
     assert len(lines[1]) == 199
     assert lines[2].endswith("  events")
-    assert lines[3] == f"{'speed       400 ms/step  39.8k tokens/s':90}13:48:00  the loss rose to 9.1"
+    assert lines[3] == f"{'speed       400 ms/step  39.8k tokens/s':90}13:48:00  spike: the loss rose to 9.1"
     assert lines[4] == "compute     171 TFLOP/s/rank  MFU 43% of a measured matmul"
     assert len(lines) == 9
 
