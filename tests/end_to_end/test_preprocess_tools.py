@@ -2,10 +2,8 @@
 
 import json
 import os
-import pty
 import signal
 import subprocess
-import termios
 import time
 import zipfile
 from functools import partial
@@ -17,6 +15,7 @@ import pytest
 from megatron.data.indexed import IndexedDataset
 from megatron.tokenizer.build import build_tokenizer
 from tests.end_to_end import commands
+from tests.terminals import terminal
 from tests.tokenizer_files import TEXT, gpt2_files
 
 
@@ -53,19 +52,17 @@ def test_a_corpus_is_tokenized_by_the_command_of_the_guides(tmp_path: Path, corp
     assert tokenizer.decode(titles.get(7)[:-1]) == "title 7"
 
 
-def test_without_a_terminal_there_is_a_line_each_interval_and_on_one_there_is_a_bar(
+def test_without_a_terminal_there_is_a_line_each_interval_and_on_one_there_are_none(
     tmp_path: Path, corpus: Path
 ) -> None:
     flags = ["--input", corpus, "--tokenizer-type", "CharLevelTokenizer", "--output-prefix", tmp_path / "mine"]
     plain = run("preprocess_data.py", *flags, "--log_interval=20")  # a whole chunk at once: one line
     assert "60 documents, 5,160 tokens" in plain.stdout and "documents/s" in plain.stdout
-    reader, terminal = pty.openpty()
-    termios.tcsetwinsize(terminal, (24, 100))
-    shown = subprocess.run(command("preprocess_data.py", *flags), stdout=subprocess.PIPE, stderr=terminal, text=True)
-    os.close(terminal)
-    assert b"100%" in os.read(reader, 65536)
-    os.close(reader)
-    assert "documents/s\n" not in shown.stdout
+    with terminal(120) as window:
+        both = {"stdout": window.descriptor, "stderr": window.descriptor, "env": os.environ | {"TERM": "xterm"}}
+        subprocess.run(command("preprocess_data.py", *flags, "--log_interval=20"), check=True, **both)
+        assert any("mine_text_document.bin: 60 documents" in line for line in window.everything)
+        assert not any(line.endswith("MB/s") for line in window.everything), "too short for a bar"
 
 
 @pytest.mark.parametrize(
