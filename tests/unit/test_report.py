@@ -5,6 +5,8 @@ import hashlib
 import http.client
 import json
 import math
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -367,6 +369,15 @@ def test_what_cannot_be_reported_is_refused_before_anything_is_written(tmp_path,
     with pytest.raises(UserError, match=message):
         report_command([word.format(tmp_path) for word in words] + flags)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_command_runs_without_torch(tmp_path):
+    blocked = "import sys; sys.modules['torch'] = None; from megatron.report.command import main; sys.exit(main())"
+    words = [sys.executable, "-c", blocked, str(make_run(tmp_path, line(1, 4.0))), "-o", str(tmp_path / "report.html")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "") and "report.html (0.1 MB)" in done.stdout
+    done = subprocess.run([*words[:3], str(tmp_path / "none")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "none) is not a folder" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_charts_are_the_published_ones():
