@@ -109,7 +109,8 @@ class Rerun:
         facts = start.facts["code"]
         if before is not None and _same_code(start, before):
             return []
-        lines = ["", f"# The code of start {start.folder.name}"]
+        branch = f", branch {facts['branch']}" if facts.get("branch") else ""
+        lines = ["", _comment(f"The code of start {start.folder.name}, which was in {facts['folder']}{branch}")]
         if facts.get("note"):
             lines += [_comment(f"NOT RECORDED: {facts['note']}")]
         if facts.get("untracked"):
@@ -164,6 +165,7 @@ class Rerun:
         yield _comment(facts["beginning"])
         if len(facts["hosts"]) > 1:
             yield f"# It ran on {len(facts['hosts'])} nodes: add hostfile=FILE with as many, or num_gpus on one machine"
+        yield "("
         environment = {"OMP_NUM_THREADS": str(facts["hardware"]["threads"])} | facts["environment"]
         for name, value in environment.items():
             # A path of the first machine is for people to judge.
@@ -172,6 +174,7 @@ class Rerun:
         words = [_override(key, value) for key, value in changed.items()]
         command = [self._python, "deepy.py", "train.py", _quoted(start.folder.resolve() / CONFIG), *words]
         yield " ".join(command)
+        yield ")"
 
     def _of_output(self, start: Start, value: str) -> str:
         """The new place of a folder that was written: one inside another stays inside."""

@@ -112,6 +112,7 @@ def test_code_and_packages_are_fetched_once_and_again_where_they_changed(tmp_pat
     ) + 1][5:7] == ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]  # fmt: skip
     assert ["export", "NCCL_DEBUG=x y"] in lines and ["export", "OMP_NUM_THREADS=2"] in lines
     assert "# PYTHONPATH was /home/me/mine" in script
+    assert lines.count(["("]) == lines.count([")"]) == 3  # the environment of a start is not that of the next
     ready = rerun(*starts, python="/p/python", code="/c").script()
     assert not [line for line in commands(ready) if line[0] == "git" or "venv" in line]
     assert ["cd", "/c"] in commands(ready)
