@@ -216,14 +216,18 @@ def test_a_start_is_recorded_as_given_and_as_merged(config, tmp_path, repository
 def test_a_pipe_and_very_long_files_are_named_without_their_text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("long.yml").write_text("# " + "x" * 100_000 + "\n" + SMALL)
+    for name in ("half", "other"):
+        Path(f"{name}.yml").write_text("# " + "x" * 40_000 + "\n")
     read, write = os.pipe()
     os.write(write, b"seed: 3\n")
     os.close(write)
-    words = ["long.yml", f"/dev/fd/{read}"]
+    words = ["long.yml", f"/dev/fd/{read}", "half.yml", "other.yml"]
     config = configuration_of(parse_command_line(words, "train.py"), words, "train.py")
     os.close(read)
     assert config.training.seed == 3
-    assert config.origin.files == ((f"{tmp_path}/long.yml", None), (f"/dev/fd/{read}", None))
+    assert [(Path(path).name, text is None) for path, text in config.origin.files] == [
+        *(("long.yml", True), (str(read), True), ("half.yml", False), ("other.yml", True)),
+    ]
 
 
 def test_starts_that_are_not_whole_are_passed_over_and_a_folder_without_any_is_named(config, tmp_path, repository):

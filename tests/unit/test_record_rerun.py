@@ -60,6 +60,7 @@ def test_a_start_ends_where_the_next_one_went_on_and_one_whose_steps_were_done_a
     steps = [0, 10, 20, 20, 15, 30]
     whole = rerun(*(start(tmp_path, number, step) for number, step in enumerate(steps, 1)))
     assert [(each.step, end) for each, end in whole.parts] == [(0, 10), (10, 15), (15, 30), (30, None)]
+    assert rerun(*whole.starts[1:4]).parts == [(whole.starts[1], 20), (whole.starts[3], None)]
     calls = trainings(whole.script())
     assert [call.get("exit_interval") for call in calls] == ["10", "15", "30", None]
     assert all(call["save"] == call["load"] == "/new/run" and call["num_gpus"] == "4" for call in calls)
@@ -83,6 +84,10 @@ def test_inputs_are_where_they_were_or_where_they_have_moved_and_names_stay_name
     assert settings["hostfile"] is None and "seed" not in settings
     settings = rerun(here, moved=(("/far", "/near"), ("/home/me/deepy/data/a_", "/c/z_"))).settings(here)
     assert settings["train_data_paths"] == ["/c/z_text_document", "/near/b_text_document"]
+    texts = start(tmp_path, 3, 0, {"sample_prompts": ["either / or"]})
+    assert "sample_prompts" not in rerun(texts).settings(texts)
+    file = start(tmp_path, 4, 0, {"sample_prompts": "a/b.txt"})
+    assert rerun(file).settings(file)["sample_prompts"] == "/home/me/deepy/a/b.txt"
     other = start(tmp_path, 2, 0, {"load": "hf:/far/model"})
     assert rerun(other, moved=(("/far", "/near"),)).settings(other)["load"] == "hf:/near/model"
 
