@@ -84,6 +84,15 @@ class OptimizerState:
         self._create_missing_state()
         self._loss_scaler = LossScaler(optimizer)
 
+    def locations(self) -> list[Location]:
+        """Where the optimizer keeps each element that it steps on this rank."""
+        return list(self._partitions.locations())
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The names of the moments that the optimizer keeps."""
+        return tuple(self._traits.moments)
+
     def fragments(self) -> list[Fragment]:
         """All state of this rank, as live views: writing to them changes the optimizer (see `finish_loading`).
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.config.plan import EnginePlan, Plan
+from megatron.engine.activations import BlockOutputs
 from megatron.engine.clipping import GradientNorm, NormLimit, clip_and_skip
 from megatron.engine.compiling import compiled_layers, gather_whole_blocks, share_memory
 from megatron.engine.deepspeed_internals import (
@@ -32,6 +33,7 @@ from megatron.engine.deepspeed_internals import (
     sum_gradients_of_tied_weights,
     zero_gradient_norm,
 )
+from megatron.engine.figures import BeforeUpdate, GradientSquares, GradientSum, ParameterFigures
 from megatron.engine.inference import InferenceEngine
 from megatron.engine.master_weights import MasterWeights
 from megatron.engine.model_parallel_unit import ModelParallelUnit
@@ -145,6 +147,7 @@ class TrainingEngine:
             self._norm = lambda: norm.value
             if grid.size("replica") == 1:
                 disable_gradient_averaging(self._engine)
+        self._before_update = BeforeUpdate(optimizer)
         deviations, window = plan.optimizer.skip_update, plan.optimizer.skip_update_window
         self._limit = None if deviations is None else NormLimit(deviations, window, grid.device)
         clip_and_skip(optimizer, self._norm, plan.optimizer.gradient_clipping, traits.on_device, self._limit)
@@ -181,6 +184,22 @@ class TrainingEngine:
     def parameters_on_rank(self) -> int:
         """Elements of the parameters this rank computes with (ZeRO 3: before they are partitioned)."""
         return sum(math.prod(cast(PlacedParameter, p).shard_shape) for p in self._engine.module.parameters())
+
+    def parameter_figures(self) -> ParameterFigures:
+        """Figures of each parameter of the whole model. Collective."""
+        return ParameterFigures(self.state, self._grid)
+
+    def gradient_squares(self, figures: ParameterFigures) -> GradientSquares:
+        """Squares of each parameter's gradient, from the next step on."""
+        return GradientSquares(figures, self._before_update)
+
+    def gradient_sum(self, figures: ParameterFigures) -> GradientSum:
+        """The sum of the gradients from the next step on."""
+        return GradientSum(figures, self._before_update)
+
+    def block_outputs(self) -> BlockOutputs:
+        """Statistics of the output of each block, from the next step on."""
+        return BlockOutputs(self._engine.module, self._plan.model.num_layers, self._grid)
 
     def time_phases(self, timed: Timed) -> None:
         """Wrap the functions of a training step (and an evaluation) in `timed(phase, function)`."""

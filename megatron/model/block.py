@@ -41,6 +41,7 @@ class TransformerBlock(nn.Module):
         """index: of the block, from 0. rotation: rotary positions for queries and keys, or None."""
         super().__init__()
         norm = partial(resolve("norm", model.norm), model, grid)
+        self.index = index
         self.parallel, self.norm_placement = model.parallel_residual, model.norm_placement
         self.one_norm = model.parallel_residual and model.tied_norm
         if self.norm_placement != "output":

@@ -61,6 +61,11 @@ HONOURED: dict[str, str] = {
     "wandb_team": "",
     "wandb_project": "",
     "wandb_host": "",
+    "log_param_norm": "with each log line, of the whole model under every layout",
+    "log_grad_norm": "as log_param_norm; the norm of all gradients is in every log line",
+    "log_optimizer_states": "as log_param_norm",
+    "log_gradient_noise_scale": "in every layout, in samples",
+    "gradient_noise_scale_n_batches": "",
     "use_comet": "off unless true; an API key alone does not turn it on",
     "comet_workspace": "",
     "comet_project": "",
@@ -285,8 +290,6 @@ TRANSLATED: tuple[tuple[tuple[str, ...], Answer], ...] = (
             "te_fp8_amax_compute_algo",
             "online_dataserver_ips",
             "online_dataserver_ports",
-            "gradient_noise_scale_n_batches",
-            "gradient_noise_scale_cpu_offload",
             "precompute_model_name",
             "s3_chunk_size",
         ),
@@ -317,7 +320,7 @@ TRANSLATED: tuple[tuple[tuple[str, ...], Answer], ...] = (
         Answer("translated", "only for experts (moe_num_experts), which are not supported"),
     ),
     (("override_lr_scheduler",), Answer("translated", "the schedule always comes from the configuration")),
-    (("log_grad_norm",), Answer("translated", "the gradient norm is in every log line")),
+    (("gradient_noise_scale_cpu_offload",), Answer("translated", "the sum of gradients stays where they are")),
     (("lazy_mpu_init",), Answer("translated", "ranks always initialize communication at the start")),
     (
         ("use_shared_fs",),
@@ -424,8 +427,8 @@ REFUSED: tuple[tuple[tuple[str, ...], Answer], ...] = (
         Answer("refused", "only rank 0 reports to Weights & Biases; each rank has its own log in log_dir"),
     ),
     (
-        ("log_grad_pct_zeros", "log_param_norm", "log_optimizer_states", "log_gradient_noise_scale"),
-        Answer("refused", "it is not measured; see metrics.jsonl for loss, gradient norm, learning rate and speed"),
+        ("log_grad_pct_zeros",),
+        Answer("refused", "it is not measured; log_grad_norm writes the norm of each parameter's gradient"),
     ),
     (
         tuple(f"{part}_reward_data_paths" for part in ("train", "valid", "test"))

@@ -102,6 +102,26 @@ class LoggingKeys(Group):
     log_dir: PathText | None = None
     """Folder of metrics.jsonl and the logs of the ranks. Unset: logs in save; without save, nothing is written."""
 
+    log_param_norm: bool = False
+    """Also write the norm of each parameter (parameter_norms/NAME) with each log line."""
+
+    log_grad_norm: bool = False
+    """Also write the norm of each parameter's gradient, before the clip (gradient_norms/NAME)."""
+
+    log_optimizer_states: bool = False
+    """Also write the norms of the optimizer's moments (optimizer_state_norms/NAME_MOMENT)."""
+
+    log_activations: bool = False
+    """Also write the root mean square and the largest magnitude of each block's output (activations_rms/blocks.N,
+    activations_max/blocks.N)."""
+
+    log_gradient_noise_scale: bool = False
+    """Also write the gradient noise scale (https://arxiv.org/abs/1812.06162), in samples (train/noise_scale). It takes
+    4 bytes per parameter, divided over the ranks like the optimizer's state, and adds the gradients of each step."""
+
+    gradient_noise_scale_n_batches: Annotated[WholeNumber, Field(ge=2)] = 5
+    """Steps whose gradients are added up to the big batch that the noise scale compares single steps with."""
+
     use_csv: bool = False
     """Also write metrics.csv beside metrics.jsonl: a row of step, name and value for each value."""
 
@@ -217,8 +237,8 @@ class ProfilingKeys(Group):
     """Profiling of time and memory in training."""
 
     wall_clock_breakdown: bool = False
-    """Log the time of each phase of a step: waiting for data, forward, backward, optimizer. The device is synchronized
-    between phases, which costs some speed on a GPU."""
+    """Show the time of each phase of a step in the log line: waiting for data, forward, backward, optimizer. The device
+    is synchronized between phases, which costs some speed on a GPU. The metrics have the phases in any case."""
 
     profile: bool = False
     """Trace some steps with torch's profiler: for each rank, a trace and a table of its ten most expensive kernels, in

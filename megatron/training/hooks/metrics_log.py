@@ -23,8 +23,9 @@ MEASURED = "a measured matmul"
 class MetricsLog(Hook):
     """Keeps losses on the device and reads them once per interval, so that steps do not synchronize with it."""
 
-    def __init__(self, interval: int, last_step: int, work: Workload, clock: Clock) -> None:
-        """interval: in steps. last_step: of the whole training, for the time left."""
+    def __init__(self, interval: int, last_step: int, work: Workload, clock: Clock, shows_phases: bool = False) -> None:
+        """interval: in steps. last_step: of the whole training, for the time left. shows_phases: in the log line."""
+        self._shows_phases = shows_phases
         self._interval, self._last_step, self._work, self._clock = interval, last_step, work, clock
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
@@ -49,7 +50,7 @@ class MetricsLog(Hook):
         )
         metrics = interval_metrics(figures, self._work)
         on_gpu = step.output.loss.is_cuda
-        known = {**step.metrics, **metrics}
+        known = {**(step.metrics if self._shows_phases else NOTHING), **metrics}
         log.info("%s", log_line(step.state.step, self._last_step, known, on_gpu, self._work.peak_name))
         return metrics
 
@@ -88,4 +89,5 @@ def peak_name(run: Run) -> str:
 def metrics_log(run: Run) -> MetricsLog:
     """Registry entry: in every run."""
     last_step = run.config.training.train_iters or run.last_step
-    return MetricsLog(run.config.logging.log_interval, last_step, workload(run), run.clock)
+    shows_phases = run.config.profiling.wall_clock_breakdown
+    return MetricsLog(run.config.logging.log_interval, last_step, workload(run), run.clock, shows_phases)
