@@ -198,7 +198,8 @@ class MetricWriters:
         for outlet in outlets:
             if (problem := outlet.close(deadline)) is not None:
                 self._report(outlet, problem, failed=True)
-        self._tell()
+            elif (news := outlet.news()) is not None:
+                self._report(outlet, *news)
 
     def _tell(self) -> None:
         for outlet in self.outlets:

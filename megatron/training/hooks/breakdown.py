@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megatron.checkpoint.state import TrainState
 from megatron.engine.phases import DATA_WAIT, Call
 from megatron.training.hooks.base import NOTHING, FinishedStep, Hook, MicroBatches, Run
 
@@ -101,6 +102,10 @@ class Breakdown(Hook):
         means = {f"runtime/{phase}_seconds": total / self._steps for phase, total in sums.items()}
         self._spans, self._steps = [], 0
         return means
+
+    def rewound(self, state: TrainState) -> None:
+        """Drop what was timed since the last means."""
+        self._spans, self._steps = [], 0
 
 
 def breakdown(run: Run) -> Breakdown:

@@ -18,6 +18,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.state import TrainState
 from megatron.engine.figures import GradientSum
 from megatron.training.hooks.base import NOTHING, FinishedStep, Hook, Run
 
@@ -71,6 +72,11 @@ class GradientNoise(Hook):
                 self._scale.add(small_square, big_square)
         self._windows = []
         return NOTHING if self._scale.value is None else {"train/noise_scale": self._scale.value}
+
+    def rewound(self, state: TrainState) -> None:
+        """Begin the next window."""
+        self._norms, self._windows = [], []
+        self._total.forget()
 
 
 def gradient_noise(run: Run) -> GradientNoise | None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from math import sqrt
 
+from megatron.checkpoint.state import TrainState
 from megatron.config.schema.run_keys import LoggingKeys
 from megatron.engine.optimizer_state import MASTER
 from megatron.engine.training import TrainingEngine
@@ -49,6 +50,10 @@ class Norms(Hook):
         for moment in self._moments:
             metrics |= self._by_name(f"optimizer_state_norms/{{}}_{moment}", sums[moment])
         return metrics | self._statistics()
+
+    def rewound(self, state: TrainState) -> None:
+        """Count the steps from there."""
+        self._done = state.step
 
     def _by_name(self, form: str, squares: list[float]) -> dict[str, float]:
         return {form.format(name): sqrt(square) for name, square in zip(self._figures.names, squares, strict=True)}
