@@ -13,7 +13,7 @@ from tests.end_to_end.commands import ENVIRONMENT, SMALL, command, run
 from tests.end_to_end.processes import PATIENCE, process_of_rank
 from tests.terminals import Terminal, terminal
 
-LABELS = ("step ", "loss ", "speed ", "compute ", "time ", "memory ")
+LABELS = ("step ", "loss ", "speed ", "compute ", "step time ", "memory ")
 
 
 @contextmanager
