@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import threading
 
 import pytest
 
@@ -80,16 +79,6 @@ def test_a_note_follows_the_figures(clock):
         clock[0] = 5
         progress.add(5)
         assert progress.line == "generating: 50% | 5 of 10 texts | 1 texts/s | 12 tokens/s | 5s left"
-
-
-def test_threads_lose_no_count():
-    progress = Progress("", 1e6)
-    threads = [threading.Thread(target=lambda: [progress.add() for _ in range(20_000)]) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert progress.done == 80_000
 
 
 def test_items_are_counted_as_they_are_gone_through(monkeypatch):

@@ -2,8 +2,10 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -105,12 +107,25 @@ def test_a_fork_of_the_process_writes_what_it_has_to_say(window):
     with output_to(window), live():
         footer().show(two_lines)
         shown(window)
-        with footer()._lock:  # as if a line were just being written
-            child = os.fork()
-            if child == 0:
-                print("from the fork", flush=True)
-                os._exit(0)
-            assert os.waitpid(child, 0)[1] == 0
+        held, done = threading.Event(), threading.Event()
+
+        def write_a_line() -> None:
+            with footer()._lock:
+                held.set()
+                done.wait(10)
+
+        writing = threading.Thread(target=write_a_line)
+        writing.start()
+        held.wait()
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(5)  # ends a child that waits for the lock
+            print("from the fork", flush=True)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        done.set()
+        writing.join()
         window.wait_for(lambda screen: "from the fork" in screen and screen[-1] == "second", seconds=5)
 
 
@@ -119,7 +134,8 @@ def test_bars_of_other_programs_do_not_overwrite_the_lines(window):
         footer().show(two_lines)
         shown(window)
         sys.stderr.write("\r 10%|#    | 1/10")
-        assert "10%" not in "".join(window.screen)
+        print("a line", file=sys.stderr)
+        assert "a line" in window.screen and "10%" not in "".join(window.screen)
         footer().remove(two_lines)
         sys.stderr.write("\r 20%|##   | 2/10")
         sys.stderr.flush()
