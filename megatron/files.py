@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -104,12 +104,15 @@ class FileLock:
     processes forked from the holder do not keep it.
     """
 
-    def __init__(self, path: Path, what: str, temporary: bool = False) -> None:
+    def __init__(
+        self, path: Path, what: str, temporary: bool = False, abandoned: Collection[tuple[str, int]] = ()
+    ) -> None:
         """path: of the lock file. what: is locked, at the beginning of messages, such as "save (checkpoints)".
 
-        temporary: `release` deletes the lock file.
+        temporary: `release` deletes the lock file. abandoned: host and number of processes from whom the lock is taken
+        away, such as those of a machine that no longer answers.
         """
-        self._path, self._what, self._temporary = path, what, temporary
+        self._path, self._what, self._temporary, self._abandoned = path, what, temporary, abandoned
         self._descriptor: int | None = None
 
     def take(self) -> None:
@@ -136,8 +139,13 @@ class FileLock:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             os.close(descriptor)
+            holder = _holder(self._path)
+            if holder is not None and (holder["host"], holder["process"]) in self._abandoned:
+                log.warning("%s: the lock is taken from %s, which was given up", self._what, _in_words(holder))
+                self._path.unlink(missing_ok=True)
+                return self._locked_file()
             raise UserError(
-                f"{self._what} is being written to by another run: {_holder(self._path)}. "
+                f"{self._what} is being written to by another run: {_in_words(holder)}. "
                 "Wait until it ends or stop it, or write somewhere else"
             ) from error
         except OSError as error:
@@ -166,10 +174,16 @@ class FileLock:
         self.release()
 
 
-def _holder(path: Path) -> str:
-    """Who wrote into the lock file, as far as it can be told."""
+def _holder(path: Path) -> dict[str, Any] | None:
+    """Who wrote into the lock file: host, process and since; None where it does not say."""
     try:
         holder = json.loads(path.read_text())
-        return f"process {holder['process']} on {holder['host']}, since {holder['since']}"
+        return {name: holder[name] for name in ("host", "process", "since")}
     except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _in_words(holder: dict[str, Any] | None) -> str:
+    if holder is None:
         return "one that has only just begun"
+    return f"process {holder['process']} on {holder['host']}, since {holder['since']}"

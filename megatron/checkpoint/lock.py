@@ -1,6 +1,7 @@
 """Lock a folder of checkpoints, so that two runs do not delete and overwrite each other's."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Self
 
@@ -12,10 +13,10 @@ LOCK = ".lock"
 class SaveLock:
     """The exclusive right to write to a folder. A context manager that releases it."""
 
-    def __init__(self, folder: Path | None) -> None:
-        """folder: None on ranks that write nothing."""
+    def __init__(self, folder: Path | None, abandoned: Collection[tuple[str, int]] = ()) -> None:
+        """folder: None on ranks that write nothing. abandoned: processes from whom the lock is taken (`FileLock`)."""
         self._folder = folder
-        self._lock = None if folder is None else FileLock(folder / LOCK, f"save ({folder})")
+        self._lock = None if folder is None else FileLock(folder / LOCK, f"save ({folder})", abandoned=abandoned)
 
     def take(self) -> None:
         """Take the lock, unless this object has it already or the folder does not exist yet.

@@ -11,6 +11,12 @@ SIGNALS_IN_WORDS = {
     signal.SIGILL: "compiled code for another processor",
 }
 OUT_OF_MEMORY = "the machine ran out of memory, and the kernel killed it"
+TIMED_OUT = (
+    "a collective timed out: another rank did not join it. The watchdog's roll call names that rank; check its log, "
+    "and the network with NCCL_DEBUG=INFO and NCCL_SOCKET_IFNAME"
+)
+LOST_CONNECTION = "it lost its connection to another rank, which ended first or whose network failed"
+OF_OTHERS = (TIMED_OUT, LOST_CONNECTION)  # causes that lie with another rank
 # The first pattern found in the text is used, so the more specific ones come first.
 CAUSES = (
     (
@@ -35,12 +41,11 @@ CAUSES = (
     (
         r"Watchdog caught collective operation timeout|NCCL.*[Tt]imeout|ncclRemoteError|Timed out waiting \d+ms|"
         r"collective operation timed out",
-        "a collective timed out: another rank did not join it. The watchdog's roll call names that rank; check its "
-        "log, and the network with NCCL_DEBUG=INFO and NCCL_SOCKET_IFNAME",
+        TIMED_OUT,
     ),
     (
         r"Connection (closed by peer|reset by peer)|Broken pipe|ncclSystemError|Software caused connection abort",
-        "it lost its connection to another rank, which ended first or whose network failed",
+        LOST_CONNECTION,
     ),
     (r"EADDRINUSE|[Aa]ddress already in use", "master_port is in use by another process; unset, a free one is chosen"),
     (

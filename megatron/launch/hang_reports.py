@@ -8,9 +8,10 @@ from pathlib import Path
 from megatron.events import EventLog
 from megatron.launch.failure_report import say
 from megatron.launch.node_states import NodeStates
+from megatron.launch.protocol.attempt import Attempt
 from megatron.launch.protocol.heartbeat import RankStatus
 from megatron.launch.protocol.records import RankStacks
-from megatron.launch.rollcall import roll_call
+from megatron.launch.rollcall import culprits, roll_call
 from megatron.launch.watchdog import Watchdog
 
 STACKS_SECONDS = 10.0
@@ -26,25 +27,26 @@ class HangReports:
         request_stacks: Callable[[], int],
         log_folder: str | None,
         events: EventLog,
+        attempt: Attempt,
     ) -> None:
         """request_stacks: orders the stacks of all ranks and returns the number of the request."""
         self._watchdog, self._nodes, self._request_stacks = watchdog, nodes, request_stacks
         self._log_folder = None if log_folder is None else Path(log_folder)
-        self._events = events
+        self._events, self._attempt = events, attempt
 
-    def report_new_hang(self, poll: float) -> bool:
-        """Report a hang that has not been reported yet, and return whether there is one.
+    def report_new_hang(self, poll: float) -> tuple[int, ...] | None:
+        """Report a hang that has not been reported yet; returns the ranks that others wait for, None: no new hang.
 
         poll: seconds between reads of the records while ranks write their stacks.
         """
         hung = self._watchdog.find_hung_rank(self._nodes.statuses)
         if hung is None:
-            return False
+            return None
         statuses = {status.rank: status for status in self._nodes.statuses}
         stacks = self._gather_stacks(poll)
         self._tell(hung, roll_call(statuses, stacks, self._hosts()))
         self._write(stacks)
-        return True
+        return culprits(statuses, stacks)
 
     def _gather_stacks(self, poll: float) -> list[RankStacks]:
         request, deadline = self._request_stacks(), time.monotonic() + STACKS_SECONDS
@@ -72,5 +74,5 @@ class HangReports:
         with suppress(OSError):  # a full disk must not end the run
             for one in stacks:
                 text = one.text or f"no answer; process state {one.state}\n"
-                (self._log_folder / f"stacks_rank_{one.rank}.txt").write_text(text, encoding="utf-8")
-            say(f"the Python stacks of all ranks are in {self._log_folder}/stacks_rank_*.txt")
+                (self._log_folder / self._attempt.stacks_name(one.rank)).write_text(text, encoding="utf-8")
+            say(f"the Python stacks of all ranks are in {self._log_folder / self._attempt.stacks_name('*')}")

@@ -53,6 +53,15 @@ def read_hosts(config: Config, environment: Mapping[str, str]) -> Slots | None:
     return hosts
 
 
+def spare_hosts(config: Config, environment: Mapping[str, str]) -> Slots:
+    """The hosts of the hostfile beyond num_nodes, on which a restart may go on; none without max_restarts."""
+    if config.launcher.max_restarts == 0 or config.launcher.num_nodes is None:
+        return {}
+    all_nodes = config.model_copy(update={"launcher": config.launcher.model_copy(update={"num_nodes": None})})
+    hosts, chosen = read_hosts(all_nodes, environment) or {}, read_hosts(config, environment) or {}
+    return {host: slots for host, slots in hosts.items() if host not in chosen}
+
+
 def read_hostfile(path: Path, name: str = "hostfile") -> dict[str, int]:
     """Hosts and their slots, from lines such as "node1 slots=8".
 

@@ -15,8 +15,8 @@ from megatron.files import is_file
 from megatron.launch.accelerators import visible_gpus
 from megatron.launch.hosts import problem_with_host
 from megatron.launch.launchers.launcher import LaunchSpec, usual_launcher
-from megatron.launch.planning import planned_ranks
-from megatron.launch.supervisor import supervise
+from megatron.launch.planning import is_inference, plan_of_ranks, planned_ranks
+from megatron.launch.restarting import supervise
 
 
 def main(arguments: Sequence[str], folder: Path) -> int:
@@ -36,7 +36,7 @@ def _main(arguments: Sequence[str], folder: Path) -> int:
         return 0
     name = config.launcher.launcher or usual_launcher(config, os.environ)
     launch: LaunchSpec = registry.resolve("launcher", name)(config, script.name, os.environ)
-    _check_ranks(config, script, launch.ranks)
+    plan_of_ranks(config, script.name, launch.ranks)  # before any rank starts
     return supervise(launch, config, script)
 
 
@@ -68,21 +68,8 @@ def _check_master_address(config: Config) -> None:
 
 def _described(command: CommandLine, config: Config, script: Path) -> str:
     planned = planned_ranks(config, script.name, os.environ)
-    plan = resolve(config, planned.ranks, assumed_vocabulary(config), inference=_is_inference(script))
+    plan = resolve(config, planned.ranks, assumed_vocabulary(config), inference=is_inference(script.name))
     if command.print_config:
         return print_config(config, plan).rstrip()
     gpus = config.launcher.gpu_memory or visible_gpus(os.environ, config.launcher.distributed_backend)
     return dry_run(config, plan, script.name, planned.notes, on_cpu=not gpus)
-
-
-def _check_ranks(config: Config, script: Path, ranks: int) -> None:
-    """Raise UserError for a layout that does not fit this number of ranks, before any of them starts."""
-    keys = config.model
-    # Only the ranks know the tokenizer's vocabulary; this one can be split in any case.
-    divisible = keys.make_vocab_size_divisible_by * config.parallelism.model_parallel_size
-    vocabulary = keys.vocab_size or keys.padded_vocab_size or divisible
-    resolve(config, ranks, vocabulary, inference=_is_inference(script))
-
-
-def _is_inference(script: Path) -> bool:
-    return script.name in ("generate.py", "evaluate.py", "serve.py")

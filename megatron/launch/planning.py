@@ -1,8 +1,13 @@
-"""How many ranks a run would have: for --dry-run and --print-config, which may plan for other machines."""
+"""How many ranks a run would have, and the plan for a number of ranks.
+
+The former is for --dry-run and --print-config, which may plan for other machines.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megatron.config.plan import Plan
+from megatron.config.resolve import resolve
 from megatron.config.schema.config import Config
 from megatron.errors import UserError
 from megatron.files import is_file
@@ -43,6 +48,23 @@ def planned_ranks(config: Config, script: str, environment: Mapping[str, str]) -
     here = config.model_copy(update={"launcher": keys.model_copy(update=alone)})
     ranks = len(local_slots(here, script, environment)) * (keys.num_nodes or 1)
     return PlannedRanks(ranks, (f"ranks: {ranks} is what this machine would start; num_gpus=N plans for another",))
+
+
+def plan_of_ranks(config: Config, script: str, ranks: int) -> Plan:
+    """The plan for a number of ranks, without the tokenizer, which only they open.
+
+    Raises UserError for a layout that does not fit them.
+    """
+    keys = config.model
+    # This vocabulary can be split in any case.
+    divisible = keys.make_vocab_size_divisible_by * config.parallelism.model_parallel_size
+    vocabulary = keys.vocab_size or keys.padded_vocab_size or divisible
+    return resolve(config, ranks, vocabulary, inference=is_inference(script))
+
+
+def is_inference(script: str) -> bool:
+    """Whether a script computes with a model without training it."""
+    return script in ("generate.py", "evaluate.py", "serve.py")
 
 
 def _of_hostfile(config: Config, environment: Mapping[str, str]) -> PlannedRanks:

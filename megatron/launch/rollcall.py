@@ -51,6 +51,13 @@ def roll_call(statuses: Mapping[int, RankStatus], stacks: Sequence[RankStacks], 
     return "; ".join(_clause(ranks, hosts if several else {}, *doing.split(" ", 1)) for doing, ranks in groups.items())
 
 
+def culprits(statuses: Mapping[int, RankStatus], stacks: Sequence[RankStacks]) -> tuple[int, ...]:
+    """The ranks that others wait for, in order; none where all ranks do the same, as when a cable is cut."""
+    answers = {answer.rank: answer for answer in stacks}
+    waits = {rank: _doing(status, answers.get(rank)).startswith("wait") for rank, status in sorted(statuses.items())}
+    return tuple(rank for rank, waiting in waits.items() if not waiting) if any(waits.values()) else ()
+
+
 def main_stack(text: str) -> list[Frame]:
     """The frames of the main thread, innermost first, from the text of faulthandler."""
     threads = re.split(r"^(?=Thread |Current thread )", text, flags=re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Supervise a run: start the agents, watch them, forward stops, terminate all processes, and report why it ended.
+"""Supervise a run: start the agents, watch them, forward stops, terminate all processes, and say how they ended.
 
 The same for all launchers: agents report through files in the run folder. Imports no torch.
 """
@@ -14,13 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron.alerts.sender import open_alerts
 from megatron.config.schema.config import Config
-from megatron.errors import DONE, UserError
+from megatron.errors import UserError
 from megatron.events import EventLog
-from megatron.launch.failure_report import Ending, Outcome, report, say
+from megatron.launch.failure_report import Outcome, say
 from megatron.launch.hang_reports import HangReports
-from megatron.launch.launchers.launcher import LaunchSpec, make_job, make_log_folder
+from megatron.launch.launchers.launcher import LaunchSpec
 from megatron.launch.node_states import SILENCE_AFTER_FAILURE_SECONDS, SILENCE_SECONDS, NodeState, NodeStates
 from megatron.launch.process_group import StopSignals, start_group, stop_group
 from megatron.launch.protocol.heartbeat import CONVERSING
@@ -40,23 +39,26 @@ URGENT_GRACE_SECONDS = 0.5
 FIRST_BEAT_SECONDS = 1.5
 
 
-def supervise(launch: LaunchSpec, config: Config, script: Path) -> int:
-    """Run `script` on all ranks until they have ended; returns the exit code.
+def run_job(
+    launch: LaunchSpec,
+    config: Config,
+    job: JobSpec,
+    log_folder: Path | None,
+    signals: StopSignals,
+    events: EventLog,
+    seconds: float = float("inf"),
+) -> Outcome:
+    """Run a job on all ranks until they have ended, and longer than `seconds` in no case.
 
-    0: every rank returned 0. 2: a rank found the command or the input wrong. 1: a rank failed, or the run was stopped
-    before it could save. Raises UserError before anything is started.
+    log_folder: where agents on other machines exchange files with this process; None: in the working folder.
+    Raises UserError before anything is started.
     """
-    log_folder = make_log_folder(config, script)
-    job = make_job(launch, config, script, log_folder)
-    told = log_folder if script.name == "train.py" else None
-    with open_alerts(config.alerts, told, follow=True) as alerts:
-        return _supervised(launch, config, job, EventLog(told, [alerts.hear]))
-
-
-def _supervised(launch: LaunchSpec, config: Config, job: JobSpec, events: EventLog) -> int:
-    shared = Path(job.log_folder or Path.cwd()).resolve() if launch.remote else None
+    shared = (log_folder or Path.cwd()).resolve() if launch.remote else None
     try:
-        run_folder = tempfile.TemporaryDirectory(prefix=".deepy-" if shared else "deepy-", dir=shared)
+        # A node that was given up may still write there while the folder is removed.
+        run_folder = tempfile.TemporaryDirectory(
+            prefix=".deepy-" if shared else "deepy-", dir=shared, ignore_cleanup_errors=True
+        )
     except OSError as error:
         location = shared or "TMPDIR or /tmp"
         raise UserError(
@@ -64,22 +66,11 @@ def _supervised(launch: LaunchSpec, config: Config, job: JobSpec, events: EventL
         ) from error
     with run_folder as folder:
         write_job(Path(folder), job)
-        with StopSignals() as signals:
-            ending = Supervisor(launch, config, job, Path(folder), signals, events).run()
-            _record_end(events, ending, signals)
-    return ending.code
-
-
-def _record_end(events: EventLog, ending: Ending, signals: StopSignals) -> None:
-    if ending.code == DONE:
-        stopped = f"stopped by {signals.received[0].name} at a step boundary" if signals.received else "done"
-        events.record("finish", stopped, code=ending.code)
-    else:
-        events.record("failure", ending.text, code=ending.code)
+        return Supervisor(launch, config, job, Path(folder), signals, events).run(seconds)
 
 
 class Supervisor:
-    """Supervises one run."""
+    """Supervises one job: a run until it ends or fails, or a check of nodes."""
 
     def __init__(
         self,
@@ -95,13 +86,18 @@ class Supervisor:
         self._orders = OrderBook(folder)
         self._nodes = NodeStates(folder, job.hosts, launch.remote)
         watchdog = Watchdog(config.launcher.watchdog_timeout)
-        self._hangs = HangReports(watchdog, self._nodes, self._request_stacks, job.log_folder, events)
+        self._hangs = HangReports(watchdog, self._nodes, self._request_stacks, job.log_folder, events, job.attempt)
         self._poll = REMOTE_POLL_SECONDS if launch.remote else POLL_SECONDS
         self._hung = False
+        self._culprits: tuple[int, ...] = ()
         self._stop_requested_at: float | None = None  # set while no rank has a heartbeat
 
-    def run(self) -> Ending:
-        """Start the agents, and return how the run ended after all processes have. Raises UserError."""
+    def run(self, seconds: float = float("inf")) -> Outcome:
+        """Start the agents, and return how the run ended after all processes have. Raises UserError.
+
+        seconds: after which it counts as hung.
+        """
+        self._give_up_at = time.monotonic() + seconds
         command = self._launch.command(self._folder)
         environment = {**os.environ, **self._launch.settings}
         pipe = subprocess.PIPE if self._launch.remote else None
@@ -121,7 +117,7 @@ class Supervisor:
             self._end(grace)
             reader.join(timeout=1.0)
             self._nodes.update()
-        return report(self._outcome(lost))
+        return self._outcome(lost)
 
     def _watch(self) -> list[NodeState]:
         """Wait until the run has ended, failed, lost a node or must be ended; returns the nodes that are lost."""
@@ -143,12 +139,18 @@ class Supervisor:
             lost = self._nodes.lost(SILENCE_AFTER_FAILURE_SECONDS if failed else SILENCE_SECONDS)
             if lost or self._nodes.all_ended:
                 return lost
-            if not failed and self._hangs.report_new_hang(self._poll) and self._ends_hung_runs:
+            if time.monotonic() > self._give_up_at or self._hangs_for_good(failed):
                 self._hung = True
                 break
             time.sleep(self._poll)
         self._nodes.update()
         return self._nodes.lost(SILENCE_AFTER_FAILURE_SECONDS)
+
+    def _hangs_for_good(self, failed: bool) -> bool:
+        """Whether a new hang was found, and reported, in which the run must end."""
+        culprits = None if failed else self._hangs.report_new_hang(self._poll)
+        self._culprits = culprits or ()
+        return culprits is not None and self._ends_hung_runs
 
     def _last_reports_seconds(self) -> float:
         unknown = any(one.code is None for record in self._nodes.records for one in record.gone)
@@ -226,4 +228,5 @@ class Supervisor:
             at_once=self._signals.urgent or (bool(self._signals.received) and self._orders.given.stop is None),
             hung=self._hung,
             several_hosts=self._nodes.several,
+            culprits=self._culprits,
         )

@@ -36,6 +36,7 @@ from megatron.hugging_face.published import (
     open_published,
     published_name,
 )
+from megatron.launch.protocol.attempt import Attempt
 from megatron.launch.protocol.environment import environment_line
 from megatron.launch.protocol.heartbeat import RUN_FOLDER, Heartbeat
 from megatron.logging import configure
@@ -51,13 +52,14 @@ from megatron.training.batch import BatchBuilder, training_batches
 from megatron.training.clock import Clock
 from megatron.training.export import export_at_end
 from megatron.training.hooks.base import MicroBatches, Run, build_hooks
+from megatron.training.hooks.divergence import keep_suspect_batch
 from megatron.training.hooks.profiling import ProfileRequest
 from megatron.training.identity import check_same_run
 from megatron.training.liveness import Liveness
 from megatron.training.loop import final_step, train_steps
 from megatron.training.rewinding import Rewinding
 from megatron.training.schedule_change import resumed_changes
-from megatron.training.start import agreed, begin, check_writable, checkpoint_to_load
+from megatron.training.start import agreed, begin, check_writable, checkpoint_to_load, keys_of_attempt
 from megatron.training.start_record import look_around, record_start
 from megatron.training.stopping import StopRequest, StopVote
 
@@ -83,18 +85,29 @@ def train(config: Config) -> None:
     """
     rank = int(os.environ.get("RANK", "0"))
     configure(rank)
+    attempt = Attempt.of_this_process()
+    config = config.model_copy(update={"checkpoint": keys_of_attempt(config.checkpoint, attempt)})
     request, surroundings = StopRequest(config.launcher.time_limit_minutes), look_around(config.log_folder)
-    with SaveLock(Path(config.checkpoint.save) if config.checkpoint.save and rank == 0 else None) as lock:
+    with SaveLock(
+        Path(config.checkpoint.save) if config.checkpoint.save and rank == 0 else None, attempt.abandoned
+    ) as lock:
         lock.take()  # before the folder is read: a run that is about to end may still save there
         prepared = prepare(config, int(os.environ.get("WORLD_SIZE", "1")))
         lock.take()  # `prepare` has created the folder if it was missing
-        _train(config, prepared, request, surroundings)
+        _train(config, prepared, request, surroundings, attempt)
 
 
-def _train(config: Config, prepared: Prepared, request: StopRequest, surroundings: Surroundings | None) -> None:
+def _train(
+    config: Config,
+    prepared: Prepared,
+    request: StopRequest,
+    surroundings: Surroundings | None,
+    attempt: Attempt,
+) -> None:
     """Set the process group up, train, and report how the run ended. Collective."""
     with request.listening():
         run, state = set_up(config, prepared, surroundings)
+        keep_suspect_batch(run, state, attempt.suspect_step)
         vote = StopVote(request, run.engine.grid.host_group)
         with told_end(run, vote):
             batches = read_batches(run, state)

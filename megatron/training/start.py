@@ -11,6 +11,15 @@ from megatron.config.schema.run_keys import CheckpointKeys
 from megatron.engine.training import TrainingEngine
 from megatron.errors import UserError
 from megatron.hugging_face.published import PublishedModel, load_published, published_name
+from megatron.launch.protocol.attempt import Attempt
+
+
+def keys_of_attempt(keys: CheckpointKeys, attempt: Attempt) -> CheckpointKeys:
+    """What this attempt of a run loads: once the run has saved, the newest whole checkpoint of `save`."""
+    if not attempt.resumes or keys.save is None:
+        return keys
+    load = keys.load if published_name(keys.load) is not None else keys.save
+    return keys.model_copy(update={"load": load, "finetune": False, "iteration": None, "no_load_optim": False})
 
 
 def checkpoint_to_load(keys: CheckpointKeys) -> Path | None:

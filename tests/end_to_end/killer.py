@@ -1,7 +1,8 @@
 """A plugin that ends the run it is loaded into with signal 9, in the middle of a kind of work that is chosen by name.
 
 What a rank does is seen in the files it touches (Python tells audit hooks of each) or, for a step, by a hook of the
-training. The seed decides which touch it is, how long after it, and whether one rank dies or all of them.
+training. The seed decides which touch it is, how long after it, and whether one rank dies or all of them. A run that
+starts again by itself is left alone from then on.
 """
 
 import json
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from megatron.launch.protocol.attempt import Attempt
 
 ORDER = "KILL"  # environment: JSON of moment, seed, and the file in which to say what happened
 DEEPY_REGISTRY = {"hook": {"killer": "killer:build_hook"}}
@@ -87,6 +90,7 @@ def build_hook(_: Any) -> Any:
     return Steps()
 
 
-KILLER = Killer(*json.loads(os.environ[ORDER])) if ORDER in os.environ and "RANK" in os.environ else None
+IS_VICTIM = ORDER in os.environ and "RANK" in os.environ and Attempt.of_this_process().number == 1
+KILLER = Killer(*json.loads(os.environ[ORDER])) if IS_VICTIM else None
 if KILLER is not None and KILLER.moment != "training":
     sys.addaudithook(KILLER.audit)

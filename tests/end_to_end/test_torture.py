@@ -1,7 +1,7 @@
-"""Kill a run with signal 9 in the middle of any work: the next one resumes and ends as an undisturbed run does.
+"""Kill a run with signal 9 in the middle of any work: it goes on by itself and ends as an undisturbed run does.
 
 The run saves after every step and prunes, so that there is much to interrupt. `killer.py` chooses the moment. A step
-whose metrics were written has been saved, but for the last one where the writing is done behind: no other may be lost.
+that was told has been saved, but for the last one where the writing is done behind: no other may be lost.
 
 All forty take about twelve minutes on two idle cores: python -m pytest tests/end_to_end/test_torture.py
 """
@@ -18,7 +18,8 @@ import torch
 
 from megatron.checkpoint.folder import damage
 from megatron.checkpoint.reading import read_tensors
-from tests.end_to_end.commands import ENVIRONMENT, SMALL, command, losses, run
+from megatron.events import read_events
+from tests.end_to_end.commands import ENVIRONMENT, SMALL, command, run
 from tests.end_to_end.killer import ORDER
 
 STEPS = 30
@@ -44,18 +45,18 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
-def killed_run(folder: Path, save: str, moment: str, seed: int) -> str:
-    """Start a run that is killed at `moment`; returns where exactly that was."""
+def killed_run(folder: Path, save: str, moment: str, seed: int, *more: str, expect: int) -> str:
+    """Start a run that is killed at `moment`; returns where exactly that was. expect: the exit code of deepy.py."""
     report = folder / f"{save}.txt"
     modules = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     order = {ORDER: json.dumps([moment, seed, str(report)]), "PYTHONPATH": modules}
     behind = str(moment in BEHIND).lower()
     words = command("deepy.py", "train.py", "small", f"save={save}", f"load={save}", f"async_save={behind}")
-    words.append("plugins=[killer]")
+    words += ["plugins=[killer]", *more]
     done = subprocess.run(
         words, cwd=folder, env=os.environ | ENVIRONMENT | order, capture_output=True, text=True, timeout=240
     )
-    assert report.exists() and done.returncode == 1, f"no rank was killed:\n{done.stdout}\n{done.stderr}"
+    assert report.exists() and done.returncode == expect, f"no rank was killed:\n{done.stdout}\n{done.stderr}"
     return report.read_text()
 
 
@@ -66,12 +67,24 @@ def without_the_last(folder: Path, save: Path) -> None:
 
 
 def step_to_go_on_from(save: Path, moment: str) -> int:
-    """The step that a killed run is known to have saved."""
+    """The step that a killed run is known to have saved: one that was told has been saved before."""
     if moment == "loading":
         return STEPS - 1
-    written = save / "logs" / "metrics.jsonl"
-    trained = max(losses(save), default=0) if written.exists() else 0
+    log = (save / "logs" / "rank_0.log").read_text()
+    trained = max((int(step) for step in re.findall(rf"^step (\d+)/{STEPS} ", log, re.MULTILINE)), default=0)
     return trained - 1 if moment in BEHIND else trained
+
+
+def assert_nothing_was_lost(whole: Path, save: str, where: str, saved: int, log: str) -> None:
+    """The run that went on, with this log, began at or after step `saved`, and ended as the whole one did."""
+    resumed = re.search(rf"resuming from {save}/\.?global_step(\d+)", log)
+    assert (int(resumed[1]) if resumed else 0) >= saved, f"{where}, and step {saved} was lost:\n{log}"
+    last = whole / save / f"global_step{STEPS}"
+    wanted, found = read_tensors(whole / "whole" / last.name), read_tensors(last)
+    assert wanted.keys() == found.keys()
+    assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == [], where
+    assert damage(last, "full") == []
+    assert sorted(path.name for path in (whole / save).glob(".global*")) == [], f"what is left of {where}"
 
 
 def moments() -> list:
@@ -81,19 +94,27 @@ def moments() -> list:
 
 
 @pytest.mark.parametrize(("moment", "seed"), moments())
-def test_a_killed_run_resumes_and_ends_like_an_undisturbed_one(whole, moment, seed):
+def test_a_killed_run_goes_on_by_itself_and_ends_like_an_undisturbed_one(whole, moment, seed):
     save = f"killed_{seed}"
     if moment == "loading":
         without_the_last(whole, whole / save)
-    where = killed_run(whole, save, moment, seed)
+    where = killed_run(whole, save, moment, seed, "max_restarts=1", expect=0)
     print(where)
     saved = step_to_go_on_from(whole / save, moment)
-    said = run(whole, "deepy.py", "train.py", "small", f"save={save}", f"load={save}").stdout
-    resumed = re.search(rf"resuming from {save}/\.?global_step(\d+)", said)
-    assert (int(resumed[1]) if resumed else 0) >= saved, f"{where}, and step {saved} was lost:\n{said}"
-    last = whole / save / f"global_step{STEPS}"
-    wanted, found = read_tensors(whole / "whole" / last.name), read_tensors(last)
-    assert wanted.keys() == found.keys()
-    assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == [], where
-    assert damage(last, "full") == []
-    assert sorted(path.name for path in (whole / save).glob(".global*")) == [], f"what is left of {where}"
+    [event] = [event for event in read_events(whole / save / "logs") if event.kind == "restart"]
+    assert "was ended by SIGKILL" in event.details["reason"] and event.details["attempt"] == 2
+    log = (whole / save / "logs" / "rank_0_attempt_2.log").read_text()
+    assert_nothing_was_lost(whole, save, where, saved, log)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("moment", "seed"), [(moment, 100 + seed) for seed, moment in enumerate(MOMENTS)])
+def test_a_killed_run_is_resumed_by_the_same_command(whole, moment, seed):
+    save = f"killed_{seed}"
+    if moment == "loading":
+        without_the_last(whole, whole / save)
+    where = killed_run(whole, save, moment, seed, expect=1)
+    print(where)
+    saved = step_to_go_on_from(whole / save, moment)
+    log = run(whole, "deepy.py", "train.py", "small", f"save={save}", f"load={save}").stdout
+    assert_nothing_was_lost(whole, save, where, saved, log)

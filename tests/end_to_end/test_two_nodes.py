@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.commands import SMALL, command, run
+from tests.end_to_end.hosts import network, ssh_options, why_not
 from tests.end_to_end.processes import end, is_running, started, steps_done, wait_for
-from tests.end_to_end.two_hosts import ssh_options, two_hosts, why_not
 
 REASON = why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
@@ -22,7 +22,7 @@ SECRET = "not-for-the-eyes-of-ps"
 def hosts(tmp_path):
     keys = tmp_path / "ssh"
     keys.mkdir()
-    with two_hosts(keys) as both:
+    with network(keys) as both:
         yield both, keys
 
 

@@ -349,6 +349,21 @@ def test_training_needs_more_than_the_model(keys, missing):
         check(TRAINING | keys, script="train.py")
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"checkpoint_factor": 5}, r"max_restarts \(3\) needs save, the folder"),
+        ({"save": "run"}, r"max_restarts \(3\) needs checkpoint_factor, the steps"),
+    ],
+)
+def test_restarts_need_checkpoints_to_start_from(keys, message):
+    again = TRAINING | {"max_restarts": 3}
+    check(again | {"save": "run", "checkpoint_factor": 5}, script="train.py")
+    check(again | {"load": "x"} | keys, script="generate.py")
+    with pytest.raises(ConfigError, match=message):
+        check(again | keys, script="train.py")
+
+
 PROFILE = {"profile": True, "log_dir": "logs", "profile_step_start": 2, "profile_step_stop": 4}
 
 

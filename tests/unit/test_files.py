@@ -1,5 +1,6 @@
 """Paths and files as users hand them over."""
 
+import json
 import os
 import subprocess
 import sys
@@ -70,6 +71,21 @@ def test_a_lock_is_held_by_one_process_and_given_back_at_its_end(tmp_path):
             and f"it is being written to by another run: process {os.getpid()}" in refused.stderr
         )
     assert subprocess.run(other, cwd=Path(__file__).parents[2]).returncode == 0
+
+
+def test_a_lock_is_taken_from_a_process_that_was_given_up_and_from_no_other(tmp_path):
+    code = "import sys, pathlib; from megatron.files import FileLock; FileLock(pathlib.Path(sys.argv[1]), 'it').take()"
+    words = [sys.executable, "-c", f"{code}; print('taken', flush=True); sys.stdin.read()", str(tmp_path / "lock")]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(words, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "taken\n"
+        host = os.uname().nodename
+        with pytest.raises(UserError, match=f"another run: process {holder.pid} on {host}"):
+            FileLock(tmp_path / "lock", "it", abandoned=[(host, holder.pid + 1), ("other", holder.pid)]).take()
+        with FileLock(tmp_path / "lock", "it", abandoned=[(host, holder.pid)]) as lock:
+            assert lock._is_at_path(lock._descriptor)
+            assert json.loads((tmp_path / "lock").read_text())["process"] == os.getpid()
+        holder.stdin.close()
 
 
 def test_a_terminal_or_device_may_be_both_input_and_output():

@@ -10,7 +10,7 @@ import pytest
 
 from megatron.config.load import config_from_flat
 from megatron.launch.launchers.launcher import LaunchSpec, agent_command
-from megatron.launch.supervisor import supervise
+from megatron.launch.restarting import supervise
 from tests.nvml_library import COMPILER, build, cards, environment, fake_torch
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler for the library that plays NVML")
@@ -175,7 +175,7 @@ def test_no_rank_starts_on_any_node_when_one_node_has_a_problem(library, torch, 
     for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
         monkeypatch.delenv(name, raising=False)
 
-    def command(folder: Path) -> list[str]:
+    def command(folder: Path, _: object) -> list[str]:
         first, second = (" ".join(agent_command(folder, "--node", number)) for number in "01")
         return ["sh", "-c", f"{first} & CUDA_VISIBLE_DEVICES=7 {second} & wait"]
 

@@ -114,6 +114,41 @@ def test_srun_gets_one_task_per_node_of_the_allocation_with_all_of_its_cores(pro
     assert (started.hosts, started.master) == (("", ""), None)
 
 
+SCONTROL = f"""#!{sys.executable}
+import sys
+assert sys.argv[1:3] == ["show", "hostnames"], sys.argv
+names = {{"gpu[1-3]": "gpu1 gpu2 gpu3"}}
+print(*names.get(sys.argv[3], "").split(), sep="\\n")
+"""
+
+
+def test_restarts_under_slurm_choose_nodes_of_the_allocation_by_name(programs):
+    (programs / "scontrol").write_text(SCONTROL)
+    (programs / "scontrol").chmod(0o755)
+    allocation = CPU | ALLOCATION | {"SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST": "gpu[1-3]"}
+    started = launch("slurm", allocation, max_restarts=2, num_gpus=8, num_nodes=2)
+    assert (started.hosts, started.spares) == (("gpu1", "gpu2"), {"gpu3": tuple(range(8))})
+    assert started.on(["gpu1", "gpu3"]).command(Path("/run")) == [
+        *("srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpu-bind=none", "--kill-on-bad-exit=0"),
+        *("--nodelist=gpu1,gpu3", "--no-kill", "--cpus-per-task=64"),
+        *(sys.executable, "-P", AGENT, "/run", "--host-variable", "SLURMD_NODENAME"),
+    ]
+    with pytest.raises(
+        UserError, match=r"max_restarts needs the names of the nodes, but `scontrol show .*` says: noth"
+    ):
+        launch("slurm", allocation | {"SLURM_JOB_NODELIST": "other"}, max_restarts=2, num_gpus=8)
+
+
+def test_hosts_beyond_num_nodes_are_spares_of_a_run_that_may_restart(programs, tmp_path):
+    file = hostfile(tmp_path, "node1 slots=8\nnode2 slots=8\nnode3 slots=8\nnode4 slots=8\n")
+    for name in ("pdsh", "openmpi"):
+        started = launch(name, hostfile=file, num_nodes=2, exclude="node3", max_restarts=1)
+        assert (started.hosts, started.spares) == (("node1", "node2"), {"node4": tuple(range(8))})
+        assert launch(name, hostfile=file, num_nodes=2).spares == {}
+    again = launch("pdsh", hostfile=file, num_nodes=2, max_restarts=1).on(["node2", "node4"])
+    assert again.command(Path("/run"))[-3:-1] == ["-w", "node2,node4"]
+
+
 @pytest.mark.parametrize("comment", ["two words", "-x --bad", "it's $HOME; `id`"])
 def test_the_comment_of_a_job_is_one_argument_of_srun(programs, comment):
     words = launch("slurm", CPU | ALLOCATION, comment=comment, num_gpus=1).command(Path("/run"))

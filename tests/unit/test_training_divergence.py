@@ -14,7 +14,7 @@ from megatron.errors import RunError
 from megatron.events import EventLog, read_events
 from megatron.tokenizer.build import build_tokenizer
 from megatron.training.hooks.base import FinishedStep
-from megatron.training.hooks.divergence import PATIENCE, Divergence, divergence, keep_batch
+from megatron.training.hooks.divergence import PATIENCE, Divergence, divergence, keep_batch, keep_suspect_batch
 
 BATCH, SEQUENCE = 4, 8
 
@@ -71,6 +71,16 @@ def test_a_loss_scale_that_is_still_too_high_is_no_event(tmp_path):
 def test_without_a_folder_for_logs_the_samples_are_told(run):
     run.config.log_folder = None
     assert keep_batch(run, TrainState(1, BATCH)).endswith("was samples 0 to 3")
+
+
+def test_the_batch_of_a_step_that_failed_before_is_written_before_it_is_trained_on(run, tmp_path):
+    resumed = TrainState(step=5, consumed_samples=100)  # other batches than now were trained on before
+    for done in (None, 5, 3):
+        keep_suspect_batch(run, resumed, done)
+    assert list(tmp_path.iterdir()) == []
+    keep_suspect_batch(run, resumed, 7)
+    lines = (tmp_path / "bad_batch_step_7.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == texts(run, range(104, 108))
 
 
 def test_of_samples_with_labels_the_tokens_are_written(run, tmp_path):

@@ -259,6 +259,15 @@ def _training_of_adapters_has_a_base(config: Config) -> Iterator[str]:
         )
 
 
+@rule(RUN_RULES, "max_restarts", "save", "checkpoint_factor", scripts=("train.py",))
+def _restarts_have_checkpoints(config: Config) -> Iterator[str]:
+    most, keys = config.launcher.max_restarts, config.checkpoint
+    if most and keys.save is None:
+        yield f"max_restarts ({most}) needs save, the folder of the checkpoints to start again from; set it"
+    if most and keys.checkpoint_factor is None:
+        yield f"max_restarts ({most}) needs checkpoint_factor, the steps between these checkpoints; set it"
+
+
 @rule(RUN_RULES, "serve_max_choices", "serve_max_waiting", "generation_batch_size")
 def _choices_find_room(config: Config) -> Iterator[str]:
     keys, slots = config.serving, config.generation.generation_batch_size

@@ -380,5 +380,9 @@ class LauncherKeys(Group):
     watchdog_action: Literal["end", "wait"] = "end"
     """After the report of a hang: end the run with exit code 1, or keep waiting."""
 
+    max_restarts: NotNegativeInt = 0
+    """How often train.py is started again from its last checkpoint after an accident: a rank or a node that dies, hangs
+    or loses its network (docs/outliving.md). Nodes of the hostfile beyond num_nodes are spares."""
+
     time_limit_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Minutes after which the run ends at a step boundary, with a checkpoint. Unset: no limit."""

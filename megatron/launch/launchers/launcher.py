@@ -9,8 +9,8 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron.config.command_line import MERGED_FLAG, merged_to_argument
@@ -18,6 +18,7 @@ from megatron.config.schema.config import Config
 from megatron.errors import UserError
 from megatron.launch.hosts import read_hosts
 from megatron.launch.node import agent
+from megatron.launch.protocol.attempt import FIRST, Attempt
 from megatron.launch.protocol.environment import forwarded_environment
 from megatron.launch.protocol.job import JobSpec
 
@@ -29,16 +30,36 @@ class LaunchSpec:
     """What a launcher decides about a run: its nodes, their slots, and how the agents are started.
 
     hosts: a name per node, empty where only the node itself knows it. slots: of each node, in the order of ranks.
-    command: starts all agents, given the run folder. master: the address of rank 0; None: the first node's own name.
-    remote: the nodes are, or may be, other machines. settings: added to the environment of `command`.
+    start: the command that starts all agents, from the run folder and the hosts. master: the address of rank 0; None:
+    the first node's own name. remote: the nodes are, or may be, other machines. settings: added to the environment of
+    the command. spares: further nodes, on which a restart may go on.
     """
 
     hosts: tuple[str, ...]
     slots: tuple[tuple[int, ...], ...]
-    command: Callable[[Path], list[str]]
+    start: Callable[[Path, Sequence[str]], list[str]]
     master: str | None
     remote: bool
     settings: Mapping[str, str]
+    spares: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def command(self, folder: Path) -> list[str]:
+        """The command that starts an agent on each host, for a run folder."""
+        return self.start(folder, self.hosts)
+
+    def on(self, hosts: Sequence[str]) -> "LaunchSpec":
+        """The same run on other nodes: some of `hosts` and `spares`, in the order of ranks."""
+        nodes = self.nodes
+        master = self.master if hosts[0] == self.hosts[0] else None
+        spares = {host: slots for host, slots in nodes.items() if host not in hosts}
+        return replace(
+            self, hosts=tuple(hosts), slots=tuple(nodes[host] for host in hosts), master=master, spares=spares
+        )
+
+    @property
+    def nodes(self) -> dict[str, tuple[int, ...]]:
+        """The slots of each node, spares last."""
+        return dict(zip(self.hosts, self.slots, strict=True)) | dict(self.spares)
 
     @property
     def ranks(self) -> int:
@@ -63,14 +84,24 @@ def split_arguments(config: Config) -> list[str]:
         raise UserError(f"launcher_args ({written}) cannot be split into words: {error}") from error
 
 
-def make_job(launch: LaunchSpec, config: Config, script: Path, log_folder: Path | None) -> JobSpec:
-    """What the agents have to know. Raises UserError for forwarded environment variables that are not set."""
+def make_job(
+    launch: LaunchSpec,
+    config: Config,
+    script: Path,
+    log_folder: Path | None,
+    attempt: Attempt = FIRST,
+    arguments: tuple[str, ...] | None = None,
+) -> JobSpec:
+    """What the agents have to know. arguments: of the script; None: the whole configuration.
+
+    Raises UserError for forwarded environment variables that are not set.
+    """
     keys, here = config.launcher, Path.cwd()
     return JobSpec(
         hosts=launch.hosts,
         slots=launch.slots,
         script=str(script),
-        arguments=(MERGED_FLAG, merged_to_argument(config)),
+        arguments=(MERGED_FLAG, merged_to_argument(config)) if arguments is None else arguments,
         working_folder=str(here),
         log_folder=str(log_folder.resolve()) if log_folder is not None else None,
         environment=forwarded_environment(os.environ, keys.forward_environment, (here, *_home()))
@@ -81,6 +112,7 @@ def make_job(launch: LaunchSpec, config: Config, script: Path, log_folder: Path 
         master_port=keys.master_port,
         max_gpu_memory_in_use=keys.max_gpu_memory_in_use,
         remote=launch.remote,
+        attempt=attempt,
     )
 
 

@@ -13,7 +13,7 @@ def local(config: Config, script: str, environment: Mapping[str, str]) -> Launch
     return LaunchSpec(
         hosts=(os.uname().nodename,),
         slots=(local_slots(config, script, environment),),
-        command=lambda folder: agent_command(folder, "--node", "0"),
+        start=lambda folder, _: agent_command(folder, "--node", "0"),
         master=config.launcher.master_addr or "127.0.0.1",
         remote=False,
         settings={},

@@ -2,13 +2,13 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron.config.schema.config import Config
 from megatron.errors import UserError
 from megatron.launch.devices import local_slots
-from megatron.launch.hosts import LOCALHOST, read_hosts
+from megatron.launch.hosts import LOCALHOST, read_hosts, spare_hosts
 from megatron.launch.launchers.launcher import LaunchSpec, agent_command, split_arguments
 
 NODE_VARIABLE = "OMPI_COMM_WORLD_RANK"
@@ -26,10 +26,11 @@ def openmpi(config: Config, script: str, environment: Mapping[str, str]) -> Laun
     options += ["--allow-run-as-root"] if os.geteuid() == 0 else []
     options += split_arguments(config)
 
-    def command(folder: Path) -> list[str]:
+    def start(folder: Path, names: Sequence[str]) -> list[str]:
         agent = agent_command(folder, "--variable", NODE_VARIABLE)
-        return ["mpirun", "-n", str(len(hosts)), "--host", ",".join(hosts), *options, *agent]
+        return ["mpirun", "-n", str(len(names)), "--host", ",".join(names), *options, *agent]
 
-    alone = len(hosts) == 1
+    spares = spare_hosts(config, environment)
+    alone = len(hosts) == 1 and not spares
     master = config.launcher.master_addr or ("127.0.0.1" if alone else next(iter(hosts)))
-    return LaunchSpec(tuple(hosts), tuple(hosts.values()), command, master, remote=not alone, settings={})
+    return LaunchSpec(tuple(hosts), tuple(hosts.values()), start, master, not alone, {}, spares)

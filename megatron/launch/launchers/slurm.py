@@ -2,7 +2,8 @@
 
 import re
 import shutil
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron.config.schema.config import Config
@@ -11,6 +12,7 @@ from megatron.launch.devices import local_slots
 from megatron.launch.launchers.launcher import LaunchSpec, agent_command, nodes_of_allocation, split_arguments
 
 NODE_VARIABLE = "SLURM_PROCID"
+HOST_VARIABLE = "SLURMD_NODENAME"
 
 
 def slurm(config: Config, script: str, environment: Mapping[str, str]) -> LaunchSpec:
@@ -21,22 +23,28 @@ def slurm(config: Config, script: str, environment: Mapping[str, str]) -> Launch
     if shutil.which("srun") is None:
         raise UserError("launcher slurm: there is no program srun here")
     slots = allocated_slots(config, script, environment)
-    nodes = len(slots)
+    # Restarts choose among the nodes, so their names must be known.
+    names = _allocated_names(environment) if keys.max_restarts else [""] * len(slots)
+    spares = dict.fromkeys(names[len(slots) :], slots[0])
 
-    def command(folder: Path) -> list[str]:
+    def start(folder: Path, hosts: Sequence[str]) -> list[str]:
         # One task runs all ranks of its node, so it gets all cores and GPUs of the job there.
         tasks = [
-            f"--nodes={nodes}",
-            f"--ntasks={nodes}",
+            f"--nodes={len(hosts)}",
+            f"--ntasks={len(hosts)}",
             "--ntasks-per-node=1",
             "--cpu-bind=none",
             "--kill-on-bad-exit=0",
         ]
         comment = [f"--comment={keys.comment}"] if keys.comment else []
         extra = [*_cores(environment), *comment, *split_arguments(config)]
-        return ["srun", *tasks, *extra, *agent_command(folder, "--variable", NODE_VARIABLE)]
+        if not keys.max_restarts:
+            return ["srun", *tasks, *extra, *agent_command(folder, "--variable", NODE_VARIABLE)]
+        # The step, and with --no-kill of sbatch the allocation, outlives a node that fails.
+        chosen = [f"--nodelist={','.join(hosts)}", "--no-kill"]
+        return ["srun", *tasks, *chosen, *extra, *agent_command(folder, "--host-variable", HOST_VARIABLE)]
 
-    return LaunchSpec(("",) * nodes, slots, command, keys.master_addr, remote=True, settings={})
+    return LaunchSpec(tuple(names[: len(slots)]), slots, start, keys.master_addr, True, {}, spares)
 
 
 def in_allocation(environment: Mapping[str, str]) -> bool:
@@ -67,6 +75,24 @@ def _slots_per_node(config: Config, script: str, environment: Mapping[str, str])
             return int(match[1])
     here = config.model_copy(update={"launcher": config.launcher.model_copy(update={"num_nodes": 1})})
     return len(local_slots(here, script, environment))
+
+
+def _allocated_names(environment: Mapping[str, str]) -> list[str]:
+    """The names of all nodes of this allocation. Raises UserError where Slurm does not tell."""
+    written = environment.get("SLURM_JOB_NODELIST", "")
+    try:
+        done = subprocess.run(["scontrol", "show", "hostnames", written], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise UserError(
+            f"max_restarts needs the names of the nodes, but scontrol cannot be started: {error.strerror}"
+        ) from error
+    names = done.stdout.split()
+    if done.returncode or len(names) != nodes_of_allocation(environment):
+        raise UserError(
+            f'max_restarts needs the names of the nodes, but `scontrol show hostnames "{written}"` says: '
+            f"{(done.stderr or done.stdout).strip() or 'nothing'}"
+        )
+    return names
 
 
 def _cores(environment: Mapping[str, str]) -> list[str]:

@@ -1,6 +1,6 @@
 """The agent of one node: starts its ranks through DeepSpeed's launcher, reports their state, carries out orders.
 
-    python agent.py RUN_FOLDER (--node N | --host NAME | --variable NAME)
+    python agent.py RUN_FOLDER (--node N | --host NAME | --variable NAME | --host-variable NAME)
 
 Launchers differ only in how they start one agent per machine. The agent needs no socket: it reads and writes small
 files in the run folder. It exits with its ranks, and terminates them when deepy.py is gone. Quick to start: no torch.
@@ -71,7 +71,7 @@ class Agent:
         """
         self._folder, self._job, self._local = folder, job, local
         host = job.hosts[node] if job.hosts[node] else os.uname().nodename
-        self._record = NodeRecord(node, host)
+        self._record = NodeRecord(node, host, os.uname().nodename)
         self._written_at = 0.0
         self._parent, self._connected = os.getppid(), connected
         self._asked_to_stop = False
@@ -123,7 +123,12 @@ class Agent:
     def _launcher_is_gone(self) -> bool:
         if self._connected and select.select([0], [], [], 0)[0] and not os.read(0, 1024):
             return True
-        return os.getppid() != self._parent
+        if os.getppid() != self._parent:
+            return True
+        with suppress(OSError):  # of a file system that is unavailable for a while
+            # deepy.py removes its folder when it ends, and where it has given this node up.
+            return not (self._folder / JOB).exists()
+        return False
 
     def _prepare(self, signals: StopSignals) -> tuple[list[str], dict[str, str]]:
         """The command of DeepSpeed's launcher, which runs `rank.py SCRIPT` on each device, and its environment."""
@@ -140,6 +145,7 @@ class Agent:
         environment.pop(rank.LOG_FOLDER, None)
         if job.log_folder is not None:
             environment[rank.LOG_FOLDER] = job.log_folder
+        environment |= job.attempt.environment()
         if len(job.slots) > 1 and (interface := interface_towards(address)) is not None:
             environment.setdefault("GLOO_SOCKET_IFNAME", interface)
         command = [
@@ -181,7 +187,7 @@ class Agent:
             ranks=tuple(ranks),
             gone=gone,
             killed_for_memory=out_of_memory_kills() > self._out_of_memory_kills,
-            last_lines={str(one.rank): last_lines(logs / f"rank_{one.rank}.log") for one in gone},
+            last_lines={str(one.rank): last_lines(logs / self._job.attempt.log_name(one.rank)) for one in gone},
         )
 
     def _beat(self) -> None:
@@ -189,9 +195,15 @@ class Agent:
             self._write()
 
     def _write(self, **changes: object) -> None:
-        statuses = [read_rank_status(self._local, record.rank) for record in self._running()]
-        beat = self._record.beat + 1
-        self._record = replace(self._record, **changes, beat=beat, statuses=tuple(filter(None, statuses)))  # type: ignore[arg-type]
+        self._record = replace(self._record, **changes, beat=self._record.beat + 1)  # type: ignore[arg-type]
+        beats = (read_rank_status(self._local, record.rank) for record in self._record.ranks)
+        statuses = [beat for beat in beats if beat is not None]
+        running = {record.rank for record in self._running()}
+        self._record = replace(
+            self._record,
+            statuses=tuple(one for one in statuses if one.rank in running),
+            steps={str(one.rank): one.step for one in statuses},
+        )
         # A file system that is full or unavailable for a while must not end the ranks.
         with suppress(OSError):
             write_node(self._folder, self._record)
@@ -254,6 +266,7 @@ def main(arguments: Sequence[str]) -> int:
     node.add_argument("--node", type=int)
     node.add_argument("--host")
     node.add_argument("--variable", help="environment variable with the number of the node")
+    node.add_argument("--host-variable", help="environment variable with the name of the host")
     options = parser.parse_args(arguments)
     return exit_code(lambda: _run_node(options))
 
@@ -284,10 +297,12 @@ def _node_number(options: argparse.Namespace, job: JobSpec) -> int:
     """The number of this node in the job. Raises RunError where the launcher did not pass a valid one."""
     if options.node is not None:
         return int(options.node)
-    if options.host is not None:
-        if options.host not in job.hosts:
-            raise RunError(f"the launcher started an agent on {options.host}, which is not a host of this run")
-        return job.hosts.index(options.host)
+    host = os.environ.get(options.host_variable, "not set") if options.host_variable else options.host
+    if host is not None:
+        if host not in job.hosts:
+            name = f"{options.host_variable} is {host}" if options.host_variable else host
+            raise RunError(f"the launcher started an agent on {name}, which is not a host of this run")
+        return job.hosts.index(host)
     number = os.environ.get(options.variable, "")
     if not number.isdecimal() or int(number) >= len(job.slots):
         raise RunError(

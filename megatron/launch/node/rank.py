@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 from megatron.errors import WRONG  # noqa: E402
 from megatron.launch.process_group import PR_SET_PDEATHSIG  # noqa: E402
+from megatron.launch.protocol.attempt import Attempt  # noqa: E402
 from megatron.launch.protocol.heartbeat import RUN_FOLDER, STACKS  # noqa: E402
 from megatron.launch.protocol.records import RankRecord, write_rank  # noqa: E402
 
@@ -79,9 +80,9 @@ def main(arguments: Sequence[str]) -> int:
     faulthandler.register(STACKS, stacks, all_threads=True)
     record = RankRecord(rank, os.getpid())
     write_rank(folder, record)
-    path = Path(os.environ.get(LOG_FOLDER) or folder) / f"rank_{rank}.log"
+    path = Path(os.environ.get(LOG_FOLDER) or folder) / Attempt.of_this_process().log_name(rank)
     try:
-        log = path.open("a", encoding="utf-8", buffering=1)  # later runs append
+        log = path.open("a", encoding="utf-8", buffering=1)  # later runs append, other attempts do not
     except OSError as error:
         text = f"the log {path} cannot be written: {error.strerror}"
         if rank == 0:

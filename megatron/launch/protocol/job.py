@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron.launch.protocol.attempt import FIRST, Attempt
 from megatron.launch.protocol.records import write_json
 
 JOB, ORDERS = "job.json", "orders.json"
@@ -26,6 +27,7 @@ class JobSpec:
     master_port: int | None
     max_gpu_memory_in_use: float  # the largest share of a GPU's memory that other processes may hold
     remote: bool  # nodes may be other machines than the launcher's
+    attempt: Attempt = FIRST
 
     @property
     def world_size(self) -> int:
@@ -71,6 +73,7 @@ def read_job(folder: Path) -> JobSpec:
     """Read the job that `write_job` wrote."""
     fields = json.loads((folder / JOB).read_text(encoding="utf-8"))
     fields["slots"] = tuple(map(tuple, fields["slots"]))
+    fields["attempt"] = Attempt.of(fields["attempt"])
     return JobSpec(**fields | {name: tuple(fields[name]) for name in ("hosts", "arguments")})
 
 

@@ -53,14 +53,16 @@ class NodeRecord:
     """The state of one node, written by its agent."""
 
     node: int
-    host: str
+    host: str  # as the hostfile or the launcher names it
+    machine: str = ""  # as it calls itself
     beat: int = 0  # increases at least once a second while the agent lives
     port: int = 0  # of rank 0, chosen by node 0
     ranks: tuple[RankRecord, ...] = ()
     gone: tuple[RankRecord, ...] = ()  # ended without a record of it; `code` as far as the kernel knows it
     killed_for_memory: bool = False  # the kernel killed processes here because memory was exhausted
     last_lines: dict[str, str] = field(default_factory=dict)  # of the logs of the ranks in `gone`, by rank
-    statuses: tuple[RankStatus, ...] = ()
+    statuses: tuple[RankStatus, ...] = ()  # of the ranks that run
+    steps: dict[str, int] = field(default_factory=dict)  # that ranks have begun, also those that have ended, by rank
     stacks_round: int = 0  # the request (Orders.stacks) that `stacks` answers
     stacks: tuple[RankStacks, ...] = ()
     problem: str = ""  # why the agent could not start its ranks

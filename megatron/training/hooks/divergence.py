@@ -1,5 +1,6 @@
 """Hook: end a run whose gradients have stopped being finite."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 
@@ -10,6 +11,8 @@ from megatron.events import EventLog
 from megatron.training.hooks.base import NOTHING, FinishedStep, Hook, Run
 from megatron.training.reporting import report
 from megatron.training.sample_texts import keep_texts
+
+log = logging.getLogger(__name__)
 
 PATIENCE = 10
 # fp16: a dynamic loss scale that starts far too high is halved every few steps until it fits.
@@ -83,3 +86,16 @@ def keep_batch(run: Run, state: TrainState) -> str:
     """Write the samples of the step before `state` to the log folder; returns a sentence that says which and where."""
     numbers = range(state.consumed_samples - run.plan.batch.global_size, state.consumed_samples)
     return f"The last batch of them was {keep_texts(run, f'bad_batch_step_{state.step}.jsonl', numbers)}"
+
+
+def keep_suspect_batch(run: Run, state: TrainState, step: int | None) -> None:
+    """Write the batch of `step`, before the training goes on from `state` and perhaps fails there again.
+
+    step: at which earlier attempts of this run failed; None, or one that is done: nothing is written.
+    """
+    if step is None or step <= state.step:
+        return
+    size = run.plan.batch.global_size
+    end = state.consumed_samples + (step - state.step) * size
+    words = keep_texts(run, f"bad_batch_step_{step}.jsonl", range(end - size, end))
+    log.warning("the run has failed more than once in step %d, whose batch is %s", step, words)

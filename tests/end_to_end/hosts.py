@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces with an address each, joined by a cable, a real sshd in both.
+"""Several hosts on one machine: network namespaces with an address each, cables to a switch, a real sshd in each.
 
 All that listens does so inside the namespaces, which nothing outside of them can reach.
 """
@@ -32,6 +32,7 @@ class Host:
 
     namespace: str
     address: str
+    port: tuple[str, str]  # at the other end of its cable: the switch's namespace, and the interface in it
 
     def command(self, *words: str) -> list[str]:
         """A command that runs on this host."""
@@ -44,15 +45,19 @@ class Host:
         )
         return [int(word) for word in done.stdout.split()]
 
-    def kill_everything(self) -> None:
-        """What a host's processes see of a power cut."""
+    def kill_everything(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """What a host's processes see of a power cut; with SIGSTOP, a host that no longer answers."""
         for process in self.processes():
             with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+                os.kill(process, number)
+
+    def cut_cable(self) -> None:
+        """From now on nothing reaches this host, and nobody is told."""
+        _ip("-n", self.port[0], "link", "set", self.port[1], "down")
 
 
 def why_not() -> str | None:
-    """Why this machine cannot play two hosts; None: it can."""
+    """Why this machine cannot play several hosts; None: it can."""
     if os.geteuid() != 0:
         return "namespaces need root"
     missing = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
@@ -67,15 +72,23 @@ def why_not() -> str | None:
 
 
 @contextmanager
-def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
-    """Set both up, with keys in `folder`, and take everything away again."""
-    hosts = tuple(Host(f"deepy-{os.getpid()}-{name}", f"10.77.13.{number}") for number, name in enumerate("ab", 1))
+def network(folder: Path, names: str = "ab") -> Iterator[tuple[Host, ...]]:
+    """Set up a host for each letter of `names`, with keys in `folder`, and take everything away again."""
+    switch = f"deepy-{os.getpid()}-switch"
+    hosts = tuple(
+        Host(f"deepy-{os.getpid()}-{name}", f"10.77.13.{number}", (switch, f"port{name}"))
+        for number, name in enumerate(names, 1)
+    )
     servers = []
     try:
+        for namespace in (switch, *(host.namespace for host in hosts)):
+            _ip("netns", "add", namespace)
+        _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
+        _ip("-n", switch, "link", "set", "bridge", "up")
         for host in hosts:
-            _ip("netns", "add", host.namespace)
-        one, other = (host.namespace for host in hosts)
-        _ip("link", "add", "eth0", "netns", one, "type", "veth", "peer", "name", "eth0", "netns", other)
+            port = host.port[1]
+            _ip("link", "add", "eth0", "netns", host.namespace, "type", "veth", "peer", "name", port, "netns", switch)
+            _ip("-n", switch, "link", "set", port, "master", "bridge", "up")
         for key in ("key", "host_key"):
             _run([_tool("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)])
         Path("/run/sshd").mkdir(exist_ok=True)  # sshd insists
@@ -88,18 +101,20 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
             servers.append(subprocess.Popen(host.command(_tool("sshd"), "-D", "-f", str(settings))))
         for host in hosts:
             _wait_for_ssh(host, folder)
-        yield hosts  # type: ignore[misc]
+        yield hosts
     finally:
         for host in hosts:
             with suppress(subprocess.CalledProcessError):
                 host.kill_everything()
                 _ip("netns", "del", host.namespace)
+        with suppress(subprocess.CalledProcessError):
+            _ip("netns", "del", switch)
         for server in servers:
             server.wait(timeout=10)
 
 
 def ssh_options(folder: Path) -> str:
-    """What ssh needs to know to reach both hosts."""
+    """What ssh needs to know to reach the hosts."""
     known = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR -o BatchMode=yes"
     return f"-F none -i {folder}/key {known} -o ConnectTimeout=10"
 
