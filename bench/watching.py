@@ -1,0 +1,150 @@
+"""What watching costs: steps with everything on against the same steps with nothing on, in one process.
+
+    python bench/watching.py [--rounds 20] [--minutes 4] [--null]
+
+Two engines of the same model take turns, a step each. One trains with every hook that a run has and with the writers
+and figures of `ON`; the other calls the engine alone. A round ends with a log line, so that it has its share of all
+that is done only there. Printed are the median and the quartiles of the quotients of the rounds. --null: nothing is on in
+either, which shows what the method can resolve on a machine.
+The last line is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("WANDB_SILENT", "true")
+
+from megatron.checkpoint.state import TrainState
+from megatron.config.load import config_from_flat
+from megatron.optimizers.schedules import learning_rate
+from megatron.training.batch import BatchBuilder, training_batches
+from megatron.training.hooks.base import FinishedStep, MicroBatches, build_hooks
+from megatron.training.run import prepare, read_samples, set_up, writers_of
+
+INTERVAL = 10  # steps of a round, and from log line to log line
+WARM_UP = 2  # rounds
+MODEL: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "seq_length": 512,
+    "pos_emb": "rotary",
+    "tokenizer_type": "CharLevelTokenizer",
+    "data_impl": "mock",
+    "num_workers": 0,
+    "precision": "bfloat16",
+    "train_batch_size": 4,
+    "train_iters": 100_000,
+    "eval_iters": 0,
+    "log_interval": INTERVAL,
+    "optimizer": {"type": "Adam", "params": {"lr": 1e-4}},
+}
+ON: dict[str, Any] = {
+    "use_csv": True,
+    "use_wandb": True,
+    "prometheus_port": 9477,
+    "log_param_norm": True,
+    "log_grad_norm": True,
+    "log_optimizer_states": True,
+    "log_activations": True,
+    "log_gradient_noise_scale": True,
+}
+
+
+class Trainer:
+    """Trains, with what watches a run or without."""
+
+    def __init__(self, folder: Path | None) -> None:
+        """folder: of what is written; None: nothing watches."""
+        keys: dict[str, Any] = dict(MODEL)
+        if folder is not None:
+            places = {"log_dir": "logs", "tensorboard_dir": "board", "prometheus_textfile": "deepy.prom"}
+            keys |= ON | {key: str(folder / name) for key, name in places.items()}
+        config = config_from_flat(keys, script="train.py")
+        self.run, self.state = set_up(config, prepare(config, 1))
+        accumulation = self.run.plan.batch.accumulation_steps
+        self.batches: Iterator[MicroBatches] = training_batches(
+            read_samples(self.run, self.state), BatchBuilder.of(self.run), accumulation
+        )
+        self.hooks = build_hooks(self.run) if folder is not None else []
+        self.writers = writers_of(self.run, 0) if folder is not None else None
+        for hook in self.hooks:
+            self.batches = hook.watched(self.batches)
+
+    def timed(self) -> float:
+        """Seconds of a step."""
+        began = time.perf_counter()
+        self.step()
+        return time.perf_counter() - began
+
+    def step(self) -> None:
+        """As `train_steps` does."""
+        run, batch = self.run, self.run.plan.batch
+        rate = learning_rate(run.plan.schedule, self.state.step)
+        output = run.engine.train_batch(next(self.batches), step=self.state.step, learning_rate=rate)
+        self.state: TrainState = self.state.after_step(batch.global_size, batch.tokens_per_step)
+        metrics: dict[str, float] = {}
+        step = FinishedStep(self.state, output, rate, is_last=False, metrics=metrics)
+        for hook in self.hooks:
+            metrics |= hook.after_step(step)
+        if self.writers is not None:
+            self.writers.write(self.state.step, metrics)
+
+    def close(self) -> None:
+        """Let hooks and writers finish."""
+        for hook in self.hooks:
+            hook.close()
+        if self.writers is not None:
+            self.writers.close()
+
+
+def one_round(off: Trainer, on: Trainer) -> tuple[float, float]:
+    """Seconds of the steps up to a log line, of each; which of the two takes a step first alternates."""
+    seconds = {off: 0.0, on: 0.0}
+    for number in range(INTERVAL):
+        for trainer in (off, on) if number % 2 else (on, off):
+            seconds[trainer] += trainer.timed()
+    return seconds[off], seconds[on]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument(
+        "--minutes", type=float, default=4.0, help="after warming up; no round begins later, but two are always run"
+    )
+    parser.add_argument("--null", action="store_true", help="nothing is on in either")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        off, on = Trainer(None), Trainer(None if chosen.null else Path(name))
+        for _ in range(WARM_UP):
+            one_round(off, on)
+        rounds: list[tuple[float, float]] = []
+        deadline = time.monotonic() + 60 * chosen.minutes
+        while len(rounds) < 2 or (len(rounds) < chosen.rounds and time.monotonic() < deadline):
+            without, with_it = one_round(off, on)
+            rounds.append((without, with_it))
+            print(f"round {len(rounds)}: off {without:.3f} s, on {with_it:.3f} s, {with_it / without:.4f}", flush=True)
+        on.close()
+    ratios = [with_it / without for without, with_it in rounds]
+    lower, median, upper = statistics.quantiles(ratios, n=4)
+    step = statistics.median(without for without, _ in rounds) / INTERVAL
+    print(f"a step {1000 * step:.0f} ms; with everything on {median:.4f} of it (quartiles {lower:.4f} to {upper:.4f})")
+    figures = {
+        "step_seconds": round(step, 4),
+        "ratio": round(median, 4),
+        "quartiles": [round(lower, 4), round(upper, 4)],
+    }
+    print(json.dumps(figures | {"rounds": len(rounds), "steps_of_a_round": INTERVAL, "null": chosen.null}))
+
+
+if __name__ == "__main__":
+    main()
