@@ -4,8 +4,8 @@
 
 Two engines of the same model take turns, a step each. One trains with every hook that a run has and with the writers
 and figures of `ON`; the other calls the engine alone. A round ends with a log line, so that it has its share of all
-that is done only there. Printed are the median and the quartiles of the quotients of the rounds. --null: nothing is on in
-either, which shows what the method can resolve on a machine.
+that is done only there. Printed are the median and the quartiles of the quotients of the rounds. --null: nothing is on
+in either, which shows what the method can resolve on a machine.
 The last line is one JSON object.
 """
 
