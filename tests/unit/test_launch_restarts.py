@@ -153,6 +153,7 @@ def test_those_on_whom_the_others_wait_are_the_culprits_of_a_hang():
     assert culprits(statuses, stopped) == (1,)
     assert culprits(statuses, stopped[:1]) == (1, 2)  # which do not answer
     assert culprits(statuses, [RankStacks(rank, "S", waits) for rank in range(3)]) == ()
+    assert culprits(statuses, []) == ()  # nobody answers: it cannot be told
 
 
 def test_a_run_that_ends_itself_because_replicas_differ_met_an_accident_of_these_ranks(tmp_path):

@@ -1,5 +1,5 @@
 const byId = id => document.getElementById(id);
-const COLOURS = 8, KEY_STEP = 0.02;
+const COLOURS = 8;
 const AXES = { steps: "steps", tokens: "tokens", seconds: "training time" };
 // Letter and colour of the mark of each kind of event; kinds without one are in the table of events only.
 const KINDS = {
