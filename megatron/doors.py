@@ -26,7 +26,15 @@ def enter(script: str) -> None:
     folder = Path(script).resolve().parent
     if not _has_environment():
         _become_environment(folder, script)
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != folder]
+    sys.path[:] = [entry for entry in sys.path if not _is_folder(entry, folder)]
+
+
+def _is_folder(entry: str, folder: Path) -> bool:
+    """Whether an entry of `sys.path` is this folder. Where the working folder is gone, relative ones are none."""
+    try:
+        return Path(entry or ".").resolve() == folder
+    except OSError:
+        return False
 
 
 def run(script: str, target: str) -> int:
