@@ -109,8 +109,8 @@ class Report:
         self._figures = path.with_suffix(".jsonl").open("a", buffering=1)
 
     def line(self, text: str = "") -> None:
-        """Write a line of Markdown, here and to the terminal."""
-        self._text.write(text + "\n")
+        """Write a line of Markdown, here with paths relative to the repository and to the terminal as it is."""
+        self._text.write(text.replace(f"{ROOT}/", "").replace(str(ROOT), ".") + "\n")
         print(text, flush=True)
 
     def figures(self, **figures: Any) -> None:

@@ -2,11 +2,14 @@
 
 import json
 import random
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import processors
 from torch import Tensor
@@ -15,12 +18,16 @@ from megatron.config.load import config_from_flat
 from megatron.config.plan import Plan
 from megatron.config.resolve import resolve
 from megatron.engine.inference import InferenceEngine
+from megatron.engine.training import TrainingEngine
 from megatron.inference import TrainedModel
 from megatron.model.gpt import gpt_layers
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.parameter import load_state
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer
+from megatron.training.hooks.base import Run
+from tests import tiny
+from tests.ranks.run import one_rank
 from tests.tokenizer_files import TEXT, bpe_file
 
 CONTEXT = 48
@@ -143,6 +150,17 @@ class Weights:
         engine = InferenceEngine(gpt_layers(plan.model, grid, seed=3), grid, torch.float32)
         load_state(engine.module, self.state)
         return TrainedModel(engine, grid, plan, self.tokenizer)
+
+
+@contextmanager
+def training_run(weights: Weights) -> Iterator[Run]:
+    """The run that hooks see, with an engine that trains such a model on this process alone, from a seed."""
+    with pytest.MonkeyPatch.context() as patch, one_rank() as grid:
+        patch.setenv("LOCAL_RANK", "0")  # which DeepSpeed demands
+        model = weights.plan().model
+        plan = replace(tiny.plan(), model=model)
+        engine = TrainingEngine(gpt_layers(model, grid, 5), grid, plan)
+        yield replace(tiny.run(engine, plan, 0, 4), tokenizer=weights.tokenizer)
 
 
 def vocabulary(folder: Path, beginning: bool = False) -> str:

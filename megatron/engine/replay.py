@@ -19,7 +19,7 @@ from megatron.model.cache import KVCache
 class _Recorded:
     tokens: Tensor
     hidden: Tensor
-    replay: Callable[[], Any]
+    graph: torch.cuda.CUDAGraph | None  # None: not on a GPU
 
 
 class Replay:
@@ -41,22 +41,21 @@ class Replay:
             known[cache.form] = self._recorded(tokens.clone(), cache)
         recorded = known[cache.form]
         recorded.tokens.copy_(tokens, non_blocking=True)
-        recorded.replay()
+        if recorded.graph is not None:
+            recorded.graph.replay()
+        else:
+            cache.begin_again()
+            recorded.hidden.copy_(self._run(recorded.tokens, cache))
         return recorded.hidden
 
     def _recorded(self, tokens: Tensor, cache: KVCache) -> _Recorded:
         hidden = self._run(tokens, cache)  # kernels are loaded, and workspaces allocated, outside of the graph
-        cache.begin_again()
         if not tokens.is_cuda:
-
-            def replay() -> None:
-                cache.begin_again()
-                hidden.copy_(self._run(tokens, cache))
-
-            return _Recorded(tokens, hidden, replay)
+            return _Recorded(tokens, hidden, None)
+        cache.begin_again()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             hidden = self._run(tokens, cache)
         self._pool = graph.pool()
-        return _Recorded(tokens, hidden, graph.replay)
+        return _Recorded(tokens, hidden, graph)

@@ -36,6 +36,20 @@ class _Service(MetricWriter):
                 f"`pip install 'deepy[{self.extra}]'` installs it, {self.key}=false does without"
             )
 
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Log all values of the step together; the library buffers and sends them."""
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """End the run, if it is open."""
+        if self.run is not None:
+            run, self.run = self.run, None
+            self.end(run)
+
+    def end(self, run: Any) -> None:
+        """Tell the service that `run` has ended."""
+        run.finish()
+
 
 class WeightsAndBiases(_Service):
     """A run at Weights & Biases; without an API key a local one, to be uploaded with `wandb sync`."""
@@ -65,16 +79,6 @@ class WeightsAndBiases(_Service):
             resume="allow" if self._id else None,
         )
         self._id = self.run.id
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log all values of the step together; the library buffers and sends them."""
-        self.run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        """Finish the run."""
-        if self.run is not None:
-            run, self.run = self.run, None
-            run.finish()
 
 
 class MLflow(_Service):
@@ -113,11 +117,10 @@ class MLflow(_Service):
         for part in _parts(metrics, MLFLOW_METRICS):
             self.run.log_batch(self._id, metrics=part)
 
-    def close(self) -> None:
-        """Say that the run has ended; a run that is continued afterwards says so again."""
-        if self.run is not None and self._id is not None:
-            client, self.run = self.run, None
-            client.set_terminated(self._id)
+    def end(self, run: Any) -> None:
+        """Say that the run has ended; a run that is continued afterwards says so again. run: the client."""
+        if self._id is not None:
+            run.set_terminated(self._id)
 
 
 class Comet(_Service):
@@ -169,11 +172,9 @@ class Comet(_Service):
         """Log all values of the step; the library buffers and sends them."""
         self.run.log_metrics(dict(values), step=step)
 
-    def close(self) -> None:
+    def end(self, run: Any) -> None:
         """End the experiment."""
-        if self.run is not None:
-            run, self.run = self.run, None
-            run.end()
+        run.end()
 
 
 class Trackio(_Service):
@@ -198,16 +199,6 @@ class Trackio(_Service):
             auto_log_cpu=False,
         )
         self._name = self.run.name
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log all values of the step; the library buffers and sends them."""
-        self.run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        """Finish the run."""
-        if self.run is not None:
-            run, self.run = self.run, None
-            run.finish()
 
 
 def weights_and_biases(settings: WriterSettings) -> WeightsAndBiases | None:

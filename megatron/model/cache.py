@@ -160,8 +160,7 @@ class KVCache:
         indices = self._on_device("slots", torch.tensor(slots))
         self._rows = slice(slots[0], slots[0] + len(slots)) if in_a_row else indices
         self._indices = indices.unsqueeze(1)
-        even = len(set(sizes)) == 1 and len(set(ends)) == 1
-        even = even and not fixed
+        even = len(set(sizes)) == 1 and len(set(ends)) == 1 and not fixed
         self._from_nothing = even and starts[0] == 0 and first is None
         for kind, columns_shown in zip(self._kinds, shown, strict=True):
             kind.shown = columns_shown
@@ -179,7 +178,7 @@ class KVCache:
 
     def begin_again(self) -> None:
         """Forget what layers have computed for all of them in this step, such as masks: they will compute it again."""
-        self.positions = self.positions.view(self.positions.shape)
+        self.positions = self.positions.view(self.positions.shape)  # rotations recognize those of a step by identity
         for kind in self._kinds:
             if kind.positions is not None:
                 kind.positions = replace(kind.positions, masks={})
@@ -191,8 +190,7 @@ class KVCache:
         kept = self._fixed.setdefault(self.form, {})
         if name not in kept:
             kept[name] = values.to(self._device, copy=True)
-        # seen as a new tensor, because layers recognize the tensors of a step by their identity
-        return kept[name].copy_(values, non_blocking=True).view(values.shape)
+        return kept[name].copy_(values, non_blocking=True)
 
     def _positions(
         self, kind: _Columns, queries: Tensor, last: Sequence[int], even: bool, causal: bool, first: Tensor | None

@@ -67,6 +67,14 @@ def test_a_step_that_fails_or_takes_too_long_keeps_its_output_and_the_next_one_b
     assert "`python bench/gpu_proof.py --only broken endless long`" in text
 
 
+def test_a_report_names_paths_relative_to_the_repository(tmp_path, on_no_card, capsys):
+    shows = f"print('rootdir: {ROOT}'); print('{ROOT}/bench/x.md'); " + ROW
+    main(["--output", str(tmp_path / "proof.md"), "--minutes", "1"], (step("paths", shows, seconds=20),))
+    text = (tmp_path / "proof.md").read_text()
+    assert "rootdir: .\n" in text and "bench/x.md\n" in text and str(ROOT) not in text
+    assert f"rootdir: {ROOT}" in capsys.readouterr().out
+
+
 def test_only_the_steps_that_are_asked_for_run_and_skipping_is_no_failure(tmp_path, on_no_card, capsys):
     code = main(["--output", str(tmp_path / "proof.md"), "--only", "versions", "125M", "ranks"], STEPS)
     assert code == 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron import doors
 from megatron.errors import RunError, UserError, exit_code, first_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,3 +181,15 @@ def test_a_door_is_short(door):
 def test_an_exception_without_text_is_named_by_its_type():
     assert first_line(ValueError()) == "ValueError"
     assert first_line(EOFError("ran out\nof input")) == "EOFError: ran out"
+
+
+def test_a_door_finds_its_packages_where_the_working_folder_is_gone(tmp_path, monkeypatch):
+    """Installations in place put names into the path that are no folders, and relative."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.setattr(doors, "_has_environment", lambda: True)  # which the path below hides
+    monkeypatch.setattr(sys, "path", ["", "__editable__.a_hook", str(ROOT), "/elsewhere"])
+    doors.enter(str(ROOT / "train.py"))
+    assert sys.path == ["", "__editable__.a_hook", "/elsewhere"]

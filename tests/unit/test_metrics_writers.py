@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.request import urlopen
 
 import pytest
@@ -407,3 +408,13 @@ def test_lines_that_are_no_metrics_are_set_aside_and_not_lost(tmp_path, foreign)
     write(settings(tmp_path, first_step=1), 2)
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
     assert (tmp_path / "metrics.1.jsonl").read_bytes() == before
+
+
+def test_a_service_is_told_once_that_a_run_has_ended():
+    """`close` follows every failure, and the end of the run."""
+    told = []
+    writer = services.Trackio.__new__(services.Trackio)  # without its package
+    writer.run = SimpleNamespace(finish=lambda: told.append("ended"))
+    writer.close()
+    writer.close()
+    assert told == ["ended"]

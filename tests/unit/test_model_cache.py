@@ -183,8 +183,10 @@ def test_fixed_steps_of_a_form_use_the_same_memory_with_their_own_values(grid, n
         starts, sizes = [5 + step, 0, 3 + step], [1, 0, 1]
         cache.begin_step([0, 1, 2], starts, sizes, fixed=True)
         before = cache.positions
+        cache.visibility(0).visible()
         cache.begin_again()
         assert cache.positions is not before, "or layers would take what they kept of another pass"
+        assert cache.visibility(0).masks == {}
         step_tokens = torch.stack([tokens[0, 5 + step], torch.tensor(0), tokens[1, 3 + step]]).unsqueeze(1)
         found.append(module(step_tokens, cache)[[0, 2], 0])
         addresses.add((cache.form, cache.positions.data_ptr()))

@@ -17,9 +17,7 @@ from megatron.events import EventLog, read_events
 from megatron.generation import engine as engine_file
 from megatron.training.hooks.base import FinishedStep
 from megatron.training.hooks.samples import SAMPLES_FILE, samples
-from tests import tiny
-from tests.harness_tasks import CONTEXT, Weights, vocabulary
-from tests.ranks.run import one_rank
+from tests.harness_tasks import CONTEXT, Weights, training_run, vocabulary
 
 MODEL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": CONTEXT, "pos_emb": "rotary"}
 PROMPTS = {"sample_prompts": ["a b", ""], "sample_interval": 4, "maximum_tokens": 6, "ignore_end_of_document": True}
@@ -28,16 +26,9 @@ PROMPTS = {"sample_prompts": ["a b", ""], "sample_interval": 4, "maximum_tokens"
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
     """A training engine, and the run that hooks see but for its configuration."""
-    from megatron.engine.training import TrainingEngine
-    from megatron.model.gpt import gpt_layers
-
     weights = Weights(MODEL | {"init_method_std": 0.4}, vocabulary(tmp_path_factory.mktemp("vocabulary")), {})
-    with pytest.MonkeyPatch.context() as patch, one_rank() as grid:
-        patch.setenv("LOCAL_RANK", "0")  # which DeepSpeed demands
-        model = weights.plan().model
-        plan = replace(tiny.plan(), model=model)
-        engine = TrainingEngine(gpt_layers(model, grid, 5), grid, plan)
-        yield replace(tiny.run(engine, plan, 0, 4), tokenizer=weights.tokenizer)
+    with training_run(weights) as run:
+        yield run
 
 
 @pytest.fixture

@@ -16,9 +16,7 @@ from megatron.errors import UserError
 from megatron.harness.problems import refuse_unusable
 from megatron.training.hooks.base import FinishedStep
 from megatron.training.hooks.tasks import TaskScores
-from tests import tiny
-from tests.harness_tasks import CONTEXT, Weights, vocabulary, write_tasks
-from tests.ranks.run import one_rank
+from tests.harness_tasks import CONTEXT, Weights, training_run, vocabulary, write_tasks
 
 MODEL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": CONTEXT, "pos_emb": "rotary"}
 
@@ -36,17 +34,10 @@ def manager(tasks):
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
     """A training engine that has done a step, and the run that hooks see."""
-    from megatron.engine.training import TrainingEngine
-    from megatron.model.gpt import gpt_layers
-
     weights = Weights(MODEL | {"init_method_std": 0.4}, vocabulary(tmp_path_factory.mktemp("vocabulary")), {})
-    with pytest.MonkeyPatch.context() as patch, one_rank() as grid:
-        patch.setenv("LOCAL_RANK", "0")  # which DeepSpeed demands
-        model = weights.plan().model
-        plan = replace(tiny.plan(), model=model)
-        engine = TrainingEngine(gpt_layers(model, grid, 5), grid, plan)
-        config = config_from_flat(MODEL | {"eval_tasks": ["own_group"], "eval_batch_size": 5, "eval_limit": 6})
-        yield replace(tiny.run(engine, plan, 0, 4), config=config, tokenizer=weights.tokenizer)
+    config = config_from_flat(MODEL | {"eval_tasks": ["own_group"], "eval_batch_size": 5, "eval_limit": 6})
+    with training_run(weights) as run:
+        yield replace(run, config=config)
 
 
 def finished(step: int, **flags: bool) -> FinishedStep:
