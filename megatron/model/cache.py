@@ -40,6 +40,8 @@ class StepPositions(Positions):
     """Positions of a step of decoding, whose mask is the same for all layers of one kind."""
 
     masks: dict[int | None, Tensor] = field(default_factory=dict)
+    # if each row has one query that sees the columns before a number: these numbers
+    ends: tuple[int, ...] | None = None
 
     def visible(self, window: int | None = None) -> Tensor:
         """See `Positions`."""
@@ -161,7 +163,8 @@ class KVCache:
         self._rows = slice(slots[0], slots[0] + len(slots)) if in_a_row else indices
         self._indices = indices.unsqueeze(1)
         even = len(set(sizes)) == 1 and len(set(ends)) == 1 and not fixed
-        self._from_nothing = even and starts[0] == 0 and first is None
+        # padding is on the right, where no token sees it
+        self._from_nothing = not any(starts) and width > 1 and first is None and not fixed
         for kind, columns_shown in zip(self._kinds, shown, strict=True):
             kind.shown = columns_shown
             column = starts[0] % kind.size
@@ -173,7 +176,7 @@ class KVCache:
                     for row, size in zip(places, sizes, strict=True)
                 ]
                 kind.written = self._on_device(("written", kind.window), torch.tensor(columns))
-            causal = even and (width == 1 or starts[0] == 0)
+            causal = self._from_nothing or (even and width == 1)
             kind.positions = self._positions(kind, seen, last, even, causal, first)
 
     def begin_again(self) -> None:
@@ -204,7 +207,9 @@ class KVCache:
             finals = torch.tensor(last).unsqueeze(1)
             keys = finals - (finals - keys) % kind.size
         keys = self._on_device(("keys", kind.window), keys)
-        return StepPositions(queries, keys, first, in_order=even and not wrapped)
+        single = queries.shape[1] == 1 and first is None and not wrapped and self.form is None
+        ends = tuple(place + 1 for place in last) if single else None
+        return StepPositions(queries, keys, first, in_order=even and not wrapped, ends=ends)
 
     def visibility(self, layer: int) -> Positions | None:
         """Positions of this step's queries and all keys; None: each query sees all keys up to its own."""

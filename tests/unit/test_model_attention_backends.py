@@ -13,7 +13,7 @@ from megatron.model import attention_backends
 from megatron.model.attention import describe_attention
 from megatron.model.attention_backends import HOPPER, flash_attention, torch_kernel
 from megatron.model.attention_kernels import FlashAttention, FlashAttention3, ScaledDotProduct
-from megatron.model.cache import Positions
+from megatron.model.cache import Positions, StepPositions
 from megatron.model.positions import document_starts
 from megatron.registry import names, resolve
 from tests.models import build, random_tokens, small
@@ -55,6 +55,21 @@ def test_a_backend_computes_attention(kind, queries, keys, kv_heads):
     places = torch.arange(keys)[None]
     positions = Positions(places[:, keys - queries :], places)
     torch.testing.assert_close(attend(query, key, value, positions, 0.0), expected)
+
+
+@pytest.mark.parametrize("kind", ["global", "local"])
+def test_a_short_text_beside_a_long_one_costs_its_own_keys_only(kind):
+    """Those beyond its end are not touched: they are NaN here."""
+    attend, ends = resolve("attention_backend", kind)(small(sliding_window=WINDOW), CPU), (3, 500)
+    query, key, value = heads(2, 1, 6, 0, 64), heads(2, 500, 3, 1, 64), heads(2, 500, 3, 2, 64)
+    for tensor in (key, value):
+        tensor[0, ends[0] :] = torch.nan
+    queries = torch.tensor(ends)[:, None] - 1
+    mixed = attend(query, key, value, StepPositions(queries, torch.arange(500)[None], ends=ends), 0.0)
+    for row, end in enumerate(ends):
+        visible = order(1, end, WINDOW if kind == "local" else None)
+        expected = written_out(query[row, None], key[row, None, :end], value[row, None, :end], visible)
+        torch.testing.assert_close(mixed[row, None], expected.float())
 
 
 @pytest.mark.parametrize("kind", names("attention_backend"))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron.config.plan import ModelPlan
 from megatron.engine.modules import Sequential
+from megatron.model import attention_kernels
 from megatron.model.cache import KVCache, Positions, bytes_of_slot
 from tests.models import VARIETY, build, new_cache, random_tokens, read_in_steps, read_rows, small
 from tests.ranks.run import one_rank
@@ -62,9 +63,11 @@ def test_a_layer_with_a_window_keeps_only_what_its_queries_see(grid, name, step)
     assert cache._keys[layer].shape[2] == expected + 1  # and a column for what padding would write
 
 
+@pytest.mark.parametrize("worth", [attention_kernels.WORTH_A_ROW, -1], ids=["together", "row by row"])
 @pytest.mark.parametrize("name", MODELS)
-def test_texts_of_different_lengths_share_steps(grid, name):
+def test_texts_of_different_lengths_share_steps(grid, name, worth, monkeypatch):
     """Slots are neither neighbours nor in order; rows are read in pieces of different sizes."""
+    monkeypatch.setattr(attention_kernels, "WORTH_A_ROW", worth)
     model, lengths = MODELS[name], [12, 9, 6]
     module, cache = build(model, grid).eval(), new_cache(model, 5, 12, longest_step=7)
     texts = [random_tokens(model, 1, length, seed=length)[0] for length in lengths]
