@@ -4,8 +4,12 @@
 
 Two engines of the same model take turns, a step each. One trains with every hook that a run has and with the writers
 and figures of `ON`; the other calls the engine alone. A round ends with a log line, so that it has its share of all
-that is done only there. Printed are the median and the quartiles of the quotients of the rounds. --null: nothing is on
-in either, which shows what the method can resolve on a machine.
+that is done only there. Of each place in the round the median over the rounds is taken, so that what disturbs one step
+counts once, and the quotient is the mean over the places. The quartiles are those of whole rounds. --null: nothing is
+on in either, which shows what the method can resolve on a machine.
+
+Not in it: the panel, which needs a terminal; alerts, which do nothing until there is an event; and the reports of
+checkpoints, written by a process of the lowest priority, which takes as much from one engine as from the other.
 The last line is one JSON object.
 """
 
@@ -18,9 +22,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("WANDB_MODE", "offline")
-os.environ.setdefault("WANDB_SILENT", "true")
 
 from megatron.checkpoint.state import TrainState
 from megatron.config.load import config_from_flat
@@ -106,13 +107,32 @@ class Trainer:
             self.writers.close()
 
 
-def one_round(off: Trainer, on: Trainer) -> tuple[float, float]:
-    """Seconds of the steps up to a log line, of each; which of the two takes a step first alternates."""
-    seconds = {off: 0.0, on: 0.0}
-    for number in range(INTERVAL):
-        for trainer in (off, on) if number % 2 else (on, off):
-            seconds[trainer] += trainer.timed()
-    return seconds[off], seconds[on]
+def one_round(off: Trainer, on: Trainer, number: int) -> list[tuple[float, float]]:
+    """Seconds of the steps up to a log line, of each; which of the two takes a step first alternates.
+
+    number: of the round, so that the step of the log line is not always after the other's.
+    """
+    steps = []
+    for place in range(INTERVAL):
+        first, second = (off, on) if (number + place) % 2 else (on, off)
+        seconds = {first: first.timed(), second: second.timed()}
+        steps.append((seconds[off], seconds[on]))
+    return steps
+
+
+def figures_of(rounds: list[list[tuple[float, float]]]) -> dict[str, Any]:
+    """Of at least two rounds, the seconds of each step without and with what watches: quotients, a step without."""
+    places = list(zip(*rounds, strict=True))
+    medians = [statistics.median(with_it / without for without, with_it in place) for place in places]
+    wholes = [sum(with_it for _, with_it in steps) / sum(without for without, _ in steps) for steps in rounds]
+    lower, _, upper = statistics.quantiles(wholes, n=4)
+    return {
+        "step_seconds": round(statistics.median(without for steps in rounds for without, _ in steps), 4),
+        "ratio": round(statistics.mean(medians), 4),
+        "quartiles": [round(lower, 4), round(upper, 4)],
+        "rounds": len(rounds),
+        "steps_of_a_round": INTERVAL,
+    }
 
 
 def main() -> None:
@@ -123,27 +143,24 @@ def main() -> None:
     )
     parser.add_argument("--null", action="store_true", help="nothing is on in either")
     chosen = parser.parse_args()
+    os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ.setdefault("WANDB_SILENT", "true")
     with tempfile.TemporaryDirectory() as name:
         off, on = Trainer(None), Trainer(None if chosen.null else Path(name))
-        for _ in range(WARM_UP):
-            one_round(off, on)
-        rounds: list[tuple[float, float]] = []
+        for number in range(WARM_UP):
+            one_round(off, on, number)
+        rounds: list[list[tuple[float, float]]] = []
         deadline = time.monotonic() + 60 * chosen.minutes
         while len(rounds) < 2 or (len(rounds) < chosen.rounds and time.monotonic() < deadline):
-            without, with_it = one_round(off, on)
-            rounds.append((without, with_it))
+            rounds.append(one_round(off, on, len(rounds)))
+            without, with_it = (sum(seconds) for seconds in zip(*rounds[-1], strict=True))
             print(f"round {len(rounds)}: off {without:.3f} s, on {with_it:.3f} s, {with_it / without:.4f}", flush=True)
         on.close()
-    ratios = [with_it / without for without, with_it in rounds]
-    lower, median, upper = statistics.quantiles(ratios, n=4)
-    step = statistics.median(without for without, _ in rounds) / INTERVAL
-    print(f"a step {1000 * step:.0f} ms; with everything on {median:.4f} of it (quartiles {lower:.4f} to {upper:.4f})")
-    figures = {
-        "step_seconds": round(step, 4),
-        "ratio": round(median, 4),
-        "quartiles": [round(lower, 4), round(upper, 4)],
-    }
-    print(json.dumps(figures | {"rounds": len(rounds), "steps_of_a_round": INTERVAL, "null": chosen.null}))
+    figures = figures_of(rounds)
+    lower, upper = figures["quartiles"]
+    print(f"a step {1000 * figures['step_seconds']:.0f} ms; with everything on {figures['ratio']} of it", end=" ")
+    print(f"(quartiles of rounds {lower} to {upper})")
+    print(json.dumps(figures | {"null": chosen.null}))
 
 
 if __name__ == "__main__":

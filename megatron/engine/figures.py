@@ -7,6 +7,7 @@ one rank under every layout, up to the order of additions.
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import cast
 
 import torch
@@ -39,15 +40,14 @@ class ParameterFigures:
             if self._owns(found.parameter):
                 self._of_stepped[id(found.flat)].append(found)
 
-    def state_squares(self, kind: str) -> Tensor:
-        """Sums of squares [number of names] on this rank. kind: "fp32", the weights, or a moment of the optimizer."""
-        return self.squares(
-            [
-                (_name(fragment.parameter), fragment.tensors[kind])
-                for fragment in self._state.fragments()
-                if fragment.parameter.requires_grad and self._owns(fragment.parameter)
-            ]
-        )
+    def state_squares(self, *kinds: str) -> dict[str, Tensor]:
+        """Sums of squares [number of names] on this rank. kinds: "fp32", the weights, and moments of the optimizer."""
+        owned = [
+            (_name(fragment.parameter), fragment.tensors)
+            for fragment in self._state.fragments()
+            if fragment.parameter.requires_grad and self._owns(fragment.parameter)
+        ]
+        return {kind: self.squares([(name, tensors[kind]) for name, tensors in owned]) for kind in kinds}
 
     def owned(self, stepped: Tensor, values: Tensor) -> Views:
         """What this rank owns of `values`, which has an element for each of `stepped`, a tensor of the optimizer."""
@@ -60,9 +60,8 @@ class ParameterFigures:
         """Sums of squares [number of names] of `views` on this rank."""
         total = torch.zeros(len(self.names), device=self._grid.device)
         if views:
-            norms = torch._foreach_norm([view for _, view in views], 2, dtype=torch.float32)
             rows = self._rows_of(tuple(name for name, _ in views))
-            total.index_add_(0, rows, torch.stack(norms).to(total.device).square())
+            total.index_add_(0, rows, _squares([view for _, view in views]).to(total.device))
         return total
 
     def _rows_of(self, names: tuple[str, ...]) -> Tensor:
@@ -91,15 +90,15 @@ class BeforeUpdate:
 
     def __init__(self, optimizer: Optimizer) -> None:
         """optimizer: that steps the tensors. Attach before the clip."""
-        self.watchers: list[Callable[[Tensor, Tensor], None]] = []  # of (tensor that is stepped, its gradient)
+        # of tensors that are stepped, and their gradients
+        self.watchers: list[Callable[[Sequence[Tensor], Sequence[Tensor]], None]] = []
         optimizer.register_step_pre_hook(self._before_step)
 
     def _before_step(self, optimizer: Optimizer, *_: object) -> None:
-        for watcher in self.watchers:
-            for group in optimizer.param_groups:
-                for stepped in group["params"]:
-                    if stepped.grad is not None:
-                        watcher(stepped, stepped.grad)
+        stepped = [each for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
+        gradients = [each.grad for each in stepped]
+        for watcher in self.watchers if stepped else ():
+            watcher(stepped, gradients)
 
 
 class GradientSquares:
@@ -107,43 +106,64 @@ class GradientSquares:
 
     def __init__(self, figures: ParameterFigures, before_update: BeforeUpdate) -> None:
         self.wanted = False
-        self._figures, self._views = figures, list[Tensor]()
+        self._figures, self._seen = figures, list[Tensor]()
         before_update.watchers.append(self._see)
 
-    def _see(self, stepped: Tensor, gradient: Tensor) -> None:
+    def _see(self, stepped: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         if self.wanted:
-            self._views.append(self._figures.squares(self._figures.owned(stepped, gradient)))
+            owned = (self._figures.owned(*pair) for pair in zip(stepped, gradients, strict=True))
+            self._seen.append(self._figures.squares(list(chain.from_iterable(owned))))
 
     def take(self) -> Tensor | None:
         """Those of the last step on this rank, [number of names]; None if they were not wanted."""
-        seen, self._views = self._views, []
+        seen, self._seen = self._seen, []
         return torch.stack(seen).sum(0) if self.wanted and seen else None
 
 
 class GradientSum:
-    """The sum of the gradients of several steps: fp32, 4 bytes for each element, divided like the optimizer's state."""
+    """The sum of the gradients of several steps: fp32, 4 bytes for each element, divided like the optimizer's state.
+
+    The memory is kept from sum to sum: on a CPU new pages cost as much as the addition.
+    """
 
     def __init__(self, figures: ParameterFigures, before_update: BeforeUpdate) -> None:
         self._figures = figures
         self._sums: dict[int, tuple[Tensor, Tensor]] = {}  # by the tensor that is stepped
+        self._begun: set[int] = set()  # those that have a gradient of the present sum
         before_update.watchers.append(self._add)
 
-    def _add(self, stepped: Tensor, gradient: Tensor) -> None:
-        if id(stepped) in self._sums:
-            self._sums[id(stepped)][1].add_(gradient)
-        else:
-            self._sums[id(stepped)] = stepped, gradient.detach().float().clone()
+    def _add(self, stepped: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        totals = [self._total_of(each) for each in stepped]
+        if all(id(each) in self._begun for each in stepped):
+            torch._foreach_add_(totals, list(gradients))
+            return
+        for each, total, gradient in zip(stepped, totals, gradients, strict=True):
+            (total.add_ if id(each) in self._begun else total.copy_)(gradient)
+            self._begun.add(id(each))
+
+    def _total_of(self, stepped: Tensor) -> Tensor:
+        if id(stepped) not in self._sums:
+            self._sums[id(stepped)] = stepped, torch.empty_like(stepped, dtype=torch.float32, requires_grad=False)
+        return self._sums[id(stepped)][1]
 
     def take_square(self) -> Tensor:
         """The squared norm of the sum, over the whole model and on the device; the next sum begins. Collective."""
-        views = [view for stepped, total in self._sums.values() for view in self._figures.owned(stepped, total)]
+        totals = [self._sums[key] for key in self._sums if key in self._begun]
+        views = [view for stepped, total in totals for view in self._figures.owned(stepped, total)]
         squares = self._figures.over_all_ranks([self._figures.squares(views)]).sum()
         self.forget()
         return squares
 
     def forget(self) -> None:
         """Begin the next sum."""
-        self._sums.clear()
+        self._begun.clear()
+
+
+def _squares(vectors: list[Tensor]) -> Tensor:
+    """The sum of squares of each, in fp32: [number of `vectors`]."""
+    if all(vector.device.type == "cpu" and vector.dtype == torch.float32 for vector in vectors):
+        return torch.stack([torch.dot(vector, vector) for vector in vectors])  # on all cores, where a norm takes one
+    return torch.stack(torch._foreach_norm(vectors, 2, dtype=torch.float32)).square()
 
 
 def _name(parameter: nn.Parameter) -> str:

@@ -17,6 +17,7 @@ class Workload:
     """Work of one step. `flops` are those of one token; `peak_flops` of one device, None if unknown."""
 
     tokens_per_step: int
+    samples_per_step: int
     flops: TokenFlops
     ranks: int
     peak_flops: float | None
@@ -58,6 +59,7 @@ def interval_metrics(interval: Interval, work: Workload) -> dict[str, float]:
         "train/skipped_steps": interval.skipped_steps or (None if interval.loss_scale is None else 0),
         "runtime/iteration_time": seconds / interval.steps,
         "runtime/tokens_per_sec": tokens_per_second,
+        "runtime/samples_per_sec": interval.steps * work.samples_per_step / seconds,
         "runtime/flops_per_sec_per_gpu": rate * work.flops.common,
         "runtime/executed_flops_per_sec_per_gpu": rate * work.flops.executed,
         "runtime/hardware_flops_per_sec_per_gpu": rate * work.flops.hardware if recomputes else None,

@@ -100,9 +100,11 @@ class Tensorboard(MetricWriter):
             self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add one scalar per value, and flush them: a failure of the library's own thread shows here."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        """Add all values as one event, and flush it: a failure of the library's own thread shows here."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._writer.file_writer.add_summary(Summary(value=scalars), step)
         self._writer.flush()
         self._purge_step = step + 1  # a file that is opened after a failure must hide nothing
 

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,23 @@ import pytest
 from megatron.events import read_events
 from tests.end_to_end.commands import SMALL, run
 from tests.end_to_end.processes import deepy, end, process_of_rank, steps_done, wait_for
+from tests.webhook import Server
 
 TELL = 'alert_command: "cat >> told.jsonl; echo >> told.jsonl"\n'
+# A step reads eight samples. From the 31st step on they hold tokens that occur nowhere before.
+POISON = """
+DEEPY_REGISTRY = {}
+
+from megatron.data.mock import MockStream
+
+read, reads = MockStream.tokens, []
+
+def poisoned(self, start, length):
+    reads.extend([start] if self.name == "train" else [])
+    return read(self, start, length) + (128 if len(reads) > 240 else 0)
+
+MockStream.tokens = poisoned
+"""
 
 
 @pytest.fixture
@@ -43,3 +60,40 @@ def test_without_deepy_rank_0_tells_how_it_ended(folder):
     assert [(alert["kind"], alert["text"]) for alert in told(folder)] == [("finish", "done")] * 2
     kinds = [event.kind for event in read_events(folder / "run" / "logs") if event.kind != "checkpoint"]
     assert kinds == ["start", "finish", "resume", "finish"]
+
+
+@pytest.fixture
+def webhook(monkeypatch) -> Iterator[Server]:
+    """The server that runs find in the variable WEBHOOK."""
+    with Server() as server:
+        monkeypatch.setenv("WEBHOOK", server.address)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.long
+def test_a_loss_spike_of_a_real_run_reaches_the_webhook(folder, webhook, monkeypatch):
+    (folder / "poison.py").write_text(POISON)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])))
+    words = ("small", "train_iters=34", "eval_iters=0", "loss_spike_window=16", "plugins=[poison]")
+    with deepy(folder, "train.py", *words, "alert_webhook=WEBHOOK", "alert_kinds=[spike]") as process:
+        code, _, err = end(process)
+    assert code == 0, err
+    assert [(alert["kind"], alert["step"]) for alert in webhook.bodies] == [("spike", 31)]
+    assert "samples 240 to 247" in webhook.bodies[0]["text"]
+
+
+@pytest.mark.long
+def test_a_hang_of_a_real_run_reaches_the_webhook_while_the_run_hangs(folder, webhook):
+    words = ("small", "train_iters=100000", "num_gpus=2", "watchdog_timeout=5", "watchdog_action=wait")
+    with deepy(folder, "train.py", *words, "alert_webhook=WEBHOOK", "alert_kinds=[hang]") as process:
+        wait_for(lambda: steps_done(folder / "run") >= 3, process)
+        stopped = process_of_rank(1, process)
+        os.kill(stopped, signal.SIGSTOP)
+        wait_for(lambda: webhook.bodies, process)
+        os.kill(stopped, signal.SIGCONT)
+        code, _, err = end(process, signal.SIGTERM)
+    assert code == 0, err
+    (alert,) = webhook.bodies
+    assert alert["kind"] == "hang" and "rank 1 is stopped by a signal" in alert["text"]

@@ -60,6 +60,7 @@ def test_metrics_hold_what_is_documented_and_validation_stands_with_its_step(fol
         "train/epochs",
         "runtime/iteration_time",
         "runtime/tokens_per_sec",
+        "runtime/samples_per_sec",
         "runtime/flops_per_sec_per_gpu",
         "runtime/executed_flops_per_sec_per_gpu",
         "runtime/model_flops_utilization",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import memory
+from bench import memory, watching
 from bench.contenders import ON_CPU, ON_GPU, Contender, ContenderError, plan_of, why_too_large
 from megatron.config.flops import token_flops
 from tests.end_to_end.commands import ENVIRONMENT, ROOT
@@ -80,6 +80,14 @@ def test_the_memory_benchmark_skips_cases_of_more_ranks_than_there_are_gpus(tmp_
 def test_the_memory_benchmark_knows_the_ranks_of_every_case():
     assert {memory.ranks_of(case) for case in memory.SHAPES} == {1}
     assert memory.ranks_of("NeoX, bf16, tensor 2") == 2
+
+
+def test_a_step_that_was_disturbed_does_not_count_in_what_watching_costs_and_a_dear_place_does():
+    quiet, logged = (1.0, 1.0), (1.0, 1.5)
+    rounds = [[quiet, logged], [quiet, logged], [(1.0, 9.0), logged]]
+    figures = watching.figures_of(rounds)
+    assert figures["ratio"] == 1.25 and figures["quartiles"] == [1.25, 5.25]
+    assert figures["step_seconds"] == 1.0 and figures["rounds"] == 3
 
 
 @pytest.fixture

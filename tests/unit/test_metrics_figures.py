@@ -124,7 +124,7 @@ def test_a_matrix_product_is_measured_where_no_data_sheet_names_a_peak():
 
 
 def test_the_log_line_has_units_in_its_names_and_leaves_out_what_is_not_known():
-    work = Workload(16384, TokenFlops(4.3e9, 3.1e9), ranks=1, peak_flops=989e12)
+    work = Workload(16384, 4, TokenFlops(4.3e9, 3.1e9), ranks=1, peak_flops=989e12)
     interval = Interval(100, 41.2, 3.2142, 5.9e-4, grad_norm=0.831, loss_scale=None, skipped_steps=0)
     line = log_line(1200, 320000, interval_metrics(interval, work), on_gpu=True)
     assert line == (
@@ -134,7 +134,7 @@ def test_the_log_line_has_units_in_its_names_and_leaves_out_what_is_not_known():
 
 
 def test_on_a_cpu_the_line_counts_ranks_and_names_no_utilization():
-    work = Workload(1000, TokenFlops(1e6, 8e5), ranks=2, peak_flops=None)
+    work = Workload(1000, 4, TokenFlops(1e6, 8e5), ranks=2, peak_flops=None)
     metrics = interval_metrics(Interval(1, 1.0, 2.0, 1e-3, None, 1024.0, 1), work)
     assert log_line(5, 5, metrics, on_gpu=False) == (
         "step 5/5 | loss 2.000 | lr 1.0e-03 | loss scale 1024 | skipped 1 | 1000 ms/step | 1.00k tokens/s "
@@ -144,7 +144,7 @@ def test_on_a_cpu_the_line_counts_ranks_and_names_no_utilization():
 
 
 def test_skipped_steps_are_told_with_a_loss_scale_and_wherever_there_were_some():
-    work = Workload(1000, TokenFlops(1e6, 8e5), ranks=2, peak_flops=None)
+    work = Workload(1000, 4, TokenFlops(1e6, 8e5), ranks=2, peak_flops=None)
 
     def told(loss_scale, skipped):
         metrics = interval_metrics(Interval(9, 1.0, 2.0, 1e-3, 1.0, loss_scale, skipped), work)
@@ -154,7 +154,7 @@ def test_skipped_steps_are_told_with_a_loss_scale_and_wherever_there_were_some()
 
 
 def test_metrics_have_the_documented_names_and_units():
-    work = Workload(1000, TokenFlops(6e6, 5e6), ranks=2, peak_flops=1e10)
+    work = Workload(1000, 4, TokenFlops(6e6, 5e6), ranks=2, peak_flops=1e10)
     metrics = interval_metrics(Interval(10, 5.0, 2.0, 1e-3, 0.5, 256.0, 0), work)
     assert metrics == {
         "train/lm_loss": 2.0,
@@ -164,6 +164,7 @@ def test_metrics_have_the_documented_names_and_units():
         "train/skipped_steps": 0,
         "runtime/iteration_time": 0.5,
         "runtime/tokens_per_sec": 2000.0,
+        "runtime/samples_per_sec": 8.0,
         "runtime/flops_per_sec_per_gpu": 6e9,
         "runtime/executed_flops_per_sec_per_gpu": 5e9,
         "runtime/model_flops_utilization": 0.6,
@@ -172,7 +173,7 @@ def test_metrics_have_the_documented_names_and_units():
 
 
 def test_with_recomputation_the_line_and_the_metrics_also_say_what_the_hardware_computes():
-    work = Workload(1000, TokenFlops(6e6, 5e6, recomputed=1.5e6), ranks=1, peak_flops=1e10)
+    work = Workload(1000, 4, TokenFlops(6e6, 5e6, recomputed=1.5e6), ranks=1, peak_flops=1e10)
     metrics = interval_metrics(Interval(1, 1.0, 2.0, 1e-3, None, None, 0), work)
     assert metrics["runtime/executed_flops_utilization"] == 0.5
     assert metrics["runtime/hardware_flops_per_sec_per_gpu"] == 6.5e9
@@ -181,7 +182,7 @@ def test_with_recomputation_the_line_and_the_metrics_also_say_what_the_hardware_
 
 
 def test_with_float8_the_line_says_that_the_peak_is_that_of_bf16():
-    metrics = interval_metrics(Interval(1, 1.0, 2.0, 1e-3, None, None, 0), Workload(1, TokenFlops(6, 5), 1, 10.0))
+    metrics = interval_metrics(Interval(1, 1.0, 2.0, 1e-3, None, None, 0), Workload(1, 4, TokenFlops(6, 5), 1, 10.0))
     assert "| MFU 60% (executed 50%) of the bf16 peak |" in log_line(
         1, 1, metrics, on_gpu=True, peak_name="the bf16 peak"
     )

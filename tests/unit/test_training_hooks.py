@@ -21,7 +21,7 @@ from megatron.training.hooks.metrics_log import MetricsLog, mean_loss
 from megatron.training.loop import final_step, train_steps
 from tests import tiny
 
-WORK = Workload(100, TokenFlops(1e6, 8e5), ranks=1, peak_flops=None)
+WORK = Workload(100, 4, TokenFlops(1e6, 8e5), ranks=1, peak_flops=None)
 
 
 def finished(step: int, loss: float = 1.0, norm: float = 1.0, skipped: bool = False, last: bool = False):

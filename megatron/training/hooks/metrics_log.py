@@ -67,7 +67,7 @@ def mean_loss(losses: Sequence[float], skipped: Sequence[bool]) -> float:
 
 
 def workload(run: Run) -> Workload:
-    """Tokens and FLOPs of a step, for the rates in the log."""
+    """Tokens, samples and FLOPs of a step, for the rates in the log."""
     plan, device = run.plan, run.engine.grid.device
     configured, name = run.config.logging.peak_theoretical_tflops, peak_name(run)
     peak: float | None
@@ -76,7 +76,8 @@ def workload(run: Run) -> Workload:
     else:
         card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         peak = peak_flops(configured, card, plan.engine.precision)
-    return Workload(plan.batch.tokens_per_step, token_flops(plan), plan.layout.world_size, peak, name)
+    batch, ranks = plan.batch, plan.layout.world_size
+    return Workload(batch.tokens_per_step, batch.global_size, token_flops(plan), ranks, peak, name)
 
 
 def peak_name(run: Run) -> str:

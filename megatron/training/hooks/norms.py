@@ -38,7 +38,7 @@ class Norms(Hook):
         self._done = step.state.step
         if not step.is_due(self._keys.log_interval):
             return NOTHING
-        found = {kind: self._figures.state_squares(kind) for kind in (MASTER, *self._moments)}
+        found = self._figures.state_squares(MASTER, *self._moments)
         if self._gradients is not None and (squares := self._gradients.take()) is not None:
             found[GRADIENT] = squares
         sums = dict(zip(found, self._figures.over_all_ranks(list(found.values())).tolist(), strict=True))
