@@ -6,7 +6,8 @@ Two engines of the same model take turns, a step each. One trains with every hoo
 and figures of `ON`; the other calls the engine alone. A round ends with a log line, so that it has its share of all
 that is done only there. Of each place in the round the median over the rounds is taken, so that what disturbs one step
 counts once, and the quotient is the mean over the places. The quartiles are those of whole rounds. --null: nothing is
-on in either, which shows what the method can resolve on a machine.
+on in either, which shows what the method can resolve on a machine. Where that is not enough there is the share of the
+time that steps spend in what watches, timed there: without what it does to caches, and what the writers' threads take.
 
 Not in it: the panel, which needs a terminal; alerts, which do nothing until there is an event; and the reports of
 checkpoints, written by a process of the lowest priority, which takes as much from one engine as from the other.
@@ -19,12 +20,15 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.state import TrainState
 from megatron.config.load import config_from_flat
+from megatron.engine.activations import BlockOutputs
+from megatron.engine.figures import BeforeUpdate
 from megatron.optimizers.schedules import learning_rate
 from megatron.training.batch import BatchBuilder, training_batches
 from megatron.training.hooks.base import FinishedStep, MicroBatches, build_hooks
@@ -60,11 +64,35 @@ ON: dict[str, Any] = {
 }
 
 
+class Stopwatch:
+    """Adds up the time spent in functions."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, timed."""
+
+        @wraps(function)
+        def call(*arguments: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*arguments, **options)
+            self.seconds += time.perf_counter() - began
+            return result
+
+        return call
+
+    def time_within_steps(self) -> None:
+        """Time what looks at gradients and blocks within a step, in engines that are built from now on."""
+        BeforeUpdate._before_step = self.timed(BeforeUpdate._before_step)  # type: ignore[method-assign]
+        BlockOutputs._see = self.timed(BlockOutputs._see)  # type: ignore[method-assign]
+
+
 class Trainer:
     """Trains, with what watches a run or without."""
 
-    def __init__(self, folder: Path | None) -> None:
-        """folder: of what is written; None: nothing watches."""
+    def __init__(self, folder: Path | None, watch: Stopwatch) -> None:
+        """folder: of what is written; None: nothing watches. watch: times hooks and writers."""
         keys: dict[str, Any] = dict(MODEL)
         if folder is not None:
             places = {"log_dir": "logs", "tensorboard_dir": "board", "prometheus_textfile": "deepy.prom"}
@@ -79,6 +107,8 @@ class Trainer:
         self.writers = writers_of(self.run, 0) if folder is not None else None
         for hook in self.hooks:
             self.batches = hook.watched(self.batches)
+        self._after_step = [watch.timed(hook.after_step) for hook in self.hooks]
+        self._write = watch.timed(self.writers.write) if self.writers is not None else None
 
     def timed(self) -> float:
         """Seconds of a step."""
@@ -94,10 +124,10 @@ class Trainer:
         self.state: TrainState = self.state.after_step(batch.global_size, batch.tokens_per_step)
         metrics: dict[str, float] = {}
         step = FinishedStep(self.state, output, rate, is_last=False, metrics=metrics)
-        for hook in self.hooks:
-            metrics |= hook.after_step(step)
-        if self.writers is not None:
-            self.writers.write(self.state.step, metrics)
+        for after_step in self._after_step:
+            metrics |= after_step(step)
+        if self._write is not None:
+            self._write(self.state.step, metrics)
 
     def close(self) -> None:
         """Let hooks and writers finish."""
@@ -120,8 +150,11 @@ def one_round(off: Trainer, on: Trainer, number: int) -> list[tuple[float, float
     return steps
 
 
-def figures_of(rounds: list[list[tuple[float, float]]]) -> dict[str, Any]:
-    """Of at least two rounds, the seconds of each step without and with what watches: quotients, a step without."""
+def figures_of(rounds: list[list[tuple[float, float]]], timed: float) -> dict[str, Any]:
+    """Of at least two rounds, the seconds of each step without and with what watches: quotients, a step without.
+
+    timed: seconds that all steps with it have spent there.
+    """
     places = list(zip(*rounds, strict=True))
     medians = [statistics.median(with_it / without for without, with_it in place) for place in places]
     wholes = [sum(with_it for _, with_it in steps) / sum(without for without, _ in steps) for steps in rounds]
@@ -130,6 +163,7 @@ def figures_of(rounds: list[list[tuple[float, float]]]) -> dict[str, Any]:
         "step_seconds": round(statistics.median(without for steps in rounds for without, _ in steps), 4),
         "ratio": round(statistics.mean(medians), 4),
         "quartiles": [round(lower, 4), round(upper, 4)],
+        "timed_share": round(timed / sum(without for steps in rounds for without, _ in steps), 4),
         "rounds": len(rounds),
         "steps_of_a_round": INTERVAL,
     }
@@ -146,20 +180,23 @@ def main() -> None:
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
     with tempfile.TemporaryDirectory() as name:
-        off, on = Trainer(None), Trainer(None if chosen.null else Path(name))
+        watch = Stopwatch()
+        watch.time_within_steps()
+        off, on = Trainer(None, watch), Trainer(None if chosen.null else Path(name), watch)
         for number in range(WARM_UP):
             one_round(off, on, number)
         rounds: list[list[tuple[float, float]]] = []
+        watch.seconds = 0.0
         deadline = time.monotonic() + 60 * chosen.minutes
         while len(rounds) < 2 or (len(rounds) < chosen.rounds and time.monotonic() < deadline):
             rounds.append(one_round(off, on, len(rounds)))
             without, with_it = (sum(seconds) for seconds in zip(*rounds[-1], strict=True))
             print(f"round {len(rounds)}: off {without:.3f} s, on {with_it:.3f} s, {with_it / without:.4f}", flush=True)
         on.close()
-    figures = figures_of(rounds)
+    figures = figures_of(rounds, watch.seconds)
     lower, upper = figures["quartiles"]
     print(f"a step {1000 * figures['step_seconds']:.0f} ms; with everything on {figures['ratio']} of it", end=" ")
-    print(f"(quartiles of rounds {lower} to {upper})")
+    print(f"(quartiles of rounds {lower} to {upper}); timed there: {figures['timed_share']:.2%}")
     print(json.dumps(figures | {"null": chosen.null}))
 
 
