@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron.alerts.sender import open_alerts
 from megatron.config.schema.config import Config
-from megatron.errors import DONE, FAILED, UserError
+from megatron.errors import DONE, FAILED, WRONG, UserError
 from megatron.events import EventLog, read_events
 from megatron.launch.failure_report import Ending, Outcome, report, say
 from megatron.launch.launchers.launcher import LaunchSpec, make_job, make_log_folder
@@ -18,6 +18,7 @@ from megatron.launch.planning import plan_of_ranks
 from megatron.launch.process_group import StopSignals
 from megatron.launch.protocol.attempt import Attempt
 from megatron.launch.protocol.job import JobSpec
+from megatron.launch.report_process import ReportProcess
 from megatron.launch.smaller_layout import keeping_the_batch
 from megatron.launch.supervisor import run_job
 
@@ -43,6 +44,11 @@ def supervise(launch: LaunchSpec, config: Config, script: Path) -> int:
         events = EventLog(told, [alerts.hear])
         ending = _Run(launch, config, script, log_folder, signals, events).until_it_ends(job)
         _record_end(events, ending, signals)
+        if told is not None and config.logging.report and ending.code != WRONG:
+            last_report = ReportProcess(told, say)
+            last_report.start()
+            if ending.code == DONE:
+                last_report.wait(lambda: bool(signals.received))  # which leave little time
     return ending.code
 
 

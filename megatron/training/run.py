@@ -39,6 +39,7 @@ from megatron.hugging_face.published import (
 from megatron.launch.protocol.attempt import Attempt
 from megatron.launch.protocol.environment import environment_line
 from megatron.launch.protocol.heartbeat import RUN_FOLDER, Heartbeat
+from megatron.launch.report_process import ReportProcess
 from megatron.logging import configure
 from megatron.metrics.writers import METRICS_FILE, MetricWriters, WriterSettings, open_writers
 from megatron.model.attention import describe_attention
@@ -125,19 +126,26 @@ def _train(
 
 @contextmanager
 def told_end(run: Run, vote: StopVote) -> Iterator[None]:
-    """Without deepy.py, which does both otherwise: record how the block ends as an event, and send alerts of events."""
+    """Without deepy.py, which does it otherwise: record how the block ends, send alerts, and write the last report."""
     if RUN_FOLDER in os.environ or dist.get_rank() != 0:
         yield
         return
     folder = Path(run.config.log_folder) if run.config.log_folder else None
+    last_report = ReportProcess(folder, log.warning) if folder is not None and run.config.logging.report else None
     with open_alerts(run.config.alerts, folder, follow=False) as alerts:
         run.events.listen(alerts.hear)
         try:
             yield
         except BaseException as error:
             run.events.record("failure", str(error) or type(error).__name__, code=FAILED)
+            if last_report is not None:
+                last_report.start()
             raise
         run.events.record("finish", f"stopped by {vote.reason}" if vote.reason else "done", code=DONE)
+        if last_report is not None:
+            last_report.start()
+            if not vote.reason:  # a signal or a time limit leaves little time
+                last_report.wait()
 
 
 def finish(config: Config, step: int, stopped_by: str | None) -> None:

@@ -46,11 +46,12 @@ def page(browser):
     assert browser.complaints == []
 
 
-def test_training_leaves_its_report_with_the_last_step(trained):
+def test_training_leaves_its_report_with_the_last_step_and_how_it_ended(trained):
     assert {"report.html", "report.md", "report.csv"} <= {path.name for path in trained.iterdir()}
     last = json_lines(trained / "metrics.jsonl")[-1]
     assert (trained / "report.csv").read_text().splitlines()[-1].startswith("run,20,")
-    assert f"{last['train/lm_loss']:.4g}" in (trained / "report.md").read_text()
+    tables = (trained / "report.md").read_text()
+    assert f"{last['train/lm_loss']:.4g}" in tables and tables.count("| finish | done |") == 2
     assert not list(trained.glob(".report*"))
 
 

@@ -50,14 +50,20 @@ def killed_run(folder: Path, save: str, moment: str, seed: int, *more: str, expe
     report = folder / f"{save}.txt"
     modules = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     order = {ORDER: json.dumps([moment, seed, str(report)]), "PYTHONPATH": modules}
-    behind = str(moment in BEHIND).lower()
-    words = command("deepy.py", "train.py", "small", f"save={save}", f"load={save}", f"async_save={behind}")
+    switches = {"async_save": moment in BEHIND, "report": has_reports(seed)}
+    words = command("deepy.py", "train.py", "small", f"save={save}", f"load={save}")
+    words += [f"{key}={str(value).lower()}" for key, value in switches.items()]
     words += ["plugins=[killer]", *more]
     done = subprocess.run(
         words, cwd=folder, env=os.environ | ENVIRONMENT | order, capture_output=True, text=True, timeout=240
     )
     assert report.exists() and done.returncode == expect, f"no rank was killed:\n{done.stdout}\n{done.stderr}"
     return report.read_text()
+
+
+def has_reports(seed: int) -> bool:
+    """Whether the report is written after each checkpoint: in a quarter of the runs, over all kinds of work."""
+    return seed % 4 == 0
 
 
 def without_the_last(folder: Path, save: Path) -> None:
@@ -104,6 +110,9 @@ def test_a_killed_run_goes_on_by_itself_and_ends_like_an_undisturbed_one(whole, 
     [event] = [event for event in read_events(whole / save / "logs") if event.kind == "restart"]
     assert "was ended by SIGKILL" in event.details["reason"] and event.details["attempt"] == 2
     log = (whole / save / "logs" / "rank_0_attempt_2.log").read_text()
+    if has_reports(seed):
+        page = (whole / save / "logs" / "report.md").read_text()
+        assert "| restart |" in page and "| finish | done |" in page
     assert_nothing_was_lost(whole, save, where, saved, log)
 
 

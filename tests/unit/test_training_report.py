@@ -1,8 +1,6 @@
-"""The hook of the report: real processes write it, at the right moments, and what they cannot do ends no run."""
+"""The report of a run: real processes write it, at the right moments, and what they cannot do ends no run."""
 
 import json
-import logging
-import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from megatron.checkpoint.state import TrainState
 from megatron.engine.training import StepOutput
 from megatron.events import EventLog
+from megatron.launch.report_process import ReportProcess
 from megatron.training.hooks.base import FinishedStep
 from megatron.training.hooks.report import ReportWriter
 
@@ -37,50 +36,54 @@ def test_the_report_is_begun_a_step_after_a_checkpoint_and_holds_the_metrics_of_
         hook.after_step(finished(step))
         logged(tmp_path, step)
         if step < 3:
-            assert hook._process is None, step
-    process = hook._process
-    assert process is not None and process.wait(60) == 0
+            assert not hook.process.is_running(), step
+    assert hook.process.is_running()
+    hook.process.wait()
     steps = [row.split(",")[1] for row in (tmp_path / "report.csv").read_text().splitlines()[1:]]
     assert steps[:2] == ["1", "2"]
     hook.after_step(finished(4))
-    assert hook._process is None, "once for each checkpoint"
+    assert not hook.process.is_running(), "once for each checkpoint"
 
 
-def test_the_end_of_a_run_waits_for_the_report_with_its_last_step(tmp_path, hook):
+def test_at_the_end_the_report_of_a_checkpoint_gives_way_to_the_last_one(tmp_path, hook):
     EventLog(tmp_path, [hook.told]).record("checkpoint", "saved", 1)
     logged(tmp_path, 1)
-    hook.after_step(finished(2))  # begins a report, which is overtaken
+    hook.after_step(finished(2))
     hook.after_step(finished(3, last=True))
-    logged(tmp_path, 3)
     hook.close()
+    assert not hook.process.is_running()
+    logged(tmp_path, 3)
+    hook.process.start()
+    hook.process.wait()
     assert (tmp_path / "report.csv").read_text().splitlines()[-1].startswith(f"{tmp_path.name},3,")
     assert (tmp_path / "report.html").stat().st_size > 50_000
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_a_run_that_is_stopped_or_has_failed_does_not_wait(tmp_path, hook):
+def test_a_run_that_is_stopped_does_not_wait(tmp_path):
     logged(tmp_path, 1)
-    hook.after_step(finished(1, last=True, stop=True))
-    started = time.monotonic()
-    hook.close()
-    assert time.monotonic() - started < 0.3 or not (tmp_path / "report.html").exists()
-    assert hook._process is not None and hook._process.wait(60) == 0
+    process = ReportProcess(tmp_path, print)
+    process.start()
+    process.wait(lambda: True)
+    assert process.is_running()
+    process.wait()
     assert (tmp_path / "report.html").exists()
 
 
-def test_a_report_that_cannot_be_written_is_warned_of_with_the_reason(tmp_path, hook, caplog):
+def test_a_report_that_cannot_be_written_is_warned_of_with_the_reason(tmp_path):
     logged(tmp_path, 1)
     (tmp_path / "report.html").write_text("somebody's own page")
-    hook.after_step(finished(1, last=True))
-    with caplog.at_level(logging.WARNING):
-        hook.close()
-    assert "the report could not be written: " in caplog.text and "is there and is no report" in caplog.text
+    told: list[str] = []
+    process = ReportProcess(tmp_path, told.append)
+    process.start()
+    process.wait()
+    (text,) = told
+    assert text.startswith("the report could not be written: ") and "is there and is no report" in text
     assert (tmp_path / "report.html").read_text() == "somebody's own page"
 
 
-def test_an_interpreter_that_cannot_be_started_is_warned_of(tmp_path, hook, caplog, monkeypatch):
+def test_an_interpreter_that_cannot_be_started_is_warned_of(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.executable", str(tmp_path / "no-python"))
-    hook.after_step(finished(1, last=True))
-    with caplog.at_level(logging.WARNING):
-        hook.close()
-    assert "the report could not be written: No such file or directory" in caplog.text
+    told: list[str] = []
+    ReportProcess(tmp_path, told.append).start()
+    assert told == ["the report could not be written: No such file or directory"]

@@ -1,23 +1,20 @@
-"""Hook: the report of the run (`megatron/report/`), at each checkpoint and at the end, written by another process."""
+"""Hook: the report of the run (`megatron/report/`) after each checkpoint, written by another process.
+
+The last report is written where the end of the run is recorded, so that it has the end: by deepy.py, or by `told_end`
+in `run.py` without it.
+"""
 
 import logging
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 
 import torch.distributed as dist
 
-import megatron
 from megatron.events import Event
+from megatron.launch.report_process import ReportProcess
 from megatron.training.hooks.base import NOTHING, FinishedStep, Hook, Run
 
 log = logging.getLogger(__name__)
-
-PATIENCE = 60.0  # seconds that the end of a run waits for its last report
 
 
 class ReportWriter(Hook):
@@ -28,11 +25,8 @@ class ReportWriter(Hook):
 
     def __init__(self, folder: Path) -> None:
         """folder: the log folder, in which report.html, report.md and report.csv are written."""
-        self._folder = folder
+        self.process = ReportProcess(folder, log.warning)
         self._due: int | None = None  # the step of a checkpoint that no report has
-        self._is_done = False
-        self._process: subprocess.Popen[bytes] | None = None
-        self._said: IO[bytes] | None = None
 
     def told(self, event: Event) -> None:
         """After a checkpoint the report is due."""
@@ -42,65 +36,14 @@ class ReportWriter(Hook):
     def after_step(self, step: FinishedStep) -> Mapping[str, float]:
         """Start what an earlier step has made due: only now are its metrics in their file."""
         is_due = self._due is not None and self._due < step.state.step and not step.is_last
-        if not self._runs() and is_due:
+        if not self.process.is_running() and is_due:
             self._due = None
-            self._start("--background")
-        self._is_done = step.is_last and not step.is_stop
+            self.process.start("--background")
         return NOTHING
 
-    def _runs(self) -> bool:
-        """Whether a process is at work. Of one that has failed is warned, once."""
-        if self._process is None or self._process.poll() is None:
-            return self._process is not None
-        code, said = self._process.returncode, self._reaped()
-        if code:
-            log.warning("the report could not be written: %s", said[-1] if said else f"exit code {code}")
-        return False
-
-    def _reaped(self) -> list[str]:
-        """Forget the process when it has ended; the lines that it has printed on stderr."""
-        assert self._process is not None and self._said is not None
-        self._process.wait()
-        with self._said:
-            self._said.seek(0)
-            lines = self._said.read().decode(errors="replace").split("\n")
-        self._process = self._said = None
-        return [line for line in lines if line.strip()]
-
-    def _start(self, *flags: str) -> None:
-        root = str(Path(megatron.__file__).parent.parent)
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-        output = str(self._folder / "report.html")
-        module = ["-P", "-m", "megatron.report.command"]  # -P: not another megatron in the working folder
-        said = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the process has ended)
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, *module, str(self._folder), "-o", output, *flags],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=said,
-                start_new_session=True,  # Ctrl-C, and the launcher's end of a rank that failed, leave it alone
-            )
-            self._said = said
-        except OSError as error:
-            said.close()
-            log.warning("the report could not be written: %s", error.strerror)
-
     def close(self) -> None:
-        """Write the last report, with the metrics of the last step. A run that failed or is stopped does not wait."""
-        if self._runs():
-            assert self._process is not None
-            self._process.terminate()  # it knows less than the last report, and gives way to everything
-            self._reaped()
-        self._start()
-        if self._process is None or not self._is_done:
-            return
-        try:
-            self._process.wait(PATIENCE)
-            self._runs()
-        except subprocess.TimeoutExpired:
-            log.warning("the report takes longer than %.0f s, and is written while the run ends", PATIENCE)
+        """Let the last report be the last to be written."""
+        self.process.end()
 
 
 def report(run: Run) -> ReportWriter | None:
