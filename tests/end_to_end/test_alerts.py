@@ -15,6 +15,20 @@ from tests.end_to_end.processes import deepy, end, process_of_rank, steps_done, 
 from tests.webhook import Server
 
 TELL = 'alert_command: "cat >> told.jsonl; echo >> told.jsonl"\n'
+# A step reads eight samples. From the 31st step on they hold tokens that occur nowhere before.
+POISON = """
+DEEPY_REGISTRY = {}
+
+from megatron.data.mock import MockStream
+
+read, reads = MockStream.tokens, []
+
+def poisoned(self, start, length):
+    reads.extend([start] if self.name == "train" else [])
+    return read(self, start, length) + (128 if len(reads) > 240 else 0)
+
+MockStream.tokens = poisoned
+"""
 
 
 @pytest.fixture
@@ -56,6 +70,18 @@ def webhook(monkeypatch) -> Iterator[Server]:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
+
+
+@pytest.mark.long
+def test_a_loss_spike_of_a_real_run_reaches_the_webhook(folder, webhook, monkeypatch):
+    (folder / "poison.py").write_text(POISON)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])))
+    words = ("small", "num_gpus=1", "train_iters=34", "eval_iters=0", "loss_spike_window=16", "plugins=[poison]")
+    with deepy(folder, "train.py", *words, "alert_webhook=WEBHOOK", "alert_kinds=[spike]") as process:
+        code, _, err = end(process)
+    assert code == 0, err
+    assert [(alert["kind"], alert["step"]) for alert in webhook.bodies] == [("spike", 31)]
+    assert "samples 240 to 247" in webhook.bodies[0]["text"]
 
 
 @pytest.mark.long
