@@ -100,7 +100,7 @@ def configuration_of(command: CommandLine, words: Sequence[str], script: str, *,
     if command.merged is not None:
         return command.merged
     config = load_config(command.files, command.folder, command.overrides, script, planning=planning)
-    paths, _ = find_files(command.files, command.folder)
+    paths, _ = find_files(command.files, command.folder, command.overrides)
     return config.model_copy(update={"origin": origin_of(words, paths, command.overrides)})
 
 

@@ -51,13 +51,13 @@ def load_config(
 ) -> Config:
     """Read, merge and check a configuration.
 
-    files: with or without extension; a folder stands for its default.yml; none: configs/default.yml.
+    files: with or without extension; a folder stands for its default.yml; none: as `find_files` says.
     folder: prefix of the files. overrides: "key=value" in YAML syntax. script: that will run ("train.py"),
     whose required keys are then checked; planning: except data and checkpoint. tell: gets a line for each GPT-NeoX key
     that was translated or left out.
     Raises ConfigError with all problems.
     """
-    paths, missing = find_files(files, folder)
+    paths, missing = find_files(files, folder, overrides)
     if missing:
         raise ConfigError("the command line", missing)
     parts = [read_file(path) for path in paths]
@@ -79,10 +79,17 @@ def config_from_flat(flat: Mapping[str, Any], source: str = "configuration", scr
     return build(Entries(values={normal_key(key): _frozen(value) for key, value in flat.items()}), source, script)
 
 
-def find_files(files: Sequence[str], folder: str | None = None) -> tuple[list[Path], list[str]]:
-    """The paths that `files` mean, and a message for each that is missing or ambiguous."""
-    if not files:
-        files = ["."] if folder is not None else [DEFAULT_FOLDER]
+def find_files(
+    files: Sequence[str], folder: str | None = None, overrides: Sequence[str] = ()
+) -> tuple[list[Path], list[str]]:
+    """The paths that `files` mean, and a message for each that is missing or ambiguous.
+
+    No files: the default.yml of `folder` or of configs, but nothing where `load=hf:MODEL` stands among the overrides.
+    Such weights bring the settings of their model, which those of another one would contradict.
+    """
+    if not files and folder is None and any(_describes_its_model(word.removeprefix("load=")) for word in overrides):
+        return [], []
+    files = files or (["."] if folder is not None else [DEFAULT_FOLDER])
     paths: list[Path] = []
     problems: list[str] = []
     for name in files:
@@ -202,15 +209,22 @@ def _unset_none(entries: Entries) -> None:
 
 def _add_keys_of_weights(entries: Entries) -> None:
     """Where `load` names weights that describe their model (`hf:gpt2`): the keys of the model that are not set."""
-    kind, _, model = str(entries.values.get("load")).partition(":")
-    if kind not in registry.names(WEIGHTS_SOURCE) or not model:
+    load = str(entries.values.get("load"))
+    if not _describes_its_model(load):
         return
+    kind, _, model = load.partition(":")
     try:
         keys = registry.resolve(WEIGHTS_SOURCE, kind)(expanded(model, "load"))
     except UserError as error:
         entries.problems += [entries.prefix(("load",)) + problem for problem in error.problems]
         return
     entries.values |= {key: _frozen(value) for key, value in keys.items() if key not in entries.values}
+
+
+def _describes_its_model(load: str) -> bool:
+    """Whether `load` names weights that come with the settings of their model, such as hf:gpt2."""
+    kind, _, model = load.partition(":")
+    return kind in registry.names(WEIGHTS_SOURCE) and bool(model)
 
 
 def override_key(entries: Entries, text: str) -> None:

@@ -141,6 +141,7 @@ def check_same_published(model: ModelPlan, published: PublishedModel, any_behavi
     shapes = parameter_shapes(whole) != parameter_shapes(published.model)
     if shapes or (differing and not any_behavior):
         way_out = [] if shapes else ["to load its weights nevertheless: allow_changes=[model]"]
+        way_out.append("to use it as it is, leave these keys out of the configuration: load brings them")
         raise UserError(
             f"{published.folder} holds another model than the configuration describes:", *differing, *way_out
         )

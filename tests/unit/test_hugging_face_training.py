@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatron.config.command_line import configuration_of, parse_command_line
 from megatron.config.errors import ConfigError
 from megatron.config.load import load_config
 from megatron.config.yaml_file import yaml_text
@@ -44,6 +45,22 @@ def test_generation_and_evaluation_take_a_published_model_as_well(llama, tmp_pat
     assert found.published is not None and found.plan.model.vocab_size == VOCABULARY
 
 
+def test_without_a_configuration_a_published_model_brings_all_settings_of_its_own(llama, tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    default = tmp_path / "configs" / "default.yml"
+    shape = {"num_layers": 7, "hidden_size": 16, "num_attention_heads": 2, "seq_length": 8}
+    default.write_text(yaml_text(shape | {"tokenizer_type": "CharLevelTokenizer", "save": "other"}))
+    monkeypatch.chdir(tmp_path)
+    words = [f"load=hf:{llama}", "maximum_tokens=5"]
+    for script in ("generate.py", "evaluate.py", "serve.py"):
+        config = configuration_of(parse_command_line(words, script), words, script)
+        found = find_trained_model(config)
+        assert found.published is not None and found.tokenizer.vocab_size == 400
+        assert (config.checkpoint.save, config.generation.maximum_tokens) == (None, 5)
+        assert config.origin is not None and config.origin.files == ()
+    assert load_config([], overrides=["load=checkpoints"]).model.num_layers == 7
+
+
 def test_added_tokens_without_a_row_in_the_embedding_do_not_keep_a_published_model_out(llama, tmp_path):
     folder = Path(shutil.copytree(llama, tmp_path / "model"))
     content = json.loads((folder / "tokenizer.json").read_text())
@@ -62,7 +79,7 @@ REFUSED = {
     "another shape": (
         {"ffn_hidden_size": 90},
         UserError,
-        "holds another model .*\n  ffn_hidden_size is 90 here, and 86 there",
+        "holds another model .*\n  ffn_hidden_size is 90 here, and 86 there\nto use it as it is, leave these keys out",
     ),
     "another function of the same weights": (
         {"rotary_emb_base": 500},
