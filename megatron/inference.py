@@ -2,7 +2,7 @@
 
 Shapes: b texts, s columns, h hidden, v vocabulary.
 `find_trained_model` checks the configuration and the checkpoint before the process group starts; `open_trained_model`
-loads the weights.
+starts it and loads the weights, or `start_ranks` and `load_trained_model` do so one after the other.
 """
 
 import logging
@@ -163,8 +163,17 @@ def open_trained_model(found: FoundModel, backend: str | None, timeout_minutes: 
 
     backend: of torch.distributed, or None for the default. timeout_minutes: of collectives.
     """
-    layout, model = found.plan.layout, found.plan.model
-    grid = start(layout.pipe, layout.tensor, backend, timeout_minutes)
+    return load_trained_model(found, start_ranks(found, backend, timeout_minutes))
+
+
+def start_ranks(found: FoundModel, backend: str | None, timeout_minutes: float = 30) -> ParallelGrid:
+    """Start the process group alone, with the model's layout; see `open_trained_model`. Collective."""
+    return start(found.plan.layout.pipe, found.plan.layout.tensor, backend, timeout_minutes)
+
+
+def load_trained_model(found: FoundModel, grid: ParallelGrid) -> TrainedModel:
+    """Build the model on the ranks of `grid` and load its weights. Collective."""
+    model = found.plan.model
     products = choose_matmul_precision(found.plan.engine, grid.device)
     precision = DTYPES[found.plan.engine.precision]
     engine = InferenceEngine(gpt_layers(model, grid, seed=None), grid, precision, model.hidden_size)

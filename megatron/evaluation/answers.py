@@ -14,7 +14,7 @@ from megatron.config.schema.config import Config
 from megatron.errors import UserError, work_begins
 from megatron.generation.prompts import Prompt, read_prompts
 from megatron.generation.run import open_engine, sample_maker
-from megatron.inference import FoundModel
+from megatron.inference import FoundModel, start_ranks
 from megatron.text_files import read_text
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,8 @@ def measure_answers(config: Config, found: FoundModel) -> dict[str, Any]:
     alone = config.generation.model_copy(update={"num_samples": 1})
     prompts = [Prompt(f"prompt {number}", alone, question.prompt) for number, question in enumerate(questions, 1)]
     samples = sample_maker(config, found).samples(prompts)
-    engine = open_engine(config, found, samples, config.generation.generation_batch_size)
+    grid = start_ranks(found, config.launcher.distributed_backend)
+    engine = open_engine(config, found, grid, samples, config.generation.generation_batch_size)
     if dist.get_rank() != 0:
         engine.follow()
         return {}

@@ -21,14 +21,15 @@ WHY_EMPTY = {
 }
 
 
-def record(sample: Sample, answer: Answer, tokenizer: Tokenizer, seconds: float, identity: str) -> dict[str, Any]:
+def record(sample: Sample, answer: Answer, tokenizer: Tokenizer, identity: str) -> dict[str, Any]:
     """The object for one text.
 
     context: the prompt ("" for none; of a chat what the template wrote). text: the continuation, so that context and
     text joined are the whole; null where there is none. length: its tokens. finished: the text came to its end; false
-    means that maximum_tokens came first. message: null, or why there is no text. duration_seconds: of its generation,
-    beside others. reason: end (of the document), stop (a stop string or token) or length. prompt, sample: numbers from
-    0. identity: of the request and the model. logprobs, logits: of each token, if asked for.
+    means that maximum_tokens came first. message: null, or why there is no text. duration_seconds: from the beginning
+    of the reading of its prompt to its end, beside other texts. reason: end (of the document), stop (a stop string or
+    token) or length. prompt, sample: numbers from 0. identity: of the request and the model. logprobs, logits: of each
+    token, if asked for.
     """
     assert answer.reason is not None
     fields: dict[str, Any] = {
@@ -37,7 +38,7 @@ def record(sample: Sample, answer: Answer, tokenizer: Tokenizer, seconds: float,
         "length": len(answer.tokens),
         "finished": answer.reason != "length",
         "message": None if answer.text else f"no text: {WHY_EMPTY[answer.reason]}",
-        "duration_seconds": round(seconds, 6),
+        "duration_seconds": round(answer.seconds, 6),
         "reason": answer.reason,
         "prompt": sample.prompt,
         "sample": sample.number,

@@ -113,7 +113,8 @@ class Update:
     with those of a stop string. text: what can be shown now. It lags behind the tokens where a character is incomplete
     or a stop string may have begun; the texts of all updates joined are the answer. scored: of the prompt, once, in
     order. reason: None until the last. cached: tokens of the prompt that had been read for another request, in the
-    first update.
+    first update. seconds: in the last update, from the beginning of the reading to the end, beside other requests; no
+    two runs have the same, so it is not compared.
     """
 
     request: int
@@ -122,6 +123,7 @@ class Update:
     scored: tuple[Token, ...] = ()
     reason: Reason | None = None
     cached: int = 0
+    seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass
@@ -133,6 +135,7 @@ class Answer:
     scored: tuple[Token, ...] = ()
     reason: Reason | None = None
     cached: int = 0
+    seconds: float = field(default=0.0, compare=False)
 
     def add(self, update: Update) -> None:
         """Append the news."""
@@ -141,6 +144,7 @@ class Answer:
         self.scored = self.scored or update.scored
         self.reason = update.reason
         self.cached = self.cached or update.cached
+        self.seconds = update.seconds
 
     @property
     def ids(self) -> list[int]:

@@ -2,10 +2,9 @@
 
 import logging
 import os
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ from megatron.generation.prompts import STANDARD_INPUT, Prompt, read_prompts, se
 from megatron.generation.records import SamplesFile, record
 from megatron.generation.requests import Answer
 from megatron.generation.samples import Sample, SampleMaker, model_identity
-from megatron.inference import FoundModel, find_trained_model, open_trained_model
+from megatron.inference import FoundModel, find_trained_model, load_trained_model, start_ranks
 from megatron.logging import configure
+from megatron.parallel.grid import ParallelGrid
 from megatron.tokenizer.base import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class Job:
 def generate(config: Config) -> None:
     """Continue the prompts that `config` names with the model in `load`. Every rank calls it; rank 0 reads and writes.
 
+    Where the output has all texts already, it says so and loads nothing.
     Raises UserError, before work begins, for a wrong configuration, prompts or checkpoint.
     """
     rank = int(os.environ.get("RANK", "0"))
@@ -63,20 +64,32 @@ def generate(config: Config) -> None:
             output = SamplesFile(Path(keys.sample_output_file), identities, keys.overwrite_samples)
             job = Job(samples, identities, opened.enter_context(output), found.tokenizer)
         left = None if job is None else job.samples[job.output.kept :]
-        slots = keys.num_beams if source == "interactive" else keys.generation_batch_size
-        engine = open_engine(config, found, left, slots)
-        if rank != 0:
-            engine.follow()
-        elif job is not None:
-            with work_begins():
-                write_samples(engine, job)
+        grid = start_ranks(found, config.launcher.distributed_backend)
+        is_complete = [left is not None and not left]  # which only rank 0 knows
+        dist.broadcast_object_list(is_complete, src=0)
+        if is_complete[0]:
+            if job is not None:
+                job.output.begin()  # cuts off a line that a killed run began
+                log.info("all %d texts are in %s already: nothing to do", job.output.kept, job.output.path)
         else:
-            for line in ignored_at_a_prompt(keys):
-                log.warning("%s", line)
-            Session(engine, maker, keys).run()
-        if rank == 0:
-            engine.close()
+            slots = keys.num_beams if source == "interactive" else keys.generation_batch_size
+            _work(open_engine(config, found, grid, left, slots), maker, keys, job)
     stop()
+
+
+def _work(engine: Engine, maker: SampleMaker, keys: GenerationKeys, job: Job | None) -> None:
+    """Do the job, or converse where there is none. Collective."""
+    if dist.get_rank() != 0:
+        engine.follow()
+        return
+    if job is not None:
+        with work_begins():
+            write_samples(engine, job)
+    else:
+        for line in ignored_at_a_prompt(keys):
+            log.warning("%s", line)
+        Session(engine, maker, keys).run()
+    engine.close()
 
 
 def sample_maker(config: Config, found: FoundModel) -> SampleMaker:
@@ -85,14 +98,16 @@ def sample_maker(config: Config, found: FoundModel) -> SampleMaker:
     return SampleMaker(found.tokenizer, context, config.training.seed, config.tokenizer)
 
 
-def open_engine(config: Config, found: FoundModel, samples: Sequence[Sample] | None, slots: int) -> Engine:
-    """The engine with the model. Collective.
+def open_engine(
+    config: Config, found: FoundModel, grid: ParallelGrid, samples: Sequence[Sample] | None, slots: int
+) -> Engine:
+    """The engine with the model on the ranks of `grid`. Collective.
 
     samples: on rank 0, what it will be asked: its texts are as long as these need; None: any up to the context.
     slots: texts at once in each replica; more where a beam search or a pipeline needs them.
     Raises UserError, naming each prompt that it cannot continue.
     """
-    trained = open_trained_model(found, config.launcher.distributed_backend)
+    trained = load_trained_model(found, grid)
     needed = [(trained.context, slots)]
     if samples is not None:
         requests = [sample.request for sample in samples]
@@ -158,15 +173,6 @@ def ignored_at_a_prompt(keys: GenerationKeys) -> list[str]:
     ]
 
 
-@dataclass
-class _Running:
-    """A text that is being generated. began: when the round began that gave the first news of it; None: no news yet."""
-
-    place: int
-    answer: Answer = field(default_factory=Answer)
-    began: float | None = None
-
-
 def write_samples(engine: Engine, job: Job) -> None:
     """Generate what the output does not have, and write it in order, each text as soon as those before it are there.
 
@@ -175,7 +181,7 @@ def write_samples(engine: Engine, job: Job) -> None:
     output, total = job.output, len(job.samples)
     output.begin()
     waiting = iter(range(output.kept, total))
-    running: dict[int, _Running] = {}
+    running: dict[int, tuple[int, Answer]] = {}  # places in the output, by the engine's numbers
     finished: dict[int, dict[str, Any]] = {}
     due = output.kept
     if due:
@@ -183,18 +189,13 @@ def write_samples(engine: Engine, job: Job) -> None:
     with TextProgress(due, total) as progress:
         while due < total:
             for place in islice(waiting, 2 * engine.slots - len(running)):
-                running[engine.submit(job.samples[place].request)] = _Running(place)
-            began = time.perf_counter()
+                running[engine.submit(job.samples[place].request)] = place, Answer()
             for update in engine.step():
-                text = running[update.request]
-                text.answer.add(update)
-                text.began = text.began or began
+                place, answer = running[update.request]
+                answer.add(update)
                 if update.reason is not None:
                     del running[update.request]
-                    seconds = time.perf_counter() - text.began
-                    finished[text.place] = record(
-                        job.samples[text.place], text.answer, job.tokenizer, seconds, job.identities[text.place]
-                    )
+                    finished[place] = record(job.samples[place], answer, job.tokenizer, job.identities[place])
                 progress.generated(len(update.tokens), int(update.reason is not None))
             while due in finished:
                 output.write(finished.pop(due))

@@ -1,6 +1,7 @@
 """A request as it is computed: its tokens, what of them is in the cache, and the text shown so far."""
 
 from collections.abc import Sequence
+from time import perf_counter
 
 from megatron.generation.constraints import Matcher
 from megatron.generation.requests import Reason, Request, Token, Update
@@ -26,6 +27,7 @@ class Text:
         self.whole = min(context, self.prompt_length + request.maximum_tokens)  # tokens that are ever in the window
         self.computed = 0  # tokens of the window that are in the cache
         self.cached = 0
+        self._began: float | None = None  # perf_counter, when it got its slot
         self._context, self._offset = context, 0
         self._end = None if request.ignore_end else tokenizer.end_of_document
         self._end_of_document = tokenizer.end_of_document
@@ -80,6 +82,7 @@ class Text:
 
     def start_at(self, shared: int) -> None:
         """Begin with the first `shared` tokens in the cache."""
+        self._began = perf_counter()
         self.computed = self.cached = shared
 
     def document_starts(self, start: int, size: int) -> list[int]:
@@ -126,7 +129,8 @@ class Text:
     def _update(self, tokens: tuple[Token, ...], text: str, reason: Reason | None) -> Update:
         scored, self._scored = tuple(self._scored), []
         cached, self.cached = self.cached, 0
-        return Update(self.number, tokens, text, scored, reason, cached)
+        seconds = 0.0 if reason is None or self._began is None else perf_counter() - self._began
+        return Update(self.number, tokens, text, scored, reason, cached, seconds)
 
 
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:

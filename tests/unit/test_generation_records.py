@@ -21,7 +21,7 @@ def tokenizer():
 
 
 def answer(text: str, reason: str) -> Answer:
-    return Answer([Token(byte) for byte in text.encode()], text, reason=reason)
+    return Answer([Token(byte) for byte in text.encode()], text, reason=reason, seconds=1.5)
 
 
 def sample(**request) -> Sample:
@@ -29,7 +29,7 @@ def sample(**request) -> Sample:
 
 
 def test_a_record_has_the_documented_fields(tokenizer):
-    assert record(sample(), answer("world", "end"), tokenizer, 1.5, "a0") == {
+    assert record(sample(), answer("world", "end"), tokenizer, "a0") == {
         "context": "hello ",
         "text": "world",
         "length": 5,
@@ -45,20 +45,20 @@ def test_a_record_has_the_documented_fields(tokenizer):
 
 @pytest.mark.parametrize(("reason", "finished"), [("end", True), ("stop", True), ("length", False)])
 def test_a_text_that_maximum_tokens_cut_is_not_finished(tokenizer, reason, finished):
-    fields = record(sample(), answer("world", reason), tokenizer, 1.0, "")
+    fields = record(sample(), answer("world", reason), tokenizer, "")
     assert (fields["finished"], fields["reason"]) == (finished, reason)
 
 
 @pytest.mark.parametrize(("reason", "why"), [("end", "end of the document"), ("stop", "began with a stop string")])
 def test_where_nothing_was_generated_the_text_is_null_and_a_message_says_why(tokenizer, reason, why):
-    fields = record(sample(), answer("", reason), tokenizer, 1.0, "")
+    fields = record(sample(), answer("", reason), tokenizer, "")
     assert (fields["text"], fields["length"], fields["finished"]) == (None, 0, True)
     assert why in fields["message"]
 
 
 def test_log_probabilities_and_logits_are_there_if_they_were_asked_for(tokenizer):
     tokens = [Token(ord("a"), -0.5, True, ((ord("a"), -0.5), (ord("b"), -1.5)), (1.0, 2.0))]
-    fields = record(sample(alternatives=2, keep_logits=True), Answer(tokens, "a", reason="end"), tokenizer, 1.0, "")
+    fields = record(sample(alternatives=2, keep_logits=True), Answer(tokens, "a", reason="end"), tokenizer, "")
     alternatives = [{"token": "a", "id": 97, "logprob": -0.5}, {"token": "b", "id": 98, "logprob": -1.5}]
     assert fields["logprobs"] == [alternatives[0] | {"top_logprobs": alternatives}]
     assert json.loads(json.dumps(fields))["logits"] == [[1.0, 2.0]]

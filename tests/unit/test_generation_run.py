@@ -51,6 +51,27 @@ def test_texts_are_written_in_the_order_of_the_prompts_whatever_the_batch(model,
     assert two[4]["text"] != two[5]["text"]
 
 
+def test_a_job_whose_output_is_complete_loads_no_model(model, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "out.txt"
+    keys = {"sample_input_file": str(tmp_path / "prompts.txt"), "sample_output_file": str(path), "maximum_tokens": 2}
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    config = config_from_flat(keys | {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "seq_length": 8})
+    found = SimpleNamespace(checkpoint=tmp_path / "run", tokenizer=model.tokenizer, plan=model.plan)
+    loaded = []
+    module = "megatron.generation.run"
+    monkeypatch.setattr(f"{module}.find_trained_model", lambda config: found)
+    monkeypatch.setattr(f"{module}.model_identity", lambda found: "model")
+    monkeypatch.setattr(f"{module}.start_ranks", lambda found, backend: model.grid)
+    monkeypatch.setattr(f"{module}.load_trained_model", lambda found, grid: loaded.append(grid) or model)
+    monkeypatch.setattr(f"{module}.stop", lambda: None)  # the group is the fixture's
+    generate(config)
+    texts = path.read_text()
+    path.write_text(texts + '{"context": "of a run that was ki')
+    generate(config)
+    assert (len(loaded), path.read_text()) == (1, texts)
+    assert f"all 2 texts are in {path} already: nothing to do\n" in capsys.readouterr().out
+
+
 def test_each_text_is_there_as_soon_as_those_before_it_are(model, tmp_path, monkeypatch):
     path, seen = tmp_path / "out.txt", []
     step = Engine.step
@@ -73,6 +94,22 @@ def test_a_job_that_was_interrupted_gives_the_texts_of_one_that_was_not(model, t
     assert path.read_text().startswith("".join(lines[:3]))
     assert [row["text"] for row in rows] == [row["text"] for row in whole]
     assert write(model, path, 4) == rows
+
+
+def test_the_duration_of_a_text_has_the_reading_of_its_prompt_in_chunks(model, tmp_path, monkeypatch):
+    job = job_of(model, tmp_path / "out.txt", ["twelve bytes"], AnswerKeys(ignore_end_of_document=True))
+    rounds, step = [0], Engine.step
+
+    def counted(engine: Engine):
+        rounds[0] += 1
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", counted)
+    monkeypatch.setattr("megatron.generation.text.perf_counter", lambda: float(rounds[0]))
+    with job.output:
+        write_samples(Engine(model, EngineSettings(1, model.context, chunk=4)), job)
+    [row] = [json.loads(line) for line in (tmp_path / "out.txt").read_text().splitlines()]
+    assert (row["length"], row["duration_seconds"]) == (1, 2.0)  # three rounds read four bytes each
 
 
 def test_log_probabilities_and_logits_are_written_if_asked_for(model, tmp_path):
