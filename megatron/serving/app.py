@@ -14,6 +14,7 @@ from fastapi.responses import HTMLResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from megatron.generation import requests as engine
+from megatron.serving.answer_schemas import ChatAnswer, CompletionAnswer, Health, PlainAnswer, ServedModel, ServedModels
 from megatron.serving.answers import Json, PlainWriter, Writer
 from megatron.serving.conversion import Converter
 from megatron.serving.errors import ApiError, JsonAnswer, answer_errors, to_json
@@ -107,10 +108,12 @@ def make_app(state: State, loop: EngineLoop, metrics: Metrics, log_prompts: bool
                 log.info("prompt: %r", model.converter.tokenizer.decode(request.ids))
         return requests
 
-    @app.get("/health", summary="200 while requests are taken, else 503")
-    async def health() -> Json:
+    # Endpoints return answers, not models: these only describe the answers.
+
+    @app.get("/health", summary="200 while requests are taken, else 503", response_model=Health)
+    async def health() -> Response:
         served()
-        return {"status": "ready"}
+        return JsonAnswer({"status": "ready"})
 
     @app.get("/metrics", summary="Figures for Prometheus", response_class=Response)
     async def figures() -> Response:
@@ -120,29 +123,35 @@ def make_app(state: State, loop: EngineLoop, metrics: Metrics, log_prompts: bool
     async def page_to_try() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
 
-    @app.get("/v1/models", summary="The model that is served")
-    async def models() -> Json:
-        return {"object": "list", "data": [described(served())]}
+    @app.get("/v1/models", summary="The model that is served", response_model=ServedModels)
+    async def models() -> Response:
+        return JsonAnswer({"object": "list", "data": [described(served())]})
 
-    @app.get("/v1/models/{model:path}", summary="The model, by its name")
-    async def one_model(model: str) -> Json:
-        return described(checked(OpenAIBody(model=model)))
+    @app.get("/v1/models/{model:path}", summary="The model, by its name", response_model=ServedModel)
+    async def one_model(model: str) -> Response:
+        return JsonAnswer(described(checked(OpenAIBody(model=model))))
 
-    @app.post("/v1/completions", summary="Continue prompts, as OpenAI's API does", responses=EVENTS)
+    summary = "Continue prompts, as OpenAI's API does"
+
+    @app.post("/v1/completions", summary=summary, responses=EVENTS, response_model=CompletionAnswer)
     async def completions(body: CompletionBody, request: Request) -> Response:
         model = checked(body)
         requests = await converted(model, model.converter.completion, body)
         writer = CompletionWriter(model.converter.tokenizer, model.name, requests, body)
         return await _answer(request, writer, loop, requests, bool(body.stream), metrics)
 
-    @app.post("/v1/chat/completions", summary="Answer a chat, as OpenAI's API does", responses=EVENTS)
+    summary = "Answer a chat, as OpenAI's API does"
+
+    @app.post("/v1/chat/completions", summary=summary, responses=EVENTS, response_model=ChatAnswer)
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         model = checked(body)
         requests = await converted(model, model.converter.chat_completion, body)
         writer = ChatWriter(model.converter.tokenizer, model.name, requests, body)
         return await _answer(request, writer, loop, requests, bool(body.stream), metrics)
 
-    @app.post("/generate", summary="Continue one prompt, in a few plain fields", responses=EVENTS)
+    summary = "Continue one prompt, in a few plain fields"
+
+    @app.post("/generate", summary=summary, responses=EVENTS, response_model=PlainAnswer)
     async def generate(body: GenerateBody, request: Request) -> Response:
         model = served()
         requests = await converted(model, model.converter.generation, body)

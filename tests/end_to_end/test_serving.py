@@ -9,6 +9,7 @@ import jsonschema
 import openai
 import pytest
 
+from megatron.serving.answer_schemas import ChatAnswer, CompletionAnswer, Health, PlainAnswer, ServedModels
 from tests.end_to_end.commands import json_lines, run
 from tests.end_to_end.serving import CONTEXT, PATIENCE, Server, make_model, serving, wait_for
 
@@ -43,6 +44,29 @@ def test_the_model_is_listed_and_found_by_its_name(client):
     assert client.models.retrieve("small").id == "small"
     with pytest.raises(openai.NotFoundError, match='there is no model "large"'):
         client.models.retrieve("large")
+
+
+DESCRIBED = {
+    ("get", "/v1/models"): (ServedModels, None),
+    ("get", "/health"): (Health, None),
+    ("post", "/v1/completions"): (
+        CompletionAnswer, {"prompt": ["The", "fox"], "n": 2, "max_tokens": 3, "logprobs": 2, "echo": True},
+    ),
+    ("post", "/v1/chat/completions"): (
+        ChatAnswer,
+        {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3, "logprobs": True, "top_logprobs": 2},
+    ),
+    ("post", "/generate"): (PlainAnswer, {"prompt": "The", "maximum_tokens": 3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path"), DESCRIBED)
+def test_an_answer_has_the_fields_that_the_description_gives_it_and_no_others(server, method, path):
+    model, body = DESCRIBED[method, path]
+    described = httpx.get(f"{server.url}/openapi.json").json()["paths"][path][method]["responses"]["200"]["content"]
+    assert described["application/json"]["schema"] == {"$ref": f"#/components/schemas/{model.__name__}"}
+    answer = httpx.request(method, server.url + path, json=body, timeout=PATIENCE)
+    model.model_validate_json(answer.content, strict=True)
 
 
 def test_greedy_completions_are_what_generate_writes(folder, client):
