@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron.launch.main import main
 from megatron.launch.protocol.environment import environment_line, rank_environment
 
 ROOT = Path(__file__).parents[2]
@@ -277,14 +278,14 @@ def test_a_run_that_ends_while_deepspeed_starts_leaves_nothing(start):
         (["train.py", "nothing"], "there is no file nothing"),
     ],
 )
-def test_a_wrong_command_ends_with_2_before_anything_starts(tmp_path, arguments, message):
+def test_a_wrong_command_ends_with_2_before_anything_starts(tmp_path, arguments, message, monkeypatch, capsys):
+    """In this process: the next test has the exit code of one of its own."""
     (tmp_path / "shape.yml").write_text(SHAPE)
     (tmp_path / "hosts").write_text("-oProxyCommand=id slots=2\nnode1 slots=2\n")
-    command = [sys.executable, str(ROOT / "deepy.py"), *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments, ROOT) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err
 
 
 def test_a_working_folder_that_was_removed_is_said_to_be(tmp_path):
