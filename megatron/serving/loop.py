@@ -43,6 +43,8 @@ class Batch:
                 raise found
             left -= found[1].reason is not None
             yield found
+            # Otherwise news that had to wait are taken all at once, and a client that leaves meanwhile is not noticed.
+            await asyncio.sleep(0)
 
 
 class EngineLoop:

@@ -1,6 +1,7 @@
 """Between the event loop and the engine: every text gets its news, and none holds a slot that nobody waits for."""
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -9,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from megatron.config.schema.generation_keys import GenerationKeys
 from megatron.generation.engine import Engine, EngineSettings
 from megatron.generation.requests import Answer, Request, Sampling
 from megatron.launch.protocol.heartbeat import Heartbeat, read_rank_status
+from megatron.serving.app import Served, State, make_app
+from megatron.serving.conversion import Converter, Limits
 from megatron.serving.errors import ApiError
 from megatron.serving.loop import Batch, EngineLoop
 from megatron.serving.metrics import Metrics
@@ -92,6 +96,41 @@ def test_a_batch_that_is_given_up_frees_its_slots_and_the_others_go_on(model):
         assert (answer.reason, len(answer.tokens)) == ("length", 30)
     assert engine.is_idle and engine.slots_in_use == 0
     assert generated(loop) < 1200
+
+
+def test_a_client_that_leaves_while_news_that_had_to_wait_are_written_is_counted(model):
+    """The thread of HTTP stands still until the engine is done, and then has all news at once."""
+    with running(Engine(model, EngineSettings(1, 512))) as loop:
+        converter = Converter(model.tokenizer, Limits(512, 512, 1), "no chats", GenerationKeys())
+        state = State()
+        state.served = Served("small", 512, converter, lambda request: None)
+        app = make_app(state, loop, loop._metrics, log_prompts=False)
+        body = {"prompt": "a", "maximum_tokens": 200, "ignore_eos": True, "temperature": 1, "stream": True}
+        written: list[bytes] = []
+
+        async def ask() -> None:
+            left, asked = asyncio.Event(), [{"type": "http.request", "body": json.dumps(body).encode()}]
+
+            async def receive() -> Any:
+                if not asked:
+                    await left.wait()
+                return asked.pop() if asked else {"type": "http.disconnect"}
+
+            async def send(message: Any) -> None:
+                if message.get("body"):
+                    written.append(message["body"])
+                    while generated(loop) < 200:
+                        time.sleep(0.001)
+                    if len(written) > 1:
+                        left.set()
+
+            headers = [(b"content-type", b"application/json")]
+            scope = {"type": "http", "method": "POST", "path": "/generate", "query_string": b"", "headers": headers}
+            await app(scope, receive, send)
+
+        inside(ask)
+    assert b'"reason"' not in written[-1]
+    assert "deepy_disconnects_total 1.0" in loop._metrics.page().decode()
 
 
 def test_texts_beyond_the_queue_are_refused_together_and_taken_when_there_is_room(model):
