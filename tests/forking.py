@@ -7,9 +7,11 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -31,23 +33,44 @@ def fork_server() -> ForkServerContext:
 
 
 def run_script(
-    script: Path, words: Sequence[str], folder: Path, environment: Mapping[str, str], timeout: float
+    script: Path, words: Sequence[str], folder: Path, environment: Mapping[str, str], timeout: float, ranks: int = 1
 ) -> subprocess.CompletedProcess[str]:
     """Run a script in `folder` as `python script words...` does, but for the imports that the server did before.
 
-    Standard input is empty. Raises subprocess.TimeoutExpired after killing a script that takes more than `timeout` s.
+    ranks: processes, which find each other as those that torchrun starts do. What is returned is of the first one that
+    failed, or of rank 0. Standard input is empty. Raises subprocess.TimeoutExpired after killing a script that takes
+    more than `timeout` s.
     """
     with tempfile.TemporaryDirectory() as name:
-        outputs = Path(name, "stdout"), Path(name, "stderr")
-        process = fork_server().Process(target=as_script, args=(script, words, folder, dict(environment), outputs))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired([str(script), *words], timeout, *(path.read_bytes() for path in outputs))
-        written = [path.read_text() for path in outputs]
-    return subprocess.CompletedProcess([str(script), *words], process.exitcode, *written)
+        outputs = [(Path(name, f"{rank}.out"), Path(name, f"{rank}.err")) for rank in range(ranks)]
+        processes = [
+            fork_server().Process(target=as_script, args=(script, words, folder, {**environment, **added}, written))
+            for added, written in zip(_environments(ranks), outputs, strict=True)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(0, deadline - time.monotonic()))
+        running = [rank for rank, process in enumerate(processes) if process.exitcode is None]
+        for rank in running:
+            processes[rank].kill()
+            processes[rank].join()
+        if running:
+            written = [path.read_bytes() for path in outputs[running[0]]]
+            raise subprocess.TimeoutExpired([str(script), *words], timeout, *written)
+        told = next((rank for rank, process in enumerate(processes) if process.exitcode), 0)
+        texts = [path.read_text() for path in outputs[told]]
+    return subprocess.CompletedProcess([str(script), *words], processes[told].exitcode, *texts)
+
+
+def _environments(ranks: int) -> list[dict[str, str]]:
+    """What each of several ranks finds the others by; nothing for one alone."""
+    if ranks == 1:
+        return [{}]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 def as_script(

@@ -1,7 +1,7 @@
 """The commands that users type, as processes in a folder of their own.
 
 deepy.py is started as users start it, and so are its ranks. Other scripts, which are called often, come from the fork
-server, which saves each of them the import of torch and DeepSpeed.
+server, which saves each of them the import of torch and DeepSpeed, and where they are several ranks the launcher.
 """
 
 import json
@@ -48,16 +48,21 @@ def run(folder: Path, script: str, *words: object, expect: int = 0, **options: A
 
 
 def finished(
-    folder: Path, script: str, *words: object, timeout: float = 240, **options: Any
+    folder: Path, script: str, *words: object, timeout: float = 240, ranks: int = 1, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script of the repository in `folder` to its end. options: of subprocess.run, which then starts it."""
+    """Run a script of the repository in `folder` to its end, on several ranks if so many are asked for.
+
+    options: of subprocess.run, which then starts it.
+    """
     environment = os.environ | ENVIRONMENT
+    if ranks > 1 and BACKEND != "gloo":
+        script, words = "deepy.py", (script, *words, f"num_gpus={ranks}")
     if script == "deepy.py" or options or BACKEND != "gloo":
         return subprocess.run(
             command(script, *words),
             capture_output=True, text=True, cwd=folder, env=environment, timeout=timeout, **options,
         )  # fmt: skip
-    return run_script(ROOT / script, [str(word) for word in words], folder, environment, timeout)
+    return run_script(ROOT / script, [str(word) for word in words], folder, environment, timeout, ranks)
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:

@@ -120,6 +120,7 @@ def test_a_run_that_diverges_ends_with_exit_code_one_and_saves_nothing_broken(fo
     assert not list((folder / "broken").glob("global_step*"))
 
 
+@pytest.mark.long  # test_launch_local has the same of a smaller program
 def test_through_the_launcher_the_same_codes_and_lines_come_back_once(folder):
     done = run(folder, "deepy.py", "train.py", "small", "load=nowhere", "num_gpus=2", expect=2)
     assert done.stderr.count("nowhere") == 1

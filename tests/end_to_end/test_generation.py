@@ -128,8 +128,8 @@ def test_at_a_terminal_a_bar_shows_texts_and_tokens_per_second(folder):
 
 def test_prompts_come_through_a_pipe_and_settings_with_them(folder):
     lines = '{"prompt": "a", "logprobs": 1}\n{"prompt": "b", "maximum_tokens": 3, "num_samples": 2, "top_k": 9}\n'
-    words = ("small", "-i", "-", "sample_input_format=jsonl", "-o", "piped.jsonl", "num_gpus=1")
-    done = run(folder, "deepy.py", "generate.py", *words, input=lines)
+    words = ("small", "-i", "-", "sample_input_format=jsonl", "-o", "piped.jsonl")
+    done = run(folder, "generate.py", *words, input=lines)
     assert "3 texts, 14 tokens" in done.stdout and "\r" not in done.stdout + done.stderr
     rows = json_lines(folder / "piped.jsonl")
     assert [(row["context"], row["length"], "logprobs" in row) for row in rows] == [

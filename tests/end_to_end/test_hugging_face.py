@@ -111,8 +111,8 @@ def test_the_tools_take_a_model_in_and_out_and_say_so_with_their_exit_codes(fold
 
 @pytest.mark.long
 def test_a_fine_tune_on_two_tensor_parallel_ranks_begins_with_the_loss_of_one(folder):
-    words = ["load=hf:llama", "train_iters=1", "model_parallel_size=2", "--num_gpus", "2"]
-    run(folder, "deepy.py", "train.py", "run", *words, "save=two", "save_hf=two_export")
+    words = ["load=hf:llama", "train_iters=1", "model_parallel_size=2"]
+    run(folder, "train.py", "run", *words, "save=two", "save_hf=two_export", ranks=2)
     one = run(folder, "train.py", "run", "train_iters=1", "save=one", "save_hf=one_export")
     assert one.returncode == 0
     assert abs(losses(folder / "two")[1] - losses(folder / "one")[1]) < 1e-5  # sums in another order

@@ -209,7 +209,8 @@ def test_a_rank_ended_by_a_signal_is_named_with_the_signal_and_its_last_lines(st
     assert err.endswith("last words\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+# Ctrl-C at a terminal is a test of its own
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
 def test_stopping_deepy_ends_all_ranks_and_their_children(start, tmp_path, number):
     process = start("hang(stubborn=rank == '1')")
     processes = hanging_processes(tmp_path, ranks=2)

@@ -1,4 +1,4 @@
-"""The keys `profile`, `memory_profiling` and `wall_clock_breakdown` through the real command."""
+"""The keys `profile`, `memory_profiling` and `wall_clock_breakdown` through the real commands."""
 
 import json
 
@@ -16,7 +16,7 @@ FILES = (("trace", ".json"), ("kernels", ".txt"), ("memory", ".txt"))
 
 def test_a_run_reports_its_slowest_kernels_its_memory_and_its_phases(tmp_path):
     (tmp_path / "model.yml").write_text(SMALL + KEYS)
-    said = run(tmp_path, "deepy.py", "train.py", "model", "log_dir=logs", "train_iters=6", "num_gpus=2").stdout
+    said = run(tmp_path, "train.py", "model", "log_dir=logs", "train_iters=6", ranks=2).stdout
     folder = tmp_path / "logs" / "profile"
     files = {f"{kind}_rank_{rank}{end}" for rank in (0, 1) for kind, end in FILES}
     assert {path.name for path in folder.iterdir()} == files

@@ -34,7 +34,7 @@ def test_a_signal_to_deepy_ends_the_run_with_a_checkpoint_that_it_goes_on_from(f
     assert (folder / "run" / "latest").read_text() == f"global_step{step}"
     assert (folder / "run" / f"global_step{step}" / "state" / ".metadata").is_file()
     assert not [process for process in ranks if is_running(process)]
-    done = run(folder, "deepy.py", "train.py", "small", f"train_iters={step + 2}", "num_gpus=1")
+    done = run(folder, "train.py", "small", f"train_iters={step + 2}")
     assert f"resuming from run/global_step{step}" in done.stdout
     events = read_events(folder / "run" / "logs")
     ends = [(event.text, event.details) for event in events if event.kind == "finish"]

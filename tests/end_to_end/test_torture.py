@@ -41,7 +41,7 @@ def whole(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("torture")
     text = SMALL.replace("train_iters: 20\n", "").replace("eval_interval: 10\n", "")
     (folder / "small.yml").write_text(text + SAVING)
-    run(folder, "deepy.py", "train.py", "small", "save=whole", "load=whole", "async_save=true")
+    run(folder, "train.py", "small", "save=whole", "load=whole", "async_save=true", ranks=2)
     return folder
 
 

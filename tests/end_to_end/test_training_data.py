@@ -1,16 +1,14 @@
 """A run on several corpora, with documents kept apart: the same under every layout, and a validation loss for each."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron.data.indexed import IndexedWriter
+from tests.end_to_end.commands import json_lines, run
 
-ROOT = Path(__file__).parents[2]
 END = 256  # of the tokenizer of bytes
 CONFIG = {
     "num_layers": 2,
@@ -45,11 +43,9 @@ def train(folder: Path, name: str, **keys: object) -> list[dict[str, float]]:
     config = CONFIG | {"train_data_paths": paths, "valid_data_paths": paths, "log_dir": str(folder / name)} | keys
     file = folder / f"{name}.yml"
     file.write_text(json.dumps(config))
-    command = [sys.executable, str(ROOT / "deepy.py"), "train.py", str(file), "--num_gpus", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "a blend of 2 corpora, exact every 4 samples" in done.stdout
-    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    said = run(folder, "train.py", file, ranks=2).stdout
+    assert "a blend of 2 corpora, exact every 4 samples" in said
+    return json_lines(folder / name / "metrics.jsonl")
 
 
 @pytest.fixture(scope="module")

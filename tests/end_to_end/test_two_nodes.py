@@ -59,8 +59,8 @@ def test_a_pipeline_across_the_wire_trains_and_generates_from_its_checkpoint(hos
     assert (folder / "run" / "latest").read_text() == f"global_step{step}"
     assert {path.name for path in (folder / "run" / "logs").glob("rank_*")} == {"rank_0.log", "rank_1.log"}
     assert not list((folder / "run" / "logs").glob(".deepy-*"))
-    words = ("maximum_tokens=20", "temperature=1", "num_samples=4", "-o", "out.txt", "num_gpus=1")
-    run(folder, "deepy.py", "generate.py", "small", *words)
+    words = ("maximum_tokens=20", "temperature=1", "num_samples=4", "-o", "out.txt", "pipe_parallel_size=1")
+    run(folder, "generate.py", "small", *words)
     texts = [json.loads(line) for line in (folder / "out.txt").read_text().splitlines()]
     assert len(texts) == 4
     assert sum(text["length"] for text in texts) > 0

@@ -1,4 +1,7 @@
-"""From text to an evaluated model, through the commands of the README on a small scale."""
+"""From text to an evaluated model, through the commands of the README on a small scale.
+
+The training goes through deepy.py; the ranks of the others are forked.
+"""
 
 import json
 import math
@@ -86,9 +89,7 @@ def test_only_the_checkpoints_that_are_kept_are_there(folder, trained):
 
 def test_the_same_command_under_another_layout_goes_on_where_it_ended(folder, trained):
     copy = shutil.copytree(folder / "run", folder / "again")
-    said = run(
-        folder, "deepy.py", "train.py", "model", "places", "save=again", "load=again", "num_gpus=2", "train_iters=24"
-    ).stdout
+    said = run(folder, "train.py", "model", "places", "save=again", "load=again", "train_iters=24", ranks=2).stdout
     assert "resuming from again/global_step20: step 20, 160 samples seen" in said
     assert "pipeline 1 x data 2 x tensor 1" in said
     found = losses(copy)
@@ -99,8 +100,8 @@ def test_the_same_command_under_another_layout_goes_on_where_it_ended(folder, tr
 def test_prompts_of_a_file_are_continued_in_json_lines(folder, trained):
     (folder / "prompt.txt").write_text("the quick\n\na small red hen and\n")
     said = run(
-        folder, "deepy.py", "generate.py", "model", "places", "-i", "prompt.txt", "-o", "out.txt",
-        "maximum_tokens=12", "temperature=0.8", "model_parallel_size=2",
+        folder, "generate.py", "model", "places", "-i", "prompt.txt", "-o", "out.txt",
+        "maximum_tokens=12", "temperature=0.8", "model_parallel_size=2", ranks=2,
     ).stdout  # fmt: skip
     rows = json_lines(folder / "out.txt")
     assert [row["context"] for row in rows] == ["the quick", "a small red hen and"]
@@ -127,7 +128,7 @@ def test_prompts_can_be_typed(folder, trained):
 
 
 def test_evaluation_scores_the_held_out_part_and_writes_a_file(folder, trained):
-    said = run(folder, "deepy.py", "evaluate.py", "model", "places", "--eval_results_prefix", "mine").stdout
+    said = run(folder, "evaluate.py", "model", "places", "--eval_results_prefix", "mine", ranks=2).stdout
     [path] = (folder / "run").glob("mine_eval_results_*.json")
     document = json.loads(path.read_text())
     results = document["results"]["valid"]

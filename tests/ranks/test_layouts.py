@@ -26,6 +26,12 @@ TOLERANCE = 1e-5
 OF_NORMS = 1e-4  # relative
 
 
+def train_all(folder: str, steps: int, wanted: list[dict]) -> None:
+    """Train on this rank with each of the settings."""
+    for number, settings in enumerate(wanted):
+        train(f"{folder}/{number}.json", steps, settings)
+
+
 def train(file: str, steps: int, settings: dict) -> None:
     """Train on this rank; rank 0 writes what it saw."""
     deterministic_on_gpu()  # recomputation has to change no bit
@@ -44,9 +50,13 @@ def train(file: str, steps: int, settings: dict) -> None:
 
 
 def curve(folder: Path, steps: int = STEPS, **settings) -> dict:
-    file = folder / "curve.json"
-    run_ranks(tiny.ranks_of(settings), train, str(file), steps, settings, timeout=180)
-    return json.loads(file.read_text())
+    return curves(folder, steps, [settings])[0]
+
+
+def curves(folder: Path, steps: int, wanted: list[dict]) -> list[dict]:
+    """Those of settings that all take the same ranks, which train one after the other."""
+    run_ranks(tiny.ranks_of(wanted[0]), train_all, str(folder), steps, wanted, timeout=180)
+    return [json.loads((folder / f"{number}.json").read_text()) for number in range(len(wanted))]
 
 
 @pytest.fixture(scope="module")
@@ -191,11 +201,13 @@ STORED = {"partition_activations": True, "checkpoint_in_cpu": True}
     "layout", [{}, {"pipe": 2}, {"tensor": 2}, {"tensor": 2, "sequence_parallel": True}, {"context": 2}], ids=str
 )
 def test_recompute_changes_no_bit(tmp_path, layout):
-    plain = curve(tmp_path, steps=4, accumulation=2, model=DROPOUT, **layout)
-    for engine in ({}, SELECTIVE, STORED | SELECTIVE, STORED):
-        again = curve(tmp_path, steps=4, accumulation=2, model=DROPOUT, recompute=1, engine=engine, **layout)
-        assert plain == again, engine
+    plain = {"accumulation": 2, "model": DROPOUT, **layout}
+    ways = [{}, SELECTIVE, STORED | SELECTIVE, STORED]
+    found, *again = curves(tmp_path, 4, [plain, *(plain | {"recompute": 1, "engine": way} for way in ways)])
+    for way, other in zip(ways, again, strict=True):
+        assert found == other, way
 
 
 def test_recompute_in_groups_changes_no_bit(tmp_path):
-    assert curve(tmp_path, steps=5, recompute=3) == curve(tmp_path, steps=5)
+    plain, in_groups = curves(tmp_path, 5, [{}, {"recompute": 3}])
+    assert in_groups == plain
