@@ -188,12 +188,14 @@ def test_a_log_that_cannot_be_written_is_named_with_2(start, tmp_path):
     assert err == f"rank 1 of 2:\nthe log {tmp_path}/logs/rank_1.log cannot be written: Is a directory\n"
 
 
+@pytest.mark.long  # as a log that cannot be written is
 def test_one_rank_that_finds_the_input_wrong_is_heard(start):
     body = "if rank == '1':\n    print('not on this rank', file=sys.stderr)\n    sys.exit(2)\nhang(False)"
     code, _, err = finish(start(body))
     assert (code, err) == (2, "rank 1 of 2:\nnot on this rank\n")
 
 
+@pytest.mark.long  # as one that is ended by a signal is
 def test_a_rank_that_leaves_python_behind_is_named_with_its_code(start):
     code, _, err = finish(start("if rank == '1':\n    print('last words')\n    os._exit(3)\nhang(False)"))
     assert (code, err) == (1, "rank 1 ended with code 3 without a message\nits last lines:\nlast words\n")
