@@ -141,7 +141,7 @@ function charts() {
       : line(name, false, { label: "validation", points: true, dash: [6, 4], colour: single ? "--c1" : null }));
     found.push({ key: "loss", title: "Loss", wide: true, lines, aside: losses.includes(LOSS) });
   }
-  take(name => [PERPLEXITY, "train/tokens", "train/samples"].includes(name));  // what others show already
+  take(name => [PERPLEXITY, "train/tokens", "train/samples", "runtime/samples_per_sec"].includes(name));  // what others show already
   const add = (title, members, smooth, rest) => {
     if (single && members.length <= COLOURS) {
       const lines = members.map((name, number) => line(name, smooth, { colour: `--c${number}` }));
