@@ -91,7 +91,7 @@ def test_adapters_of_a_published_model_generate_and_merge_and_need_it(folder):
     with (folder / "moved" / "model.safetensors").open("r+b") as file:
         file.seek(-4, 2)
         file.write(b"1234")
-    other = run(folder, "generate.py", "others", *prompt, "lora.base=hf:moved", expect=2)
+    other = run(folder, "generate.py", "others", *prompt[:-1], "other.jsonl", "lora.base=hf:moved", expect=2)
     assert "what is in moved is another one" in other.stderr
 
 

@@ -10,7 +10,7 @@ from megatron.report.command import run as report_command
 from megatron.report.live import make_server
 from megatron.report.run_folder import RunFolder
 from tests.end_to_end.browser import PROGRAM, chromium
-from tests.end_to_end.commands import SMALL, json_lines, run
+from tests.end_to_end.commands import ROOT, SMALL, json_lines, run
 
 browsed = pytest.mark.skipif(PROGRAM is None, reason="there is no Chromium")
 
@@ -74,6 +74,24 @@ def test_the_report_of_a_run_opens_and_tells_values_and_events_under_the_mouse(t
     page.hover(OVER, 0.5)  # of 20 steps
     page.wait_for("document.querySelector('#grid .near').textContent.includes('resume at step 10: ')")
     assert "checkpoint at step 10: " in page.value("document.querySelector('#grid .near').textContent")
+
+
+@pytest.mark.long
+@browsed
+def test_the_report_of_the_demo_opens_and_tells_values_under_the_mouse(tmp_path, page):
+    """Its data, configuration and two ranks; a tenth of its steps."""
+    run(tmp_path, "tools/prepare_data.py", "stdlib")
+    few = ("train_iters=40", "eval_interval=20", "eval_iters=2", "checkpoint_factor=20", "num_gpus=2")
+    run(tmp_path, "deepy.py", "train.py", ROOT / "configs", *few)
+    logs = tmp_path / "checkpoints" / "stdlib" / "logs"
+    page.open(f"file://{logs}/report.html")
+    assert page.value("[...cards.values()].every(card => card.drawn || card.element.closest('#more'))")
+    assert page.value("[...cards.values()].filter(card => card.drawn).length") >= 5
+    rows = {row["step"]: row for row in json_lines(logs / "metrics.jsonl")}
+    page.hover(OVER, 2 / 3)  # step 30 of 10 to 40: values show within 30 pixels of a point
+    page.wait_for(f"{LEGEND}.training !== '–'")
+    values = page.value(LEGEND)
+    assert float(values["training"]) == pytest.approx(rows[int(values["step"])]["train/lm_loss"], rel=1e-4)
 
 
 @browsed
