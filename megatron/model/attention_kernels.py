@@ -128,7 +128,7 @@ class ScaledDotProduct:
             return self._composed(query, key, value, visible or _in_order(queries, keys, query.device), dropout, bias)
         if visible is None and (queries not in (1, keys) or (self.window or keys) < keys):
             visible = _in_order(queries, keys, query.device)
-        if isinstance(visible, StepPositions) and visible.ends is not None and _differ(visible.ends, key):
+        if isinstance(visible, StepPositions) and visible.ends is not None and _is_faster_by_row(visible.ends, key):
             return self._by_row(query, key, value, visible.ends)
         mask = visible.visible(self.window) if visible else None
         if queries == 1 and not query.is_cuda:
@@ -200,7 +200,7 @@ class ScaledDotProduct:
         return mixed.transpose(1, 2)
 
 
-def _differ(ends: Sequence[int], key: Tensor) -> bool:
+def _is_faster_by_row(ends: Sequence[int], key: Tensor) -> bool:
     """Whether computing each row of `key` [b, k, g, d] by itself, up to its end, is faster than all of them to k."""
     spared = len(ends) * key.shape[1] - sum(ends)
     return not key.is_cuda and spared * key[0, 0].numel() > len(ends) * WORTH_A_ROW

@@ -7,11 +7,13 @@ the largest logit, and a token at a wrong position (every new token at position 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from megatron.config.plan import ModelPlan
 from megatron.engine.modules import Sequential
 from megatron.model import attention_kernels
 from megatron.model.cache import KVCache, Positions, bytes_of_slot
+from megatron.model.layer import Masking, pack, unpack
 from tests.models import VARIETY, build, new_cache, random_tokens, read_in_steps, read_rows, small
 from tests.ranks.run import one_rank
 
@@ -80,6 +82,35 @@ def test_texts_of_different_lengths_share_steps(grid, name, worth, monkeypatch):
     assert done == lengths
     for text, parts in zip(texts, found, strict=True):
         assert_near(torch.cat(parts)[..., : model.vocab_size], true_logits(module, text[None], model)[0])
+
+
+def test_the_beginnings_of_texts_of_different_lengths_are_read_without_a_mask():
+    cache = new_cache(MODELS["gpt2"], 2, 12)
+    for starts, masked in (([0, 0], False), ([0, 3], True), ([3, 3], True)):
+        cache.begin_step([0, 1], starts, [5, 3])
+        assert (cache.visibility(0) is not None) == masked, starts
+
+
+@pytest.mark.parametrize("worth", [attention_kernels.WORTH_A_ROW, -1], ids=["together", "row by row"])
+def test_documents_of_a_text_do_not_see_each_other(grid, worth, monkeypatch):
+    monkeypatch.setattr(attention_kernels, "WORTH_A_ROW", worth)
+    model = small(reset_attention_mask=True)
+    module, tokens = build(model, grid).eval(), random_tokens(model, batch=2, length=12)
+    first = torch.zeros(2, 12, dtype=torch.int32)
+    first[0, 5:], first[1, 3:] = 5, 3
+    whole, _ = unpack(module(pack(tokens, Masking(first)), layers=slice(-1)))
+    cache, done = new_cache(model, 2, 12), [0, 0]
+    for sizes in ([7, 4], [1, 1], [1, 1]):
+        pieces = [slice(start, start + size) for start, size in zip(done, sizes, strict=True)]
+        inputs, starts = (
+            pad_sequence([tensor[row, piece] for row, piece in enumerate(pieces)], batch_first=True)
+            for tensor in (tokens, first)
+        )
+        cache.begin_step([0, 1], done, sizes, document_start=starts)
+        found, _ = unpack(module(inputs, cache, slice(-1)))
+        for row, (piece, size) in enumerate(zip(pieces, sizes, strict=True)):
+            assert_near(found[row, :size], whole[row, piece])
+        done = [start + size for start, size in zip(done, sizes, strict=True)]
 
 
 @pytest.mark.parametrize("name", MODELS)
