@@ -134,12 +134,11 @@ class GradientSum:
 
     def _add(self, stepped: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         totals = [self._total_of(each) for each in stepped]
-        if all(id(each) in self._begun for each in stepped):
-            torch._foreach_add_(totals, list(gradients))
-            return
-        for each, total, gradient in zip(stepped, totals, gradients, strict=True):
-            (total.add_ if id(each) in self._begun else total.copy_)(gradient)
-            self._begun.add(id(each))
+        for each, total in zip(stepped, totals, strict=True):
+            if id(each) not in self._begun:
+                self._begun.add(id(each))
+                total.zero_()
+        torch._foreach_add_(totals, list(gradients))
 
     def _total_of(self, stepped: Tensor) -> Tensor:
         if id(stepped) not in self._sums:

@@ -164,7 +164,7 @@ class KVCache:
         self._indices = indices.unsqueeze(1)
         even = len(set(sizes)) == 1 and len(set(ends)) == 1 and not fixed
         # padding is on the right, where no token sees it
-        self._from_nothing = not any(starts) and width > 1 and first is None and not fixed
+        self._from_nothing = not any(starts) and width > 1 and not fixed
         for kind, columns_shown in zip(self._kinds, shown, strict=True):
             kind.shown = columns_shown
             column = starts[0] % kind.size
