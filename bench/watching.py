@@ -1,6 +1,6 @@
 """What watching costs: steps with everything on against the same steps with nothing on, in one process.
 
-    python bench/watching.py [--rounds 20] [--minutes 4] [--null]
+    python bench/watching.py [--rounds 20] [--minutes 4] [--sequences 16] [--precision bfloat16] [--null]
 
 Two engines of the same model take turns, a step each. One trains with every hook that a run has and with the writers
 and figures of `ON`; the other calls the engine alone. A round ends with a log line, so that it has its share of all
@@ -8,20 +8,28 @@ that is done only there. Of each place in the round the median over the rounds i
 counts once, and the quotient is the mean over the places. The quartiles are those of whole rounds. --null: nothing is
 on in either, which shows what the method can resolve on a machine. Where that is not enough there is the share of the
 time that steps spend in what watches, timed there: without what it does to caches, and what the writers' threads take.
+The panel draws from a thread, so it takes as much from one engine as from the other: it is in the share, not in the
+quotient.
 
-Not in it: the panel, which needs a terminal; alerts, which do nothing until there is an event; and the reports of
-checkpoints, written by a process of the lowest priority, which takes as much from one engine as from the other.
-The last line is one JSON object.
+A part of the cost is the same however many tokens a step has, above all the addition of all gradients for the noise
+scale. So --sequences decides much: 16, which is 8,192 tokens, is what a GPU has in NeoX's configuration of 125M.
+
+Not in it: alerts, which do nothing until there is an event, and the reports of checkpoints, which a process of the
+lowest priority writes. The last line is one JSON object.
 """
 
 import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
+import termios
+import threading
 import time
-from collections.abc import Callable, Iterator
-from functools import wraps
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +38,7 @@ from megatron.config.load import config_from_flat
 from megatron.engine.activations import BlockOutputs
 from megatron.engine.figures import BeforeUpdate
 from megatron.optimizers.schedules import learning_rate
+from megatron.terminal import Footer, live
 from megatron.training.batch import BatchBuilder, training_batches
 from megatron.training.hooks.base import FinishedStep, MicroBatches, build_hooks
 from megatron.training.run import prepare, read_samples, set_up, writers_of
@@ -45,8 +54,6 @@ MODEL: dict[str, Any] = {
     "tokenizer_type": "CharLevelTokenizer",
     "data_impl": "mock",
     "num_workers": 0,
-    "precision": "bfloat16",
-    "train_batch_size": 4,
     "train_iters": 100_000,
     "eval_iters": 0,
     "log_interval": INTERVAL,
@@ -91,9 +98,9 @@ class Stopwatch:
 class Trainer:
     """Trains, with what watches a run or without."""
 
-    def __init__(self, folder: Path | None, watch: Stopwatch) -> None:
-        """folder: of what is written; None: nothing watches. watch: times hooks and writers."""
-        keys: dict[str, Any] = dict(MODEL)
+    def __init__(self, keys: Mapping[str, Any], folder: Path | None, watch: Stopwatch) -> None:
+        """keys: besides `MODEL`. folder: of what is written; None: nothing watches. watch: times hooks and writers."""
+        keys = MODEL | keys
         if folder is not None:
             places = {"log_dir": "logs", "tensorboard_dir": "board", "prometheus_textfile": "deepy.prom"}
             keys |= ON | {key: str(folder / name) for key, name in places.items()}
@@ -150,20 +157,45 @@ def one_round(off: Trainer, on: Trainer, number: int) -> list[tuple[float, float
     return steps
 
 
-def figures_of(rounds: list[list[tuple[float, float]]], timed: float) -> dict[str, Any]:
+@contextmanager
+def panel_drawn(drawing: Stopwatch) -> Iterator[None]:
+    """A block in which standard output is a terminal of 200 columns, on which a run draws its panel.
+
+    drawing: times that.
+    """
+    Footer._draw = drawing.timed(Footer._draw)  # type: ignore[method-assign]
+    shown, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (50, 200))
+    os.environ["TERM"] = "xterm-256color"
+    with open(terminal, "w", encoding="utf-8") as stream, redirect_stdout(stream):
+        threading.Thread(target=_discard, args=[shown], daemon=True).start()
+        with live():
+            yield
+
+
+def _discard(terminal: int) -> None:
+    with suppress(OSError):  # the terminal is gone
+        while os.read(terminal, 65536):
+            pass
+
+
+def figures_of(rounds: list[list[tuple[float, float]]], timed: float, drawing: float) -> dict[str, Any]:
     """Of at least two rounds, the seconds of each step without and with what watches: quotients, a step without.
 
-    timed: seconds that all steps with it have spent there.
+    timed: seconds that all steps with it have spent there. drawing: seconds of the panel during all steps of both.
     """
     places = list(zip(*rounds, strict=True))
     medians = [statistics.median(with_it / without for without, with_it in place) for place in places]
     wholes = [sum(with_it for _, with_it in steps) / sum(without for without, _ in steps) for steps in rounds]
     lower, _, upper = statistics.quantiles(wholes, n=4)
+    without, with_it = (sum(seconds) for seconds in zip(*(step for steps in rounds for step in steps), strict=True))
+    panel = drawing / (without + with_it)
     return {
         "step_seconds": round(statistics.median(without for steps in rounds for without, _ in steps), 4),
         "ratio": round(statistics.mean(medians), 4),
         "quartiles": [round(lower, 4), round(upper, 4)],
-        "timed_share": round(timed / sum(without for steps in rounds for without, _ in steps), 4),
+        "timed_share": round(timed / without + panel, 5),
+        "timed_share_of_panel": round(panel, 5),
         "rounds": len(rounds),
         "steps_of_a_round": INTERVAL,
     }
@@ -176,28 +208,34 @@ def main() -> None:
         "--minutes", type=float, default=4.0, help="after warming up; no round begins later, but two are always run"
     )
     parser.add_argument("--null", action="store_true", help="nothing is on in either")
+    parser.add_argument("--sequences", type=int, default=16, help="of 512 tokens, in a step")
+    parser.add_argument("--precision", default="bfloat16", help="fp32 on a CPU without instructions for bfloat16")
     chosen = parser.parse_args()
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
-    with tempfile.TemporaryDirectory() as name:
-        watch = Stopwatch()
-        watch.time_within_steps()
-        off, on = Trainer(None, watch), Trainer(None if chosen.null else Path(name), watch)
+    keys = {"precision": chosen.precision, "train_batch_size": chosen.sequences}
+    printed = partial(print, file=sys.stdout, flush=True)
+    watch, drawing = Stopwatch(), Stopwatch()
+    watch.time_within_steps()
+    rounds: list[list[tuple[float, float]]] = []
+    with tempfile.TemporaryDirectory() as name, nullcontext() if chosen.null else panel_drawn(drawing):
+        off, on = Trainer(keys, None, watch), Trainer(keys, None if chosen.null else Path(name), watch)
         for number in range(WARM_UP):
             one_round(off, on, number)
-        rounds: list[list[tuple[float, float]]] = []
-        watch.seconds = 0.0
+        watch.seconds = drawing.seconds = 0.0
         deadline = time.monotonic() + 60 * chosen.minutes
         while len(rounds) < 2 or (len(rounds) < chosen.rounds and time.monotonic() < deadline):
             rounds.append(one_round(off, on, len(rounds)))
             without, with_it = (sum(seconds) for seconds in zip(*rounds[-1], strict=True))
-            print(f"round {len(rounds)}: off {without:.3f} s, on {with_it:.3f} s, {with_it / without:.4f}", flush=True)
+            printed(f"round {len(rounds)}: off {without:.3f} s, on {with_it:.3f} s, {with_it / without:.4f}")
+        drawn = drawing.seconds
         on.close()
-    figures = figures_of(rounds, watch.seconds)
+    figures = figures_of(rounds, watch.seconds, drawn)
     lower, upper = figures["quartiles"]
     print(f"a step {1000 * figures['step_seconds']:.0f} ms; with everything on {figures['ratio']} of it", end=" ")
-    print(f"(quartiles of rounds {lower} to {upper}); timed there: {figures['timed_share']:.2%}")
-    print(json.dumps(figures | {"null": chosen.null}))
+    print(f"(quartiles of rounds {lower} to {upper}); timed there: {figures['timed_share']:.2%}", end=" ")
+    print(f"(the panel {figures['timed_share_of_panel']:.2%})")
+    print(json.dumps(figures | vars(chosen)))
 
 
 if __name__ == "__main__":

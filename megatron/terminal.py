@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 if TYPE_CHECKING:
     from rich.text import Text
 
-REDRAW_SECONDS = 0.25
+REDRAW_SECONDS = 0.5
 # From the cursor to the end of the screen. Without a place: what other processes write may have moved the cursor.
 ERASE_BELOW = "\x1b[J"
 ERASE = f"\r{ERASE_BELOW}"
@@ -63,7 +63,7 @@ def footer() -> "Footer | None":
 
 
 class Footer:
-    """Draws its parts, one below the other, four times a second from a thread of its own."""
+    """Draws its parts, one below the other, twice a second from a thread of its own."""
 
     def __init__(self, stream: TextIO) -> None:
         """stream: the terminal."""
@@ -152,11 +152,10 @@ class Footer:
             columns, rows = 0, 0
         columns, rows = columns or UNKNOWN_SIZE.columns, rows or UNKNOWN_SIZE.lines
         # The last column stays free: after a character there, terminals differ in where the cursor is.
-        self._console.width = columns - 1
+        self._console.size = columns - 1, rows
         lines = [line for part in parts for line in part(columns - 1)][: max(rows - 1, 1)]
         with self._console.capture() as captured:
-            for line in lines:
-                self._console.print(line, no_wrap=True, overflow="ellipsis", crop=True)
+            self._console.print(*lines, sep="\n", no_wrap=True, overflow="ellipsis", crop=True)
         return captured.get().removesuffix("\n")
 
     def _put(self, text: str) -> None:
