@@ -11,6 +11,7 @@ tables and report.csv the figures. Exit code 0: written; 2: a run cannot be read
 import os
 import signal
 import sys
+import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,9 +53,12 @@ def run(arguments: Sequence[str]) -> None:
         serve(folders, options.port)
         return
     check_output(options.output)
+    began = time.time()
     with live(not options.background):
         with Progress(f"reading {', '.join(map(str, options.runs))}"):
             records = read_runs(folders)
+        if options.background and _written_since(began, options.output):
+            return
         with Progress(f"writing {options.output}"):
             report = write_report(records, options.output)
     if not options.background:
@@ -62,6 +66,11 @@ def run(arguments: Sequence[str]) -> None:
         print(f"{options.output} ({size:.1f} MB), with {options.output.with_suffix('.md').name} and .csv beside it")
         for record in report.runs:
             print("\n".join(f"{record.name}: {note}" for note in record.notes), end="\n" if record.notes else "")
+
+
+def _written_since(began: float, output: Path) -> bool:
+    """Whether another process, which may have read more, has written the report meanwhile."""
+    return output.is_file() and output.stat().st_mtime > began
 
 
 def _give_way() -> None:

@@ -10,6 +10,8 @@ from megatron.checkpoint.state import TrainState
 from megatron.engine.training import StepOutput
 from megatron.events import EventLog
 from megatron.launch.report_process import ReportProcess
+from megatron.report.command import run
+from megatron.report.write import read_runs, write_report
 from megatron.training.hooks.base import FinishedStep
 from megatron.training.hooks.report import ReportWriter
 
@@ -43,6 +45,22 @@ def test_the_report_is_begun_a_step_after_a_checkpoint_and_holds_the_metrics_of_
     assert steps[:2] == ["1", "2"]
     hook.after_step(finished(4))
     assert not hook.process.is_running(), "once for each checkpoint"
+
+
+def test_a_report_of_a_checkpoint_does_not_replace_one_that_was_written_meanwhile(tmp_path, monkeypatch):
+    logged(tmp_path, 1)
+    output = tmp_path / "report.html"
+
+    def read_slowly(folders):
+        records = read_runs(folders)
+        logged(tmp_path, 2)
+        write_report(read_runs(folders), output)
+        return records
+
+    monkeypatch.setattr("megatron.report.command.read_runs", read_slowly)
+    monkeypatch.setattr("megatron.report.command._give_way", lambda: None)  # of this process
+    run([str(tmp_path), "-o", str(output), "--background"])
+    assert (tmp_path / "report.csv").read_text().splitlines()[-1].startswith(f"{tmp_path.name},2,")
 
 
 def test_at_the_end_the_report_of_a_checkpoint_gives_way_to_the_last_one(tmp_path, hook):

@@ -290,7 +290,8 @@ function draw(card) {
       })),
     ],
     legend: { show: !card.chart.crowded },
-    cursor: { hover: { prox: 30, skip: [undefined] }, sync: { key: "deepy", setSeries: false, scales: ["x", null] }, drag: { x: true, y: false, setScale: false }, bind: { dblclick: () => () => { zoom(null); } } },
+    // A line without a value at the point nearest to the mouse shows its own nearest one, unless that is another place.
+    cursor: { hover: { prox: (u, line, at) => u.data[line][at] == null ? 30 : Infinity, skip: [undefined] }, sync: { key: "deepy", setSeries: false, scales: ["x", null] }, drag: { x: true, y: false, setScale: false }, bind: { dblclick: () => () => { zoom(null); } } },
     hooks: {
       draw: [drawMarks],
       setCursor: [u => tellMarks(u, card.near)],
