@@ -1,8 +1,8 @@
 """generate.py as people use it: at a terminal, in a pipe, and after it was killed."""
 
 import os
-import re
 import pty
+import re
 import select
 import signal
 import subprocess
