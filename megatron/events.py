@@ -4,14 +4,13 @@ The launcher and rank 0 append to the same file, each line in one write. Imports
 """
 
 import json
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-log = logging.getLogger(__name__)
+from megatron.files import AppendedLines
 
 EVENTS_FILE = "events.jsonl"
 
@@ -40,7 +39,7 @@ class EventLog:
 
     def __init__(self, folder: Path | None = None, listeners: Sequence[Callable[[Event], None]] = ()) -> None:
         """folder: of the file; None: no file is written, as on all ranks but the first."""
-        self._path = None if folder is None else folder / EVENTS_FILE
+        self._file = None if folder is None else AppendedLines(folder / EVENTS_FILE, "events are not recorded")
         self._listeners = list(listeners)
 
     def listen(self, listener: Callable[[Event], None]) -> None:
@@ -48,15 +47,10 @@ class EventLog:
         self._listeners.append(listener)
 
     def record(self, kind: Kind, text: str, step: int | None = None, **details: Any) -> None:
-        """Record what has just happened. A file that cannot be written is warned of once; the run goes on."""
+        """Record what has just happened. A file that cannot be written is warned of once, until it can be again."""
         event = Event(kind, text, step, time.time(), details)
-        if self._path is not None:
-            try:
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(event)) + "\n")
-            except OSError as error:
-                log.warning("events are no longer recorded: %s cannot be written: %s", self._path, error.strerror)
-                self._path = None
+        if self._file is not None:
+            self._file.append(json.dumps(asdict(event)) + "\n")
         for listener in self._listeners:
             listener(event)
 

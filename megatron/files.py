@@ -1,5 +1,6 @@
 """Paths and files as users hand them over: expanded, compared, locked, and replaced as a whole."""
 
+import errno
 import fcntl
 import json
 import logging
@@ -95,6 +96,31 @@ def replaced_when_complete(path: Path, mode: str = "w", partial: Path | None = N
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+class AppendedLines:
+    """A file that lines are appended to. Where they cannot be, that is warned of once, until they can be again."""
+
+    def __init__(self, path: Path, lost: str) -> None:
+        """lost: what a failure means, such as "events are not recorded"."""
+        self._path, self._lost, self._fails = path, lost, False
+
+    def append(self, lines: str) -> None:
+        """Append whole lines in one write. What a crash or a full disk left of a line before them stays apart."""
+        data = lines.encode()
+        try:
+            with self._path.open("a+b", buffering=0) as file:
+                if file.seek(0, os.SEEK_END):
+                    file.seek(-1, os.SEEK_END)
+                    data = data if file.read(1) == b"\n" else b"\n" + data
+                if file.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if not self._fails:
+                log.warning("%s: %s cannot be written: %s", self._lost, self._path, error.strerror)
+            self._fails = True
+        else:
+            self._fails = False
 
 
 class FileLock:

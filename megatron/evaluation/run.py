@@ -16,6 +16,7 @@ from megatron.evaluation.perplexity import measure_perplexity
 from megatron.harness.run import evaluate_tasks
 from megatron.inference import find_trained_model
 from megatron.logging import configure
+from megatron.record.secrets import values_without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def evaluate(config: Config) -> None:
                 **results,
                 "checkpoint": str(found.checkpoint),
                 "tokenizer": found.tokenizer.describe(),
-                "config": config.to_flat(),
+                "config": values_without_secrets(config.to_flat()),
             }
             target.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
             log.info("written to %s", target)

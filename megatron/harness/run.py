@@ -17,6 +17,7 @@ from megatron.harness.problems import task_problems
 from megatron.harness.requests_cache import use_requests_cache
 from megatron.harness.tasks import check_harness, find_tasks, open_tasks
 from megatron.inference import FoundModel, open_trained_model
+from megatron.record.secrets import values_without_secrets
 from megatron.tokenizer.base import Tokenizer
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ def _results(config: Config, found: FoundModel) -> dict[str, Any]:
     model = harness_model(config, found)
     results = run_harness(model, names, manager, **harness_options(keys))
     model.engine.close()
-    results["config"] |= {"model": "deepy", "model_args": config.to_flat(), "batch_size": model.engine.slots}
+    arguments = values_without_secrets(config.to_flat())
+    results["config"] |= {"model": "deepy", "model_args": arguments, "batch_size": model.engine.slots}
     return results | {"checkpoint": str(found.checkpoint), "tokenizer": found.tokenizer.describe()}
 
 

@@ -51,8 +51,9 @@ class ReportProcess:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
         output = str(self._folder / "report.html")
         module = ["-P", "-m", "megatron.report.command"]  # -P: not another megatron in the working folder
-        said = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the process has ended)
+        said = None
         try:
+            said = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the process has ended)
             self._process = subprocess.Popen(
                 [sys.executable, *module, str(self._folder), "-o", output, *flags],
                 env=environment,
@@ -63,7 +64,8 @@ class ReportProcess:
             )
             self._said = said
         except OSError as error:
-            said.close()
+            if said is not None:
+                said.close()
             self._warn(f"the report could not be written: {error.strerror}")
 
     def end(self) -> None:

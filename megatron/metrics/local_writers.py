@@ -143,9 +143,10 @@ def _set_later_steps_aside(path: Path, first_step: int, step_of: Callable[[bytes
     number = 1
     while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1
-    path.rename(aside)
     with replaced_when_complete(path, "wb") as file:
         file.write(b"".join(kept))
+        file.flush()
+        path.rename(aside)  # only when the other is written, so that a full disk loses nothing
     log.info("%s continues from step %d; its previous content is in %s", path, first_step, aside.name)
 
 

@@ -86,6 +86,7 @@ class MLflow(_Service):
 
     key, package, extra = "use_mlflow", "mlflow", "trackers"
     _id: str | None = None
+    _has_parameters = False
 
     def open(self) -> None:
         """Create the run, with the configuration as parameters. The MLFLOW_* environment variables keep their meaning.
@@ -97,16 +98,16 @@ class MLflow(_Service):
         from mlflow.entities import Param
 
         self.run = MlflowClient(self.chosen.mlflow_tracking_uri)
-        if self._id is not None:
-            return
-        name = self.chosen.mlflow_experiment
-        found = self.run.get_experiment_by_name(name)
-        experiment = found.experiment_id if found else self.run.create_experiment(name)
-        created = self.run.create_run(experiment, run_name=self.chosen.mlflow_run_name).info.run_id
-        parameters = [Param(key, str(value)) for key, value in self.settings.config.items()]
-        for part in _parts(parameters, MLFLOW_PARAMETERS):
-            self.run.log_batch(created, params=part)
-        self._id = created
+        if self._id is None:
+            name = self.chosen.mlflow_experiment
+            found = self.run.get_experiment_by_name(name)
+            experiment = found.experiment_id if found else self.run.create_experiment(name)
+            self._id = self.run.create_run(experiment, run_name=self.chosen.mlflow_run_name).info.run_id
+        if not self._has_parameters:
+            parameters = [Param(key, str(value)) for key, value in self.settings.config.items()]
+            for part in _parts(parameters, MLFLOW_PARAMETERS):
+                self.run.log_batch(self._id, params=part)
+            self._has_parameters = True
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log all values of the step. Characters that MLflow has no room for in a name become "_"."""

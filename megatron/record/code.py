@@ -64,10 +64,14 @@ def _code(folder: Path) -> Code:
 
 def _changes(folder: Path) -> tuple[bytes, str | None]:
     """The patch, and why it is not kept. Its size is not known before it is read."""
-    process = _start(folder, "diff", "HEAD", "--binary", "--no-color", "--no-ext-diff")
-    with process:
+    # in the form that `git apply` reads, whatever the user has configured
+    form = ("--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/", "--submodule=short")
+    with _start(folder, "diff", "HEAD", "--binary", *form) as process:
         patch = process.stdout.read(MOST_CHANGES + 1) if process.stdout else b""
-        process.kill()
+        if len(patch) > MOST_CHANGES:
+            process.kill()
+    if process.returncode and len(patch) <= MOST_CHANGES:
+        return b"", f"`git diff HEAD` ended with code {process.returncode}, so changes since the commit are not kept"
     if len(patch) > MOST_CHANGES:
         return b"", f"the changes since the commit are more than {MOST_CHANGES >> 20} MiB, and are not kept"
     if has_secret(patch.decode(errors="replace")):

@@ -125,7 +125,8 @@ class Rerun:
             lines += [f"git clone --quiet --no-checkout {_quoted(source)} {self._new_code}", f"cd {self._new_code}"]
         lines += [f"git checkout --quiet --force --detach {facts['commit']}"]
         if facts.get("patch"):
-            lines += [f"git apply {_quoted(start.folder.resolve() / PATCH)}  # {facts['changed_files']} changed files"]
+            patch = _quoted(start.folder.resolve() / PATCH)
+            lines += [f"git apply --index {patch}  # {facts['changed_files']} changed files"]
         return lines
 
     @property

@@ -22,9 +22,15 @@ KNOWN_SECRET = re.compile(
     r"|\bA(?:KIA|SIA)[0-9A-Z]{16}\b|\bAIza[\w-]{30,}|\bya29\.[\w-]{20,}"
     r"|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:.*?-----END [A-Z ]*PRIVATE KEY-----)?"
-    r"|(?<=://)[^\s/:@]*:[^\s/@]+(?=@)|(?<=://)[^\s/:@]{16,}(?=@)",
+    r"|(?<=://)[^\s/:@]*:[^\s/@]+(?=@)|(?<=://)[^\s/:@]{16,}(?=@)"
+    r"|(?<=\bBearer )[\w.~+/=-]{8,}|(?<=Authorization: Basic )[\w+/=]{8,}|/bot\d+:[\w-]{20,}",
     re.DOTALL,
 )
+# Within a value: `name=value` of an address or of flags for another program, and the user of curl.
+IN_VALUE = re.compile(r"""((?<![\w.])([A-Za-z_][\w-]*)=)([^\s,;&"'|)]+)""")
+CURL_USER = re.compile(r"""((?:^|\s)(?:-u|--user)[ =]*["']?)([^\s:"']+:[^\s"']+)""")
+# In code: a name, also in quotation marks and brackets, that a text is assigned to.
+IN_CODE = re.compile(r"""([A-Za-z_]\w*)["'\])]*\s*[:=]\s*["']([^"'\n]+)["']""")
 # A value that is nothing but a long word of mixed letters and digits, as most keys are; paths have slashes and dots.
 RANDOM_WORD = re.compile(r"(?=[^\d]*\d)(?=[^a-zA-Z]*[a-zA-Z])[A-Za-z0-9+=_-]{24,}")
 # `name: value` and `name=value`, in YAML and its comments, in overrides, and as --name=value; and in a group in braces.
@@ -46,17 +52,27 @@ def is_secret_name(name: str) -> bool:
 
 def has_secret(text: str) -> bool:
     """Whether something in the text looks like a key, a token or a password."""
-    return KNOWN_SECRET.search(text) is not None
+    return KNOWN_SECRET.search(text) is not None or any(
+        is_secret_name(match[1]) and (RANDOM_WORD.fullmatch(match[2]) or "passw" in match[1].lower())
+        for match in IN_CODE.finditer(text)
+    )
 
 
 def without_secrets(text: str) -> str:
     """The text, with what looks like a secret replaced, also the values of settings with such a name."""
+    found = _value_without_secrets(text)
+    return IN_BRACES.sub(_withheld_if_secret, ASSIGNMENT.sub(_withheld_if_secret, found))
 
-    def checked(match: re.Match[str]) -> str:
-        is_secret = is_secret_name(match[2].rpartition(".")[2]) and not PLAIN_VALUE.fullmatch(match[3])
-        return match[1] + WITHHELD if is_secret else match[0]
 
-    return KNOWN_SECRET.sub(WITHHELD, IN_BRACES.sub(checked, ASSIGNMENT.sub(checked, text)))
+def _value_without_secrets(value: str) -> str:
+    found = IN_VALUE.sub(_withheld_if_secret, CURL_USER.sub(rf"\g<1>{WITHHELD}", value))
+    return KNOWN_SECRET.sub(WITHHELD, found)
+
+
+def _withheld_if_secret(assignment: re.Match[str]) -> str:
+    """assignment: of a beginning with the name, the name, and the value; replaced if the name is a secret's."""
+    is_secret = is_secret_name(assignment[2].rpartition(".")[2]) and not PLAIN_VALUE.fullmatch(assignment[3])
+    return assignment[1] + WITHHELD if is_secret else assignment[0]
 
 
 def values_without_secrets(value: Any, name: str = "") -> Any:
@@ -67,7 +83,7 @@ def values_without_secrets(value: Any, name: str = "") -> Any:
         return [values_without_secrets(inner, name) for inner in value]
     if not isinstance(value, str):
         return value
-    return WITHHELD if value and is_secret_name(name) else KNOWN_SECRET.sub(WITHHELD, value)
+    return WITHHELD if value and is_secret_name(name) else _value_without_secrets(value)
 
 
 def words_without_secrets(words: Iterable[str]) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 from megatron.errors import UserError
 from megatron.events import EVENTS_FILE, Event, read_events
 from megatron.files import is_file, is_folder
+from megatron.record.secrets import values_without_secrets
 from megatron.record.start import STARTS, Start, read_starts
 from megatron.report.metrics_file import MetricsFile, Numbers, Series, Steps
 
@@ -80,13 +81,14 @@ class RunFolder:
         steps, metrics, gone = self._metrics.split()
         starts = read_starts(self.path)
         config, files = _configuration(self.path, starts)
+        first = _steps_before(steps, starts)
         return RunRecord(
             name=self.name,
             folder=self.path,
             steps=steps,
             metrics=metrics,
-            tokens=_tokens(steps, metrics),
-            seconds=_seconds(steps, metrics),
+            tokens=_tokens(steps, metrics, first),
+            seconds=_seconds(steps, metrics, first),
             set_aside=self._set_aside(metrics, gone),
             events=_events(self.path, starts),
             starts=starts,
@@ -170,8 +172,16 @@ def _at_steps(steps: Steps, series: Series) -> Numbers:
     return found
 
 
-def _tokens(steps: Steps, metrics: dict[str, Series]) -> Numbers | None:
-    """Tokens trained until each step: as recorded, or else those of a step follow from its time and its rate."""
+def _steps_before(steps: Steps, starts: Sequence[Start]) -> int:
+    """The steps that were done before the first of `steps` and are not recorded here, as after a resume elsewhere."""
+    return min((start.step for start in starts if len(steps) and start.step < steps[0]), default=0)
+
+
+def _tokens(steps: Steps, metrics: dict[str, Series], before: int) -> Numbers | None:
+    """Tokens trained until each step: as recorded, or else those of a step follow from its time and its rate.
+
+    before: steps done before the first.
+    """
     recorded = metrics.get("train/tokens")
     if recorded is not None and not np.isnan(recorded.values).any():
         tokens: Numbers = np.interp(steps, np.append(0, recorded.steps), np.append(0.0, recorded.values))
@@ -180,12 +190,12 @@ def _tokens(steps: Steps, metrics: dict[str, Series]) -> Numbers | None:
     if seconds is None or rate is None:
         return None
     each = np.round(_at_steps(steps, seconds) * _at_steps(steps, rate))
-    return np.cumsum(each * np.diff(steps, prepend=0))
+    return np.cumsum(each * np.diff(steps, prepend=before))
 
 
-def _seconds(steps: Steps, metrics: dict[str, Series]) -> Numbers | None:
+def _seconds(steps: Steps, metrics: dict[str, Series], before: int) -> Numbers | None:
     each = metrics.get("runtime/iteration_time")
-    return None if each is None else np.cumsum(_at_steps(steps, each) * np.diff(steps, prepend=0))
+    return None if each is None else np.cumsum(_at_steps(steps, each) * np.diff(steps, prepend=before))
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -226,7 +236,8 @@ def _configuration(folder: Path, starts: Sequence[Start]) -> tuple[dict[str, Any
             paths = sorted((start.folder / "config").glob("*"))
             return config, {path.name: text for path in paths if (text := _text(path)) is not None}
     checkpoints = sorted(folder.parent.glob("global_step*/config.json"), key=_step_of_checkpoint)
-    return (_object(checkpoints[-1]), {}) if checkpoints and folder.name == "logs" else ({}, {})
+    found = _object(checkpoints[-1]) if checkpoints and folder.name == "logs" else {}
+    return values_without_secrets(found), {}
 
 
 def _step_of_checkpoint(path: Path) -> int:
@@ -261,12 +272,14 @@ def _with_layout(event: Event, starts: Sequence[Start]) -> Event:
 
 
 def _samples(folder: Path) -> list[Sample]:
-    """Of each step and prompt the last, in order."""
+    """Of each step, prompt and number of its text the last, in order."""
     found = {}
     for row in _json_lines(folder / SAMPLES_FILE):
         step, text = _whole(row.get("step")), row.get("text")
         if step is not None and isinstance(text, str):
-            found[step, _whole(row.get("number")) or 0] = Sample(step, str(row.get("prompt", "")), text)
+            found[step, _whole(row.get("number")) or 0, _whole(row.get("sample")) or 0] = Sample(
+                step, str(row.get("prompt", "")), text
+            )
     return [found[place] for place in sorted(found)]
 
 

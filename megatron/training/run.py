@@ -46,6 +46,7 @@ from megatron.model.attention import describe_attention
 from megatron.model.gpt import gpt_layers
 from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.products import check_float8
+from megatron.record.secrets import values_without_secrets
 from megatron.record.start import Surroundings
 from megatron.resources import check_same_model, open_data, open_tokenizer
 from megatron.tokenizer.base import Tokenizer
@@ -292,7 +293,8 @@ def writers_of(run: Run, first_step: int) -> MetricWriters:
     if dist.get_rank() != 0:
         return MetricWriters()
     folder = Path(run.config.log_folder) if run.config.log_folder else None
-    return open_writers(WriterSettings(run.config.logging, folder, first_step, run.config.to_flat()), run.events)
+    config = values_without_secrets(run.config.to_flat())  # services show it to others
+    return open_writers(WriterSettings(run.config.logging, folder, first_step, config), run.events)
 
 
 def _where_files_go(config: Config) -> list[str]:

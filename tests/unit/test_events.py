@@ -42,6 +42,23 @@ def test_listeners_hear_every_event_also_without_a_file():
     assert [event.step for event in heard] == [3, 4, 4]
 
 
+def test_after_a_full_disk_events_are_recorded_again_and_a_torn_line_costs_no_other(tmp_path, caplog):
+    events, file = EventLog(tmp_path), tmp_path / EVENTS_FILE
+    file.mkdir()  # where nothing can be written
+    with caplog.at_level(logging.WARNING):
+        events.record("spike", "lost", 1)
+    file.rmdir()
+    file.write_text('{"kind": "spike", "te')
+    events.record("rewind", "kept", 2)
+    EventLog(tmp_path).record("finish", "kept too")
+    assert [event.kind for event in read_events(tmp_path)] == ["rewind", "finish"]
+    file.unlink()
+    file.mkdir()
+    with caplog.at_level(logging.WARNING):
+        events.record("spike", "lost again", 3)
+    assert caplog.text.count("events are not recorded: ") == 2
+
+
 def test_a_file_that_cannot_be_written_is_warned_of_once_and_listeners_still_hear(tmp_path, caplog):
     heard: list[Event] = []
     events = EventLog(tmp_path / "missing", [heard.append])

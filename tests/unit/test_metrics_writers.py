@@ -86,6 +86,14 @@ def test_steps_that_are_trained_again_are_set_aside_and_not_lost(tmp_path):
     assert len((tmp_path / "metrics.1.jsonl").read_text().splitlines()) == 4
 
 
+def test_steps_that_cannot_be_set_aside_stay_where_they_are(tmp_path, monkeypatch):
+    write(settings(tmp_path), 1, 2, 3)
+    (tmp_path / f"{METRICS_FILE}.partial").mkdir()  # where the kept ones cannot be written
+    with pytest.raises(UserError, match="cannot be written"):
+        write(settings(tmp_path, first_step=1), 2)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
+
+
 def test_a_line_that_a_crash_cut_short_does_not_stop_the_next_run(tmp_path):
     write(settings(tmp_path), 1, 2)
     with (tmp_path / METRICS_FILE).open("a") as file:

@@ -106,6 +106,35 @@ def test_settings_whose_name_says_so_are_withheld_and_the_others_kept():
     assert without_secrets("https://me:pass@git.example.org/a.git") == "https://(withheld)@git.example.org/a.git"
 
 
+@pytest.mark.parametrize(
+    ("value", "clean"),
+    [
+        ("curl -H 'Authorization: Bearer abcd1234' x", "curl -H 'Authorization: Bearer (withheld)' x"),
+        ("curl -u me:word https://a.example.org", "curl -u (withheld) https://a.example.org"),
+        ("https://api.example.org/bot12345:AAF-abcdefghijklmnopqrst/send", "https://api.example.org(withheld)/send"),
+        ("--export=ALL,WANDB_API_KEY=abc,SEED=1", "--export=ALL,WANDB_API_KEY=(withheld),SEED=1"),
+        ("https://a.example.org/?token=abc&run=1", "https://a.example.org/?token=(withheld)&run=1"),
+        ("Basic arithmetic: lr=3e-4, max_tokens=20", "Basic arithmetic: lr=3e-4, max_tokens=20"),
+    ],
+)
+def test_a_secret_within_a_value_is_withheld_and_the_rest_kept(value, clean):
+    assert values_without_secrets({"alert_command": value}) == {"alert_command": clean}
+    assert without_secrets(value) == clean
+
+
+@pytest.mark.parametrize(
+    ("line", "is_secret"),
+    [
+        ('os.environ["WANDB_API_KEY"] = "0123456789abcdef0123456789abcdef01234567"', True),
+        ("password = 'hunter2'", True),
+        ('token = "<|endoftext|>"', False),
+        ('pass_name = "forward"', False),
+    ],
+)
+def test_in_code_a_text_that_a_secret_name_gets_is_seen(line, is_secret):
+    assert has_secret(f"+{line}\n") == is_secret
+
+
 def test_no_setting_of_ours_is_taken_for_a_secret():
     assert [key for key in group_of_key() if is_secret_name(key)] == []
 
@@ -143,6 +172,25 @@ def test_commit_branch_remote_and_changes_are_found_and_the_patch_makes_them_aga
     git(tmp_path / "again", "apply", str(tmp_path / "patch"))
     assert (tmp_path / "again" / "a.py").read_text() == "two\n"
     assert (tmp_path / "again" / "b.bin").read_bytes() == bytes(range(255))
+
+
+def test_the_patch_has_the_form_that_git_applies_whatever_the_user_has_configured(repository, tmp_path):
+    for key in ("diff.noprefix", "diff.mnemonicPrefix"):
+        git(repository, "config", key, "true")
+    (repository / "a.py").write_text("two\n")
+    (tmp_path / "patch").write_bytes(code_of(repository).patch)
+    git(repository, "checkout", "--quiet", "a.py")
+    git(repository, "apply", "--index", str(tmp_path / "patch"))
+    assert (repository / "a.py").read_text() == "two\n"
+
+
+def test_changes_that_git_cannot_tell_are_noted(repository):
+    git(repository, "config", "filter.large.clean", "false")
+    git(repository, "config", "filter.large.required", "true")
+    (repository / ".gitattributes").write_text("*.py filter=large\n")
+    (repository / "a.py").write_text("two and more\n")
+    found = code_of(repository)
+    assert found.patch == b"" and "ended with code 128" in str(found.note)
 
 
 def test_changes_that_are_too_many_or_hold_a_secret_are_not_kept(repository, monkeypatch):

@@ -254,9 +254,9 @@ def test_a_resume_on_another_layout_says_so(tmp_path):
 def test_a_run_without_a_record_of_its_starts_has_the_configuration_of_its_newest_checkpoint(tmp_path):
     for step in (9, 10):
         (tmp_path / f"global_step{step}").mkdir()
-        (tmp_path / f"global_step{step}" / "config.json").write_text(json.dumps({"num_layers": step}))
+        (tmp_path / f"global_step{step}" / "config.json").write_text(json.dumps({"num_layers": step, "my_key": "abc"}))
     make_run(tmp_path / "logs", line(1, 4.0))
-    assert read(tmp_path).config == {"num_layers": 10}
+    assert read(tmp_path).config == {"num_layers": 10, "my_key": "(withheld)"}
     assert read(tmp_path).name == tmp_path.name
 
 
@@ -285,6 +285,20 @@ def test_of_the_samples_of_a_step_the_last_counts_and_those_of_the_last_step_sta
     shown = json.loads(data(make_report([record])))["runs"][0]
     assert shown["samples"][-1]["text"] == "newer" and 10 < len(shown["samples"]) < 80
     assert len(shown["samples"]) + shown["samples_left_out"] == 200
+
+
+def test_every_text_of_a_prompt_is_a_sample(tmp_path):
+    rows = [{"step": 1, "number": 0, "sample": number, "prompt": "p", "text": str(number)} for number in range(3)]
+    make_run(tmp_path, *(json.dumps(row) + "\n" for row in rows), name="samples.jsonl")
+    assert [sample.text for sample in read(make_run(tmp_path, line(1, 4.0))).samples] == ["0", "1", "2"]
+
+
+def test_steps_done_before_the_first_start_here_take_no_time(tmp_path):
+    start_of(tmp_path, 1, step=50_000)
+    record = read(
+        make_run(tmp_path, *(line(step, 4.0, **{"runtime/iteration_time": 2.0}) for step in (50_010, 50_020)))
+    )
+    assert record.seconds is not None and record.seconds.tolist() == [20.0, 40.0]
 
 
 def test_an_event_without_a_step_is_marked_where_the_one_before_is_and_skipped_updates_are_marks(tmp_path):

@@ -63,6 +63,14 @@ def test_a_report_of_a_checkpoint_does_not_replace_one_that_was_written_meanwhil
     assert (tmp_path / "report.csv").read_text().splitlines()[-1].startswith(f"{tmp_path.name},2,")
 
 
+def test_a_report_that_cannot_be_started_is_warned_of(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "cleaned"))
+    told: list[str] = []
+    process = ReportProcess(tmp_path, told.append)
+    process.start()
+    assert told == ["the report could not be written: No such file or directory"] and not process.is_running()
+
+
 def test_at_the_end_the_report_of_a_checkpoint_gives_way_to_the_last_one(tmp_path, hook):
     EventLog(tmp_path, [hook.told]).record("checkpoint", "saved", 1)
     logged(tmp_path, 1)

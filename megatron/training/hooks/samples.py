@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron.config.schema.generation_keys import GenerationKeys
 from megatron.errors import UserError
+from megatron.files import AppendedLines
 from megatron.generation.engine import Engine, EngineSettings
 from megatron.generation.messages import Messages
 from megatron.generation.prompts import Prompt, read_prompts, written_prompt
@@ -37,7 +38,8 @@ class TextSamples(Hook):
         self._run, self._interval, self._settings, self._samples = run, interval, settings, samples
         self._messages: Messages | None = None  # of all rounds, as each has a process group
         folder = run.config.log_folder
-        self._path = None if folder is None else Path(folder) / SAMPLES_FILE
+        lost = "samples are in the log only"
+        self._file = None if folder is None else AppendedLines(Path(folder) / SAMPLES_FILE, lost)
 
     def after_step(self, step: FinishedStep) -> Mapping[str, float]:
         """Write texts if due, and at the last step, unless the run is being stopped early."""
@@ -81,18 +83,9 @@ class TextSamples(Hook):
             lines.append(json.dumps(facts) + "\n")
             shown.append(f"  {_shortened(sample.context)} -> {_shortened(answer.text)}")
         log.info("samples at step %d\n%s", step, "\n".join(shown))
-        self._write("".join(lines))
+        if self._file is not None:
+            self._file.append("".join(lines))
         self._run.events.record("samples", f"{len(lines)} texts", step, prompts=len(lines))
-
-    def _write(self, lines: str) -> None:
-        if self._path is None:
-            return
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(lines)
-        except OSError as error:
-            log.warning("samples are in the log only: %s cannot be written: %s", self._path, error.strerror)
-            self._path = None
 
 
 def _shortened(text: str) -> str:
