@@ -59,7 +59,7 @@ def read_events(folder: Path) -> list[Event]:
     """All events recorded in `folder`, in order; what a crash left of a line is passed over, and so are other kinds."""
     try:
         lines = (folder / EVENTS_FILE).read_bytes().splitlines()
-    except FileNotFoundError:
+    except OSError:  # there are none, or the disk does not answer now, which must not end what asks
         return []
     return [event for line in lines if (event := event_of(line)) is not None]
 

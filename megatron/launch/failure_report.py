@@ -1,5 +1,6 @@
 """The report on how a run ended: rank, host and likely cause, the first traceback last. Standard library only."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,7 +100,23 @@ def _accident(text: str, rank: int | None = None, hosts: tuple[str, ...] = ()) -
 
 def say(text: str) -> None:
     """Print on stderr, in the place of what rank 0 has drawn at the bottom of a terminal."""
-    print((ERASE_BELOW if can_redraw(sys.stderr) else "") + text.rstrip(), file=sys.stderr, flush=True)
+    write_error((ERASE_BELOW if can_redraw(sys.stderr) else "") + text.rstrip() + "\n")
+
+
+def write_error(text: str) -> None:
+    """Write to stderr if somebody still reads it: Ctrl-C also ends the `tee` behind a pipe, and must not cost the save.
+
+    Once nobody does, stderr is /dev/null, so that Python's last flush does not change the exit code.
+    """
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stderr.fileno())
+        os.close(nowhere)
+    except OSError:  # a full disk
+        return
 
 
 def _failed_before(ranks: Sequence[RankRecord], gone: Sequence[NodeRecord]) -> bool:

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -17,7 +16,7 @@ from typing import Any
 from megatron.config.schema.config import Config
 from megatron.errors import UserError
 from megatron.events import EventLog
-from megatron.launch.failure_report import Outcome, say
+from megatron.launch.failure_report import Outcome, say, write_error
 from megatron.launch.hang_reports import HangReports
 from megatron.launch.launchers.launcher import LaunchSpec
 from megatron.launch.node_states import SILENCE_AFTER_FAILURE_SECONDS, SILENCE_SECONDS, NodeState, NodeStates
@@ -215,8 +214,7 @@ class Supervisor:
             if (match := re.match(r"pdsh@\S+: (\S+): (ssh exited with exit code (\d+)|.*)", text)) is not None:
                 self._nodes.note_unreachable(match[1], match[2])
                 continue
-            sys.stderr.write(text)
-            sys.stderr.flush()
+            write_error(text)
 
     def _outcome(self, lost: list[NodeState]) -> Outcome:
         return Outcome(

@@ -47,6 +47,23 @@ def test_a_signal_to_deepy_ends_the_run_with_a_checkpoint_that_it_goes_on_from(f
 
 
 @pytest.mark.long
+def test_a_run_whose_output_nobody_reads_any_more_still_saves(folder):
+    """As after Ctrl-C with `2>&1 | tee log`, which ends tee too."""
+    with deepy(folder, "train.py", "small", MANY, "num_gpus=2") as process:
+        wait_for(lambda: steps_done(folder / "run") >= 3, process)
+        ranks = descendants(process.pid)
+        for stream in (process.stdout, process.stderr):
+            stream.close()
+        process.stdout = process.stderr = None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+    step = steps_done(folder / "run")
+    assert (folder / "run" / "latest").read_text() == f"global_step{step}"
+    assert not [process for process in ranks if is_running(process)]
+    assert read_events(folder / "run" / "logs")[-1].text == "stopped by SIGINT at a step boundary"
+
+
+@pytest.mark.long
 def test_a_stop_without_a_place_to_save_is_a_failure(folder):
     (folder / "small.yml").write_text(SMALL)
     with deepy(folder, "train.py", "small", MANY, "num_gpus=2", "log_dir=run/logs") as process:
