@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron.errors import DONE, FAILED, WRONG
 from megatron.launch.failure_causes import LOST_CONNECTION, OF_OTHERS, cause_in_words, death_in_words
-from megatron.launch.protocol.records import NodeRecord, RankRecord, first_failure
+from megatron.launch.protocol.records import NodeRecord, RankRecord
 from megatron.terminal import ERASE_BELOW, can_redraw
 
 
@@ -119,9 +119,18 @@ def write_error(text: str) -> None:
         return
 
 
+def _first_failure(ranks: Sequence[RankRecord]) -> RankRecord | None:
+    """The failed rank that ended first; one that failed because of another only if there is none but such.
+
+    Each machine has its own clock, so the time alone may name a rank that only noticed the end of the first.
+    """
+    failed = [rank for rank in ranks if rank.failed]
+    return min(failed, key=lambda rank: (cause_in_words(rank.text) in OF_OTHERS, rank.ended_at), default=None)
+
+
 def _failed_before(ranks: Sequence[RankRecord], gone: Sequence[NodeRecord]) -> bool:
     """Whether a rank recorded a failure whose cause is not that another rank had ended."""
-    failure = first_failure(ranks)
+    failure = _first_failure(ranks)
     if failure is None:
         return False
     return cause_in_words(failure.text) != LOST_CONNECTION
@@ -150,7 +159,7 @@ def _of_gone(outcome: Outcome, gone: Sequence[NodeRecord]) -> Ending:
 
 
 def _of_failure(outcome: Outcome, ranks: Sequence[RankRecord]) -> Ending:
-    failure = first_failure(ranks)
+    failure = _first_failure(ranks)
     if failure is None:
         return _without_failure(outcome, ranks)
     host = next(node.host for node in outcome.nodes if failure in node.ranks)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron.launch.protocol.heartbeat import RankStatus
-from megatron.launch.protocol.records import NodeRecord, first_failure, read_node
+from megatron.launch.protocol.records import NodeRecord, read_node
 
 # Agents report every second. After a failure elsewhere, a shorter silence is enough to count a node as lost.
 SILENCE_AFTER_FAILURE_SECONDS = 4.0
@@ -68,7 +68,9 @@ class NodeStates:
     @property
     def failed(self) -> bool:
         """Whether a rank or a node has failed."""
-        return any(record.gone or record.problem or first_failure(record.ranks) for record in self.records)
+        return any(
+            record.gone or record.problem or any(rank.failed for rank in record.ranks) for record in self.records
+        )
 
     @property
     def all_ready(self) -> bool:

@@ -119,6 +119,7 @@ CLOSED = "RuntimeError: Connection closed by peer [10.0.0.1]:4711"
         (outcome(node(0), node(1, gone=(RankRecord(1, 101, -9),))), True, ("host1",)),
         (outcome(node(0, 1, CLOSED), node(1, gone=(RankRecord(1, 101, -9),))), True, ("host1",)),
         (outcome(node(0), node(1, 1, "CUDA error: uncorrectable ECC", "exception")), True, ("host1",)),
+        (outcome(node(0, 1, CLOSED), node(1, 1, "CUDA error: device-side assert", "exception")), True, ("host1",)),
         (outcome(node(0), node(1, 1, CLOSED, "exception")), True, ()),
         (outcome(node(0), node(1, 1, f"error: {CLOSED}")), True, ()),
         (outcome(node(0), node(1), lost=(("host1", "", True),)), True, ("host1",)),

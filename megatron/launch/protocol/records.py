@@ -107,11 +107,6 @@ def write_json(path: Path, content: Any) -> None:
     partial.replace(path)
 
 
-def first_failure(records: Sequence[RankRecord]) -> RankRecord | None:
-    """The rank that failed first: the others usually fail because that rank is gone."""
-    return min((record for record in records if record.failed), key=lambda record: record.ended_at, default=None)
-
-
 def vanished(records: Sequence[RankRecord]) -> list[RankRecord]:
     """Ranks of this machine whose process has ended without a record: by a signal, or past Python (`os._exit`).
 
