@@ -32,9 +32,12 @@ class Outcome:
 
     @property
     def abandoned(self) -> tuple[tuple[str, int], ...]:
-        """Machine and number of the ranks whose node has not said that they ended."""
+        """Machine and number of the process of rank 0, which holds the lock of `save`, if its node has not said that
+        it ended; else nothing. The other ranks lock nothing, and all of them would not fit into a variable.
+        """
         open_ended = [node for node in self.nodes if node.code is None and not node.problem]
-        return tuple((node.machine, one.process) for node in open_ended for one in node.ranks if one.code is None)
+        ranks = [(node.machine, one) for node in open_ended for one in node.ranks]
+        return tuple((machine, one.process) for machine, one in ranks if one.rank == 0 and one.code is None)
 
     def hosts_of(self, ranks: Sequence[int]) -> tuple[str, ...]:
         """The hosts of ranks that have started, each once."""

@@ -165,10 +165,11 @@ def test_a_run_that_ends_itself_because_replicas_differ_met_an_accident_of_these
     assert corrupted_ranks(tmp_path, time.time()) == corrupted_ranks(None, before) == ()
 
 
-def test_ranks_are_abandoned_until_their_node_says_that_they_ended():
-    ended = outcome(node(0, machine="m0"), node(1, machine="m1"), node(2, 1, machine="m2"), node(3, machine="m3"))
-    ended = replace(ended, nodes=(*ended.nodes[:3], replace(ended.nodes[3], code=-15)))
-    assert ended.abandoned == (("m0", 100), ("m1", 101))
+def test_rank_0_is_abandoned_until_its_node_says_that_it_ended():
+    ended = outcome(node(0, machine="m0"), node(1, machine="m1"))
+    assert ended.abandoned == (("m0", 100),)
+    assert replace(ended, nodes=(replace(ended.nodes[0], code=-15), ended.nodes[1])).abandoned == ()
+    assert outcome(node(0, 1, machine="m0")).abandoned == ()
 
 
 def failed(*codes):

@@ -14,7 +14,7 @@ class Attempt:
 
     resumes: the run has saved since its first start, so it goes on from `save`, whatever `load` says.
     suspect_step: the step at which earlier attempts failed, whose batch is written out before the training begins.
-    abandoned: machine and number of each rank of earlier attempts that may still be there, on a node that is lost.
+    abandoned: machine and number of each rank 0 of earlier attempts that may still be there, on a node that is lost.
     """
 
     number: int = 1
