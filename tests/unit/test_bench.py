@@ -85,10 +85,11 @@ def test_the_memory_benchmark_knows_the_ranks_of_every_case():
 def test_a_step_that_was_disturbed_does_not_count_in_what_watching_costs_and_a_dear_place_does():
     quiet, logged = (1.0, 1.0), (1.0, 1.5)
     rounds = [[quiet, logged], [quiet, logged], [(1.0, 9.0), logged]]
-    figures = watching.figures_of(rounds, timed=0.3)
+    figures = watching.figures_of(rounds, timed=0.3, drawing=0.215)
     assert figures["ratio"] == 1.25 and figures["quartiles"] == [1.25, 5.25]
     assert figures["step_seconds"] == 1.0 and figures["rounds"] == 3
-    assert figures["timed_share"] == 0.05  # of six steps
+    assert figures["timed_share_of_panel"] == 0.01  # of all 21.5 s
+    assert figures["timed_share"] == 0.06  # and 0.05 of the six steps without
 
 
 @pytest.fixture
