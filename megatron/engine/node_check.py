@@ -14,12 +14,15 @@ import torch.distributed as dist
 
 from megatron.engine.distributed import start
 from megatron.errors import first_line
+from megatron.launch.protocol.heartbeat import Heartbeat
 from megatron.launch.protocol.node_check import (
     CANNOT_COMPUTE,
     CANNOT_CONNECT,
     CANNOT_TALK,
     CONNECT_SECONDS,
+    MULTIPLYING,
     TALK_SECONDS,
+    TALKING,
 )
 
 SIZE = 512
@@ -28,9 +31,12 @@ SIZE = 512
 def main(arguments: Sequence[str]) -> int:
     """Check what there is to check; returns the exit code."""
     backend = arguments[0] if arguments else None
+    heartbeat = Heartbeat.of_this_process()
+    heartbeat.beat(MULTIPLYING, 0)
     failure = CANNOT_COMPUTE
     try:
         _multiply(_device(backend))
+        heartbeat.beat(TALKING, 0)
         failure = CANNOT_CONNECT
         _store = _reach_first_rank()
         failure = CANNOT_TALK

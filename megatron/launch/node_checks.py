@@ -7,8 +7,9 @@ from pathlib import Path
 from megatron.config.schema.config import Config
 from megatron.launch.failure_report import Outcome, ending_of
 from megatron.launch.launchers.launcher import LaunchSpec, make_job
+from megatron.launch.protocol.heartbeat import NOT_BEGUN
 from megatron.launch.protocol.job import JobSpec
-from megatron.launch.protocol.node_check import CANNOT_COMPUTE, CANNOT_CONNECT, SCRIPT
+from megatron.launch.protocol.node_check import CANNOT_COMPUTE, CANNOT_CONNECT, MULTIPLYING, SCRIPT
 
 # Longer than any wait of the check itself, the imports of a slow file system included.
 CHECK_SECONDS = 300.0
@@ -52,4 +53,12 @@ def judged(outcome: Outcome, first: str) -> CheckResult:
         alone = len(unconnected) > 1 and len(unconnected) == len(outcome.nodes) - 1 and first not in unconnected
         return CheckResult({first: "no other node reaches it"} if alone else unconnected)
     gone = {node.host: ending.reason for node in outcome.nodes if node.gone}
-    return CheckResult(gone) if gone else CheckResult(problem=ending.reason)
+    stuck = {
+        node.host: f"rank {one.rank} hangs: {one.phase}"
+        for node in outcome.nodes
+        for one in reversed(node.statuses)
+        if one.phase in (NOT_BEGUN, MULTIPLYING)
+    }
+    # What ends or holds up the ranks of all nodes is the fault of none.
+    unfit = next((found for found in (gone, stuck) if 0 < len(found) < len(outcome.nodes)), {})
+    return CheckResult(unfit) if unfit else CheckResult(problem=ending.reason)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron.launch.failure_report import say
 from megatron.launch.protocol.heartbeat import RankStatus
 from megatron.launch.protocol.records import NodeRecord, read_node
 
@@ -12,6 +13,9 @@ from megatron.launch.protocol.records import NodeRecord, read_node
 SILENCE_AFTER_FAILURE_SECONDS = 4.0
 SILENCE_SECONDS = 20.0
 START_SECONDS = 90.0
+# After so long a silence this process asks whether the folder is to blame, and so long may it take to use it.
+DOUBT_SECONDS, SLOW_SECONDS = 2.0, 2.0
+PROBE = "probe"
 
 
 @dataclass
@@ -40,14 +44,37 @@ class NodeStates:
         """folder: where agents write their records. remote: nodes may be lost; else they are child processes."""
         self._folder, self._remote = folder, remote
         self._started = time.monotonic()
+        self._trouble_is_told = False
         self._nodes = [NodeState(host or f"node {number}", None, self._started) for number, host in enumerate(hosts)]
 
     def update(self) -> None:
-        """Read the records that have changed."""
+        """Read the records that have changed.
+
+        Where this process cannot use the folder either, because its disk is full or does not answer, that says nothing
+        about the nodes: none counts as silent, and no heartbeat ages.
+        """
+        began = time.monotonic()
         for number, node in enumerate(self._nodes):
             record = read_node(self._folder, number)
             if record is not None and (node.record is None or record.beat != node.record.beat):
                 node.record, node.changed_at, node.host = record, time.monotonic(), record.host
+        trouble = self._trouble(began)
+        if trouble:
+            for node in self._nodes:
+                node.changed_at = time.monotonic()
+        if trouble and not self._trouble_is_told:
+            say(f"whether the ranks still run is not known: {self._folder} {trouble}")
+        self._trouble_is_told = bool(trouble)
+
+    def _trouble(self, began: float) -> str:
+        """What is wrong with the folder, as far as this process notices since `began`; empty: nothing."""
+        try:
+            if any(node.silent_for(DOUBT_SECONDS) for node in self._nodes):
+                (self._folder / PROBE).write_text("agents write such files", encoding="utf-8")
+        except OSError as error:
+            return f"cannot be written to ({error.strerror})"
+        seconds = time.monotonic() - began
+        return f"did not answer for {seconds:.0f} s" if seconds > SLOW_SECONDS else ""
 
     @property
     def records(self) -> list[NodeRecord]:

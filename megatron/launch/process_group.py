@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import FrameType
 
@@ -44,8 +44,11 @@ def start_group(
     )
 
 
-def stop_group(leader: "subprocess.Popen[bytes]", grace: float) -> None:
-    """Terminate the group: SIGTERM, and SIGKILL after `grace` seconds, also to descendants outside the group."""
+def stop_group(leader: "subprocess.Popen[bytes]", grace: float, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Terminate the group: SIGTERM, and SIGKILL after `grace` seconds, also to descendants outside the group.
+
+    meanwhile: called again and again during the wait.
+    """
     try:
         descendants = psutil.Process(leader.pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -53,6 +56,7 @@ def stop_group(leader: "subprocess.Popen[bytes]", grace: float) -> None:
     if _signal_group(leader.pid, signal.SIGTERM):
         deadline = time.monotonic() + grace
         while time.monotonic() < deadline and (leader.poll() is None or _signal_group(leader.pid, 0)):
+            meanwhile()
             time.sleep(0.02)
         _signal_group(leader.pid, signal.SIGKILL)
     leader.wait()

@@ -120,7 +120,7 @@ class _Run:
         self._began_at = time.monotonic()
         self._saved_before = _saved(config)
         self._abandoned: tuple[tuple[str, int], ...] = ()
-        self._attempt_began_at = time.time()
+        self._events_before = 0  # the present attempt
 
     def until_it_ends(self, job: JobSpec) -> Ending:
         """Run `job`, the first attempt, and those after it; returns how the last one ended."""
@@ -135,20 +135,24 @@ class _Run:
             self._history.restarts += 1
             try:
                 ending, step = self._again(ending, step, wait)
-            except UserError as error:  # work was done, so that this is a failure of the run
-                say(str(error))
-                return Ending(FAILED, str(error))
+            except UserError as error:
+                ending, step = _unfit(str(error)), 0
         return ending
 
     def _run(self, launch: LaunchSpec, config: Config, job: JobSpec, seconds: float = float("inf")) -> Outcome:
-        self._attempt_began_at = time.time()
+        if self._log_folder is not None:
+            # Never fewer than before, as when the disk does not answer now.
+            self._events_before = max(self._events_before, len(read_events(self._log_folder)))
         return run_job(launch, config, job, self._log_folder, self._signals, self._events, seconds)
 
     def _told(self, outcome: Outcome) -> tuple[Ending, int]:
         """Report how an attempt ended; with the step in which it did."""
         self._abandoned += outcome.abandoned
         ending = report(outcome)
-        if ending.code == FAILED and (ranks := corrupted_ranks(self._log_folder, self._attempt_began_at)):
+        if ending.code == WRONG and self._history.restarts:
+            # The command and the input were right before, so that a node or a disk is not what it was.
+            ending = replace(ending, code=FAILED, is_accident=True)
+        if ending.code == FAILED and (ranks := corrupted_ranks(self._log_folder, self._events_before)):
             ending = replace(ending, is_accident=True, rank=ranks[0], hosts=outcome.hosts_of(ranks))
         return ending, outcome.step_of(ending.rank)
 
@@ -265,19 +269,14 @@ class _Run:
         return limit - (time.monotonic() - self._began_at) / 60
 
 
-def _told(outcome: Outcome) -> tuple[Ending, int]:
-    """Report how an attempt ended; with the step in which it did."""
-    ending = report(outcome)
-    return ending, outcome.step_of(ending.rank)
+def corrupted_ranks(log_folder: Path | None, before: int) -> tuple[int, ...]:
+    """The ranks whose weights were found to differ from their replicas' in an attempt.
 
-
-def corrupted_ranks(log_folder: Path | None, since: float) -> tuple[int, ...]:
-    """The ranks whose weights were found to differ from their replicas' in an attempt that began at `since`.
-
-    Such a run ends itself, but the fault is its machine's, and no checkpoint has it.
+    before: how many events had been recorded when it began; the clocks of two machines cannot tell. Such a run ends
+    itself, but the fault is its machine's, and no checkpoint has it.
     """
-    events = read_events(log_folder) if log_folder is not None else []
-    found = [event.details for event in events if event.kind == "replicas_differ" and event.time >= since]
+    events = read_events(log_folder)[before:] if log_folder is not None else []
+    found = [event.details for event in events if event.kind == "replicas_differ"]
     return tuple(found[-1].get("ranks", ())) if found else ()
 
 

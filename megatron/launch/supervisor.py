@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from megatron.launch.hang_reports import HangReports
 from megatron.launch.launchers.launcher import LaunchSpec
 from megatron.launch.node_states import SILENCE_AFTER_FAILURE_SECONDS, SILENCE_SECONDS, NodeState, NodeStates
 from megatron.launch.process_group import StopSignals, start_group, stop_group
-from megatron.launch.protocol.heartbeat import CONVERSING
+from megatron.launch.protocol.heartbeat import CONVERSING, NOT_BEGUN
 from megatron.launch.protocol.job import JobSpec, OrderBook, write_job
+from megatron.launch.protocol.node_check import MULTIPLYING, TALKING
 from megatron.launch.watchdog import Watchdog
 
 POLL_SECONDS = 0.02
@@ -36,6 +38,7 @@ GRACE_SECONDS = 5.0
 URGENT_GRACE_SECONDS = 0.5
 # The first heartbeat of a rank reaches this process after at most so long.
 FIRST_BEAT_SECONDS = 1.5
+PHASES_WITHOUT_STEPS = (CONVERSING, NOT_BEGUN, MULTIPLYING, TALKING)
 
 
 def run_job(
@@ -53,19 +56,21 @@ def run_job(
     Raises UserError before anything is started.
     """
     shared = (log_folder or Path.cwd()).resolve() if launch.remote else None
-    try:
-        # A node that was given up may still write there while the folder is removed.
-        run_folder = tempfile.TemporaryDirectory(
-            prefix=".deepy-" if shared else "deepy-", dir=shared, ignore_cleanup_errors=True
-        )
-    except OSError as error:
-        location = shared or "TMPDIR or /tmp"
-        raise UserError(
-            f"the folder of the run's status files cannot be made in {location}: {error.strerror}"
-        ) from error
-    with run_folder as folder:
-        write_job(Path(folder), job)
-        return Supervisor(launch, config, job, Path(folder), signals, events).run(seconds)
+    with ExitStack() as stack:
+        try:
+            # A node that was given up may still write there while the folder is removed.
+            run_folder = tempfile.TemporaryDirectory(
+                prefix=".deepy-" if shared else "deepy-", dir=shared, ignore_cleanup_errors=True
+            )
+            folder = Path(stack.enter_context(run_folder))
+            write_job(folder, job)
+            orders = OrderBook(folder)
+        except OSError as error:
+            location = shared or "TMPDIR or /tmp"
+            raise UserError(
+                f"the folder of the run's status files cannot be made in {location}: {error.strerror}"
+            ) from error
+        return Supervisor(launch, config, job, folder, orders, signals, events).run(seconds)
 
 
 class Supervisor:
@@ -77,12 +82,13 @@ class Supervisor:
         config: Config,
         job: JobSpec,
         folder: Path,
+        orders: OrderBook,
         signals: StopSignals,
         events: EventLog,
     ) -> None:
         self._launch, self._job, self._folder, self._signals = launch, job, folder, signals
         self._ends_hung_runs = config.launcher.watchdog_action == "end"
-        self._orders = OrderBook(folder)
+        self._orders = orders
         self._nodes = NodeStates(folder, job.hosts, launch.remote)
         watchdog = Watchdog(config.launcher.watchdog_timeout)
         self._hangs = HangReports(watchdog, self._nodes, self._request_stacks, job.log_folder, events, job.attempt)
@@ -170,7 +176,7 @@ class Supervisor:
     @property
     def _has_steps(self) -> bool:
         """Whether a rank can stop between two steps."""
-        return any(status.phase != CONVERSING for status in self._nodes.statuses)
+        return any(status.phase not in PHASES_WITHOUT_STEPS for status in self._nodes.statuses)
 
     def _hand_on_interrupts(self) -> None:
         """Give each Ctrl-C to rank 0, where it ends a text, and later the conversation."""

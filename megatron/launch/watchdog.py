@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable
 
-from megatron.launch.protocol.heartbeat import CONVERSING, RankStatus
+from megatron.launch.protocol.heartbeat import CONVERSING, NOT_BEGUN, RankStatus
 
 MEDIANS = 10
 LEAST_SECONDS = 300.0
 # Start-up, the first step (which may compile), a checkpoint and going back to one take long without a beat.
 PATIENT_SECONDS = 900.0
-PATIENT_PHASES = ("starting", "saving", "rewinding")
+PATIENT_PHASES = (NOT_BEGUN, "starting", "saving", "rewinding")
 
 
 class Watchdog:

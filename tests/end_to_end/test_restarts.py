@@ -124,6 +124,49 @@ def test_what_would_happen_again_and_what_was_wanted_is_not_restarted(folder, tm
     assert restarts(folder, "asked") == restarts(folder, "wrong") == []
 
 
+FAULTY = """
+import json, os, signal, subprocess
+from pathlib import Path
+from megatron.errors import UserError
+
+DEEPY_REGISTRY = {"hook": {"faulty": "faulty:build"}}
+TEMPORARY, MARK = Path(os.environ["TMPDIR"]), Path("refused")
+
+def build(run):
+    from megatron.training.hooks.base import Hook
+
+    number = json.loads(os.environ["DEEPY_ATTEMPT"])["number"]
+    if number > 1 and os.environ["RANK"] == "1" and not MARK.exists():
+        MARK.touch()
+        raise UserError("a disk is away")
+
+    class Faulty(Hook):
+        def after_step(self, step):
+            if step.state.step == 8 and number == 1 and os.environ["RANK"] == "1":
+                away = TEMPORARY.with_name("away")
+                TEMPORARY.rename(away)
+                # In the background of another session: a descendant, or a process of this group, would end with the rank.
+                later = f"(sleep 3; mv {away} {TEMPORARY}) >/dev/null 2>&1 &"
+                subprocess.run(["sh", "-c", later], start_new_session=True, check=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return {}
+
+    return Faulty()
+"""
+
+
+@pytest.mark.long
+def test_disks_that_are_away_for_a_while_after_the_first_start_are_waited_for(folder, tmp_path, monkeypatch):
+    (folder / "faulty.py").write_text(FAULTY)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    words = ("save=faulty", "plugins=[slow, faulty]", "num_gpus=2", "max_restarts=9")
+    done = run(folder, "deepy.py", "train.py", "small", *words)
+    assert "the folder of the run's status files cannot be made in TMPDIR or /tmp: No such file" in done.stderr
+    assert "a disk is away" in restarts(folder, "faulty")[-1].text
+    assert_same_end(folder, "faulty")
+
+
 @pytest.fixture
 def three(folder, tmp_path, monkeypatch):
     """Three hosts, of which the third is a spare, and the keys to them."""

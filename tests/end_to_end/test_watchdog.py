@@ -61,7 +61,8 @@ def test_a_rank_that_is_stopped_is_named_and_the_run_ended(folder):
     assert "in train_steps" in (logs / "stacks_rank_0.txt").read_text()
     hang, failure = read_events(logs)[-2:]
     assert (hang.kind, hang.details["rank"] in range(4), hang.details["seconds"] >= 5) == ("hang", True, True)
-    assert hang.step == steps_done(folder / "run") + 1 and "rank 2 is stopped by a signal" in hang.text
+    # The rank that waited for longest is in the step that rank 0 has counted, or in the next one.
+    assert hang.step - steps_done(folder / "run") in (0, 1) and "rank 2 is stopped by a signal" in hang.text
     assert (failure.kind, failure.details) == ("failure", {"code": 1}) and "the run hung" in failure.text
     assert not [process for process in ranks if is_running(process)]
 

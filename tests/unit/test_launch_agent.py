@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
 
 from megatron.launch.launchers.launcher import AGENT
-from megatron.launch.protocol.job import JobSpec, write_job
+from megatron.launch.protocol.heartbeat import NOT_BEGUN
+from megatron.launch.protocol.job import JobSpec, OrderBook, write_job
+from megatron.launch.protocol.records import process_state, read_node
 
 
 @pytest.fixture
@@ -68,3 +71,43 @@ def test_a_working_folder_that_is_missing_on_a_node_is_named(tmp_path, job):
     assert code == 1
     assert "the working folder /no/such/folder cannot be entered (No such file or directory)" in said
     assert "Traceback" not in said
+
+
+STUBBORN = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(600)
+"""
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_an_agent_reports_ranks_before_their_first_beat_and_while_it_ends_them(tmp_path, job):
+    """A rank that hangs while it imports is seen; one that was ended did not vanish; ending ranks is no silence."""
+    script = tmp_path / "train.py"
+    script.write_text(STUBBORN)
+    write_job(tmp_path, replace(job, hosts=("here",), slots=((0, 1),), script=str(script), remote=False))
+    orders = OrderBook(tmp_path)
+    with subprocess.Popen([sys.executable, "-P", AGENT, tmp_path, "--node", "0"]) as process:
+        try:
+            wait_for(lambda: read_node(tmp_path, 0) is not None)
+            (tmp_path / "job.json").unlink()  # as a cleaner of /tmp does after days
+            orders.give(start=True)
+            wait_for(lambda: len(read_node(tmp_path, 0).ranks) == 2)
+            seen = read_node(tmp_path, 0).statuses
+            assert [(one.rank, one.step, one.phase) for one in seen] == [(0, 0, NOT_BEGUN), (1, 0, NOT_BEGUN)]
+            assert 0 < seen[0].age < 60
+            time.sleep(0.5)  # they ignore SIGTERM now
+            beats = read_node(tmp_path, 0).beat
+            orders.give(end=3.0)
+            wait_for(lambda: read_node(tmp_path, 0).code is not None)
+            last = read_node(tmp_path, 0)
+            assert (last.beat >= beats + 3, last.gone) == (True, ())
+            wait_for(lambda: all(process_state(one.process) in "ZX?" for one in last.ranks))
+        finally:
+            process.kill()

@@ -1,6 +1,5 @@
 """When a run starts again, on which nodes and under which layout, without processes."""
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -14,8 +13,8 @@ from megatron.launch.launchers.launcher import LaunchSpec
 from megatron.launch.node_checks import CheckResult, judged
 from megatron.launch.planning import plan_of_ranks
 from megatron.launch.protocol.attempt import ATTEMPT, Attempt
-from megatron.launch.protocol.heartbeat import RankStatus
-from megatron.launch.protocol.node_check import CANNOT_COMPUTE, CANNOT_CONNECT, CANNOT_TALK
+from megatron.launch.protocol.heartbeat import NOT_BEGUN, RankStatus
+from megatron.launch.protocol.node_check import CANNOT_COMPUTE, CANNOT_CONNECT, CANNOT_TALK, MULTIPLYING, TALKING
 from megatron.launch.protocol.records import NodeRecord, RankRecord, RankStacks
 from megatron.launch.restarting import History, corrupted_ranks
 from megatron.launch.rollcall import culprits
@@ -158,11 +157,11 @@ def test_those_on_whom_the_others_wait_are_the_culprits_of_a_hang():
 
 
 def test_a_run_that_ends_itself_because_replicas_differ_met_an_accident_of_these_ranks(tmp_path):
-    before = time.time()
+    EventLog(tmp_path).record("start", "a random model")
     EventLog(tmp_path).record("replicas_differ", "replicas differ", 6, ranks=[3, 5])
     EventLog(tmp_path).record("checkpoint", "saved", 7)
-    assert corrupted_ranks(tmp_path, before) == (3, 5)
-    assert corrupted_ranks(tmp_path, time.time()) == corrupted_ranks(None, before) == ()
+    assert corrupted_ranks(tmp_path, 0) == corrupted_ranks(tmp_path, 1) == (3, 5)
+    assert corrupted_ranks(tmp_path, 2) == corrupted_ranks(tmp_path, 9) == corrupted_ranks(None, 0) == ()
 
 
 def test_rank_0_is_abandoned_until_its_node_says_that_it_ended():
@@ -170,6 +169,10 @@ def test_rank_0_is_abandoned_until_its_node_says_that_it_ended():
     assert ended.abandoned == (("m0", 100),)
     assert replace(ended, nodes=(replace(ended.nodes[0], code=-15), ended.nodes[1])).abandoned == ()
     assert outcome(node(0, 1, machine="m0")).abandoned == ()
+
+
+def checking(number, phase):
+    return node(number, statuses=(RankStatus(number, 0, phase, 299.0, None),))
 
 
 def failed(*codes):
@@ -190,14 +193,25 @@ def failed(*codes):
             outcome(node(0), node(1, gone=(RankRecord(1, 101, -11),))),
             {"host1": "rank 1 on host1 was ended by SIGSEGV: a crash in compiled code"},
         ),
+        (outcome(checking(0, TALKING), checking(1, MULTIPLYING), hung=True), {"host1": "rank 1 hangs: multiplying"}),
+        (outcome(node(0, CANNOT_TALK), checking(1, NOT_BEGUN)), {"host1": "rank 1 hangs: before the start"}),
     ],
 )
 def test_a_check_names_the_nodes_that_are_not_fit(ended, unfit):
     assert judged(ended, "host0") == CheckResult(unfit)
 
 
-def test_a_check_that_fails_everywhere_blames_nobody():
-    assert judged(failed(CANNOT_TALK, CANNOT_TALK), "host0") == CheckResult(problem=f"why {CANNOT_TALK}")
+@pytest.mark.parametrize(
+    "ended",
+    [
+        failed(CANNOT_TALK, CANNOT_TALK),
+        outcome(checking(0, TALKING), checking(1, TALKING), hung=True),
+        outcome(checking(0, MULTIPLYING), checking(1, MULTIPLYING), hung=True),
+        outcome(node(0, gone=(RankRecord(0, 100, -6),)), node(1, gone=(RankRecord(1, 101, -6),))),
+    ],
+)
+def test_a_check_that_fails_everywhere_blames_nobody(ended):
+    assert judged(ended, "host0") == CheckResult(problem=ending_of(ended).reason)
 
 
 def test_a_rank_knows_its_attempt_and_its_logs(monkeypatch):

@@ -6,12 +6,14 @@ import time
 import pytest
 
 from megatron.errors import UserError
+from megatron.launch import node_states
 from megatron.launch.failure_causes import cause_in_words, death_in_words
 from megatron.launch.node.network import interface_towards
+from megatron.launch.node_states import NodeStates
 from megatron.launch.process_group import StopSignals
 from megatron.launch.protocol.environment import forwarded_environment
 from megatron.launch.protocol.heartbeat import Heartbeat, RankStatus, read_rank_status
-from megatron.launch.protocol.records import RankStacks
+from megatron.launch.protocol.records import NodeRecord, RankStacks, write_node
 from megatron.launch.rollcall import roll_call
 from megatron.launch.watchdog import Watchdog
 
@@ -82,6 +84,39 @@ def test_the_watchdog_reports_the_rank_that_is_silent_for_longest_once_for_each_
     assert dog.find_hung_rank(hanging) == hanging[1]
     assert dog.find_hung_rank(hanging) is None
     assert dog.find_hung_rank([status(0, step=1202, age=7.0)]) is not None
+
+
+def test_a_node_is_not_lost_while_nothing_can_be_written_where_it_reports(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(node_states, "DOUBT_SECONDS", 0.0)
+    write_node(tmp_path, NodeRecord(0, "far", beat=1, statuses=(status(age=1.0),)))
+    nodes = NodeStates(tmp_path, ["far"], remote=True)
+    nodes.update()
+
+    def are_lost_after(seconds):
+        time.sleep(seconds)
+        nodes.update()
+        return [node.host for node in nodes.lost(seconds / 2)]
+
+    assert are_lost_after(0.1) == ["far"]
+    (tmp_path / node_states.PROBE).unlink()
+    (tmp_path / node_states.PROBE).symlink_to("/dev/full")
+    assert are_lost_after(0.1) == are_lost_after(0.1) == []
+    assert nodes.statuses[0].age == pytest.approx(1.0, abs=0.05)
+    assert capsys.readouterr().err.count("cannot be written to (No space left on device)") == 1
+    (tmp_path / node_states.PROBE).unlink()
+    assert are_lost_after(0.1) == ["far"]
+
+
+def test_a_node_is_not_lost_because_its_record_took_long_to_read(tmp_path, monkeypatch, capsys):
+    write_node(tmp_path, NodeRecord(0, "far", beat=1))
+    nodes = NodeStates(tmp_path, ["far"], remote=True)
+    nodes.update()
+    time.sleep(0.1)
+    assert nodes.lost(0.05)
+    monkeypatch.setattr(node_states, "SLOW_SECONDS", -1.0)  # any reading takes longer
+    nodes.update()
+    assert not nodes.lost(0.05)
+    assert "did not answer for 0 s" in capsys.readouterr().err
 
 
 def test_a_heartbeat_is_read_by_others_and_ages(tmp_path):

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -34,8 +34,15 @@ from megatron.launch.node import rank  # noqa: E402
 from megatron.launch.node.network import free_port, interface_towards  # noqa: E402
 from megatron.launch.process_group import StopSignals, start_group, stop_group  # noqa: E402
 from megatron.launch.protocol.environment import rank_environment  # noqa: E402
-from megatron.launch.protocol.heartbeat import RUN_FOLDER, STACKS, read_rank_status  # noqa: E402
-from megatron.launch.protocol.job import JOB, JobSpec, read_job, read_orders  # noqa: E402
+from megatron.launch.protocol.heartbeat import (  # noqa: E402
+    NOT_BEGUN,
+    RUN_FOLDER,
+    SCRIPTS_WITH_HEARTBEATS,
+    STACKS,
+    RankStatus,
+    read_rank_status,
+)
+from megatron.launch.protocol.job import JOB, ORDERS, JobSpec, read_job, read_orders  # noqa: E402
 from megatron.launch.protocol.records import (  # noqa: E402
     NodeRecord,
     RankRecord,
@@ -73,6 +80,8 @@ class Agent:
         host = job.hosts[node] if job.hosts[node] else os.uname().nodename
         self._record = NodeRecord(node, host, os.uname().nodename)
         self._written_at = 0.0
+        self._started_at = float("inf")  # when the ranks were, on the monotonic clock
+        self._ends_ranks = False  # those that vanish from now on did not do so by themselves
         self._parent, self._connected = os.getppid(), connected
         self._asked_to_stop = False
         self._interrupts = 0
@@ -90,6 +99,7 @@ class Agent:
             return
         stdin = subprocess.DEVNULL if self._connected else None
         group = start_group(command, environment, if_parent_dies=signal.SIGKILL, stdin=stdin)
+        self._started_at = time.monotonic()
         grace = GRACE_SECONDS
         try:
             while group.poll() is None:
@@ -97,6 +107,7 @@ class Agent:
                 orders = read_orders(self._folder)
                 if orders.end is not None or signals.urgent or self._launcher_is_gone():
                     grace = GRACE_SECONDS if orders.end is None else orders.end
+                    self._ends_ranks = True
                     break
                 if orders.stop is not None:
                     self._stop_at_step_boundary(signal.Signals[orders.stop])
@@ -111,10 +122,12 @@ class Agent:
         finally:
             if self._record.ranks and not self._running():
                 # DeepSpeed's launcher is about to exit by itself; a signal now would change its exit code.
-                with suppress(subprocess.TimeoutExpired):
-                    group.wait(EXIT_SECONDS)
+                deadline = time.monotonic() + EXIT_SECONDS
+                while group.poll() is None and time.monotonic() < deadline:
+                    self._beat()
+                    time.sleep(POLL_SECONDS)
             if group.poll() != 0:
-                stop_group(group, grace)
+                stop_group(group, grace, self._beat)
         self._update_record()
         self._write(code=group.returncode)
         if self._launcher_is_gone():  # without having removed its folder, which may hold secrets
@@ -126,8 +139,9 @@ class Agent:
         if os.getppid() != self._parent:
             return True
         with suppress(OSError):  # of a file system that is unavailable for a while
-            # deepy.py removes its folder when it ends, and where it has given this node up.
-            return not (self._folder / JOB).exists()
+            # deepy.py removes its folder when it ends, and where it has given this node up. Not the job tells, which
+            # nobody reads again: after ten days systemd removes such a file from /tmp.
+            return not (self._folder / ORDERS).exists()
         return False
 
     def _prepare(self, signals: StopSignals) -> tuple[list[str], dict[str, str]]:
@@ -178,7 +192,7 @@ class Agent:
     def _update_record(self) -> None:
         """Write changes of the ranks into the node's record, and a beat every second."""
         ranks = read_ranks(self._local)
-        gone = self._record.gone or tuple(vanished(ranks))
+        gone = self._record.gone or (() if self._ends_ranks else tuple(vanished(ranks)))
         if tuple(ranks) == self._record.ranks and gone == self._record.gone:
             self._beat()
             return
@@ -196,18 +210,28 @@ class Agent:
 
     def _write(self, **changes: object) -> None:
         self._record = replace(self._record, **changes, beat=self._record.beat + 1)  # type: ignore[arg-type]
-        beats = (read_rank_status(self._local, record.rank) for record in self._record.ranks)
-        statuses = [beat for beat in beats if beat is not None]
-        running = {record.rank for record in self._running()}
+        statuses = list(self._read_statuses())
+        ended = {record.rank for record in self._record.ranks} - {record.rank for record in self._running()}
         self._record = replace(
             self._record,
-            statuses=tuple(one for one in statuses if one.rank in running),
+            statuses=tuple(one for one in statuses if one.rank not in ended),
             steps={str(one.rank): one.step for one in statuses},
         )
         # A file system that is full or unavailable for a while must not end the ranks.
         with suppress(OSError):
             write_node(self._folder, self._record)
         self._written_at = time.monotonic()
+
+    def _read_statuses(self) -> Iterator[RankStatus]:
+        """The last beats of all ranks, and where every rank has some, what precedes them: it may hang there too."""
+        first = self._job.first_rank(self._record.node)
+        awaited = Path(self._job.script).name in SCRIPTS_WITH_HEARTBEATS and self._started_at < time.monotonic()
+        for rank_number in range(first, first + len(self._job.slots[self._record.node])):
+            status = read_rank_status(self._local, rank_number)
+            if status is None and awaited:
+                status = RankStatus(rank_number, 0, NOT_BEGUN, time.monotonic() - self._started_at, None)
+            if status is not None:
+                yield status
 
     def _running(self) -> list[RankRecord]:
         gone = {record.rank for record in self._record.gone}
@@ -221,15 +245,22 @@ class Agent:
             self._signal(ready, number)
 
     def _gather_stacks(self, request: int) -> None:
-        before = {record.rank: stacks_file(self._local, record.rank).stat().st_size for record in self._running()}
+        before = {record.rank: len(self._stacks_so_far(record.rank)) for record in self._running()}
         self._signal(self._running(), STACKS)
         time.sleep(STACKS_SECONDS)
-        stacks = []
-        for record in self._running():
-            with stacks_file(self._local, record.rank).open(encoding="utf-8", errors="replace") as file:
-                file.seek(before[record.rank])
-                stacks.append(RankStacks(record.rank, process_state(record.process), file.read()))
+        texts = {rank: self._stacks_so_far(rank)[length:].decode(errors="replace") for rank, length in before.items()}
+        stacks = [
+            RankStacks(record.rank, process_state(record.process), texts[record.rank])
+            for record in self._running()
+            if record.rank in texts
+        ]
         self._write(stacks=tuple(stacks), stacks_round=request)
+
+    def _stacks_so_far(self, rank_number: int) -> bytes:
+        try:
+            return stacks_file(self._local, rank_number).read_bytes()
+        except OSError:  # as after a cleaner of /tmp
+            return b""
 
     def _signal(self, ranks: Sequence[RankRecord], number: signal.Signals) -> None:
         for record in ranks:

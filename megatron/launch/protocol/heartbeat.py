@@ -16,6 +16,10 @@ RUN_FOLDER = "DEEPY_RUN_FOLDER"
 STACKS = signal.SIGUSR2
 # The phase in which rank 0 waits for a person: it takes each Ctrl-C itself, and may wait for as long as it likes.
 CONVERSING = "conversing"
+# What an agent reports of a rank that has no heartbeat yet, because it imports modules and opens files. Only of
+# scripts in which every rank has one soon.
+NOT_BEGUN = "before the start"
+SCRIPTS_WITH_HEARTBEATS = ("train.py", "node_check.py")
 _LAYOUT = struct.Struct("<qdd32s")  # step, monotonic time of the beat, median step in seconds (0: none yet), phase
 
 

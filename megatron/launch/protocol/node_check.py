@@ -8,5 +8,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).resolve().parents[2] / "engine" / "node_check.py"
 # What a rank could not do. In this order: each needs those before it.
 CANNOT_COMPUTE, CANNOT_CONNECT, CANNOT_TALK = 3, 4, 5
+# The phases of its heartbeats.
+MULTIPLYING, TALKING = "multiplying", "talking"
 # A rank that cannot reach rank 0 says so before those that wait for it give up.
 CONNECT_SECONDS, TALK_SECONDS = 30, 90
