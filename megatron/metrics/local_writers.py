@@ -133,21 +133,24 @@ def tensorboard(settings: WriterSettings) -> Tensorboard | None:
 
 
 def _set_later_steps_aside(path: Path, first_step: int, step_of: Callable[[bytes], int | None]) -> None:
-    """If `path` holds steps that will be trained again, or other lines, rename it and keep the earlier steps only."""
+    """Move steps that will be trained again, and lines that are no metrics, from `path` to a file beside it."""
     if not path.is_file():  # a device or a pipe has no earlier steps
         return
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if (step := step_of(line)) is not None and step <= first_step]
+    steps = [step_of(line) for line in lines]
+    kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= first_step]
     if len(kept) == len(lines):
         return
+    moved = [line for line, step in zip(lines, steps, strict=True) if step is None or not 0 <= step <= first_step]
     number = 1
     while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1
     with replaced_when_complete(path, "wb") as file:
         file.write(b"".join(kept))
         file.flush()
-        path.rename(aside)  # only when the other is written, so that a full disk loses nothing
-    log.info("%s continues from step %d; its previous content is in %s", path, first_step, aside.name)
+        with replaced_when_complete(aside, "wb") as other:  # before `path` changes, so that a full disk loses nothing
+            other.write(b"".join(moved))
+    log.info("%s continues from step %d; what it had of later steps is in %s", path, first_step, aside.name)
 
 
 def _step_of_object(line: bytes) -> int | None:

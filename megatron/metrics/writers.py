@@ -13,9 +13,10 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,10 +212,46 @@ class MetricWriters:
         self.events.record("writer", text, self._step, writer=outlet.name, failed=failed)
 
 
-def open_writers(settings: WriterSettings, events: EventLog | None = None) -> MetricWriters:
-    """The writers of the registry that the configuration asks for. Raises UserError where one cannot be used at all."""
-    built = [(name, registry.resolve("metric_writer", name)(settings)) for name in registry.names("metric_writer")]
-    outlets = [Outlet(name, writer) for name, writer in built if writer is not None]
+class _LaterWriter(MetricWriter):
+    """A writer that could not be made when a run went back: `open` makes it, once that is possible."""
+
+    def __init__(self, make: Callable[[], MetricWriter]) -> None:
+        self._make = make
+        self._writer: MetricWriter | None = None
+
+    def open(self) -> None:
+        """Make the writer, or open it again."""
+        self._writer = self._writer or self._make()
+        self._writer.open()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """As the writer does."""
+        assert self._writer is not None  # `open` comes before
+        self._writer.write(step, values)
+
+    def close(self) -> None:
+        """As the writer does, if there is one."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def open_writers(settings: WriterSettings, events: EventLog | None = None, *, is_again: bool = False) -> MetricWriters:
+    """The writers of the registry that the configuration asks for.
+
+    is_again: the run has had them before, and goes on where one cannot be used now, as on a full disk: it is retried.
+    Raises UserError otherwise.
+    """
+    outlets = []
+    for name in registry.names("metric_writer"):
+        make = partial(registry.resolve("metric_writer", name), settings)
+        try:
+            writer = make()
+        except UserError:
+            if not is_again:
+                raise
+            writer = _LaterWriter(make)
+        if writer is not None:
+            outlets.append(Outlet(name, writer))
     return MetricWriters(outlets, events or EventLog())
 
 

@@ -50,7 +50,7 @@ def train_steps(
                 state = back
                 batches = _watched(rewinding.read_batches(state), hooks)
                 writers.close()
-                writers = rewinding.new_writers(state.step)
+                writers = rewinding.open_writers(state.step)
                 closing.callback(writers.close)
     return state
 

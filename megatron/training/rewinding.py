@@ -7,7 +7,6 @@ from pathlib import Path
 
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.store import checkpoint_before, load_checkpoint
-from megatron.errors import UserError
 from megatron.hugging_face.published import base_of_adapters
 from megatron.metrics.writers import MetricWriters
 from megatron.training.hooks.base import Hook, MicroBatches, Run
@@ -61,14 +60,6 @@ class Rewinding:
             for hook in self.hooks:
                 hook.rewound(back)
         return back
-
-    def new_writers(self, first_step: int) -> MetricWriters:
-        """Writers of metrics for the steps after `first_step`; none, with a warning, where one cannot be opened now."""
-        try:
-            return self.open_writers(first_step)
-        except UserError as error:
-            log.warning("metrics are no longer recorded: %s", error)
-            return MetricWriters()
 
     def _report(
         self, spike: Spike, state: TrainState, back: TrainState, checkpoint: Path, of_spike: Sequence[int]

@@ -145,7 +145,7 @@ def build(run):
             if step.state.step == 8 and number == 1 and os.environ["RANK"] == "1":
                 away = TEMPORARY.with_name("away")
                 TEMPORARY.rename(away)
-                # In the background of another session: a descendant, or a process of this group, would end with the rank.
+                # In another session, and no child of a rank, with which it would end.
                 later = f"(sleep 3; mv {away} {TEMPORARY}) >/dev/null 2>&1 &"
                 subprocess.run(["sh", "-c", later], start_new_session=True, check=True)
                 os.kill(os.getpid(), signal.SIGKILL)

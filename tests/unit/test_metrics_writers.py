@@ -32,8 +32,8 @@ def settings(folder: Path | None, first_step: int = 0, **keys: object) -> Writer
     return WriterSettings(LoggingKeys(**keys), folder, first_step, {"num_layers": 2})
 
 
-def rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+def rows(folder: Path, name: str = METRICS_FILE) -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 def write(target: WriterSettings, *steps: int) -> None:
@@ -83,7 +83,7 @@ def test_steps_that_are_trained_again_are_set_aside_and_not_lost(tmp_path):
     assert [row["step"] for row in rows(tmp_path)] == [1]
     aside = sorted(path.name for path in tmp_path.iterdir() if path.name != METRICS_FILE)
     assert aside == ["metrics.1.jsonl", "metrics.2.jsonl"]
-    assert len((tmp_path / "metrics.1.jsonl").read_text().splitlines()) == 4
+    assert [[row["step"] for row in rows(tmp_path, name)] for name in aside] == [[3, 4], [1, 2, 3]]
 
 
 def test_steps_that_cannot_be_set_aside_stay_where_they_are(tmp_path, monkeypatch):
@@ -92,6 +92,22 @@ def test_steps_that_cannot_be_set_aside_stay_where_they_are(tmp_path, monkeypatc
     with pytest.raises(UserError, match="cannot be written"):
         write(settings(tmp_path, first_step=1), 2)
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
+
+
+def test_a_run_that_goes_back_on_a_full_disk_sets_steps_aside_once_there_is_room(tmp_path):
+    write(settings(tmp_path), 1, 2, 3)
+    blocked = tmp_path / f"{METRICS_FILE}.partial"
+    blocked.mkdir()
+    told = []
+    writers = open_writers(settings(tmp_path, first_step=1), EventLog(listeners=[told.append]), is_again=True)
+    writers.write(2, step(2))
+    assert [event.details["failed"] for event in told] == [True]
+    blocked.rmdir()
+    writers.write(3, step(3))
+    writers.close()
+    assert [event.details["failed"] for event in told] == [True, False]
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
+    assert [row["step"] for row in rows(tmp_path, "metrics.1.jsonl")] == [2, 3]
 
 
 def test_a_line_that_a_crash_cut_short_does_not_stop_the_next_run(tmp_path):
@@ -412,10 +428,9 @@ def test_lines_that_are_no_metrics_are_set_aside_and_not_lost(tmp_path, foreign)
     write(settings(tmp_path), 1)
     with (tmp_path / METRICS_FILE).open("ab") as file:
         file.write(foreign)
-    before = (tmp_path / METRICS_FILE).read_bytes()
     write(settings(tmp_path, first_step=1), 2)
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
-    assert (tmp_path / "metrics.1.jsonl").read_bytes() == before
+    assert (tmp_path / "metrics.1.jsonl").read_bytes() == foreign
 
 
 def test_a_service_is_told_once_that_a_run_has_ended():
