@@ -123,7 +123,10 @@ class Rerun:
         if before is None:
             source = facts.get("remote") or facts["folder"]
             lines += [f"git clone --quiet --no-checkout {_quoted(source)} {self._new_code}", f"cd {self._new_code}"]
-        lines += [f"git checkout --quiet --force --detach {facts['commit']}"]
+        commit, folder = facts["commit"], _quoted(facts["folder"])
+        if facts.get("remote"):  # to which the commit may never have been pushed
+            lines += [f"git cat-file -e {commit} 2>/dev/null || git fetch --quiet {folder} {commit}"]
+        lines += [f"git checkout --quiet --force --detach {commit}"]
         if facts.get("patch"):
             patch = _quoted(start.folder.resolve() / PATCH)
             lines += [f"git apply --index {patch}  # {facts['changed_files']} changed files"]

@@ -54,6 +54,11 @@ class Terminal:
     def press(self, keys: str) -> None:
         os.write(self.reader, keys.encode())
 
+    def interrupt(self) -> None:
+        """Press Ctrl-C at a prompt. Between showing it and waiting for keys, CPython's readline would miss the signal."""
+        time.sleep(0.5)
+        self.press(CTRL_C)
+
     def wait_for(self, text: str, more: int = 0) -> str:
         """What is shown up to `text` and at least so many characters more, from where the last wait ended."""
         deadline = time.monotonic() + PATIENCE
@@ -103,7 +108,7 @@ def test_at_a_terminal_a_second_ctrl_c_ends_the_conversation(folder):
         terminal.wait_for(">>> ")
         terminal.press("half a line")
         terminal.wait_for("half a line")  # Ctrl-C would throw away what the command has not read yet
-        terminal.press(CTRL_C)
+        terminal.interrupt()
         terminal.wait_for("Ctrl-C once more ends")
         terminal.wait_for(">>> ")
         terminal.press("two\n")
@@ -112,7 +117,7 @@ def test_at_a_terminal_a_second_ctrl_c_ends_the_conversation(folder):
         terminal.wait_for("lines;;\r\n", more=50)
         terminal.press(CTRL_C)
         terminal.wait_for(">>> ")
-        terminal.press(CTRL_C)
+        terminal.interrupt()
         assert terminal.end() == 0, terminal.seen
 
 

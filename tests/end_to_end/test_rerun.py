@@ -20,14 +20,22 @@ CHANGE = ("megatron/optimizers/schedules.py", "\n\n_learning_rate = learning_rat
 
 @pytest.fixture
 def code(tmp_path) -> Path:
-    """The code of this test in a repository of its own, with a change that is not committed."""
+    """The code of this test in a repository of its own, with a commit not pushed and a change not committed."""
     folder = tmp_path / "code"
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "megatron", folder / "megatron", ignore=ignored)
     for script in ROOT.glob("*.py"):
         shutil.copy(script, folder)
     git = ["git", "-C", str(folder), "-c", "user.name=us", "-c", "user.email=us@example.org"]
-    for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "all"]):
+    remote = str(tmp_path / "remote")
+    for words in (
+        ["init", "--quiet"],
+        ["add", "."],
+        ["commit", "--quiet", "-m", "all"],
+        ["clone", "--quiet", "--bare", str(folder), remote],
+        ["remote", "add", "origin", remote],
+        ["commit", "--quiet", "--allow-empty", "-m", "not pushed"],
+    ):
         subprocess.run([*git, *words], check=True)
     with (folder / CHANGE[0]).open("a") as file:
         file.write(CHANGE[1])
