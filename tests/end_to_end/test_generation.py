@@ -55,7 +55,7 @@ class Terminal:
         os.write(self.reader, keys.encode())
 
     def interrupt(self) -> None:
-        """Press Ctrl-C at a prompt. Between showing it and waiting for keys, CPython's readline would miss the signal."""
+        """Press Ctrl-C at a prompt: between showing it and waiting for keys, CPython's readline would miss it."""
         time.sleep(0.5)
         self.press(CTRL_C)
 

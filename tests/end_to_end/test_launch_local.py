@@ -17,6 +17,7 @@ import pytest
 
 from megatron.launch.main import main
 from megatron.launch.protocol.environment import environment_line, rank_environment
+from tests.end_to_end.processes import is_running
 
 ROOT = Path(__file__).parents[2]
 SHAPE = """
@@ -68,13 +69,6 @@ def start(tmp_path):
 def finish(process):
     out, err = process.communicate(timeout=60)
     return process.returncode, out, err
-
-
-def is_running(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def hanging_processes(folder: Path, ranks: int) -> list[int]:
