@@ -131,7 +131,7 @@ def test_what_went_wrong_and_what_was_left_out_is_recorded(folder, rewound):
     # every step has one line of metrics, and what was recorded on the way that was given up is kept aside
     assert list(losses(folder / "rewound")) == list(range(1, STEPS + 1))
     aside = json_lines(folder / "rewound" / "logs" / "metrics.1.jsonl")
-    assert [line["step"] for line in aside] == list(range(1, back.step + 1))
+    assert [line["step"] for line in aside] == list(range(41, back.step + 1))
     for step in (40, 50, 60):  # the one gone back to as well: a run that is killed now resumes past the poison
         progress = json.loads((folder / "rewound" / f"global_step{step}" / "progress.json").read_text())
         assert progress["skipped_samples"] == [[320, end]]

@@ -146,7 +146,7 @@ def build(run):
                 away = TEMPORARY.with_name("away")
                 TEMPORARY.rename(away)
                 # In another session, and no child of a rank, with which it would end.
-                later = f"(sleep 3; mv {away} {TEMPORARY}) >/dev/null 2>&1 &"
+                later = f"(sleep 10; mv {away} {TEMPORARY}) >/dev/null 2>&1 &"
                 subprocess.run(["sh", "-c", later], start_new_session=True, check=True)
                 os.kill(os.getpid(), signal.SIGKILL)
             return {}
