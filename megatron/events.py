@@ -4,6 +4,7 @@ The launcher and rank 0 append to the same file, each line in one write. Imports
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -47,12 +48,21 @@ class EventLog:
         self._listeners.append(listener)
 
     def record(self, kind: Kind, text: str, step: int | None = None, **details: Any) -> None:
-        """Record what has just happened. A file that cannot be written is warned of once, until it can be again."""
-        event = Event(kind, text, step, time.time(), details)
+        """Record what has just happened. A file that cannot be written is warned of once, until it can be again.
+
+        NaN and infinity in `details` become null, as JSON has none.
+        """
+        event = Event(kind, text, step, time.time(), {name: _as_json(value) for name, value in details.items()})
         if self._file is not None:
             self._file.append(json.dumps(asdict(event)) + "\n")
         for listener in self._listeners:
             listener(event)
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return [_as_json(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def read_events(folder: Path) -> list[Event]:

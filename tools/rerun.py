@@ -22,7 +22,7 @@ from megatron.training.data_fingerprint import compare_fingerprints, fingerprint
 
 
 def main() -> int:
-    """Print the script; returns 0, or 1 if it could not run here."""
+    """Print the script; returns 0, or 1 if it could not run here, or would make another run."""
     arguments = _parser().parse_args()
     starts = find_starts(arguments.run)
     into = arguments.into or Path(f"rerun-of-{arguments.run.resolve().name}")
@@ -30,12 +30,12 @@ def main() -> int:
     code = None if arguments.code is None else str(arguments.code.resolve())
     rerun = Rerun(starts, Place(into.resolve(), moved, arguments.python, code))
     checks = [line for start, _ in rerun.parts for line in checked_inputs(rerun, start)]
-    notes = list(dict.fromkeys(note for note, _ in checks))
-    problems = list(dict.fromkeys(note for note, fits in checks if not fits))
+    notes = list(dict.fromkeys([*(note for note, _ in checks), *rerun.problems]))
+    problems = list(dict.fromkeys(f"{note}; see --moved" for note, fits in checks if not fits))
     print(Rerun(starts, rerun.place, notes).script(), end="")
-    for problem in problems:
-        print(f"rerun: {problem}; see --moved", file=sys.stderr)
-    return FAILED if problems else DONE
+    for problem in [*problems, *rerun.problems]:
+        print(f"rerun: {problem}", file=sys.stderr)
+    return FAILED if problems or rerun.problems else DONE
 
 
 def checked_inputs(rerun: Rerun, start: Start) -> Iterator[tuple[str, bool]]:

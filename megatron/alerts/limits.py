@@ -5,10 +5,12 @@ from collections import Counter, deque
 PERIOD = 24 * 3600.0
 KINDS_WORTH = 3  # of one kind's limit: the most alerts of all kinds together
 ALWAYS = ("finish", "failure")
+# Kinds of which there are few, and which no number of others may keep back.
+SERIOUS = ("restart", "hang", "replicas_differ")
 
 
 class Limits:
-    """At most `per_kind` alerts of a kind, and three times as many in all, within any 24 hours."""
+    """At most `per_kind` alerts of a kind, and three times as many of all that are not serious, within any 24 hours."""
 
     def __init__(self, per_kind: int) -> None:
         self._per_kind = per_kind
@@ -22,7 +24,9 @@ class Limits:
         while self._sent and self._sent[0][0] <= now - PERIOD:
             self._sent.popleft()
         same = sum(other == kind for _, other in self._sent)
-        if same >= self._per_kind or len(self._sent) >= KINDS_WORTH * self._per_kind:
+        others = sum(other not in SERIOUS for _, other in self._sent)
+        is_crowded = kind not in SERIOUS and others >= KINDS_WORTH * self._per_kind
+        if same >= self._per_kind or is_crowded:
             self.leave_out(kind)
             return False
         self._sent.append((now, kind))

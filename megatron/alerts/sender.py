@@ -123,6 +123,8 @@ class EventsFile:
         """Events on the lines that are complete since the last call; none where the file cannot be read."""
         try:
             with self._path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self._read:  # it was replaced, as by logrotate
+                    self._read = 0
                 file.seek(self._read)
                 complete, end, _ = file.read(MOST_NEWS).rpartition(b"\n")
         except OSError:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 
@@ -25,6 +26,12 @@ class TrainState:
         return cls(step, samples, tokens, skipped)
 
     @property
+    def has_gone_back_here_again(self) -> bool:
+        """Whether two ranges were left out here one after the other, with no step between them and none since."""
+        here = self.skipped_samples[-2:]
+        return len(here) == 2 and here[0][1] == here[1][0] and here[1][1] == self.consumed_samples
+
+    @property
     def trained_samples(self) -> int:
         """Consumed samples without those left out."""
         return self.consumed_samples - sum(end - first for first, end in self.skipped_samples)
@@ -38,7 +45,11 @@ class TrainState:
             consumed_tokens=self.consumed_tokens + tokens,
         )
 
-    def leaving_out(self, end: int) -> "TrainState":
-        """The same step, with sample `end` as the next one."""
-        skipped = (*self.skipped_samples, (self.consumed_samples, end))
-        return replace(self, consumed_samples=end, skipped_samples=skipped)
+    def leaving_out(self, end: int, earlier: tuple[tuple[int, int], ...] = ()) -> "TrainState":
+        """The same step, with sample `end` as the next one.
+
+        earlier: the ranges left out on the way that is given up, of which this state may have the first ones only. The
+        range left out now contains the others, and is cut where they began: one range a rewind, which can be counted.
+        """
+        cuts = [self.consumed_samples, *(first for first, _ in earlier[len(self.skipped_samples) :]), end]
+        return replace(self, consumed_samples=end, skipped_samples=(*self.skipped_samples, *pairwise(cuts)))

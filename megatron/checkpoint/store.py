@@ -313,13 +313,14 @@ def agree_on_checkpoint(
 
 
 def checkpoint_before(
-    folder: Path, step: int, state: TrainState, verify: folders.Verification = "quick"
+    folder: Path, steps: range, state: TrainState, patience: int, verify: folders.Verification = "quick"
 ) -> Path | None:
-    """The newest whole checkpoint of at most `step` steps on the way to `state`; None if there is none. Collective.
+    """The newest whole checkpoint of so many `steps` on the way to `state`; None if there is none. Collective.
 
-    Not on the way are checkpoints from before another rewind, which lack its range of skipped samples.
+    Not on the way are those of a way that was given up. Nor is one to which the run has gone back twice, if it has to a
+    third time within `patience` steps of it: its weights are at fault, and not the samples.
     """
-    found: list[Any] = [_on_the_way(folder, step, state) if dist.get_rank() == 0 else []]
+    found: list[Any] = [_on_the_way(folder, steps, state, patience) if dist.get_rank() == 0 else []]
     dist.broadcast_object_list(found, src=0)
     for candidate in found[0]:
         problems = _collective_damage(candidate, verify)
@@ -329,15 +330,20 @@ def checkpoint_before(
     return None
 
 
-def _on_the_way(folder: Path, step: int, state: TrainState) -> list[Path]:
-    """Checkpoints of at most `step` steps that skipped the samples that `state` has skipped, the newest first."""
-    paths = []
+def _on_the_way(folder: Path, steps: range, state: TrainState, patience: int) -> list[Path]:
+    """The paths of such checkpoints, the newest first."""
+    paths, skipped = [], state.skipped_samples
     for path in folders.newest_first(folder):
         try:
             saved = TrainState.of(folders.read_document(path / "progress.json"))
         except (UserError, KeyError, TypeError, ValueError):
             continue
-        if saved.step <= step and saved.skipped_samples == state.skipped_samples:
+        count = len(saved.skipped_samples)
+        led_here = saved.skipped_samples == skipped[:count] and (
+            count == len(skipped) or saved.consumed_samples < skipped[count][0]
+        )
+        is_ill = saved.has_gone_back_here_again and steps.stop - saved.step <= patience
+        if saved.step in steps and led_here and not is_ill:
             paths.append(path)
     return paths
 

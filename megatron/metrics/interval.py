@@ -56,7 +56,7 @@ def interval_metrics(interval: Interval, work: Workload) -> dict[str, float]:
         "train/learning_rate": interval.learning_rate,
         "train/grad_norm": interval.grad_norm,
         "train/loss_scale": interval.loss_scale,
-        "train/skipped_steps": interval.skipped_steps or (None if interval.loss_scale is None else 0),
+        "train/skipped_steps": interval.skipped_steps,
         "runtime/iteration_time": seconds / interval.steps,
         "runtime/tokens_per_sec": tokens_per_second,
         "runtime/samples_per_sec": interval.steps * work.samples_per_step / seconds,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,28 @@ class Rerun:
             kept = [earlier for earlier in kept if earlier.step < start.step] + [start]
         ends = [start.step for start in kept[1:]]
         return list(zip(kept, [*ends, None], strict=True))
+
+    @property
+    def problems(self) -> list[str]:
+        """Why these commands do not make the same run, as far as the record shows."""
+        found, first = [], self.parts[0][0]
+        load = first.facts["config"].get("load")
+        if first.step and load and self._is_output(self._absolute(first, load)):
+            found.append(
+                f"NOT HERE: the start that made step {first.step} is not recorded. Copy its checkpoint "
+                f"({first.facts.get('checkpoint')}) into {self.settings(first)['load']}, or training begins at step 0"
+            )
+        for (start, _), (following, _) in pairwise(self.parts):
+            steps = following.step - start.step
+            trained = steps * start.facts["batch"]["global_size"]
+            left_out = following.facts["consumed_samples"] - start.facts["consumed_samples"] - trained
+            if left_out:
+                found.append(
+                    f"NOT THE SAME: start {start.folder.name} went back from a loss spike and left {left_out:,} "
+                    f"samples out before start {following.folder.name} went on from step {following.step}; these "
+                    "commands end it the first time that it reaches this step"
+                )
+        return found
 
     def script(self) -> str:
         """All commands, for a shell."""
@@ -198,12 +221,16 @@ class Rerun:
             return [self._input(start, key, one) for one in value]
         scheme, colon, rest = value.partition(":") if re.match(r"[a-z]+:", value) else ("", "", value)
         path = self._absolute(start, rest)
-        if key == "load" and any(_is_inside(path, self._absolute(other, each)) for other in self.starts
-                                 for each in _outputs(other)):  # fmt: skip
+        if key == "load" and self._is_output(path):
             return self._of_output(start, value)
         # The name of an encoding or a model is no path.
         is_path = "/" in rest or key in DATA or Path(path).exists()
         return f"{scheme}{colon}{self.place.of_input(path)}" if is_path else value
+
+    def _is_output(self, path: str) -> bool:
+        """Whether an absolute path lies in a folder that the run writes."""
+        outputs = (self._absolute(other, each) for other in self.starts for each in _outputs(other))
+        return any(_is_inside(path, output) for output in outputs)
 
     def _absolute(self, start: Start, value: str) -> str:
         return str(Path(start.facts.get("working_folder") or "/", value))

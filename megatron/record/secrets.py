@@ -15,7 +15,8 @@ SECRET_WORDS = frozenset(
 )
 # The shapes of well-known keys, of addresses with a password, and of private keys.
 KNOWN_SECRET = re.compile(
-    r"\b(?:sk|pk|rk)[-_][A-Za-z0-9_-]{16,}"
+    # but not a file in Slovak: data/sk-wikipedia_text_document, sk_wikipedia_2024_text_document
+    r"(?<!/)\b(?:sk|pk|rk)-[A-Za-z0-9_-]{16,}|\b[spr]k_(?:(?:live|test)_[A-Za-z0-9]{16,}|[0-9a-f]{32,}\b)"
     r"|\bgh[opsru]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}"
     r"|\bhf_[A-Za-z0-9]{20,}|\bnpm_[A-Za-z0-9]{20,}|\bpypi-[\w-]{20,}"
     r"|\bxox[a-z]-[\w-]{10,}|https://hooks\.slack\.com/\S+|https://discord(?:app)?\.com/api/webhooks/\S+"

@@ -53,6 +53,7 @@ class MetricsFile:
     def _forget(self) -> None:
         self._rows: dict[tuple[str, ...], _Rows] = defaultdict(_Rows)
         self._offset = 0
+        self._last = b""  # line that was read
         self._lines = 0
         self._identity: object = None
         self.damaged = 0  # lines that are no row of metrics
@@ -62,16 +63,20 @@ class MetricsFile:
         """Read the lines that have been added; all of them, if the file was replaced. Raises OSError."""
         with self._path.open("rb") as file:
             status = os.fstat(file.fileno())
-            if (status.st_dev, status.st_ino) != self._identity or status.st_size < self._offset:
+            # The number of a file that was removed soon belongs to another one, so that its content counts too.
+            identity = status.st_dev, status.st_ino
+            file.seek(max(0, self._offset - len(self._last)))
+            if identity != self._identity or file.read(len(self._last)) != self._last:
                 self._forget()
-                self._identity = status.st_dev, status.st_ino
-            file.seek(self._offset)
+                self._identity = identity
+                file.seek(0)
             self.is_cut = False
             for line in file:
                 if not line.endswith(b"\n"):
                     self.is_cut = True
                     break
                 self._offset += len(line)
+                self._last = line
                 self._add(line)
 
     def _add(self, line: bytes) -> None:

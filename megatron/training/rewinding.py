@@ -48,27 +48,37 @@ class Rewinding:
             run.liveness.begin("rewinding")
             for hook in self.hooks:
                 hook.before_rewind()
-            checkpoint = checkpoint_before(Path(keys.save or ""), spike.first - 1, state, keys.verify)
+            # Without the optimizer's state in what it began with, it can go back to its own checkpoints only.
+            first = run.first_step + 1 if keys.no_load_optim else 0
+            steps = range(first, spike.first)
+            patience = run.config.recovery.loss_spike_patience
+            checkpoint = checkpoint_before(Path(keys.save or ""), steps, state, patience, keys.verify)
             if checkpoint is None:
                 self._stay(spike, state)
                 return None
             loaded = load_checkpoint(run.engine, checkpoint, base=base_of_adapters(run.config))
             size = run.plan.batch.global_size
             begin, end = (state.consumed_samples - size * (state.step - step) for step in (spike.first - 1, spike.last))
-            back = loaded.leaving_out(end)
-            self._report(spike, state, back, checkpoint, range(begin, end))
+            back = loaded.leaving_out(end, state.skipped_samples)
+            left_out = range(loaded.consumed_samples, back.consumed_samples)
+            self._report(spike, state, back, checkpoint, range(begin, end), left_out)
             for hook in self.hooks:
                 hook.rewound(back)
         return back
 
     def _report(
-        self, spike: Spike, state: TrainState, back: TrainState, checkpoint: Path, of_spike: Sequence[int]
+        self,
+        spike: Spike,
+        state: TrainState,
+        back: TrainState,
+        checkpoint: Path,
+        of_spike: Sequence[int],
+        left_out: Sequence[int],
     ) -> None:
-        kept = keep_texts(self.run, f"rewind_from_step_{state.step}.jsonl", of_spike)
-        first, next_sample = back.skipped_samples[-1]
+        kept = keep_texts(self.run, f"rewind_from_step_{state.step}_sample_{of_spike[0]}.jsonl", of_spike)
         text = (
             f"went back from step {state.step} to {checkpoint}, because of the loss spike of steps {spike.first} to "
-            f"{spike.last}, which had {kept}; samples {first:,} to {next_sample - 1:,} are left out (rewind "
+            f"{spike.last}, which had {kept}; samples {left_out[0]:,} to {left_out[-1]:,} are left out (rewind "
             f"{len(back.skipped_samples)} of at most {self.run.config.recovery.max_rewinds})"
         )
         report(
@@ -79,7 +89,7 @@ class Rewinding:
             to_step=back.step,
             spike=[spike.first, spike.last],
             samples_of_spike=[of_spike[0], of_spike[-1]],
-            skipped_samples=[first, next_sample],
+            skipped_samples=[left_out[0], left_out[-1] + 1],
             checkpoint=str(checkpoint),
         )
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 # the standard deviation of a normal distribution, in median distances from its median
 DEVIATIONS_PER_DISTANCE = 1.4826
+# steps that a run may go back and still find the losses from before the checkpoint
+REMEMBERED = 20_000
 # of the median: the least deviation, so that a loss that hardly changes has no spikes by rounding
 LEAST_DEVIATION = 1e-3
 
@@ -31,6 +33,7 @@ class SpikeDetector:
         """window: losses that are kept; nothing is a spike before half of them are there. threshold: in deviations."""
         self.window, self.threshold = window, threshold
         self._losses: deque[float] = deque(maxlen=window)
+        self._earlier: deque[tuple[int, float]] = deque(maxlen=window + REMEMBERED)  # with their steps
 
     def jump(self, loss: float, goes_on: bool = False) -> Jump | None:
         """How far `loss` is above those before, if that is more than the threshold.
@@ -46,11 +49,20 @@ class SpikeDetector:
         threshold = self.threshold / 2 if goes_on else self.threshold
         return Jump(loss, median, deviation, distance) if distance > threshold else None
 
-    def add(self, loss: float) -> None:
-        """Count `loss` among those that later ones are compared with, if it is a number."""
+    def add(self, step: int, loss: float) -> None:
+        """Count the `loss` of a step among those that later ones are compared with, if it is a number."""
         if math.isfinite(loss):
             self._losses.append(loss)
+            self._earlier.append((step, loss))
+
+    def go_back(self, step: int) -> None:
+        """Compare with the losses up to `step` again. Later ones are lower, while a run still learns much."""
+        while self._earlier and self._earlier[-1][0] > step:
+            self._earlier.pop()
+        self._losses.clear()
+        self._losses.extend(loss for _, loss in self._earlier)
 
     def forget(self) -> None:
         """Begin anew: the losses have reached another level."""
         self._losses.clear()
+        self._earlier.clear()

@@ -126,7 +126,7 @@ def test_what_went_wrong_and_what_was_left_out_is_recorded(folder, rewound):
     assert spike.step == POISONED[0] and f"samples {first} to {first + BATCH - 1}" in spike.text
     assert back.details["spike"] == list(POISONED) and back.details["to_step"] == 40
     assert back.details["skipped_samples"] == [320, end]
-    texts = json_lines(folder / "rewound" / "logs" / f"rewind_from_step_{back.step}.jsonl")
+    texts = json_lines(folder / "rewound" / "logs" / f"rewind_from_step_{back.step}_sample_{first}.jsonl")
     assert [line["sample"] for line in texts] == list(range(first, end))
     # every step has one line of metrics, and what was recorded on the way that was given up is kept aside
     assert list(losses(folder / "rewound")) == list(range(1, STEPS + 1))

@@ -37,13 +37,13 @@ def goes_back(folder: str, kinds: dict[str, dict[str, Any]]) -> None:
         writer = CheckpointWriter(engine, rewound, {})
         writer.save(state, validation_loss=2.5)
         away, _ = run_steps(engine, plan, state, 2)
-        assert checkpoint_before(rewound, 2, away) is None
-        found = checkpoint_before(rewound, 4, away)
+        assert checkpoint_before(rewound, range(3), away, 8) is None
+        found = checkpoint_before(rewound, range(5), away, 8)
         assert found == checkpoint_path(rewound, 3)
         back = load_checkpoint(engine, found).leaving_out(40)
         writer.save_again(back)
         assert read_document(found / "progress.json")["validation_loss"] == 2.5, "as before"
-        assert checkpoint_before(rewound, 4, away) is None, "it is on the way to the new state only"
+        assert checkpoint_before(rewound, range(5), away, 8) is None, "it is on the way to the new state only"
         ended, _ = run_steps(engine, plan, back, 2)
         writer.save(ended, validation_loss=2.5)
 
@@ -69,14 +69,42 @@ def passes_over_damage(folder: str) -> None:
         state, _ = run_steps(engine, plan, state, 1)
         writer.save(state)
     first, second = (checkpoint_path(Path(folder), step) for step in (1, 2))
-    assert checkpoint_before(Path(folder), 9, state) == second
+    assert checkpoint_before(Path(folder), range(10), state, 8) == second
     (written,) = (second / "state").glob("*.distcp")
     written.write_bytes(written.read_bytes()[:-1])
-    assert checkpoint_before(Path(folder), 9, state) == first
+    assert checkpoint_before(Path(folder), range(10), state, 8) == first
     (written,) = (first / "state").glob("*.distcp")
     written.write_bytes(bytes(written.stat().st_size))
-    assert checkpoint_before(Path(folder), 9, state) == first, "the size is as it was"
-    assert checkpoint_before(Path(folder), 9, state, "full") is None
+    assert checkpoint_before(Path(folder), range(10), state, 8) == first, "the size is as it was"
+    assert checkpoint_before(Path(folder), range(10), state, 8, "full") is None
+
+
+def passes_over_bad_weights(folder: str) -> None:
+    """Two checkpoints, and three times back to the second one: the third time it is the first one."""
+    engine, plan = engine_of({})
+    save = Path(folder)
+    writer, state = CheckpointWriter(engine, save, {}), TrainState()
+    for _ in range(2):
+        state, _ = run_steps(engine, plan, state, 1)
+        writer.save(state)
+    first, second = (checkpoint_path(save, step) for step in (1, 2))
+    for skipped in (((16, 40),), ((16, 40), (40, 72))):
+        assert checkpoint_before(save, range(3), state, 8) == second
+        state = load_checkpoint(engine, second).leaving_out(skipped[-1][1], state.skipped_samples)
+        assert (state.step, state.skipped_samples) == (2, skipped)
+        writer.save_again(state)
+        state = state.after_step(8, 64)
+    assert checkpoint_before(save, range(11), state, 8) == second, "many good steps followed: its weights are good"
+    assert checkpoint_before(save, range(10), state, 8) == first
+    back = load_checkpoint(engine, first).leaving_out(104, state.skipped_samples)
+    assert back == TrainState(1, 104, back.consumed_tokens, ((8, 16), (16, 40), (40, 104))), back
+    assert back.trained_samples == 8
+    writer.save_again(back)
+    assert checkpoint_before(save, range(11), back, 8) == first
+
+
+def test_a_checkpoint_after_which_every_way_spikes_is_passed_over(tmp_path):
+    run_ranks(1, passes_over_bad_weights, str(tmp_path))
 
 
 def test_damaged_checkpoints_are_passed_over(tmp_path):

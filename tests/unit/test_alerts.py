@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import socket
 import threading
 import time
@@ -62,6 +63,17 @@ def test_what_rank_0_records_in_the_file_and_the_launcher_itself_is_posted_once_
     assert (spike["details"], spike["run"], spike["host"]) == ({"loss": 9.1}, str(tmp_path), socket.gethostname())
     assert spike["time"].endswith("+00:00")
     assert (finish["kind"], finish["step"]) == ("finish", None)
+
+
+def test_a_loss_that_is_no_number_is_null_and_a_file_that_was_rotated_is_read_from_its_beginning(serve, tmp_path):
+    server, log = serve(), EventLog(tmp_path)
+    for number in range(9):
+        log.record("checkpoint", "saved", number)
+    with opened(tmp_path, follow=True):
+        (tmp_path / EVENTS_FILE).rename(tmp_path / "events.jsonl.1")
+        log.record("spike", "loss nan", 9, loss=math.nan, losses=[math.inf, 2.0])
+    assert [body["details"] for body in server.bodies] == [{"loss": None, "losses": [None, 2.0]}]
+    assert "NaN" not in (tmp_path / EVENTS_FILE).read_text()
 
 
 def test_half_a_line_of_the_file_is_sent_when_the_rest_is_there(serve, tmp_path):
@@ -161,11 +173,12 @@ def test_what_was_left_out_is_told_also_without_a_last_alert(serve, tmp_path):
 def test_limits_hold_for_any_24_hours_for_one_kind_and_for_all():
     limits = Limits(2)
     assert [limits.allow("spike", now) for now in (0, 1, 2)] == [True, True, False]
-    assert [limits.allow(kind, 3) for kind in ("hang", "hang", "straggler", "restart", "rewind")] == [True] * 4 + [
-        False
-    ]
+    others = ("not_finite", "not_finite", "straggler", "straggler", "rewind")
+    assert [limits.allow(kind, 3) for kind in others] == [True] * 4 + [False]
     assert limits.allow("finish", 4) and limits.allow("failure", 4)
     assert limits.summary() == "not sent: 1 rewind, 1 spike" and limits.summary() == ""
+    serious = ("hang", "replicas_differ", "restart", "restart", "restart")
+    assert [limits.allow(kind, 5) for kind in serious] == [True] * 4 + [False], "few, which no others keep back"
     assert limits.allow("spike", PERIOD + 0.5) and not limits.allow("spike", PERIOD + 0.6)
 
 

@@ -143,16 +143,6 @@ def test_on_a_cpu_the_line_counts_ranks_and_names_no_utilization():
     assert not [name for name in metrics if "utilization" in name]
 
 
-def test_skipped_steps_are_told_with_a_loss_scale_and_wherever_there_were_some():
-    work = Workload(1000, 4, TokenFlops(1e6, 8e5), ranks=2, peak_flops=None)
-
-    def told(loss_scale, skipped):
-        metrics = interval_metrics(Interval(9, 1.0, 2.0, 1e-3, 1.0, loss_scale, skipped), work)
-        return metrics.get("train/skipped_steps")
-
-    assert [told(None, 0), told(256.0, 0), told(None, 2), told(256.0, 2)] == [None, 0, 2, 2]
-
-
 def test_metrics_have_the_documented_names_and_units():
     work = Workload(1000, 4, TokenFlops(6e6, 5e6), ranks=2, peak_flops=1e10)
     metrics = interval_metrics(Interval(10, 5.0, 2.0, 1e-3, 0.5, 256.0, 0), work)

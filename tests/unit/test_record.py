@@ -49,6 +49,8 @@ KEPT = {
 }
 SECRETS = [
     "sk-proj-abcdefghijklmnopqrstuvwx",
+    "sk_" + "live_abcdefghijklmnop0123",
+    "sk_" + "0123456789abcdef" * 3,
     "hf_abcdefghijklmnopqrstuvwxyz",
     "ghp_abcdefghijklmnopqrstuvwxyz0123456789",
     "AKIAIOSFODNN7EXAMPLE",
@@ -84,6 +86,11 @@ def test_what_looks_like_a_secret_is_withheld_in_text_words_and_values(secret):
     [word] = words_without_secrets([f"comment={secret}"])
     assert secret not in word and word.startswith("comment=")
     assert secret not in json.dumps(values_without_secrets({"a": [{"comment": f"x {secret}"}]}))
+
+
+@pytest.mark.parametrize("path", ["sk_wikipedia_2024_text_document", "data/sk-wikipedia_2024_text_document"])
+def test_data_in_slovak_is_no_secret(path):
+    assert without_secrets(path) == values_without_secrets({"data_path": path})["data_path"] == path
 
 
 def test_settings_whose_name_says_so_are_withheld_and_the_others_kept():

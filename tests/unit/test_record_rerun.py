@@ -27,6 +27,9 @@ def start(tmp_path: Path, number: int, step: int, config: dict | None = None, **
     (folder / "packages.txt").write_text(changes.pop("packages", "a==1\n"))
     facts = {
         "step": step,
+        "consumed_samples": 8 * step,
+        "batch": {"global_size": 8},
+        "checkpoint": f"/home/me/deepy/run/global_step{step}",
         "time": 1.8e9,
         "command": ["deepy.py", "train.py", "a b.yml"],
         "working_folder": "/home/me/deepy",
@@ -64,6 +67,17 @@ def test_a_start_ends_where_the_next_one_went_on_and_one_whose_steps_were_done_a
     calls = trainings(whole.script())
     assert [call.get("exit_interval") for call in calls] == ["10", "15", "30", None]
     assert all(call["save"] == call["load"] == "/new/run" and call["num_gpus"] == "4" for call in calls)
+
+
+def test_a_run_that_went_back_before_a_resume_or_began_elsewhere_is_not_said_to_be_the_same(tmp_path):
+    starts = start(tmp_path, 1, 0), start(tmp_path, 2, 10), start(tmp_path, 3, 20, consumed_samples=8 * 20 + 56)
+    assert rerun(*starts[:2]).problems == []
+    (problem,) = rerun(*starts).problems
+    assert "NOT THE SAME: start 0002 went back from a loss spike and left 56 samples out before start 0003" in problem
+    (problem,) = rerun(starts[1]).problems
+    assert "NOT HERE: the start that made step 10 is not recorded" in problem
+    assert "Copy its checkpoint (/home/me/deepy/run/global_step10) into /new/run" in problem
+    assert rerun(start(tmp_path, 4, 10, {"load": "/far/run"})).problems == []
 
 
 def test_outputs_go_into_the_new_folder_one_inside_another_stays_inside(tmp_path):

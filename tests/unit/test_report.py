@@ -74,6 +74,9 @@ def test_a_file_that_was_replaced_or_emptied_is_read_again(tmp_path):
     path.write_text(line(1, 8.0))
     file.update()
     assert losses(file) == [(1, 8.0)]
+    path.write_text(line(1, 9.0) + line(2, 9.0))  # of the same number, as the file system may give it to another file
+    file.update()
+    assert losses(file) == [(1, 9.0), (2, 9.0)]
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ def test_a_loss_is_compared_with_median_and_deviation_which_outliers_do_not_move
     detector = SpikeDetector(window=9, threshold=4.0)
     for loss in [1.0, 1.1, 0.9, 50.0]:
         assert detector.jump(99.0) is None, "half of the window is not there yet"
-        detector.add(loss)
-    detector.add(1.2)
+        detector.add(1, loss)
+    detector.add(1, 1.2)
     # the median of 0.9, 1.0, 1.1, 1.2, 50 is 1.1, and that of their distances from it 0.1
     found = detector.jump(1.8)
     assert found is not None
@@ -40,7 +40,7 @@ def test_a_loss_is_compared_with_median_and_deviation_which_outliers_do_not_move
 def test_losses_that_hardly_change_have_no_spikes_by_rounding():
     detector = SpikeDetector(window=8, threshold=6.0)
     for _ in range(8):
-        detector.add(2.0)
+        detector.add(1, 2.0)
     assert detector.jump(2.0 + 1e-3) is None and detector.jump(2.1) is not None
 
 
@@ -49,13 +49,13 @@ def test_noise_has_no_spikes():
     for _ in range(5000):
         loss = NOISE.gauss(3.0, 0.05)
         assert detector.jump(loss) is None
-        detector.add(loss)
+        detector.add(1, loss)
 
 
-def judged(hook: LossSpikes, losses: list[float], skipped: int = 0) -> list[Spike | None]:
-    """What the hook asks for after each step."""
+def judged(hook: LossSpikes, losses: list[float], skipped: int = 0, step: int = 0) -> list[Spike | None]:
+    """What the hook asks for after each step that follows `step`."""
     asked = []
-    state = TrainState(skipped_samples=((0, 0),) * skipped)
+    state = TrainState(step, skipped_samples=((0, 0),) * skipped)
     for number, loss in enumerate(losses, 1):
         state = state.after_step(4, 32)
         output = StepOutput(torch.tensor(loss), torch.tensor(1.0))
@@ -77,8 +77,32 @@ def test_a_spike_is_over_when_the_loss_has_settled_and_only_then_the_run_goes_ba
     assert (event.kind, event.step, event.details["loss"]) == ("spike", 41, 9.0)
     for words in ("9 is ", " deviations above ", "last 20 losses", "threshold is 6", "samples of step 41"):
         assert words in event.text
-    hook.rewound(TrainState())
-    assert judged(hook, [2.0, 9.0, 2.0, 2.0, 2.0, 2.0]) == [None] * 4 + [Spike(2, 2)] * 2, "the losses stay known"
+    hook.rewound(TrainState(40))
+    losses = [2.0, 9.0, 2.0, 2.0, 2.0, 2.0]
+    assert judged(hook, losses, step=40) == [None] * 4 + [Spike(42, 42)] * 2, "the losses before stay known"
+
+
+def test_after_a_rewind_losses_are_compared_with_those_before_the_checkpoint():
+    """While a run learns much, those of the steps that are done again are far below."""
+    falling = [4.0 - 0.02 * step + 0.01 * NOISE.gauss(0, 1) for step in range(100)]
+    hook = LossSpikes(keys())
+    assert judged(hook, [*falling, 9.0, 2.0, 2.0, 2.0])[-1] == Spike(101, 101)
+    hook.rewound(TrainState(40))
+    assert judged(hook, falling[40:], step=40) == [None] * 60
+    assert judged(hook, [9.0, 2.0, 2.0, 2.0], step=100)[-1] == Spike(101, 101)
+
+
+@pytest.mark.parametrize(("norm", "limit"), [(math.inf, None), (9.0, 8.0), (9.0, math.inf), (9.0, None)])
+def test_a_run_stays_where_the_updates_of_the_whole_spike_were_skipped(norm, limit):
+    hook, state = LossSpikes(keys()), TrainState()
+    norms = [1.0] * 40 + [norm] * 2 + [1.0] * 4
+    for loss, norm_of_step in zip([*USUAL, 9.0, 9.0, 2.0, 2.0, 2.0, 2.0], norms, strict=True):
+        state = state.after_step(4, 32)
+        limits = None if limit is None else torch.tensor(limit)
+        output = StepOutput(torch.tensor(loss), torch.tensor(norm_of_step), norm_limit=limits)
+        hook.after_step(FinishedStep(state, output, 1e-3, is_last=False))
+    was_skipped = norm > (limit or 1e9)
+    assert hook.asked == (None if was_skipped else Spike(41, 42))
 
 
 def test_a_spike_that_does_not_end_is_over_after_some_steps():

@@ -1,6 +1,7 @@
 """Hook: find loss spikes, report them, and ask to go back where `on_loss_spike` says so."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 
 from megatron.checkpoint.state import TrainState
@@ -24,6 +25,7 @@ class LossSpikes(Hook):
 
     A spike begins with a jump of the loss. It ends when the loss has settled within half of the threshold, or after
     some steps in any case, and only then the run may go back, because only then it is known which samples to leave out.
+    It does not where the updates of all its steps were skipped, which left the weights as they were.
     """
 
     def __init__(
@@ -35,24 +37,27 @@ class LossSpikes(Hook):
         """keep_batch: stores the samples of the step before a state, and says which they are and where."""
         self._keys, self._events, self._keep_batch = keys, events or EventLog(), keep_batch
         self._detector = SpikeDetector(keys.loss_spike_window, keys.loss_spike_threshold)
-        self._before: tuple[FinishedStep, DeferredScalar] | None = None
+        self._before: _Judged | None = None
         self._spike: Spike | None = None  # under way
         self._settled = self._files = 0
+        self._has_updated = False  # whether a step of the spike has changed the weights
         self.asked: Spike | None = None  # to go back from, on this rank
 
     def after_step(self, step: FinishedStep) -> Mapping[str, float]:
         """Judge the step before, and the last step of a run at once."""
         if self._before:
-            self._judge(*self._before)
-        self._before = step, DeferredScalar(step.output.loss)
+            self._judge(self._before)
+        self._before = _Judged(step)
         if step.is_last:
-            self._judge(*self._before)
+            self._judge(self._before)
             self._before = None
         return NOTHING
 
     def rewound(self, state: TrainState) -> None:
-        """Look for the next spike. The losses from before the spike stay known."""
+        """Look for the next spike, by the losses up to where the run goes on."""
         self._before = self._spike = self.asked = None
+        self._settled = 0
+        self._detector.go_back(state.step)
 
     def give_up(self) -> None:
         """Stay with the losses as they are, where there is no checkpoint to go back to."""
@@ -64,26 +69,31 @@ class LossSpikes(Hook):
         if self._spike is not None:
             log.info("the run ends within the loss spike that began at step %d", self._spike.first)
 
-    def _judge(self, step: FinishedStep, deferred: DeferredScalar) -> None:
+    def _judge(self, judged: "_Judged") -> None:
         if self.asked is not None:
             return
-        loss, number = deferred.read(), step.state.step
+        step, loss = judged.step, judged.loss.read()
+        number = step.state.step
         jump = self._detector.jump(loss, goes_on=self._spike is not None)
         if jump is None and self._spike is None:
-            self._detector.add(loss)
+            self._detector.add(number, loss)
             return
         if jump is not None:
             self._settled = 0
             if self._spike is None:
-                self._spike = Spike(number, number)
+                self._spike, self._has_updated = Spike(number, number), False
                 self._report(step.state, jump)
+            self._has_updated |= judged.has_updated
             self._spike = Spike(self._spike.first, number)
         else:
             self._settled += 1
         assert self._spike is not None
         is_over = self._settled == SETTLED
         if is_over or number - self._spike.first + 1 >= self._keys.loss_spike_patience:
-            if self._rewinds(step.state):
+            if is_over and not self._has_updated:
+                log.info("the updates of the loss spike of step %d were skipped: the run goes on", self._spike.first)
+                self._end(new_level=False)
+            elif self._rewinds(step.state):
                 self.asked = self._spike
             else:
                 self._end(new_level=not is_over)
@@ -112,6 +122,21 @@ class LossSpikes(Hook):
         report(self._events, "spike", text, state.step, **figures)
 
 
+class _Judged:
+    """A step whose loss is judged while the next one is under way."""
+
+    def __init__(self, step: FinishedStep) -> None:
+        self.step, output = step, step.output
+        self.loss, self._norm = DeferredScalar(output.loss), DeferredScalar(output.norm)
+        self._limit = None if output.norm_limit is None else DeferredScalar(output.norm_limit)
+
+    @property
+    def has_updated(self) -> bool:
+        """Whether the step has changed the weights: neither was its norm infinite, nor did `skip_update` skip it."""
+        norm = self._norm.read()
+        return math.isfinite(norm) and (self._limit is None or norm <= self._limit.read())
+
+
 def spikes(run: Run) -> LossSpikes | None:
     """Registry entry: unless `on_loss_spike` is ignore."""
     keys, size = run.config.recovery, run.plan.batch.global_size
@@ -120,6 +145,7 @@ def spikes(run: Run) -> LossSpikes | None:
 
     def keep_batch(state: TrainState) -> str:
         numbers = range(state.consumed_samples - size, state.consumed_samples)
-        return keep_texts(run, f"loss_spike_step_{state.step}.jsonl", numbers)
+        # A run that goes back comes to a step with other samples again.
+        return keep_texts(run, f"loss_spike_step_{state.step}_sample_{numbers[0]}.jsonl", numbers)
 
     return LossSpikes(keys, run.events, keep_batch)
