@@ -41,6 +41,7 @@ def told(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "told.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_a_run_whose_rank_0_is_killed_is_told_of_and_so_is_what_rank_0_had_recorded(folder):
     words = ("small", "train_iters=100000", "num_gpus=2", "alert_kinds=[start, failure]")
     with deepy(folder, "train.py", *words) as process:

@@ -127,6 +127,7 @@ def test_through_the_launcher_the_same_codes_and_lines_come_back_once(folder):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_torchrun_works_as_well_as_our_launcher(folder):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "train.py",

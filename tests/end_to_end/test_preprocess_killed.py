@@ -146,6 +146,7 @@ def test_what_was_killed_goes_on_and_ends_as_if_nothing_had_happened(tmp_path: P
     check(work, seed=1, kills=2, ways=[PROCESSES, THREADS])
 
 
+@pytest.mark.long
 def test_instruction_data_go_on_as_well(tmp_path: Path) -> None:
     work = undisturbed(tmp_path, 12_000_000, "preprocess_instructions.py", ANSWERS, BYTES)
     check(work, seed=3, kills=1, ways=[BYTES])

@@ -113,6 +113,7 @@ def test_a_host_that_cannot_be_reached_is_named(hosts, folder):
     assert "cannot start on 10.77.13.9: its agent did not report (ssh exited with exit code 255)" in err
 
 
+@pytest.mark.long
 def test_the_first_failure_on_another_node_is_shown_with_its_host(hosts, folder):
     (folder / "program.py").write_text("import os\nif os.environ['RANK'] == '1':\n    raise ValueError('unhappy')\n")
     words = command("deepy.py", "program.py", "small", "-H", "hosts", MANY)

@@ -27,7 +27,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pipeline 2, replicas 2": {"pipe": 2, "data": 2},
     "recomputed and compiled": {"recompute": 1, "engine": {"compile": True, "recompute_selective": True}},
 }
-LONG = ("tensor 2, ZeRO 3", "pipeline 2, replicas 2", "recomputed and compiled")
+LONG = ("ZeRO 1", "tensor 2, ZeRO 3", "pipeline 2, replicas 2", "recomputed and compiled")
 
 
 def requests() -> list[Request]:

@@ -66,7 +66,7 @@ def both_sides(folder: Path) -> tuple[Ids, tuple[Encode, Encode]]:
     return token_bytes(reference), (bare_encoder(reference), BACKENDS["gigatoken"].build(reference))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(data=st.data(), name=st.sampled_from(sorted(RUNS)))
 def test_windows_give_the_ids_of_the_whole(folder: Path, data: st.DataObject, name: str) -> None:
     letters = data.draw(st.text(EXAMPLES[name], min_size=1, max_size=1 if name == "one character" else 6))
