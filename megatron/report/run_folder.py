@@ -80,6 +80,7 @@ class RunFolder:
             raise UserError(f'{path} holds no metrics: none of its lines is a JSON object with "step"')
         steps, metrics, gone = self._metrics.split()
         starts = read_starts(self.path)
+        events = _events(self.path, starts)
         config, files = _configuration(self.path, starts)
         first = _steps_before(steps, starts)
         return RunRecord(
@@ -90,11 +91,11 @@ class RunFolder:
             tokens=_tokens(steps, metrics, first),
             seconds=_seconds(steps, metrics, first),
             set_aside=self._set_aside(metrics, gone),
-            events=_events(self.path, starts),
+            events=events,
             starts=starts,
             config=config,
             config_files=files,
-            samples=_samples(self.path),
+            samples=_samples(self.path, events),
             notes=self._notes(),
         )
 
@@ -256,10 +257,11 @@ def _events(folder: Path, starts: Sequence[Start]) -> list[Event]:
 
 def _with_layout(event: Event, starts: Sequence[Start]) -> Event:
     """`event`, a resume, with the change of the layout in its text, if the record of the starts shows one."""
-    numbers = [number for number, start in enumerate(starts) if abs(_number(start.facts.get("time")) - event.time) < 60]
-    if not numbers or numbers[-1] == 0:
+    away = {number: abs(_number(start.facts.get("time")) - event.time) for number, start in enumerate(starts)}
+    nearest = min(away, key=away.__getitem__, default=0)
+    if nearest == 0 or away[nearest] > 60:
         return event
-    before, after = (starts[number].facts.get("layout") for number in (numbers[-1] - 1, numbers[-1]))
+    before, after = (starts[number].facts.get("layout") for number in (nearest - 1, nearest))
     if not isinstance(before, dict) or not isinstance(after, dict):
         return event
     changes = [
@@ -271,16 +273,25 @@ def _with_layout(event: Event, starts: Sequence[Start]) -> Event:
     return Event(event.kind, text, event.step, event.time, event.details)
 
 
-def _samples(folder: Path) -> list[Sample]:
-    """Of each step, prompt and number of its text the last, in order."""
+def _samples(folder: Path, events: Sequence[Event]) -> list[Sample]:
+    """Of each step, prompt and number of its text the last, in order; none of steps that the run went back from."""
+    backs = [(event.time, _step_after(event)) for event in events if event.kind in ("rewind", "resume")]
     found = {}
     for row in _json_lines(folder / SAMPLES_FILE):
-        step, text = _whole(row.get("step")), row.get("text")
-        if step is not None and isinstance(text, str):
+        step, text, time = _whole(row.get("step")), row.get("text"), _number(row.get("time"))
+        if step is None or not isinstance(text, str):
+            continue
+        if not any(0 < time < when and step > back for when, back in backs):
             found[step, _whole(row.get("number")) or 0, _whole(row.get("sample")) or 0] = Sample(
                 step, str(row.get("prompt", "")), text
             )
     return [found[place] for place in sorted(found)]
+
+
+def _step_after(event: Event) -> int:
+    """The step from which a run went on at a rewind or a resume."""
+    step = _whole(event.details.get("to_step")) if event.kind == "rewind" else event.step
+    return 0 if step is None else step
 
 
 def _whole(value: Any) -> int | None:

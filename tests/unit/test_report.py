@@ -290,6 +290,16 @@ def test_of_the_samples_of_a_step_the_last_counts_and_those_of_the_last_step_sta
     assert len(shown["samples"]) + shown["samples_left_out"] == 200
 
 
+def test_samples_of_steps_that_a_run_went_back_from_are_not_its_own(tmp_path):
+    rows = [{"step": step, "prompt": "p", "text": str(step), "time": 100.0 + step} for step in (10, 20, 30)]
+    rows.append({"step": 20, "prompt": "p", "text": "again", "time": 200.0})
+    make_run(tmp_path, *(json.dumps(row) + "\n" for row in rows), name="samples.jsonl")
+    back = {"kind": "rewind", "text": "went back", "step": 35, "time": 150.0, "details": {"to_step": 15}}
+    make_run(tmp_path, json.dumps(back) + "\n", name="events.jsonl")
+    record = read(make_run(tmp_path, line(10, 4.0), line(20, 3.0)))
+    assert [sample.text for sample in record.samples] == ["10", "again"]
+
+
 def test_every_text_of_a_prompt_is_a_sample(tmp_path):
     rows = [{"step": 1, "number": 0, "sample": number, "prompt": "p", "text": str(number)} for number in range(3)]
     make_run(tmp_path, *(json.dumps(row) + "\n" for row in rows), name="samples.jsonl")
