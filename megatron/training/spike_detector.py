@@ -45,7 +45,10 @@ class SpikeDetector:
         median = statistics.median(self._losses)
         distances = [abs(known - median) for known in self._losses]
         deviation = max(DEVIATIONS_PER_DISTANCE * statistics.median(distances), LEAST_DEVIATION * abs(median))
-        distance = (loss - median) / deviation if math.isfinite(loss) and deviation else math.inf
+        if math.isfinite(loss) and (deviation or loss <= median):  # no deviation: all losses are 0
+            distance = (loss - median) / (deviation or 1.0)
+        else:
+            distance = math.inf
         threshold = self.threshold / 2 if goes_on else self.threshold
         return Jump(loss, median, deviation, distance) if distance > threshold else None
 

@@ -42,6 +42,9 @@ def test_losses_that_hardly_change_have_no_spikes_by_rounding():
     for _ in range(8):
         detector.add(1, 2.0)
     assert detector.jump(2.0 + 1e-3) is None and detector.jump(2.1) is not None
+    for _ in range(8):
+        detector.add(1, 0.0)
+    assert detector.jump(0.0) is None and detector.jump(0.1) is not None
 
 
 def test_noise_has_no_spikes():
