@@ -58,6 +58,7 @@ def test_metrics_hold_what_is_documented_and_validation_stands_with_its_step(fol
         "train/learning_rate",
         "train/grad_norm",
         "train/param_norm",
+        "train/skipped_steps",
         "train/tokens",
         "train/samples",
         "train/epochs",
