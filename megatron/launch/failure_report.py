@@ -40,8 +40,8 @@ class Outcome:
         return tuple((machine, one.process) for machine, one in ranks if one.rank == 0 and one.code is None)
 
     def hosts_of(self, ranks: Sequence[int]) -> tuple[str, ...]:
-        """The hosts of ranks that have started, each once."""
-        return tuple(node.host for node in self.nodes if {one.rank for one in node.ranks} & set(ranks))
+        """The hosts of ranks, each once."""
+        return tuple(node.host for node in self.nodes if node.rank_numbers & set(ranks))
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class HangReports:
         return [one for record in self._nodes.records if record.stacks_round == request for one in record.stacks]
 
     def _hosts(self) -> dict[int, str]:
-        return {one.rank: record.host for record in self._nodes.records for one in record.ranks}
+        return {rank: record.host for record in self._nodes.records for rank in record.rank_numbers}
 
     def _tell(self, hung: RankStatus, roll: str) -> None:
         text = (

@@ -9,7 +9,7 @@ from megatron.launch.failure_report import Outcome, ending_of
 from megatron.launch.launchers.launcher import LaunchSpec, make_job
 from megatron.launch.protocol.heartbeat import NOT_BEGUN
 from megatron.launch.protocol.job import JobSpec
-from megatron.launch.protocol.node_check import CANNOT_COMPUTE, CANNOT_CONNECT, MULTIPLYING, SCRIPT
+from megatron.launch.protocol.node_check import CANNOT_COMPUTE, CANNOT_CONNECT, CANNOT_TALK, MULTIPLYING, SCRIPT
 
 # Longer than any wait of the check itself, the imports of a slow file system included.
 CHECK_SECONDS = 300.0
@@ -53,11 +53,12 @@ def judged(outcome: Outcome, first: str) -> CheckResult:
         alone = len(unconnected) > 1 and len(unconnected) == len(outcome.nodes) - 1 and first not in unconnected
         return CheckResult({first: "no other node reaches it"} if alone else unconnected)
     gone = {node.host: ending.reason for node in outcome.nodes if node.gone}
+    waited_in_vain = all(one.code == CANNOT_TALK for one, _ in ended)
     stuck = {
         node.host: f"rank {one.rank} hangs: {one.phase}"
         for node in outcome.nodes
         for one in reversed(node.statuses)
-        if one.phase in (NOT_BEGUN, MULTIPLYING)
+        if waited_in_vain and one.phase in (NOT_BEGUN, MULTIPLYING)
     }
     # What ends or holds up the ranks of all nodes is the fault of none.
     unfit = next((found for found in (gone, stuck) if 0 < len(found) < len(outcome.nodes)), {})

@@ -44,6 +44,7 @@ class NodeStates:
         """folder: where agents write their records. remote: nodes may be lost; else they are child processes."""
         self._folder, self._remote = folder, remote
         self._started = time.monotonic()
+        self._updated_at = self._started
         self._trouble_is_told = False
         self._nodes = [NodeState(host or f"node {number}", None, self._started) for number, host in enumerate(hosts)]
 
@@ -53,28 +54,34 @@ class NodeStates:
         Where this process cannot use the folder either, because its disk is full or does not answer, that says nothing
         about the nodes: none counts as silent, and no heartbeat ages.
         """
-        began = time.monotonic()
+        slowest = 0.0
         for number, node in enumerate(self._nodes):
+            began = time.monotonic()
             record = read_node(self._folder, number)
+            slowest = max(slowest, time.monotonic() - began)
             if record is not None and (node.record is None or record.beat != node.record.beat):
                 node.record, node.changed_at, node.host = record, time.monotonic(), record.host
-        trouble = self._trouble(began)
-        if trouble:
+        trouble = self._trouble(slowest)
+        before, self._updated_at = self._updated_at, time.monotonic()
+        if trouble:  # this time counts for nobody
             for node in self._nodes:
-                node.changed_at = time.monotonic()
+                node.changed_at = min(node.changed_at + self._updated_at - before, self._updated_at)
         if trouble and not self._trouble_is_told:
             say(f"whether the ranks still run is not known: {self._folder} {trouble}")
         self._trouble_is_told = bool(trouble)
 
-    def _trouble(self, began: float) -> str:
-        """What is wrong with the folder, as far as this process notices since `began`; empty: nothing."""
+    def _trouble(self, slowest: float) -> str:
+        """What is wrong with the folder; empty: nothing that this process notices. slowest: seconds of one reading."""
+        probe = self._folder / PROBE
         try:
             if any(node.silent_for(DOUBT_SECONDS) for node in self._nodes):
-                (self._folder / PROBE).write_text("agents write such files", encoding="utf-8")
+                began = time.monotonic()
+                probe.write_text("agents write such files", encoding="utf-8")
+                probe.unlink()  # a file that is there may be written to on a full disk
+                slowest = max(slowest, time.monotonic() - began)
         except OSError as error:
             return f"cannot be written to ({error.strerror})"
-        seconds = time.monotonic() - began
-        return f"did not answer for {seconds:.0f} s" if seconds > SLOW_SECONDS else ""
+        return f"did not answer for {slowest:.0f} s" if slowest > SLOW_SECONDS else ""
 
     @property
     def records(self) -> list[NodeRecord]:

@@ -141,8 +141,8 @@ class _Run:
 
     def _run(self, launch: LaunchSpec, config: Config, job: JobSpec, seconds: float = float("inf")) -> Outcome:
         if self._log_folder is not None:
-            # Never fewer than before, as when the disk does not answer now.
-            self._events_before = max(self._events_before, len(read_events(self._log_folder)))
+            # As before where there seem to be none, as when the disk does not answer now.
+            self._events_before = len(read_events(self._log_folder)) or self._events_before
         return run_job(launch, config, job, self._log_folder, self._signals, self._events, seconds)
 
     def _told(self, outcome: Outcome) -> tuple[Ending, int]:

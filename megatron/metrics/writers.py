@@ -215,6 +215,8 @@ class MetricWriters:
 class _LaterWriter(MetricWriter):
     """A writer that could not be made when a run went back: `open` makes it, once that is possible."""
 
+    in_background = True  # as what it becomes may have to be
+
     def __init__(self, make: Callable[[], MetricWriter]) -> None:
         self._make = make
         self._writer: MetricWriter | None = None

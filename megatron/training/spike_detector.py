@@ -59,11 +59,15 @@ class SpikeDetector:
             self._earlier.append((step, loss))
 
     def go_back(self, step: int) -> None:
-        """Compare with the losses up to `step` again. Later ones are lower, while a run still learns much."""
+        """Compare with the losses up to `step` again: later ones are lower, while a run still learns much.
+
+        Where too few of them are known, as soon after a resume, the later ones stay.
+        """
         while self._earlier and self._earlier[-1][0] > step:
             self._earlier.pop()
-        self._losses.clear()
-        self._losses.extend(loss for _, loss in self._earlier)
+        if 2 * len(self._earlier) >= self.window:
+            self._losses.clear()
+            self._losses.extend(loss for _, loss in self._earlier)
 
     def forget(self) -> None:
         """Begin anew: the losses have reached another level."""

@@ -109,6 +109,11 @@ def node(number, code=None, text="", end="exit", **facts):
     return NodeRecord(number, f"host{number}", ranks=(rank,), **facts)
 
 
+def before_the_start(number):
+    """A node whose rank has a status and no record yet."""
+    return NodeRecord(number, f"host{number}", statuses=(RankStatus(number, 0, NOT_BEGUN, 901.0, None),))
+
+
 CLOSED = "RuntimeError: Connection closed by peer [10.0.0.1]:4711"
 
 
@@ -123,6 +128,7 @@ CLOSED = "RuntimeError: Connection closed by peer [10.0.0.1]:4711"
         (outcome(node(0), node(1, 1, f"error: {CLOSED}")), True, ()),
         (outcome(node(0), node(1), lost=(("host1", "", True),)), True, ("host1",)),
         (outcome(node(0), node(1), hung=True, culprits=(1,)), True, ("host1",)),
+        (outcome(node(0), before_the_start(1), hung=True, culprits=(1,)), True, ("host1",)),
         (outcome(node(0), node(1), hung=True), True, ()),
         (outcome(node(0), node(1), code=-9), True, ()),
         (outcome(node(0), node(1, 1, "error: the training has diverged")), False, ("host1",)),
@@ -207,6 +213,7 @@ def test_a_check_names_the_nodes_that_are_not_fit(ended, unfit):
         failed(CANNOT_TALK, CANNOT_TALK),
         outcome(checking(0, TALKING), checking(1, TALKING), hung=True),
         outcome(checking(0, MULTIPLYING), checking(1, MULTIPLYING), hung=True),
+        outcome(node(0, 1, "ImportError: no torch"), checking(1, NOT_BEGUN)),
         outcome(node(0, gone=(RankRecord(0, 100, -6),)), node(1, gone=(RankRecord(1, 101, -6),))),
     ],
 )

@@ -98,7 +98,8 @@ def test_a_node_is_not_lost_while_nothing_can_be_written_where_it_reports(tmp_pa
         return [node.host for node in nodes.lost(seconds / 2)]
 
     assert are_lost_after(0.1) == ["far"]
-    (tmp_path / node_states.PROBE).unlink()
+    write_node(tmp_path, NodeRecord(0, "far", beat=2, statuses=(status(age=1.0),)))
+    nodes.update()
     (tmp_path / node_states.PROBE).symlink_to("/dev/full")
     assert are_lost_after(0.1) == are_lost_after(0.1) == []
     assert nodes.statuses[0].age == pytest.approx(1.0, abs=0.05)
@@ -107,13 +108,25 @@ def test_a_node_is_not_lost_while_nothing_can_be_written_where_it_reports(tmp_pa
     assert are_lost_after(0.1) == ["far"]
 
 
+def test_a_folder_that_cannot_be_written_to_is_told_of_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(node_states, "DOUBT_SECONDS", 0.1)
+    write_node(tmp_path, NodeRecord(0, "far", beat=1))
+    nodes = NodeStates(tmp_path, ["far"], remote=True)
+    (tmp_path / node_states.PROBE).symlink_to("/dev/full")
+    for _ in range(40):
+        time.sleep(0.02)
+        nodes.update()
+    assert not nodes.lost(0.2)
+    assert capsys.readouterr().err.count("is not known") == 1
+
+
 def test_a_node_is_not_lost_because_its_record_took_long_to_read(tmp_path, monkeypatch, capsys):
     write_node(tmp_path, NodeRecord(0, "far", beat=1))
     nodes = NodeStates(tmp_path, ["far"], remote=True)
     nodes.update()
+    monkeypatch.setattr(node_states, "SLOW_SECONDS", -1.0)  # any reading takes longer
     time.sleep(0.1)
     assert nodes.lost(0.05)
-    monkeypatch.setattr(node_states, "SLOW_SECONDS", -1.0)  # any reading takes longer
     nodes.update()
     assert not nodes.lost(0.05)
     assert "did not answer for 0 s" in capsys.readouterr().err

@@ -101,9 +101,10 @@ def test_a_run_that_goes_back_on_a_full_disk_sets_steps_aside_once_there_is_room
     told = []
     writers = open_writers(settings(tmp_path, first_step=1), EventLog(listeners=[told.append]), is_again=True)
     writers.write(2, step(2))
+    time.sleep(0.2)
+    writers.write(3, step(3))
     assert [event.details["failed"] for event in told] == [True]
     blocked.rmdir()
-    writers.write(3, step(3))
     writers.close()
     assert [event.details["failed"] for event in told] == [True, False]
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]

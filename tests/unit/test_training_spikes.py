@@ -95,6 +95,13 @@ def test_after_a_rewind_losses_are_compared_with_those_before_the_checkpoint():
     assert judged(hook, [9.0, 2.0, 2.0, 2.0], step=100)[-1] == Spike(101, 101)
 
 
+def test_a_run_that_goes_back_to_where_it_was_resumed_stays_watched():
+    hook = LossSpikes(keys())
+    assert judged(hook, [*USUAL, 9.0, 2.0, 2.0, 2.0])[-1] == Spike(41, 41)
+    hook.rewound(TrainState(3))
+    assert judged(hook, [9.0, 2.0, 2.0, 2.0], step=3)[-1] == Spike(4, 4)
+
+
 @pytest.mark.parametrize(("norm", "limit"), [(math.inf, None), (9.0, 8.0), (9.0, math.inf), (9.0, None)])
 def test_a_run_stays_where_the_updates_of_the_whole_spike_were_skipped(norm, limit):
     hook, state = LossSpikes(keys()), TrainState()

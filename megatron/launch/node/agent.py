@@ -81,6 +81,7 @@ class Agent:
         self._record = NodeRecord(node, host, os.uname().nodename)
         self._written_at = 0.0
         self._started_at = float("inf")  # when the ranks were, on the monotonic clock
+        self._seen: dict[int, tuple[RankStatus, float]] = {}  # the last beat of each rank that was read, and when
         self._ends_ranks = False  # those that vanish from now on did not do so by themselves
         self._parent, self._connected = os.getppid(), connected
         self._asked_to_stop = False
@@ -139,9 +140,9 @@ class Agent:
         if os.getppid() != self._parent:
             return True
         with suppress(OSError):  # of a file system that is unavailable for a while
-            # deepy.py removes its folder when it ends, and where it has given this node up. Not the job tells, which
-            # nobody reads again: after ten days systemd removes such a file from /tmp.
-            return not (self._folder / ORDERS).exists()
+            # deepy.py empties its folder when it ends, and where it has given this node up. Both files are gone then: a
+            # job that nobody reads again systemd removes from /tmp after ten days, and orders are replaced.
+            return not any((self._folder / name).exists() for name in (JOB, ORDERS))
         return False
 
     def _prepare(self, signals: StopSignals) -> tuple[list[str], dict[str, str]]:
@@ -227,11 +228,15 @@ class Agent:
         first = self._job.first_rank(self._record.node)
         awaited = Path(self._job.script).name in SCRIPTS_WITH_HEARTBEATS and self._started_at < time.monotonic()
         for rank_number in range(first, first + len(self._job.slots[self._record.node])):
-            status = read_rank_status(self._local, rank_number)
-            if status is None and awaited:
-                status = RankStatus(rank_number, 0, NOT_BEGUN, time.monotonic() - self._started_at, None)
-            if status is not None:
+            now = time.monotonic()
+            if (status := read_rank_status(self._local, rank_number)) is not None:
+                self._seen[rank_number] = status, now
                 yield status
+            elif rank_number in self._seen:  # it cannot be read now
+                last, then = self._seen[rank_number]
+                yield replace(last, age=last.age + now - then)
+            elif awaited:
+                yield RankStatus(rank_number, 0, NOT_BEGUN, now - self._started_at, None)
 
     def _running(self) -> list[RankRecord]:
         gone = {record.rank for record in self._record.gone}

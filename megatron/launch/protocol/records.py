@@ -68,6 +68,11 @@ class NodeRecord:
     problem: str = ""  # why the agent could not start its ranks
     code: int | None = None  # of DeepSpeed's launcher, after it has ended
 
+    @property
+    def rank_numbers(self) -> set[int]:
+        """Its ranks as far as they are known: one that has not begun has a status, but no record."""
+        return {one.rank for one in self.ranks} | {one.rank for one in self.statuses}
+
 
 def write_rank(folder: Path, record: RankRecord) -> None:
     """Write a rank's record, replacing its earlier one."""
