@@ -27,6 +27,7 @@ _TEXTS = 120_000  # characters of each kind of text, such as samples and events,
 _STRETCHES = (1000, 500, 250, 125, 60, 30, 15)  # of a curve: the first number of them that has room
 _POINTS = 3000  # of all axes, and of all curves that were set aside
 _NAMES = 50  # of metrics that are left out
+_SKIPS = ("train/skipped_steps", "train/skipped_updates")
 _MAIN = (TRAIN_LOSS, VALIDATION_LOSS, "train/grad_norm", "train/learning_rate", "runtime/tokens_per_sec")
 
 
@@ -41,7 +42,13 @@ class Report:
 
 def make_report(runs: Sequence[RunRecord]) -> Report:
     """Thin all metrics, so that the page stays below 3 MB, however many and long they are."""
-    names = sorted({name for run in runs for name in run.metrics}, key=lambda name: (name not in _MAIN, name))
+    drawn = {
+        name
+        for run in runs
+        for name, series in run.metrics.items()
+        if name not in _SKIPS or (series.values > 0).any()  # which most runs never have
+    }
+    names = sorted(drawn, key=lambda name: (name not in _MAIN, name))
     most = max(1, _CURVES // (_POINT * 4 * _STRETCHES[-1] * len(runs)))
     names, left_out = names[:most], names[most:]
     lengths = [len(run.metrics[name].steps) for run in runs for name in names if name in run.metrics]
@@ -175,15 +182,13 @@ def _marks(run: RunRecord, room: int) -> list[dict[str, Any]]:
     for event in run.events:
         step = step if event.step is None else event.step
         placed.append((step, event))
-    told = {step for step, event in placed if event.kind in ("skipped_update", "not_finite")}
-    for name in ("train/skipped_steps", "train/skipped_updates"):
-        skipped = run.metrics.get(name)
-        if skipped is None:
-            continue
-        for step, count in zip(skipped.steps.tolist(), skipped.values.tolist(), strict=True):
-            if count > 0 and step not in told:
-                text = f"{count:.0f} update{'s' if count > 1 else ''} skipped"
-                placed.append((step, Event("skipped_update", text, step)))
+    told = {step for step, event in placed if event.kind == "not_finite"}
+    # Those of `skip_update` are events.
+    skipped = run.metrics.get("train/skipped_steps", Series(np.empty(0, np.int64), np.empty(0)))
+    for step, count in zip(skipped.steps.tolist(), skipped.values.tolist(), strict=True):
+        if count > 0 and step not in told:
+            text = f"{count:.0f} update{'s' if count > 1 else ''} skipped"
+            placed.append((step, Event("skipped_update", text, step)))
     order = sorted(range(len(placed)), key=lambda place: (placed[place][1].kind in tables.ROUTINE, -place))
     return [
         {"step": placed[place][0], "kind": placed[place][1].kind, "text": _cut(placed[place][1].text, 200)}

@@ -129,7 +129,8 @@ def _layout(layout: object) -> str:
 
 
 def _counted(kinds: Counter[Any]) -> str:
-    return ", ".join(f"{kinds[kind]} {kind.replace('_', ' ')}" for kind in COUNTED if kinds[kind])
+    counts = ((kinds[kind], kind.replace("_", " ")) for kind in COUNTED if kinds[kind])
+    return ", ".join(f"{count} {name}{'s' if count > 1 and name != 'not finite' else ''}" for count, name in counts)
 
 
 def events(run: RunRecord, room: int = 1_000_000) -> Table:

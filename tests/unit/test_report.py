@@ -319,11 +319,19 @@ def test_an_event_without_a_step_is_marked_where_the_one_before_is_and_skipped_u
     events.record("checkpoint", "saved", 20)
     events.record("restart", "started again")
     (tmp_path / "events.jsonl").open("a").write('{"kind": "spike", "text": 3, "step": "x", "time": "y"}\n')
-    run = make_run(tmp_path, line(10, 4.0, **{"train/skipped_steps": 0}), line(20, 3.0, **{"train/skipped_steps": 2}))
+    skips = [{"train/skipped_steps": count, "train/skipped_updates": count} for count in (0, 2)]
+    run = make_run(tmp_path, line(10, 4.0, **skips[0]), line(20, 3.0, **skips[1]))
     marks = json.loads(data(make_report([read(run)])))["runs"][0]["marks"]
     assert [(mark["kind"], mark["step"]) for mark in marks] == [
         ("checkpoint", 20), ("restart", 20), ("spike", 20), ("skipped_update", 20),
     ]  # fmt: skip
+
+
+def test_skipped_steps_are_drawn_only_where_there_were_some(tmp_path):
+    none = read(make_run(tmp_path / "none", line(1, 4.0, **{"train/skipped_steps": 0})))
+    some = read(make_run(tmp_path / "some", line(1, 4.0, **{"train/skipped_steps": 2})))
+    assert ["train/skipped_steps" in curves for curves in make_report([none]).curves] == [False]
+    assert ["train/skipped_steps" in curves for curves in make_report([none, some]).curves] == [True, True]
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
