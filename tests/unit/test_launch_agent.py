@@ -74,8 +74,19 @@ def test_a_working_folder_that_is_missing_on_a_node_is_named(tmp_path, job):
 
 
 STUBBORN = """
-import signal, time
+import os, signal, time
+from pathlib import Path
+from megatron.launch.protocol.heartbeat import RUN_FOLDER, Heartbeat
+
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.environ["RANK"] == "1":
+    while not Path("begin").exists():
+        time.sleep(0.02)
+    heart = Heartbeat.of_this_process()
+    while not Path("vanish").exists():
+        time.sleep(0.02)
+    Path(os.environ[RUN_FOLDER], "heartbeat_1").unlink()
+    Path("vanish").unlink()
 time.sleep(600)
 """
 
@@ -102,7 +113,14 @@ def test_an_agent_reports_ranks_before_their_first_beat_and_while_it_ends_them(t
             seen = read_node(tmp_path, 0).statuses
             assert [(one.rank, one.step, one.phase) for one in seen] == [(0, 0, NOT_BEGUN), (1, 0, NOT_BEGUN)]
             assert 0 < seen[0].age < 60
-            time.sleep(0.5)  # they ignore SIGTERM now
+            (tmp_path / "begin").touch()
+            wait_for(lambda: read_node(tmp_path, 0).statuses[1].phase == "starting")
+            (tmp_path / "vanish").touch()
+            wait_for(lambda: not (tmp_path / "vanish").exists())
+            beats = read_node(tmp_path, 0).beat
+            wait_for(lambda: read_node(tmp_path, 0).beat > beats + 1)
+            seen = read_node(tmp_path, 0).statuses[1]
+            assert (seen.phase, seen.age > 0.9) == ("starting", True), "what was seen last, which ages"
             beats = read_node(tmp_path, 0).beat
             orders.give(end=3.0)
             wait_for(lambda: read_node(tmp_path, 0).code is not None)

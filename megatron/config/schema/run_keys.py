@@ -230,7 +230,8 @@ class AlertKeys(Group):
 
     alert_limit: PositiveInt = 10
     """Most alerts of one kind within 24 hours, and a third of the most of all kinds. What exceeds it is counted, and
-    told with the next alert. finish and failure are always sent."""
+    told with the next alert. finish and failure are always sent, and the most of all kinds keeps back no hang, restart
+    or replicas_differ."""
 
 
 class ProfilingKeys(Group):

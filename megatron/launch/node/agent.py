@@ -250,15 +250,14 @@ class Agent:
             self._signal(ready, number)
 
     def _gather_stacks(self, request: int) -> None:
-        before = {record.rank: len(self._stacks_so_far(record.rank)) for record in self._running()}
-        self._signal(self._running(), STACKS)
+        running = self._running()
+        before = [len(self._stacks_so_far(record.rank)) for record in running]
+        self._signal(running, STACKS)
         time.sleep(STACKS_SECONDS)
-        texts = {rank: self._stacks_so_far(rank)[length:].decode(errors="replace") for rank, length in before.items()}
-        stacks = [
-            RankStacks(record.rank, process_state(record.process), texts[record.rank])
-            for record in self._running()
-            if record.rank in texts
-        ]
+        stacks = []
+        for record, length in zip(running, before, strict=True):
+            text = self._stacks_so_far(record.rank)[length:].decode(errors="replace")
+            stacks.append(RankStacks(record.rank, process_state(record.process), text))
         self._write(stacks=tuple(stacks), stacks_round=request)
 
     def _stacks_so_far(self, rank_number: int) -> bytes:
