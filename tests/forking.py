@@ -7,7 +7,6 @@ import atexit
 import multiprocessing
 import os
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,8 @@ import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+
+from megatron.launch.node.network import free_port
 
 BACKEND = os.environ.get("RANKS_BACKEND", "gloo")  # of the ranks of tests; nccl: each is a GPU
 
@@ -68,8 +69,7 @@ def _environments(ranks: int) -> list[dict[str, str]]:
     """What each of several ranks finds the others by; nothing for one alone."""
     if ranks == 1:
         return [{}]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 

@@ -38,10 +38,10 @@ def start(
     world.
     backend: by default NCCL if a GPU is visible, gloo otherwise. Raises UserError where this rank has no GPU for NCCL.
     """
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    alone["MASTER_PORT"] = "0"  # the kernel gives the store a free one
+    for name, value in alone.items():
         os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
     if dist.is_initialized():  # by the caller, who chose the backend
         backend = dist.get_backend()
     on_gpu = backend == "nccl" or (torch.cuda.is_available() and backend != "gloo")
@@ -105,9 +105,3 @@ def _own_gpu() -> int:
         f"{visible} there (CUDA_VISIBLE_DEVICES: {among}); start no more ranks than GPUs, or set "
         "distributed_backend: gloo to compute on the CPU"
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -1,6 +1,8 @@
 """Hangs, stops and ends as the launcher understands them, without processes."""
 
+import errno
 import signal
+import socket
 import time
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from megatron.errors import UserError
 from megatron.launch import node_states
 from megatron.launch.failure_causes import cause_in_words, death_in_words
+from megatron.launch.node import network as node_network
 from megatron.launch.node.network import interface_towards
 from megatron.launch.node_states import NodeStates
 from megatron.launch.process_group import StopSignals
@@ -238,3 +241,25 @@ def test_names_that_no_resolver_takes_have_no_interface():
 def test_the_interface_towards_this_machine_is_its_loopback():
     assert interface_towards("127.0.0.1") == "lo"
     assert interface_towards("no.such.host.invalid") is None
+
+
+@pytest.mark.parametrize(
+    "connections, taken, found",
+    [
+        ((26_000, 60_999), [], range(20_000, 26_000)),
+        ((20_000, 31_999), range(32_000, 32_767), [32_767]),
+        ((1_024, 65_535), [], range(1_024, 65_536)),  # there is no other
+    ],
+)
+def test_the_port_of_rank_0_is_free_and_no_connection_gets_it(connections, taken, found, tmp_path, monkeypatch):
+    monkeypatch.setattr(node_network, "CONNECTION_PORTS", tmp_path / "range")
+    (tmp_path / "range").write_text("\t".join(map(str, connections)) + "\n")
+    real = socket.socket.bind
+
+    def bind(self, address):
+        if address[1] in taken:
+            raise OSError(errno.EADDRINUSE, "Address already in use")
+        real(self, address)
+
+    monkeypatch.setattr(node_network.socket, "socket", type("Probe", (socket.socket,), {"bind": bind}))
+    assert node_network.free_port() in found

@@ -5,11 +5,15 @@ then wait forever. Standard library only.
 """
 
 import fcntl
+import random
 import socket
 import struct
 from contextlib import suppress
+from pathlib import Path
 
 SIOCGIFADDR = 0x8915
+CONNECTION_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")  # those that Linux gives to connections
+PORTS = range(20_000, 32_768)
 
 
 def interface_towards(address: str) -> str | None:
@@ -27,10 +31,22 @@ def interface_towards(address: str) -> str | None:
 
 
 def free_port() -> int:
-    """A port that no process of this machine uses at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    """A port that no process of this machine uses, and that no connection takes before rank 0 listens there.
+
+    Rank 0 imports for seconds before it listens. On a busy machine a connection may get the port until then if it is
+    one of those that the kernel gives to connections, so it is another one wherever there is another.
+    """
+    try:
+        first, last = map(int, CONNECTION_PORTS.read_text().split())
+    except OSError:
+        first, last = 32_768, 60_999  # Linux's own choice
+    others = [port for port in PORTS if not first <= port <= last]
+    # in a random order, as several jobs may look for a port at once
+    for port in (*random.SystemRandom().sample(others, len(others)), 0):
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return int(probe.getsockname()[1])
+    raise OSError("no port of this machine is free")
 
 
 def _address(interface: str) -> str | None:
