@@ -27,7 +27,7 @@ class _Lines(MetricWriter):
 
         step_of: the step of a line, or None for a line that does not belong there.
         """
-        self._path, self._file = path, -1
+        self._path, self._file, self._step_of = path, -1, step_of
         with user_errors(f"log_dir: {path} cannot be written", "logging", OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             _set_later_steps_aside(path, first_step, step_of)
@@ -37,6 +37,11 @@ class _Lines(MetricWriter):
         """Open the file, unless it is open."""
         if self._file < 0:
             self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def go_back(self, step: int) -> None:
+        """Move later steps to another file."""
+        self.close()
+        _set_later_steps_aside(self._path, step, self._step_of)
 
     def close(self) -> None:
         """Close the file."""
@@ -107,6 +112,11 @@ class Tensorboard(MetricWriter):
         self._writer.file_writer.add_summary(Summary(value=scalars), step)
         self._writer.flush()
         self._purge_step = step + 1  # a file that is opened after a failure must hide nothing
+
+    def go_back(self, step: int) -> None:
+        """Start another event file, with which TensorBoard hides later steps."""
+        self.close()
+        self._purge_step = step + 1
 
     def close(self) -> None:
         """Flush and close the event file."""

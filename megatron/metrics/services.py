@@ -25,6 +25,7 @@ class _Service(MetricWriter):
 
     in_background = True
     key = package = extra = ""
+    _id: str | None = None  # by which the service knows the run, which goes on there after a failure
 
     def __init__(self, settings: WriterSettings) -> None:
         """Raises UserError without the package."""
@@ -39,6 +40,11 @@ class _Service(MetricWriter):
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log all values of the step together; the library buffers and sends them."""
         self.run.log(dict(values), step=step)
+
+    def go_back(self, step: int) -> None:
+        """End the run and go on in another, as after a resume: a service keeps the first value of a step, or both."""
+        self.close()
+        self._id = None
 
     def close(self) -> None:
         """End the run, if it is open."""
@@ -55,7 +61,6 @@ class WeightsAndBiases(_Service):
     """A run at Weights & Biases; without an API key a local one, to be uploaded with `wandb sync`."""
 
     key, package, extra = "use_wandb", "wandb", "logging"
-    _id: str | None = None  # of the run, which goes on after a failure
 
     def open(self) -> None:
         """Start the run. The WANDB_* environment variables keep their meaning."""
@@ -85,8 +90,7 @@ class MLflow(_Service):
     """A run of an experiment at an MLflow tracking server, or in its files."""
 
     key, package, extra = "use_mlflow", "mlflow", "trackers"
-    _id: str | None = None
-    _has_parameters = False
+    _has_parameters: str | None = None  # the id of the run that has them
 
     def open(self) -> None:
         """Create the run, with the configuration as parameters. The MLFLOW_* environment variables keep their meaning.
@@ -103,11 +107,11 @@ class MLflow(_Service):
             found = self.run.get_experiment_by_name(name)
             experiment = found.experiment_id if found else self.run.create_experiment(name)
             self._id = self.run.create_run(experiment, run_name=self.chosen.mlflow_run_name).info.run_id
-        if not self._has_parameters:
+        if self._has_parameters != self._id:
             parameters = [Param(key, str(value)) for key, value in self.settings.config.items()]
             for part in _parts(parameters, MLFLOW_PARAMETERS):
                 self.run.log_batch(self._id, params=part)
-            self._has_parameters = True
+            self._has_parameters = self._id
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log all values of the step. Characters that MLflow has no room for in a name become "_"."""
@@ -128,7 +132,6 @@ class Comet(_Service):
     """An experiment at Comet; without an API key an archive in the log folder, to be uploaded with `comet upload`."""
 
     key, package, extra = "use_comet", "comet_ml", "trackers"
-    _id: str | None = None
 
     def open(self) -> None:
         """Start the experiment. The COMET_* environment variables and ~/.comet.config keep their meaning."""
@@ -182,7 +185,6 @@ class Trackio(_Service):
     """A run of Trackio: in its local database, or in a Space of Hugging Face."""
 
     key, package, extra = "use_trackio", "trackio", "trackers"
-    _name: str | None = None
 
     def open(self) -> None:
         """Start the run. The TRACKIO_* environment variables keep their meaning."""
@@ -191,7 +193,7 @@ class Trackio(_Service):
         chosen = self.chosen
         self.run = trackio.init(
             chosen.trackio_project,
-            name=self._name or chosen.trackio_run_name,
+            name=self._id or chosen.trackio_run_name,
             space_id=chosen.trackio_space_id,
             config=dict(self.settings.config),
             resume="allow",
@@ -199,7 +201,7 @@ class Trackio(_Service):
             auto_log_gpu=False,
             auto_log_cpu=False,
         )
-        self._name = self.run.name
+        self._id = self.run.name
 
 
 def weights_and_biases(settings: WriterSettings) -> WeightsAndBiases | None:

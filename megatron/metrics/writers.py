@@ -13,10 +13,9 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +47,12 @@ class MetricWriter(ABC):
         Any exception counts as not written: the writer is closed, opened and given the same step again.
         """
 
+    def go_back(self, step: int) -> None:  # noqa: B027
+        """Make room for the steps after `step`, which are trained again. It is opened again before they come.
+
+        As for `write`, an exception counts as not done.
+        """
+
     def close(self) -> None:  # noqa: B027
         """Flush and close; also called after a failure."""
 
@@ -72,7 +77,7 @@ class Outlet:
         """name: in messages and events."""
         self.name = name
         self._writer, self._retry_seconds = writer, retry_seconds
-        self._waiting: deque[tuple[int, Mapping[str, float]]] = deque()
+        self._waiting: deque[tuple[int, Mapping[str, float] | None]] = deque()  # None: go back to that step
         self._changed = threading.Condition()
         self._closing = self._is_open = self._is_done = False
         self._failure: str | None = None  # the latest, until the writer works again
@@ -85,10 +90,18 @@ class Outlet:
 
     def put(self, step: int, values: Mapping[str, float]) -> None:
         """Take over `values`. Waits for writers to files, and not for those in the background."""
+        self._put(step, values)
+
+    def go_back(self, step: int) -> None:
+        """Have the writer go back to `step`, once it has taken what came before."""
+        self._put(step, None)
+
+    def _put(self, step: int, values: Mapping[str, float] | None) -> None:
         with self._changed:
             self._waiting.append((step, values))
             if len(self._waiting) > MOST_WAITING:
-                self._waiting.popleft()
+                oldest = next(i for i, (_, values) in enumerate(self._waiting) if values is not None)
+                del self._waiting[oldest]
                 self._lost += 1
             self._changed.notify()
         if not self._writer.in_background and time.monotonic() >= self._retry_at:
@@ -129,7 +142,8 @@ class Outlet:
         return None
 
     def _unwritten(self) -> str:
-        return f"{len(self._waiting) + self._lost} logged steps are missing there"
+        steps = sum(values is not None for _, values in self._waiting)
+        return f"{steps + self._lost} logged steps are missing there"
 
     def _run(self) -> None:
         """The thread of a writer in the background."""
@@ -153,18 +167,23 @@ class Outlet:
     def _deliver(self) -> None:
         """Open the writer if it is closed, and pass it everything that waits, until it fails."""
         try:
-            if not self._is_open:
-                self._writer.open()
-                self._is_open = True
             while True:
+                if not self._is_open:
+                    self._writer.open()
+                    self._is_open = True
                 with self._changed:
                     if not self._waiting:
                         self._failure = None
                         return
-                    step, values = self._waiting[0]
-                self._writer.write(step, values)
+                    item = self._waiting[0]
+                step, values = item
+                if values is None:
+                    self._writer.go_back(step)
+                    self._is_open = False
+                else:
+                    self._writer.write(step, values)
                 with self._changed:
-                    if self._waiting and self._waiting[0][0] == step:  # else it was pushed out meanwhile
+                    if self._waiting and self._waiting[0] is item:  # else it was pushed out meanwhile
                         self._waiting.popleft()
         except Exception as error:
             with self._changed:
@@ -190,6 +209,12 @@ class MetricWriters:
             outlet.put(step, values)
         self._tell()
 
+    def go_back(self, step: int) -> None:
+        """Let each writer go back to `step`, from where the run goes on."""
+        for outlet in self.outlets:
+            outlet.go_back(step)
+        self._tell()
+
     def close(self) -> None:
         """Let all writers finish, once; those in the background have `CLOSE_SECONDS` together."""
         deadline = time.monotonic() + CLOSE_SECONDS
@@ -212,48 +237,11 @@ class MetricWriters:
         self.events.record("writer", text, self._step, writer=outlet.name, failed=failed)
 
 
-class _LaterWriter(MetricWriter):
-    """A writer that could not be made when a run went back: `open` makes it, once that is possible."""
-
-    in_background = True  # as what it becomes may have to be
-
-    def __init__(self, make: Callable[[], MetricWriter]) -> None:
-        self._make = make
-        self._writer: MetricWriter | None = None
-
-    def open(self) -> None:
-        """Make the writer, or open it again."""
-        self._writer = self._writer or self._make()
-        self._writer.open()
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """As the writer does."""
-        assert self._writer is not None  # `open` comes before
-        self._writer.write(step, values)
-
-    def close(self) -> None:
-        """As the writer does, if there is one."""
-        if self._writer is not None:
-            self._writer.close()
-
-
-def open_writers(settings: WriterSettings, events: EventLog | None = None, *, is_again: bool = False) -> MetricWriters:
-    """The writers of the registry that the configuration asks for.
-
-    is_again: the run has had them before, and goes on where one cannot be used now, as on a full disk: it is retried.
-    Raises UserError otherwise.
-    """
-    outlets = []
-    for name in registry.names("metric_writer"):
-        make = partial(registry.resolve("metric_writer", name), settings)
-        try:
-            writer = make()
-        except UserError:
-            if not is_again:
-                raise
-            writer = _LaterWriter(make)
-        if writer is not None:
-            outlets.append(Outlet(name, writer))
+def open_writers(settings: WriterSettings, events: EventLog | None = None) -> MetricWriters:
+    """The writers of the registry that the configuration asks for. Raises UserError for one that cannot be used."""
+    names = registry.names("metric_writer")
+    writers = {name: registry.resolve("metric_writer", name)(settings) for name in names}
+    outlets = [Outlet(name, writer) for name, writer in writers.items() if writer is not None]
     return MetricWriters(outlets, events or EventLog())
 
 

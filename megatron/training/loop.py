@@ -49,9 +49,7 @@ def train_steps(
             if rewinding and vote and vote.spike and (back := rewinding.go_back(vote.spike, state)):
                 state = back
                 batches = _watched(rewinding.read_batches(state), hooks)
-                writers.close()
-                writers = rewinding.open_writers(state.step)
-                closing.callback(writers.close)
+                writers.go_back(state.step)
     return state
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.store import checkpoint_before, load_checkpoint
 from megatron.hugging_face.published import base_of_adapters
-from megatron.metrics.writers import MetricWriters
 from megatron.training.hooks.base import Hook, MicroBatches, Run
 from megatron.training.hooks.spikes import LossSpikes
 from megatron.training.reporting import report
@@ -30,7 +29,6 @@ class Rewinding:
     run: Run
     hooks: Sequence[Hook]
     read_batches: Callable[[TrainState], Iterator[MicroBatches]]
-    open_writers: Callable[[int], MetricWriters]  # for a run that has done so many steps
 
     @property
     def asked(self) -> Spike | None:

@@ -114,7 +114,7 @@ def _train(
         with told_end(run, vote):
             batches = read_batches(run, state)
             hooks = build_hooks(run)
-            rewinding = Rewinding(run, hooks, partial(read_batches, run), partial(writers_of, run, is_again=True))
+            rewinding = Rewinding(run, hooks, partial(read_batches, run))
             with closing(writers_of(run, state.step)) as writers:
                 run.clock.lap()  # discard the time of the set-up
                 with work_begins():
@@ -288,16 +288,13 @@ def _events_of(config: Config) -> EventLog:
     return EventLog(Path(config.log_folder) if config.log_folder and dist.get_rank() == 0 else None)
 
 
-def writers_of(run: Run, first_step: int, *, is_again: bool = False) -> MetricWriters:
-    """The configured metric writers on rank 0, for a run that goes on after `first_step` steps; none elsewhere.
-
-    is_again: as for `open_writers`.
-    """
+def writers_of(run: Run, first_step: int) -> MetricWriters:
+    """The configured metric writers on rank 0, for a run that goes on after `first_step` steps; none elsewhere."""
     if dist.get_rank() != 0:
         return MetricWriters()
     folder = Path(run.config.log_folder) if run.config.log_folder else None
     config = values_without_secrets(run.config.to_flat())  # services show it to others
-    return open_writers(WriterSettings(run.config.logging, folder, first_step, config), run.events, is_again=is_again)
+    return open_writers(WriterSettings(run.config.logging, folder, first_step, config), run.events)
 
 
 def _where_files_go(config: Config) -> list[str]:

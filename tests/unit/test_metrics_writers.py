@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.request import urlopen
@@ -95,20 +94,23 @@ def test_steps_that_cannot_be_set_aside_stay_where_they_are(tmp_path, monkeypatc
 
 
 def test_a_run_that_goes_back_on_a_full_disk_sets_steps_aside_once_there_is_room(tmp_path):
-    write(settings(tmp_path), 1, 2, 3)
-    blocked = tmp_path / f"{METRICS_FILE}.partial"
-    blocked.mkdir()
     told = []
-    writers = open_writers(settings(tmp_path, first_step=1), EventLog(listeners=[told.append]), is_again=True)
-    writers.write(2, step(2))
-    time.sleep(0.2)
-    writers.write(3, step(3))
-    assert [event.details["failed"] for event in told] == [True]
-    blocked.rmdir()
-    writers.close()
-    assert [event.details["failed"] for event in told] == [True, False]
+    stream = MetricWriters(
+        [Outlet("jsonl", JsonLines(tmp_path / METRICS_FILE, 0), retry_seconds=0)], EventLog(listeners=[told.append])
+    )
+    for number in (1, 2, 3):
+        stream.write(number, step(number))
+    blocked = tmp_path / f"{METRICS_FILE}.partial"  # where the kept ones cannot be written
+    blocked.mkdir()
+    stream.go_back(1)
+    stream.write(2, step(20))
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
-    assert [row["step"] for row in rows(tmp_path, "metrics.1.jsonl")] == [2, 3]
+    blocked.rmdir()
+    stream.write(3, step(30))
+    stream.close()
+    assert [event.details["failed"] for event in told] == [True, False]
+    assert [row["train/lm_loss"] for row in rows(tmp_path)] == [1, 20, 30]
+    assert [row["train/lm_loss"] for row in rows(tmp_path, "metrics.1.jsonl")] == [2, 3]
 
 
 def test_a_line_that_a_crash_cut_short_does_not_stop_the_next_run(tmp_path):
@@ -134,6 +136,20 @@ def test_tensorboard_reads_the_same_numbers(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("train/lm_loss")] == [(1, 4.0), (2, 2.0)]
 
 
+def test_tensorboard_hides_the_steps_that_a_run_went_back_from(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    stream = open_writers(settings(None, tensorboard_dir=str(tmp_path / "board")))
+    for number in (1, 2, 3):
+        stream.write(number, step(number))
+    stream.go_back(1)
+    stream.write(2, step(20))
+    stream.close()
+    events = EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/lm_loss")] == [(1, 1.0), (2, 20.0)]
+
+
 def test_wandb_without_a_key_records_a_run_locally_and_says_so(tmp_path, monkeypatch, caplog):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -141,8 +157,13 @@ def test_wandb_without_a_key_records_a_run_locally_and_says_so(tmp_path, monkeyp
     monkeypatch.setenv("WANDB_SILENT", "true")
     caplog.set_level(logging.INFO, logger="megatron")
     logging.getLogger("megatron").propagate = True
-    write(replace(settings(tmp_path, use_wandb=True, wandb_run_name="seven")), 1)
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    stream = open_writers(settings(tmp_path, use_wandb=True, wandb_run_name="seven"))
+    stream.write(1, step(1))
+    stream.go_back(0)  # W&B takes no step before its last: another run does
+    stream.write(1, step(2))
+    stream.close()
+    runs = {path.stem for path in tmp_path.glob("wandb/offline-run-*/*.wandb")}
+    assert len(runs) == 2
     assert "recorded locally" in caplog.text
 
 
@@ -212,6 +233,11 @@ class Recorder(MetricWriter):
             raise ConnectionError("refused\nwith details")
         self.steps.append(step)
 
+    def go_back(self, step: int) -> None:
+        if not self.is_well:
+            raise ConnectionError("refused")
+        self.steps.append(-step)
+
 
 @pytest.mark.parametrize("in_background", [False, True])
 def test_a_writer_that_fails_costs_the_others_nothing_and_catches_up(in_background):
@@ -278,6 +304,23 @@ def test_a_writer_that_is_away_for_long_loses_the_oldest_steps_and_says_how_many
     stream.write(6, step(6))
     assert ill.steps == [4, 5, 6]
     assert "works again; 3 steps, for which there was no room, are missing there" in told[-1].text
+
+
+def test_a_writer_that_was_away_when_the_run_went_back_gets_all_steps_in_their_order(monkeypatch):
+    monkeypatch.setattr(writers, "MOST_WAITING", 4)
+    ill, told = Recorder(False), []
+    ill.is_well = False
+    stream = MetricWriters([Outlet("ill", ill, 0)], EventLog(listeners=[told.append]))
+    for number in (1, 2, 3):
+        stream.write(number, step(number))
+    stream.go_back(1)
+    for number in (2, 3, 4):
+        stream.write(number, step(number))
+    ill.is_well = True
+    stream.write(5, step(5))
+    stream.close()
+    assert ill.steps == [-1, 3, 4, 5]  # 1 to 3 and the second 2 had no room
+    assert "works again; 4 steps, for which there was no room" in told[-1].text
 
 
 def test_csv_has_a_row_for_each_value_and_goes_on_where_a_run_resumes(tmp_path):
