@@ -193,3 +193,16 @@ def test_without_a_checkpoint_from_before_the_spike_the_run_goes_on(folder):
     assert list(losses(folder / "nowhere")) == list(range(1, STEPS + 1))
     kinds = [event.kind for event in read_events(folder / "nowhere" / "logs")]
     assert "rewind" not in kinds and kinds.count("spike") == 1
+
+
+@pytest.mark.long
+def test_a_run_that_began_without_the_state_of_the_optimizer_does_not_go_back_to_what_it_began_with(folder):
+    data = ("train_data_paths=[poisoned]", "train_data_weights=[1.0]")
+    run(folder, "train.py", "small", "save=first_part", *data, "exit_interval=25", "checkpoint_factor=25")
+    for key, rewinds in (("no_load_optim=false", 1), ("no_load_optim=true", 0)):
+        name = f"second_part_{rewinds}"
+        shutil.copytree(folder / "first_part", folder / name)
+        words = (f"save={name}", f"load={name}", *data, "on_loss_spike=rewind", "checkpoint_factor=100", key)
+        run(folder, "train.py", "small", *words)
+        kinds = [event.kind for event in read_events(folder / name / "logs")]
+        assert kinds.count("rewind") == rewinds and kinds.count("spike") == 1, key
