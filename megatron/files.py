@@ -200,6 +200,35 @@ class FileLock:
         self.release()
 
 
+class FolderLock:
+    """The exclusive right of a run to write to a folder, so that two do not delete and overwrite each other's files.
+
+    A context manager that releases it.
+    """
+
+    def __init__(self, folder: Path | None, key: str, abandoned: Collection[tuple[str, int]] = ()) -> None:
+        """folder: None on ranks that write nothing. key: that names the folder. abandoned: as for `FileLock`."""
+        self._folder = folder
+        self._lock = None
+        if folder is not None:
+            self._lock = FileLock(folder / f".{key}.lock", f"{key} ({folder})", abandoned=abandoned)
+
+    def take(self) -> None:
+        """Take the lock, unless this object has it already or the folder does not exist yet.
+
+        Raises UserError, naming the process that holds it.
+        """
+        if self._folder is not None and self._lock is not None and os.access(self._folder, os.W_OK):
+            self._lock.take()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+
 def _holder(path: Path) -> dict[str, Any] | None:
     """Who wrote into the lock file: host, process and since; None where it does not say."""
     try:

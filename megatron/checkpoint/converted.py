@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron.checkpoint import folder as folders
 from megatron.checkpoint.chunks import LocalChunks, SavePlanner
-from megatron.checkpoint.lock import SaveLock
 from megatron.checkpoint.reading import SafeReader, causes, read_tensors, tensor_shapes
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.writing import Writer
@@ -29,7 +28,7 @@ from megatron.config.schema.config import Config
 from megatron.config.yaml_file import yaml_text
 from megatron.engine.optimizer_state import MASTER
 from megatron.errors import RunError, UserError
-from megatron.files import replaced_when_complete
+from megatron.files import FolderLock, replaced_when_complete
 from megatron.progress import Progress
 from megatron.units import short_number
 
@@ -120,7 +119,7 @@ def write_converted(
     documents = {"config.json": dict(config), "identity.json": {}, "progress.json": progress}
     if base is not None:
         documents["base.json"] = dict(base)
-    with SaveLock(save) as lock, _removed_on_failure(unfinished):
+    with FolderLock(save, "save") as lock, _removed_on_failure(unfinished):
         lock.take()
         try:
             with warnings.catch_warnings():

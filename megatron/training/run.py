@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.alerts.sender import open_alerts
-from megatron.checkpoint.lock import SaveLock
 from megatron.checkpoint.state import TrainState
 from megatron.checkpoint.store import checkpoint_config
 from megatron.config.plan import Plan
@@ -26,7 +25,7 @@ from megatron.engine.training import TrainingEngine
 from megatron.errors import DONE, FAILED, RunError, work_begins
 from megatron.estimate.describe import plan_lines
 from megatron.events import EventLog
-from megatron.files import refuse_overwriting
+from megatron.files import FolderLock, refuse_overwriting
 from megatron.hugging_face.incoming import refuse_existing
 from megatron.hugging_face.outgoing import Export, plan_export
 from megatron.hugging_face.published import (
@@ -90,12 +89,18 @@ def train(config: Config) -> None:
     attempt = Attempt.of_this_process()
     config = config.model_copy(update={"checkpoint": keys_of_attempt(config.checkpoint, attempt)})
     request, surroundings = StopRequest(config.launcher.time_limit_minutes), look_around(config.log_folder)
-    with SaveLock(
-        Path(config.checkpoint.save) if config.checkpoint.save and rank == 0 else None, attempt.abandoned
-    ) as lock:
-        lock.take()  # before the folder is read: a run that is about to end may still save there
+    written = {"save": config.checkpoint.save, "log_dir": config.log_folder} if rank == 0 else {}
+    with ExitStack() as locked:
+        locks = [
+            locked.enter_context(FolderLock(Path(folder), key, attempt.abandoned))
+            for key, folder in written.items()
+            if folder is not None
+        ]
+        for lock in locks:
+            lock.take()  # before the folders are read: a run that is about to end may still write there
         prepared = prepare(config, int(os.environ.get("WORLD_SIZE", "1")))
-        lock.take()  # `prepare` has created the folder if it was missing
+        for lock in locks:
+            lock.take()  # `prepare` has created folders that were missing
         _train(config, prepared, request, surroundings, attempt)
 
 

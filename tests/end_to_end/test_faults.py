@@ -107,7 +107,6 @@ def test_a_folder_that_may_no_longer_be_written_to_ends_all_ranks_and_leaves_wha
     said = complaint(stderr)
     assert "cannot save into" in said and str(save) in said and "Permission denied" in said
     assert (last := find_checkpoint(save)) is not None and damage(last, "full") == []
-    shutil.rmtree(save / ".lock", ignore_errors=True)
 
 
 def test_a_folder_that_may_not_be_written_to_is_refused_before_work_begins(folder, tmp_path):
@@ -162,6 +161,9 @@ def test_a_second_run_into_the_same_folder_is_refused_by_name_and_the_first_goes
         wait_for(lambda: steps_done(folder / "shared") > 0, first)
         done = run(folder, "deepy.py", *words, expect=2)
         assert "save (shared) is being written to by another run: process " in complaint(done.stderr)
+        beside = (*words, "save=beside", "load=beside", "log_dir=shared/logs")  # the first would lose its metrics
+        done = run(folder, "train.py", *beside[1:], expect=2)
+        assert "log_dir (shared/logs) is being written to by another run: process " in complaint(done.stderr)
         before = steps_done(folder / "shared")
         wait_for(lambda: steps_done(folder / "shared") > before, first)
         for process in psutil.Process(first.pid).children(recursive=True):

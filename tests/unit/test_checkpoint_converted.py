@@ -53,7 +53,7 @@ def test_a_weight_that_cannot_be_read_leaves_nothing_behind(tmp_path):
 
     with pytest.raises(RunError, match=r"cannot save .*No space left on device"):
         write_converted(tmp_path, {"a": weight(1), "b": StoredWeight(SHAPE, fails)}, {})
-    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == []
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".save.lock"] == []
 
 
 def test_a_weight_of_another_shape_than_announced_is_a_failure(tmp_path):

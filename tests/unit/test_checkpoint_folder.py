@@ -24,14 +24,16 @@ from megatron.checkpoint.folder import (
     publish,
     steps_in,
 )
-from megatron.checkpoint.lock import LOCK, SaveLock
 from megatron.errors import UserError
+from megatron.files import FolderLock
+
+LOCK = ".save.lock"
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from megatron.checkpoint.lock import SaveLock
-with SaveLock(Path(sys.argv[1])) as lock:
+from megatron.files import FolderLock
+with FolderLock(Path(sys.argv[1]), "save") as lock:
     lock.take()
     child = os.fork()  # as a loader of data is
     print(child, flush=True) if child else None
@@ -160,14 +162,14 @@ def test_a_second_writer_is_refused_with_the_name_of_the_first_until_that_is_kil
     try:
         told = rf"save \({tmp_path}\) is being written to by another run: process {holder.pid} on .*, since 20"
         with pytest.raises(UserError, match=told):
-            SaveLock(tmp_path).take()
+            FolderLock(tmp_path, "save").take()
         (tmp_path / LOCK).write_text("")
         with pytest.raises(UserError, match="one that has only just begun"):
-            SaveLock(tmp_path).take()
+            FolderLock(tmp_path, "save").take()
         holder.kill()
         holder.wait()
         os.kill(child, 0)  # what it has forked lives on, and holds nothing
-        with SaveLock(tmp_path) as lock:
+        with FolderLock(tmp_path, "save") as lock:
             lock.take()
             assert f'"process": {os.getpid()}' in (tmp_path / LOCK).read_text()
             lock.take()
@@ -177,7 +179,7 @@ def test_a_second_writer_is_refused_with_the_name_of_the_first_until_that_is_kil
 
 
 def test_a_folder_that_is_not_there_yet_is_locked_later_and_no_folder_never(tmp_path):
-    with SaveLock(tmp_path / "new") as lock, SaveLock(None) as none:
+    with FolderLock(tmp_path / "new", "save") as lock, FolderLock(None, "save") as none:
         for each in (lock, none):
             each.take()
         assert not (tmp_path / "new").exists()
@@ -191,6 +193,6 @@ def test_where_files_cannot_be_locked_that_is_said_and_the_run_goes_on(tmp_path,
         raise OSError(38, "Function not implemented")  # what Lustre says without its option flock
 
     monkeypatch.setattr("fcntl.lockf", refuse)
-    with SaveLock(tmp_path) as lock:
+    with FolderLock(tmp_path, "save") as lock:
         lock.take()
     assert "cannot be locked (Function not implemented): let no other run write there" in caplog.text
