@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from megatron.config.schema.config import fields_at
 from megatron.config.schema.key_group import expanded_path
+from megatron.events import read_events
 from megatron.record.start import CONFIG, PACKAGES, PATCH, Start
 
 # The folders that a run writes, all of which get another place.
@@ -80,11 +81,11 @@ class Rerun:
             steps = following.step - start.step
             trained = steps * start.facts["batch"]["global_size"]
             left_out = following.facts["consumed_samples"] - start.facts["consumed_samples"] - trained
-            if left_out:
+            if left_out != _left_out_before(start, following):
                 found.append(
                     f"NOT THE SAME: start {start.folder.name} went back from a loss spike and left {left_out:,} "
-                    f"samples out before start {following.folder.name} went on from step {following.step}; these "
-                    "commands end it the first time that it reaches this step"
+                    f"samples out before start {following.folder.name} went on from step {following.step}, which it "
+                    "had reached before; these commands end it the first time that it reaches this step"
                 )
         return found
 
@@ -258,6 +259,17 @@ def _outputs(start: Start) -> list[str]:
 
 def _is_inside(path: str, folder: str) -> bool:
     return Path(path).is_relative_to(folder)
+
+
+def _left_out_before(start: Start, following: Start) -> int:
+    """The samples that `start` left out when it went back from steps before the one that `following` went on from."""
+    times = range(int(start.facts["time"]), int(following.facts["time"]) + 1)
+    pairs = [
+        event.details["skipped_samples"]
+        for event in read_events(start.folder.parents[1])
+        if event.kind == "rewind" and int(event.time) in times and (event.step or 0) < following.step
+    ]
+    return sum(end - begin for begin, end in pairs)
 
 
 def _same_code(one: Start, other: Start) -> bool:

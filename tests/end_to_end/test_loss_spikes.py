@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from megatron.data.build import build_sources
 from megatron.data.indexed import IndexedWriter
 from megatron.data.mock import MockStream
 from megatron.events import read_events
-from tests.end_to_end.commands import json_lines, losses, run
+from tests.end_to_end.commands import ENVIRONMENT, ROOT, json_lines, losses, run
 
 SEQUENCE, BATCH, STEPS, SEED = 32, 8, 60, 1234
 POISONED = (41, 47)  # the first and the last step whose samples are poison
@@ -206,3 +208,18 @@ def test_a_run_that_began_without_the_state_of_the_optimizer_does_not_go_back_to
         run(folder, "train.py", "small", *words)
         kinds = [event.kind for event in read_events(folder / name / "logs")]
         assert kinds.count("rewind") == rewinds and kinds.count("spike") == 1, key
+
+
+@pytest.mark.long
+def test_a_run_that_went_back_before_it_was_resumed_is_made_again_with_the_same_losses(folder):
+    words = ("deepy.py", "train.py", "small", "save=parts", "load=parts", "num_gpus=1", "on_loss_spike=rewind")
+    words += ("train_data_paths=[poisoned]", "train_data_weights=[1.0]")
+    run(folder, *words, "exit_interval=55")
+    run(folder, *words)
+    rerun = [sys.executable, str(ROOT / "tools" / "rerun.py"), "parts", "--into", "again"]
+    rerun += ["--python", sys.executable, "--code", str(ROOT)]
+    script = subprocess.run(rerun, cwd=folder, capture_output=True, text=True, check=True).stdout
+    subprocess.run(["bash"], input=script, text=True, cwd=folder, env=os.environ | ENVIRONMENT, check=True)
+    assert [event.kind for event in read_events(folder / "again" / "parts" / "logs")].count("rewind") == 1
+    assert losses(folder / "again" / "parts") == losses(folder / "parts")
+    assert list(losses(folder / "parts")) == list(range(1, STEPS + 1))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron.events import EventLog
 from megatron.record.rerun import Place, Rerun, path_keys
 from megatron.record.start import Start
 
@@ -69,9 +70,16 @@ def test_a_start_ends_where_the_next_one_went_on_and_one_whose_steps_were_done_a
     assert all(call["save"] == call["load"] == "/new/run" and call["num_gpus"] == "4" for call in calls)
 
 
-def test_a_run_that_went_back_before_a_resume_or_began_elsewhere_is_not_said_to_be_the_same(tmp_path):
-    starts = start(tmp_path, 1, 0), start(tmp_path, 2, 10), start(tmp_path, 3, 20, consumed_samples=8 * 20 + 56)
+def test_a_run_that_the_commands_do_not_make_again_is_not_said_to_be_the_same(tmp_path, monkeypatch):
+    second = {"consumed_samples": 8 * 10 + 24, "time": 1.8e9 + 100}
+    third = {"consumed_samples": 8 * 20 + 24 + 56, "time": 1.8e9 + 200}
+    starts = start(tmp_path, 1, 0), start(tmp_path, 2, 10, **second), start(tmp_path, 3, 20, **third)
+    events = EventLog(tmp_path)
+    monkeypatch.setattr("time.time", lambda: 1.8e9 + 50)
+    events.record("rewind", "from a step before, so these commands go back as well", 9, skipped_samples=[40, 64])
     assert rerun(*starts[:2]).problems == []
+    monkeypatch.setattr("time.time", lambda: 1.8e9 + 150)
+    events.record("rewind", "from a step that the next start had yet to do", 21, skipped_samples=[184, 240])
     (problem,) = rerun(*starts).problems
     assert "NOT THE SAME: start 0002 went back from a loss spike and left 56 samples out before start 0003" in problem
     (problem,) = rerun(starts[1]).problems
