@@ -220,23 +220,27 @@ def test_a_line_that_fits_in_part_is_taken_back_and_written_whole_later(tmp_path
 
 
 class Recorder(MetricWriter):
-    """Takes steps while it is well, each in `seconds`."""
+    """Takes steps while it is well; where it is blocked, not before it is freed."""
 
-    def __init__(self, in_background: bool, seconds: float = 0.0) -> None:
-        self.in_background, self.seconds = in_background, seconds
+    def __init__(self, in_background: bool) -> None:
+        self.in_background = in_background
         self.is_well, self.steps, self.threads = True, list[int](), set[str]()
+        self.has_failed, self.is_free = threading.Event(), threading.Event()
+        self.is_free.set()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        time.sleep(self.seconds)
         self.threads.add(threading.current_thread().name)
-        if not self.is_well:
-            raise ConnectionError("refused\nwith details")
-        self.steps.append(step)
+        self._take(step)
 
     def go_back(self, step: int) -> None:
+        self._take(-step)
+
+    def _take(self, step: int) -> None:
+        self.is_free.wait()
         if not self.is_well:
-            raise ConnectionError("refused")
-        self.steps.append(-step)
+            self.has_failed.set()
+            raise ConnectionError("refused\nwith details")
+        self.steps.append(step)
 
 
 @pytest.mark.parametrize("in_background", [False, True])
@@ -244,16 +248,16 @@ def test_a_writer_that_fails_costs_the_others_nothing_and_catches_up(in_backgrou
     well, ill = Recorder(False), Recorder(in_background)
     ill.is_well = False
     told = []
-    stream = MetricWriters([Outlet("ill", ill, 0.01), Outlet("well", well)], EventLog(listeners=[told.append]))
-    for number in range(1, 6):
-        stream.write(number, step(number))
-        time.sleep(0.02)
-    assert (ill.steps, well.steps) == ([], [1, 2, 3, 4, 5])
+    stream = MetricWriters([Outlet("ill", ill, 0), Outlet("well", well)], EventLog(listeners=[told.append]))
+    stream.write(1, step(1))
+    assert ill.has_failed.wait(60)
+    while not told:  # the failure is told with a later step
+        stream.write(max(well.steps) + 1, step(1))
+    assert ill.steps == [] and well.steps == list(range(1, len(well.steps) + 1))
     ill.is_well = True
-    time.sleep(0.05)
-    stream.write(6, step(6))
+    stream.write(max(well.steps) + 1, step(1))
     stream.close()
-    assert ill.steps == well.steps == [1, 2, 3, 4, 5, 6]
+    assert ill.steps == well.steps
     assert told[0].text == (
         "the metric writer ill has failed (ConnectionError: refused); the run goes on, and it is retried"
     )
@@ -261,12 +265,13 @@ def test_a_writer_that_fails_costs_the_others_nothing_and_catches_up(in_backgrou
 
 
 def test_a_slow_writer_in_the_background_holds_up_no_step():
-    slow = Recorder(True, seconds=0.05)
+    slow = Recorder(True)
+    slow.is_free.clear()
     stream = MetricWriters([Outlet("slow", slow)])
-    started = time.perf_counter()
     for number in range(1, 7):
         stream.write(number, step(number))
-    assert time.perf_counter() - started < 0.05
+    assert slow.steps == []
+    slow.is_free.set()
     stream.close()
     assert slow.steps == [1, 2, 3, 4, 5, 6]
     assert slow.threads == {"metrics: slow"}
@@ -274,12 +279,12 @@ def test_a_slow_writer_in_the_background_holds_up_no_step():
 
 def test_the_run_does_not_wait_for_ever_for_a_writer_that_hangs(monkeypatch):
     monkeypatch.setattr(writers, "CLOSE_SECONDS", 0.1)
-    told = []
-    stream = MetricWriters([Outlet("stuck", Recorder(True, seconds=1.0))], EventLog(listeners=[told.append]))
+    told, stuck = [], Recorder(True)
+    stuck.is_free.clear()
+    stream = MetricWriters([Outlet("stuck", stuck)], EventLog(listeners=[told.append]))
     stream.write(1, step(1))
-    started = time.perf_counter()
     stream.close()
-    assert time.perf_counter() - started < 0.5
+    stuck.is_free.set()
     assert [event.text for event in told] == ["the metric writer stuck does not end; 1 logged steps are missing there"]
 
 
@@ -366,14 +371,15 @@ def test_prometheus_scrapes_the_latest_values_once_the_port_is_free():
         told = []
         outlet = Outlet("prometheus", ScrapePort("127.0.0.1", port), 0.05)
         stream = MetricWriters([outlet], EventLog(listeners=[told.append]))
-        time.sleep(0.1)
         stream.write(1, {"train/lm_loss": 4.0, "validation/lm_loss/books": 3.0})
+        while not told:
+            stream.write(1, {})
     assert f"(127.0.0.1:{port}: Address already in use)" in told[0].text
-    time.sleep(0.2)
     stream.write(2, {"train/lm_loss": 2.0})
-    time.sleep(0.1)
+    while len(told) < 2:
+        stream.write(2, {})
     found = gauges(urlopen(f"http://127.0.0.1:{port}/metrics").read().decode())
-    assert found.pop(("deepy_last_update_timestamp_seconds", "")) == pytest.approx(time.time(), abs=5)
+    assert found.pop(("deepy_last_update_timestamp_seconds", "")) == pytest.approx(time.time(), abs=60)
     assert found == {
         ("deepy_step", ""): 2.0,
         ("deepy_train_lm_loss", ""): 2.0,
