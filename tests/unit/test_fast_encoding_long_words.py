@@ -66,9 +66,23 @@ def both_sides(folder: Path) -> tuple[Ids, tuple[Encode, Encode]]:
     return token_bytes(reference), (bare_encoder(reference), BACKENDS["gigatoken"].build(reference))
 
 
-@settings(deadline=None, max_examples=40)
-@given(data=st.data(), name=st.sampled_from(sorted(RUNS)))
+RUN = given(data=st.data(), name=st.sampled_from(sorted(RUNS)))
+
+
+@settings(deadline=None, max_examples=15)
+@RUN
 def test_windows_give_the_ids_of_the_whole(folder: Path, data: st.DataObject, name: str) -> None:
+    windows_give_the_ids_of_the_whole(folder, data, name)
+
+
+@pytest.mark.long
+@settings(deadline=None, max_examples=100)
+@RUN
+def test_windows_give_the_ids_of_many_more_words(folder: Path, data: st.DataObject, name: str) -> None:
+    windows_give_the_ids_of_the_whole(folder, data, name)
+
+
+def windows_give_the_ids_of_the_whole(folder: Path, data: st.DataObject, name: str) -> None:
     letters = data.draw(st.text(EXAMPLES[name], min_size=1, max_size=1 if name == "one character" else 6))
     run = "".join(data.draw(st.lists(st.sampled_from(letters), min_size=400, max_size=900)))
     text = data.draw(st.text("aA 1.\n中'", max_size=6)) + run + data.draw(st.text("aA 1.\n中's", max_size=6))
