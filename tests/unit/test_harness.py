@@ -6,6 +6,7 @@ unit in the last place of such a sum is 3e-5), and which answer is likeliest is 
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
+from torch.utils import collect_env
 
 from megatron.config.load import config_from_flat
 from megatron.config.schema.run_keys import EvaluationKeys, TokenizerKeys
@@ -55,6 +57,14 @@ KINDS = {
         {"bos_token": BEGINNING},
     ),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def the_machine_is_described_once():
+    """The harness writes a description of the machine to every result, which it takes two seconds to find."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect_env, "get_pretty_env_info", cache(collect_env.get_pretty_env_info))
+        yield
 
 
 @pytest.fixture(scope="module")
