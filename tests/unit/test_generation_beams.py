@@ -60,12 +60,23 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("beams", CASES, ids=str)
-@pytest.mark.parametrize(
-    ("penalty", "minimum", "ends"),
-    [(1.0, 0, {END}), (1.4, 0, {END}), (1.0, 4, {END}), (1.0, 0, {END, 9, 11})],
-    ids=["plain", "repetition penalty", "minimum of tokens", "three ends"],
-)
+SETTINGS = {  # repetition penalty, fewest tokens, ends of a text
+    "plain": (1.0, 0, {END}),
+    "repetition penalty": (1.4, 0, {END}),
+    "minimum of tokens": (1.0, 4, {END}),
+    "three ends": (1.0, 0, {END, 9, 11}),
+}
+
+
+def with_settings():
+    """All searches plainly, and two of them under each setting, are quick cases; the rest are long."""
+    for name, values in SETTINGS.items():
+        for number, beams in enumerate(CASES):
+            quick = name == "plain" or number in (1, 4)
+            yield pytest.param(*values, beams, id=f"{name}-{beams}", marks=() if quick else pytest.mark.long)
+
+
+@pytest.mark.parametrize(("penalty", "minimum", "ends", "beams"), with_settings())
 def test_the_text_and_score_are_those_of_transformers(models, beams, penalty, minimum, ends):
     request = Request(
         PROMPT,

@@ -84,12 +84,26 @@ def test_tokens_are_the_likeliest_after_all_before_them_also_beyond_the_context(
     assert {answer.reason for answer in answers} == {"length"}
 
 
+ARRIVALS = given(data=st.data(), slots=st.integers(1, 4), chunk=st.integers(1, 9), replays=st.booleans())
+
+
 @pytest.mark.parametrize("kind", ["global", "windows"])
-@settings(max_examples=25, deadline=None)
-@given(data=st.data(), slots=st.integers(1, 4), chunk=st.integers(1, 9), replays=st.booleans())
+@settings(max_examples=6, deadline=None)
+@ARRIVALS
 def test_a_text_is_the_same_whatever_arrives_beside_it_and_when(models, kind, data, slots, chunk, replays):
     """Also where steps are replayed, as on a GPU: here by computing them again from the same tensors."""
-    model = models[kind]
+    answers_are_those_of_texts_alone(models[kind], data, slots, chunk, replays)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["global", "windows"])
+@settings(max_examples=60, deadline=None)
+@ARRIVALS
+def test_a_text_is_the_same_in_many_more_of_these_cases(models, kind, data, slots, chunk, replays):
+    answers_are_those_of_texts_alone(models[kind], data, slots, chunk, replays)
+
+
+def answers_are_those_of_texts_alone(model, data, slots, chunk, replays):
     asked = data.draw(
         st.lists(
             st.builds(
