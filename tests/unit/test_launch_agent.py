@@ -122,10 +122,10 @@ def test_an_agent_reports_ranks_before_their_first_beat_and_while_it_ends_them(t
             seen = read_node(tmp_path, 0).statuses[1]
             assert (seen.phase, seen.age > 0.9) == ("starting", True), "what was seen last, which ages"
             beats = read_node(tmp_path, 0).beat
-            orders.give(end=3.0)
+            orders.give(end=1.5)
             wait_for(lambda: read_node(tmp_path, 0).code is not None)
             last = read_node(tmp_path, 0)
-            assert (last.beat >= beats + 3, last.gone) == (True, ())
+            assert (last.beat >= beats + 1, last.gone) == (True, ())
             wait_for(lambda: all(process_state(one.process) in "ZX?" for one in last.ranks))
         finally:
             process.kill()
