@@ -46,13 +46,16 @@ def test_no_prefix_strays_a_sample_from_the_weights(shares: list[int]) -> None:
         assert (np.abs(counts * period - share * np.arange(1, period + 1)) < period).all()
 
 
-@settings(deadline=None, max_examples=5)
-@given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=300))
-def test_nor_with_many_corpora_and_any_weights(weights: list[float]) -> None:
-    mixed = Blend(tuple(Numbered(corpus) for corpus in range(len(weights))), shares := whole_shares(weights))
-    assert mixed.period <= LONGEST_PERIOD
+@pytest.mark.parametrize("longest", [1 << 15, pytest.param(LONGEST_PERIOD, marks=pytest.mark.long)])
+@settings(deadline=None, max_examples=10)
+@given(weights=st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=300))
+def test_nor_with_many_corpora_and_any_weights(longest: int, weights: list[float]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron.data.blend.LONGEST_PERIOD", longest)  # which takes a second to fill
+        mixed = Blend(tuple(Numbered(corpus) for corpus in range(len(weights))), shares := whole_shares(weights))
+    assert mixed.period <= longest
     asked = np.array(weights) / sum(weights)
-    assert np.abs(np.array(mixed.weights) - asked).max() < (len(weights) + 1) / LONGEST_PERIOD
+    assert np.abs(np.array(mixed.weights) - asked).max() < (len(weights) + 1) / longest
     corpora, counts = np.array([mixed.place(sample) for sample in range(2000)]).T
     for corpus in set(corpora.tolist()):
         places = np.flatnonzero(corpora == corpus)

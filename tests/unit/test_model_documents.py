@@ -42,8 +42,19 @@ def blocks_within(first, window):
     return block_mask(counts, indices, first, window, first.shape[1])
 
 
-@pytest.mark.parametrize("window", [None, 70])
-@pytest.mark.parametrize("length", [40, 128, 300, 512])
+@pytest.mark.parametrize(
+    ("length", "window"),
+    [
+        (40, None),
+        (128, 70),
+        (300, None),
+        (300, 70),
+        pytest.param(40, 70, marks=pytest.mark.long),
+        pytest.param(128, None, marks=pytest.mark.long),
+        pytest.param(512, None, marks=pytest.mark.long),
+        pytest.param(512, 70, marks=pytest.mark.long),
+    ],
+)
 def test_within_documents_a_query_sees_the_tokens_of_its_document_up_to_itself(length, window):
     first = documents(length, length)
     query, key, value = (heads(2, length, count, seed) for count, seed in ((4, 0), (2, 1), (2, 2)))
@@ -57,7 +68,7 @@ def test_within_documents_a_query_sees_the_tokens_of_its_document_up_to_itself(l
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("window", [1, 70, 299])
+@pytest.mark.parametrize("window", [1, pytest.param(70, marks=pytest.mark.long), 299])
 def test_within_a_window_a_query_sees_the_last_tokens_by_blocks_too(window):
     query, key, value = (heads(2, 300, count, seed) for count, seed in ((4, 0), (2, 1), (2, 2)))
     [counts], [indices] = block_lists(torch.zeros(1, 300, dtype=torch.int32), [window])  # one for all of the batch
@@ -67,7 +78,7 @@ def test_within_a_window_a_query_sees_the_last_tokens_by_blocks_too(window):
     torch.testing.assert_close(found, ScaledDotProduct(window)(query, key, value, None, 0.0))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 @given(length=st.integers(1, 700), seed=st.integers(0, 99), window=st.none() | st.integers(1, 400))
 @example(length=641, seed=76, window=None)  # one query in the last block, which does not see the first ones
 def test_the_mask_by_blocks_is_the_one_that_torch_makes_of_all_pairs(length, seed, window):
