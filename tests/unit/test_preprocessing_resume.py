@@ -61,7 +61,7 @@ def stop_after(chunks: int) -> Callable[[Totals], None]:
 
 
 @pytest.mark.parametrize("deduplicate", [False, True])
-@pytest.mark.parametrize("chunks", [1, 7, 20])
+@pytest.mark.parametrize("chunks", [pytest.param(1, marks=pytest.mark.long), 7, 20])
 def test_a_run_that_was_interrupted_again_and_again_gives_the_same_files(
     tmp_path: Path, chunks: int, deduplicate: bool
 ) -> None:
@@ -191,7 +191,7 @@ def test_every_line_belongs_to_one_share_wherever_the_cuts_fall(tmp_path: Path) 
     path = tmp_path / "x.jsonl"
     data = b"".join(b'{"text": "%s"}\n' % (b"x" * length) for length in (0, 1, 50, 3, 200, 0, 7)) + b'{"text": "end"}'
     path.write_bytes(data)
-    for count in range(1, len(data) + 3, 7):
+    for count in [*range(1, 12), *range(12, len(data), 53), len(data) + 2]:
         spans = [span for index in range(count) for span in plan_spans([str(path)], Shard(index, count))]
         assert b"".join(chunk.data for span in spans for chunk in read_chunks(span, chunk_bytes=30)) == data
     assert plan_spans([str(path)]) == [Span(str(path))]
@@ -239,8 +239,19 @@ class Lying:
         return "lying"
 
 
-@pytest.mark.parametrize(("workers", "in_threads"), [(1, False), (2, False), (2, True), (5, True)])
-@pytest.mark.parametrize("wrong", ["ß", "z"])
+@pytest.mark.parametrize(
+    ("wrong", "workers", "in_threads"),
+    [
+        ("ß", 1, False),
+        ("ß", 2, False),
+        ("ß", 2, True),
+        ("z", 1, False),
+        ("z", 5, True),
+        pytest.param("ß", 5, True, marks=pytest.mark.long),
+        pytest.param("z", 2, False, marks=pytest.mark.long),
+        pytest.param("z", 2, True, marks=pytest.mark.long),
+    ],
+)
 def test_what_a_wrong_backend_wrote_before_the_alarm_is_done_again(
     tmp_path: Path, wrong: str, workers: int, in_threads: bool
 ) -> None:
