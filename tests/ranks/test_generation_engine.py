@@ -19,8 +19,9 @@ LAYOUTS = {"tensor 2": (1, 2, 2), "pipeline 2": (2, 1, 2), "replicas 2": (1, 1, 
 
 def requests() -> list[Request]:
     sampled = Sampling(temperature=1.0, top_k=40, top_p=0.95)
-    texts = [Request(tuple(text.encode()), 12, seed=str(i)) for i, text in enumerate(PROMPTS)]
-    texts += [Request(tuple(text.encode()), 24, sampled, seed=str(i)) for i, text in enumerate(PROMPTS)]
+    # some texts grow beyond the context, from where on each token is computed from a whole text that is read again
+    texts = [Request(tuple(text.encode()), 6, seed=str(i)) for i, text in enumerate(PROMPTS)]
+    texts += [Request(tuple(text.encode()), 10, sampled, seed=str(i)) for i, text in enumerate(PROMPTS)]
     scored = [Request(tuple(text.encode()), 0, score_from=2) for text in PROMPTS if len(text) > 2]
     return [*texts, *scored]
 
