@@ -21,7 +21,7 @@ from tests import tiny
 from tests.ranks.run import deterministic_on_gpu, run_ranks
 
 Settings = dict[str, Any]  # of tests.tiny.plan
-STEPS = 4  # before the move, and again after it
+STEPS = 4  # before the move, and again after it: an fp16 loss scale grows in the fourth
 
 TIED = {"tied_embeddings": True}
 GROUPED = {"num_kv_heads": 2, "activation": "swiglu", "norm": "rmsnorm", "bias_in_mlp": False}
@@ -102,18 +102,21 @@ class Outcome:
     noise: float  # the same steps of two undisturbed runs, one in each layout
 
 
-def carry_out(move: Move, folder: Path, with_noise: bool = True) -> Outcome:
-    """Train, save, load under the target layout, save again, train on; and train the undisturbed runs."""
+def carry_out(move: Move, folder: Path, with_noise: bool = True, steps: int = STEPS) -> Outcome:
+    """Train, save, load under the target layout, save again, train on; and train the undisturbed runs.
+
+    steps: before the move, and again after it.
+    """
     source, target = move.common | move.source, move.common | move.target
-    saved, _ = train(folder / "source", source, None, STEPS)
+    saved, _ = train(folder / "source", source, None, steps)
     again, _ = train(folder / "again", target, saved, 0)
-    _, moved = train(folder / "moved", target, saved, STEPS)
-    _, undisturbed = train(folder / "undisturbed", source, None, 2 * STEPS)
-    gaps = [abs(a - b) for a, b in zip(moved, undisturbed[STEPS:], strict=True)]
+    _, moved = train(folder / "moved", target, saved, steps)
+    _, undisturbed = train(folder / "undisturbed", source, None, 2 * steps)
+    gaps = [abs(a - b) for a, b in zip(moved, undisturbed[steps:], strict=True)]
     noise = float("nan")
     if with_noise:
-        _, other = train(folder / "other", target, None, 2 * STEPS)
-        noise = max(abs(a - b) for a, b in zip(other[STEPS:], undisturbed[STEPS:], strict=True))
+        _, other = train(folder / "other", target, None, 2 * steps)
+        noise = max(abs(a - b) for a, b in zip(other[steps:], undisturbed[steps:], strict=True))
     return Outcome(not different_tensors(saved, again) and same_progress(saved, again), gaps[0], max(gaps), noise)
 
 
