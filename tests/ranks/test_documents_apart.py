@@ -6,6 +6,7 @@ without the feature.
 """
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from megatron.training.batch import BatchBuilder
 from tests import flex, tiny
 from tests.models import random_tensor
 from tests.ranks.run import one_rank, run_ranks
+from tests.ranks.together import Parameters, run_together
 
 END = 7
 TOLERANCE = 1e-5
@@ -104,15 +106,27 @@ LAYOUTS = [
 ]
 
 
-def check(model: dict, layout: dict) -> None:
+def check(request: pytest.FixtureRequest) -> None:
+    """The case of this test, with its layout and the model that it may name."""
+    run_together(request, compare, arguments, lambda case: tiny.ranks_of(case["layout"]))
+
+
+def arguments(case: Parameters) -> tuple[dict, dict, float, dict[str, Tensor]]:
+    """Those of `compare`."""
+    model = case.get("model", "rotary")
+    return (MODELS[model], case["layout"], *each_alone(model))
+
+
+@cache
+def each_alone(model: str) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of one rank."""
     with one_rank() as grid, flex.registered():
-        loss, gradients = alone(replace(tiny.MODEL, **model), grid)
-    run_ranks(tiny.ranks_of(layout), compare, model, layout, loss, gradients, timeout=180)
+        return alone(replace(tiny.MODEL, **MODELS[model]), grid)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(f"{k}{v}" for k, v in layout.items()) or "one")
-def test_every_layout_gives_what_each_document_gives_alone(layout):
-    check({}, layout)
+def test_every_layout_gives_what_each_document_gives_alone(request, layout):
+    check(request)
 
 
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "rotary"])
@@ -121,8 +135,8 @@ def test_every_layout_gives_what_each_document_gives_alone(layout):
     [{}, {"pipe": 2, "tensor": 2, "accumulation": 2, "sequence_parallel": True}, {"context": 2, "accumulation": 2}],
     ids=["one", "pipe2-tensor2-sequence", "context2"],
 )
-def test_every_kind_of_positions_and_attention_does(model, layout):
-    check(MODELS[model], layout)
+def test_every_kind_of_positions_and_attention_does(request, model, layout):
+    check(request)
 
 
 def compare_together(loss: float) -> None:

@@ -5,6 +5,8 @@ gaps seen are below 3e-6 of a tensor's largest element. A gradient that is count
 every rank, is off by its own size; 2e-5 lies between with room on both sides.
 """
 
+from functools import cache
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from megatron.model.gpt import gather_logits
 from megatron.parallel.grid import ParallelGrid
 from tests.models import VARIETY, build, new_cache, random_tokens, read_in_steps
 from tests.ranks.run import make_grid, one_rank, run_ranks
+from tests.ranks.together import run_together
 
 TOLERANCE = 2e-5
 
@@ -36,8 +39,13 @@ def run(model: ModelPlan, grid: ParallelGrid) -> tuple[Tensor, Tensor, dict[str,
 
 def compare(model: ModelPlan, logits: Tensor, loss: Tensor, gradients: dict[str, Tensor]) -> None:
     for sequence_parallel in (False, True):
-        grid = make_grid(tensor=dist.get_world_size(), sequence_parallel=sequence_parallel)
-        compare_on(grid, model, logits, loss, gradients)
+        compare_on(tensor_grid(sequence_parallel), model, logits, loss, gradients)
+
+
+@cache
+def tensor_grid(sequence_parallel: bool = False) -> ParallelGrid:
+    """All ranks of this start as tensor-parallel ones."""
+    return make_grid(tensor=dist.get_world_size(), sequence_parallel=sequence_parallel)
 
 
 def compare_on(
@@ -54,25 +62,28 @@ def compare_on(
         assert_near(parameter.grad, expected, name)
 
 
-@pytest.mark.parametrize("name", VARIETY)
-def test_two_ranks_compute_what_one_computes(name):
-    model = VARIETY[name]
+def of_one_rank(name: str) -> tuple[ModelPlan, Tensor, Tensor, dict[str, Tensor]]:
+    """Arguments of `compare`."""
     with one_rank() as grid:
-        logits, loss, parameters = run(model, grid)
+        logits, loss, parameters = run(VARIETY[name], grid)
     gradients = {key: parameter.grad for key, parameter in parameters.items()}
-    assert all(gradient.abs().max() > 1e-4 for gradient in gradients.values()), "a gradient that says nothing"
-    run_ranks(2, compare, model, logits, loss, gradients)
+    for key, gradient in gradients.items():
+        assert gradient.abs().max() > 1e-4, f"{name}: the gradient of {key} says nothing"
+    return VARIETY[name], logits, loss, gradients
 
 
-@pytest.mark.parametrize("model", [VARIETY["neox"], VARIETY["llama"]], ids=["neox", "two key/value heads"])
-def test_four_ranks_compute_what_one_computes(model):
-    with one_rank() as grid:
-        logits, loss, parameters = run(model, grid)
-    run_ranks(4, compare, model, logits, loss, {key: parameter.grad for key, parameter in parameters.items()})
+@pytest.mark.parametrize("name", VARIETY)
+def test_two_ranks_compute_what_one_computes(request, name):
+    run_together(request, compare, lambda case: of_one_rank(case["name"]))
+
+
+@pytest.mark.parametrize("name", ["neox", "llama"], ids=["neox", "two key/value heads"])
+def test_four_ranks_compute_what_one_computes(request, name):
+    run_together(request, compare, lambda case: of_one_rank(case["name"]), lambda _: 4)
 
 
 def decode_body(model: ModelPlan, expected: Tensor) -> None:
-    grid = make_grid(tensor=dist.get_world_size())
+    grid = tensor_grid()
     module, tokens = build(model, grid).eval(), random_tokens(model, batch=2, length=12).to(grid.device)
     cache = new_cache(model, 2, 12, model.kv_heads_on_rank(grid.size("tensor")))
     with torch.inference_mode():
@@ -81,17 +92,19 @@ def decode_body(model: ModelPlan, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "local", "three key/value heads"])
-def test_decoding_on_two_ranks_equals_reading_everything_on_one(name):
-    model = VARIETY[name]
+def test_decoding_on_two_ranks_equals_reading_everything_on_one(request, name):
+    run_together(request, decode_body, lambda case: read_by_one_rank(VARIETY[case["name"]]))
+
+
+def read_by_one_rank(model: ModelPlan) -> tuple[ModelPlan, Tensor]:
+    """Arguments of `decode_body`."""
     tokens = random_tokens(model, batch=2, length=12)
     with one_rank() as grid, torch.no_grad():
-        module = build(model, grid).eval()
-        alone = module(tokens)[..., : model.vocab_size]
-    run_ranks(2, decode_body, model, alone)
+        return model, build(model, grid).eval()(tokens)[..., : model.vocab_size]
 
 
 def padding_body(model: ModelPlan) -> None:
-    grid = make_grid(tensor=dist.get_world_size())
+    grid = tensor_grid()
     _, _, parameters = run(model, grid)
     for name in ("embedding.weight", "head.weight"):
         weight = parameters[name]

@@ -21,6 +21,7 @@ from megatron.parallel.initial_values import initialise
 from tests import tiny
 from tests.ranks.moves import allow_fp16_on_cpu, engine_of
 from tests.ranks.run import deterministic_on_gpu, run_ranks
+from tests.ranks.together import run_together
 
 RATE = 1e-3
 
@@ -69,11 +70,11 @@ def test_fp16_on_a_cpu_is_refused_with_what_works():
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_the_first_update_is_the_one_of_torch_adamw(precision, zero):
-    run_ranks(1, first_update, precision, zero)
+def test_the_first_update_is_the_one_of_torch_adamw(request, precision, zero):
+    run_together(request, first_update, lambda case: (case["precision"], case["zero"]), lambda _: 1)
 
 
-def overflow(folder: str, settings: dict) -> None:
+def overflow(settings: dict) -> None:
     allow_fp16_on_cpu()
     scale = LossScalePlan(dynamic=True, initial=2.0**30, window=1000, hysteresis=1, minimum=1.0)
     plan = tiny.plan(precision="fp16", loss_scale=scale, **settings)
@@ -84,10 +85,9 @@ def overflow(folder: str, settings: dict) -> None:
         output = engine.train_batch(
             tiny.micro_batches(step, plan, engine.grid.rank("data")), step=step, learning_rate=RATE
         )
-        seen.append([output.skipped, output.loss_scale])
-    unchanged = all(torch.equal(before[name], value) for name, value in masters(engine).items())
-    rank = torch.distributed.get_rank()
-    Path(folder, f"{rank}.json").write_text(json.dumps({"seen": seen, "unchanged": unchanged}))
+        seen.append((output.skipped, output.loss_scale))
+    assert seen == [(True, 2.0**29), (True, 2.0**28), (True, 2.0**27)]
+    assert all(torch.equal(before[name], value) for name, value in masters(engine).items())
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,8 @@ def overflow(folder: str, settings: dict) -> None:
     ],
     ids=["data2", "zero3", "tensor2", "pipe2", "context2", "offloaded"],
 )
-def test_an_overflow_is_skipped_and_the_scale_halved_on_all_ranks_alike(tmp_path, settings):
-    run_ranks(2, overflow, str(tmp_path), settings)
-    ranks = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
-    assert len(ranks) == 2 and ranks[0] == ranks[1]
-    assert ranks[0]["seen"] == [[True, 2.0**29], [True, 2.0**28], [True, 2.0**27]]
-    assert ranks[0]["unchanged"]
+def test_an_overflow_is_skipped_and_the_scale_halved_on_all_ranks_alike(request, settings):
+    run_together(request, overflow, lambda case: (case["settings"],))
 
 
 def bf16_losses(file: str, settings: dict) -> None:
@@ -124,23 +120,27 @@ def bf16_losses(file: str, settings: dict) -> None:
         Path(file).write_text(json.dumps(losses))
 
 
+@pytest.fixture(scope="module")
+def bf16_alone(tmp_path_factory) -> list[float]:
+    file = tmp_path_factory.mktemp("alone") / "losses"
+    run_ranks(1, bf16_losses, str(file), {})
+    return json.loads(file.read_text())
+
+
 @pytest.mark.parametrize("settings", [{"data": 2}, {"tensor": 2}, {"pipe": 2}, {"data": 2, "zero": 3}], ids=str)
-def test_bf16_layouts_stay_close_to_one_rank(tmp_path, settings):
+def test_bf16_layouts_stay_close_to_one_rank(tmp_path, bf16_alone, settings):
     """bf16 keeps 8 bits: each activation is off by 2**-9 = 0.002 of itself, and layouts round at other places."""
-    curves = []
-    for case in ({}, settings):
-        file = tmp_path / f"{len(curves)}.json"
-        run_ranks(2 if case else 1, bf16_losses, str(file), case)
-        curves.append(json.loads(file.read_text()))
-    gap = max(abs(a - b) for a, b in zip(*curves, strict=True))
-    assert gap < 0.01 and curves[0][-1] < curves[0][0]
+    run_ranks(2, bf16_losses, str(tmp_path / "losses"), settings)
+    losses = json.loads((tmp_path / "losses").read_text())
+    gap = max(abs(a - b) for a, b in zip(losses, bf16_alone, strict=True))
+    assert gap < 0.01 and losses[-1] < losses[0]
 
 
-def poisoned_step(folder: str, precision: str, settings: dict) -> None:
+def poisoned_step(precision: str, settings: dict) -> None:
     """Three steps; in the second, one replica's loss is no number."""
     engine, plan = engine_of({"precision": precision} | settings)
     data_rank = engine.grid.rank("data")
-    seen, kept = [], {}
+    seen, kept = [], []
     for step in range(3):
         batch = tiny.micro_batches(step, plan, data_rank)
         if step == 1 and data_rank == plan.layout.data - 1:
@@ -150,9 +150,9 @@ def poisoned_step(folder: str, precision: str, settings: dict) -> None:
         }
         seen.append(engine.train_batch(batch, step=step, learning_rate=RATE).skipped)
         after = {(r.parameter.global_name, k): t for r in engine.state.fragments() for k, t in r.tensors.items()}
-        kept[step] = all(torch.equal(before[key], after[key]) for key in before)
-    rank = torch.distributed.get_rank()
-    Path(folder, f"{rank}.json").write_text(json.dumps([seen, kept, engine.state.updates]))
+        kept.append(all(torch.equal(before[key], after[key]) for key in before))
+    assert seen == kept == [False, True, False]
+    assert engine.state.updates == 2
 
 
 POISONED = [{"data": 2}, {"data": 2, "zero": 1}, {"data": 2, "zero": 3}, {"pipe": 2}, {"tensor": 2}]
@@ -174,10 +174,8 @@ POISONED_QUICK = [("fp32", case) for case in POISONED] + [("bf16", POISONED[2]),
     ],
     ids=str,
 )
-def test_a_step_whose_gradients_are_no_numbers_changes_nothing_on_any_rank(tmp_path, precision, settings):
-    run_ranks(2, poisoned_step, str(tmp_path), precision, settings)
-    ranks = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
-    assert ranks == [[[False, True, False], {"0": False, "1": True, "2": False}, 2]] * 2
+def test_a_step_whose_gradients_are_no_numbers_changes_nothing_on_any_rank(request, precision, settings):
+    run_together(request, poisoned_step, lambda case: (case["precision"], case["settings"]))
 
 
 def clipped_gradients(kind: str, moment: str, settings: dict) -> None:
@@ -194,9 +192,14 @@ def clipped_gradients(kind: str, moment: str, settings: dict) -> None:
 
 @pytest.mark.parametrize("summed_in", ["fp32", "bf16"])
 @pytest.mark.parametrize(("kind", "moment"), [("adam", "exp_avg"), ("signs", "momentum")])
-def test_the_clip_reaches_every_optimizer_whatever_gradients_are_summed_in(kind, moment, summed_in):
+def test_the_clip_reaches_every_optimizer_whatever_gradients_are_summed_in(request, kind, moment, summed_in):
     """Norms and scales are fp32 (1e-6); gradients and the moment made of them round at 2 ** -24 an element."""
-    run_ranks(1, clipped_gradients, kind, moment, {"gradient_accumulation_dtype": summed_in})
+    run_together(
+        request,
+        clipped_gradients,
+        lambda case: (case["kind"], case["moment"], {"gradient_accumulation_dtype": case["summed_in"]}),
+        lambda _: 1,
+    )
 
 
 def first_step_poisoned(kind: str, moment: str) -> None:
@@ -208,8 +211,8 @@ def first_step_poisoned(kind: str, moment: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "moment"), [("adam", "exp_avg"), ("sgd", "momentum_buffer")])
-def test_a_first_step_that_is_left_out_leaves_no_moments_behind(kind, moment):
-    run_ranks(1, first_step_poisoned, kind, moment)
+def test_a_first_step_that_is_left_out_leaves_no_moments_behind(request, kind, moment):
+    run_together(request, first_step_poisoned, lambda case: (case["kind"], case["moment"]), lambda _: 1)
 
 
 def deterministic_process() -> None:
@@ -299,9 +302,9 @@ def sums_in_fp32(zero: int) -> None:
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_gradients_of_many_micro_batches_are_summed_in_fp32(zero):
+def test_gradients_of_many_micro_batches_are_summed_in_fp32(request, zero):
     """fp32 sums of eight bf16 gradients are the same additions; what is left is the rounding of exp_avg, 1e-7."""
-    run_ranks(1, sums_in_fp32, zero)
+    run_together(request, sums_in_fp32, lambda case: (case["zero"],), lambda _: 1)
 
 
 def averages_in_fp32(zero: int) -> None:
@@ -311,5 +314,5 @@ def averages_in_fp32(zero: int) -> None:
 
 
 @pytest.mark.parametrize("zero", [0, *(pytest.param(stage, marks=pytest.mark.long) for stage in (1, 2)), 3])
-def test_gradients_of_many_replicas_are_averaged_in_fp32(zero):
-    run_ranks(4, averages_in_fp32, zero)
+def test_gradients_of_many_replicas_are_averaged_in_fp32(request, zero):
+    run_together(request, averages_in_fp32, lambda case: (case["zero"],), lambda _: 4)
