@@ -11,13 +11,15 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from megatron.launch.main import main
 from megatron.launch.protocol.environment import environment_line, rank_environment
-from tests.end_to_end.processes import is_running
+from megatron.launch.protocol.records import read_node
+from tests.end_to_end.processes import is_running, wait_for
 
 ROOT = Path(__file__).parents[2]
 SHAPE = """
@@ -46,24 +48,24 @@ def hang(stubborn):
 """
 
 
+def start_program(folder, body, *arguments):
+    """Write `body` as the ranks' program and start deepy.py on it."""
+    (folder / "program.py").write_text(PROGRAM + HANGS + body)
+    (folder / "shape.yml").write_text(SHAPE)
+    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "GLIBC_TUNABLES")}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "deepy.py"), "program.py", "shape", *arguments],
+        cwd=folder,
+        env=kept | {"DS_ACCELERATOR": "cpu", "TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 @pytest.fixture
 def start(tmp_path):
-    """Write `body` as the ranks' program and start deepy.py on it."""
-
-    def start_program(body, *arguments):
-        (tmp_path / "program.py").write_text(PROGRAM + HANGS + body)
-        (tmp_path / "shape.yml").write_text(SHAPE)
-        kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "GLIBC_TUNABLES")}
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "deepy.py"), "program.py", "shape", *arguments],
-            cwd=tmp_path,
-            env=kept | {"DS_ACCELERATOR": "cpu", "TMPDIR": str(tmp_path)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    return start_program
+    return partial(start_program, tmp_path)
 
 
 def finish(process):
@@ -136,38 +138,48 @@ def test_the_log_names_what_was_set_for_a_rank():
     assert environment_line({}) == "environment: OMP_NUM_THREADS, GLIBC_TUNABLES and PYTORCH_ALLOC_CONF are not set"
 
 
-def test_an_exception_ends_the_other_rank_and_its_traceback_comes_last(start, tmp_path):
-    body = """
-if rank == "1":
-    raise ValueError("rank one is unhappy")
-hang(True)
-"""
-    started = time.monotonic()
-    code, out, err = finish(start(body))
-    assert time.monotonic() - started < 30
-    assert (code, out) == (1, "")
-    assert re.fullmatch(
-        r"rank 1 of 2 failed:\nTraceback \(most recent call last\):\n  File .*program\.py.*\n.*\n(.*\^+\n)?"
-        r"ValueError: rank one is unhappy\n",
-        err,
-    ), err
-    if (tmp_path / "processes").exists():
-        assert_all_end([int(process) for process in (tmp_path / "processes").read_text().split()], seconds=1)
-
-
-def test_the_first_failure_is_shown_and_not_those_that_follow_from_it(start):
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory):
+    """The folder, exit code, output and errors of three ranks: one fails, one therefore, one would go on for long."""
     body = """
 if rank == "1":
     raise ValueError("the cause")
+if rank == "2":
+    hang(False)
 time.sleep(0.3)
 print("still said", file=sys.stderr)
 raise RuntimeError("the consequence")
 """
-    code, _, err = finish(start(body))
+    folder = tmp_path_factory.mktemp("failed")
+    return folder, *finish(start_program(folder, body, "num_gpus=3", "train_batch_size=3"))
+
+
+def test_an_exception_ends_the_other_rank_and_its_traceback_comes_last(failed):
+    folder, code, out, err = failed
+    assert (code, out) == (1, "")
+    assert re.fullmatch(
+        r"still said\nrank 1 of 3 failed:\nTraceback \(most recent call last\):\n  File .*program\.py.*\n.*\n(.*\^+\n)?"
+        r"ValueError: the cause\n",
+        err,
+    ), err
+    if (folder / "processes").exists():
+        assert_all_end([int(process) for process in (folder / "processes").read_text().split()], seconds=1)
+
+
+def test_the_first_failure_is_shown_and_not_those_that_follow_from_it(failed):
+    _, code, _, err = failed
     assert code == 1
     assert "still said" in err
     assert err.endswith("ValueError: the cause\n")
     assert "the consequence" not in err
+
+
+@pytest.mark.long  # as an exception, and as ranks that refuse to end at a signal
+def test_an_exception_ends_a_rank_that_refuses_to_end(start, tmp_path):
+    code, _, err = finish(start("if rank == '1':\n    raise ValueError('unhappy')\nhang(True)"))
+    assert code == 1 and err.endswith("ValueError: unhappy\n")
+    if (tmp_path / "processes").exists():
+        assert_all_end([int(process) for process in (tmp_path / "processes").read_text().split()], seconds=1)
 
 
 def test_ranks_that_find_the_input_wrong_say_it_once_and_end_with_2(start):
@@ -216,6 +228,13 @@ def test_stopping_deepy_ends_all_ranks_and_their_children(start, tmp_path, numbe
     assert_all_end(processes, seconds=1)
 
 
+def has_heartbeats(folder: Path, ranks: int) -> bool:
+    """Whether the launcher has been told of the beats of all ranks."""
+    runs = {path.parent for path in folder.glob("deepy-*/node_0.json")}
+    nodes = [node for node in (read_node(run, 0) for run in runs) if node is not None]
+    return any(sum(status.phase == "starting" for status in node.statuses) == ranks for node in nodes)
+
+
 def test_a_second_ctrl_c_ends_ranks_that_do_not_reach_a_step_boundary(start, tmp_path):
     body = """
 from megatron.launch.protocol.heartbeat import Heartbeat
@@ -225,9 +244,9 @@ hang(stubborn=True)
 """
     process = start(body)
     processes = hanging_processes(tmp_path, ranks=2)
-    time.sleep(1.5)  # until their heartbeats are known
+    wait_for(lambda: has_heartbeats(tmp_path, ranks=2), process)
     process.send_signal(signal.SIGINT)
-    time.sleep(1.5)
+    time.sleep(0.7)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     asked = time.monotonic()
@@ -315,6 +334,7 @@ def test_looking_at_a_configuration_starts_nothing_and_imports_no_torch(tmp_path
     assert list(tmp_path.iterdir()) == [tmp_path / "shape.yml"]
 
 
+@pytest.mark.long  # test_generation has the same with a real program
 def test_rank_0_talks_with_the_terminal_and_ctrl_c_ends_the_run(tmp_path):
     (tmp_path / "program.py").write_text(
         PROGRAM + HANGS + "if rank == '0':\n    print('got', input('? '))\nhang(False)"
