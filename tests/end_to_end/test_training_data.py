@@ -16,6 +16,7 @@ CONFIG = {
     "num_attention_heads": 2,
     "seq_length": 32,
     "tokenizer_type": "CharLevelTokenizer",
+    "num_workers": 0,
     "train_batch_size": 8,
     "train_iters": 4,
     "log_interval": 1,
