@@ -54,6 +54,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return found
 
 
+@pytest.mark.long  # adapters have tests/ranks/test_lora.py and test_convert_peft.py
 def test_one_command_tunes_a_published_model_with_adapters_and_every_way_out_computes_the_same(folder):
     adapted = FINE_TUNE | {"lora": {"rank": 4, "alpha": 8, "dropout": 0.1, "targets": ["query", "value", "down"]}}
     adapted |= {"save": "adapters", "optimizer": {"type": "Adam", "params": {"lr": 0.02}}, "save_hf": None}

@@ -77,6 +77,7 @@ def rank_of(process: int) -> dict[str, str]:
     return dict(line.split("=", 1) for line in variables if "=" in line) if is_rank else {}
 
 
+@pytest.mark.long
 def test_a_node_that_is_lost_ends_the_run_and_is_named(hosts, folder):
     with on_first(hosts, folder, MANY) as process:
         wait_for(lambda: steps_done(folder / "run") >= 3, process)
