@@ -22,12 +22,18 @@ WAYS = [pytest.param(way, id=way) for way in ("async_save=false", "async_save=tr
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A configuration, and a run that was never disturbed, with checkpoints of steps 5, 10, 15 and 20."""
+def configured(tmp_path_factory) -> Path:
+    """The folder with a configuration."""
     folder = tmp_path_factory.mktemp("faults")
     (folder / "small.yml").write_text(SMALL + KEPT)
-    run(folder, "train.py", "small", "save=whole", "load=whole")
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(configured) -> Path:
+    """And with a run that was never disturbed, with checkpoints of steps 5, 10, 15 and 20."""
+    run(configured, "train.py", "small", "save=whole", "load=whole")
+    return configured
 
 
 @contextlib.contextmanager
@@ -109,10 +115,10 @@ def test_a_folder_that_may_no_longer_be_written_to_ends_all_ranks_and_leaves_wha
     assert (last := find_checkpoint(save)) is not None and damage(last, "full") == []
 
 
-def test_a_folder_that_may_not_be_written_to_is_refused_before_work_begins(folder, tmp_path):
+def test_a_folder_that_may_not_be_written_to_is_refused_before_work_begins(configured, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o555)
     words = as_anybody("train.py", "small", f"save={tmp_path / 'closed'}", f"log_dir={tmp_path}")
-    with started(folder, words) as process:
+    with started(configured, words) as process:
         code, _, stderr = end(process)
     assert code == 2
     assert complaint(stderr) == f"save ({tmp_path / 'closed'}) cannot be written to"

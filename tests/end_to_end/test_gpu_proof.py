@@ -91,8 +91,8 @@ def test_the_steps_on_one_gpu_fit_into_the_usual_time():
 
 
 def test_a_step_may_use_the_time_that_earlier_ones_left(tmp_path, on_no_card):
-    three_seconds = ROW + "; import time; time.sleep(3)"
-    steps = (step("slow", three_seconds, seconds=1), step("last", ROW, seconds=20))
+    two_seconds = ROW + "; import time; time.sleep(1.5)"
+    steps = (step("slow", two_seconds, seconds=1), step("last", ROW, seconds=20))
     assert main(["--output", str(tmp_path / "proof.md"), "--minutes", "1"], steps) == 0
     assert results(tmp_path) == {"slow": "passed", "last": "passed"}
     assert main(["--output", str(tmp_path / "other.md"), "--minutes", "0.36"], steps) == 1
