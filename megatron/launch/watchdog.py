@@ -32,8 +32,13 @@ class Watchdog:
         return max(limit, PATIENT_SECONDS) if patient else limit
 
     def find_hung_rank(self, statuses: Iterable[RankStatus]) -> RankStatus | None:
-        """The rank that has hung for longest, or None; each step and phase is reported once."""
-        hanging = [status for status in statuses if status.age > self.limit(status)]
+        """The rank that has hung for longest, or None; each step and phase is reported once.
+
+        So are those of the ranks that are not silent for long enough yet: they wait for it.
+        """
+        known = list(statuses)
+        hanging = [status for status in known if status.age > self.limit(status)]
         fresh = [status for status in hanging if (status.step, status.phase) not in self._reported]
-        self._reported |= {(status.step, status.phase) for status in hanging}
+        if hanging:
+            self._reported |= {(status.step, status.phase) for status in known}
         return max(fresh, key=lambda status: status.age, default=None)

@@ -3,6 +3,8 @@
 import errno
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -14,9 +16,17 @@ from megatron.launch.node import network as node_network
 from megatron.launch.node.network import interface_towards
 from megatron.launch.node_states import NodeStates
 from megatron.launch.process_group import StopSignals
+from megatron.launch.protocol import records
 from megatron.launch.protocol.environment import forwarded_environment
 from megatron.launch.protocol.heartbeat import Heartbeat, RankStatus, read_rank_status
-from megatron.launch.protocol.records import NodeRecord, RankStacks, write_node
+from megatron.launch.protocol.records import (
+    NodeRecord,
+    RankRecord,
+    RankStacks,
+    look_at_ranks,
+    write_node,
+    write_rank,
+)
 from megatron.launch.rollcall import roll_call
 from megatron.launch.watchdog import Watchdog
 
@@ -87,6 +97,30 @@ def test_the_watchdog_reports_the_rank_that_is_silent_for_longest_once_for_each_
     assert dog.find_hung_rank(hanging) == hanging[1]
     assert dog.find_hung_rank(hanging) is None
     assert dog.find_hung_rank([status(0, step=1202, age=7.0)]) is not None
+
+
+def test_ranks_that_wait_for_a_hung_one_are_no_second_hang():
+    dog = Watchdog(5.0)
+    waiting = [status(0, phase="validation", age=4.9), status(1, age=5.5)]
+    assert dog.find_hung_rank(waiting) == waiting[1]
+    assert dog.find_hung_rank([status(0, phase="validation", age=5.1), status(1, age=5.7)]) is None
+    assert dog.find_hung_rank([status(0, step=1202, age=5.1), status(1, step=1202, age=5.0)]) is not None
+
+
+def test_a_rank_that_leaves_its_record_while_its_process_is_looked_at_has_not_vanished(tmp_path, monkeypatch):
+    with subprocess.Popen([sys.executable, "-S", "-c", ""]) as ended:
+        pass
+    record = RankRecord(0, ended.pid)
+    write_rank(tmp_path, record)
+    assert look_at_ranks(tmp_path) == ([record], [record])
+    fate, last = records._fate, record.ended(0, "exit", "")
+
+    def leaves_its_record_first(process):
+        write_rank(tmp_path, last)
+        return fate(process)
+
+    monkeypatch.setattr(records, "_fate", leaves_its_record_first)
+    assert look_at_ranks(tmp_path) == ([last], [])
 
 
 def test_a_node_is_not_lost_while_nothing_can_be_written_where_it_reports(tmp_path, monkeypatch, capsys):

@@ -47,17 +47,16 @@ from megatron.launch.protocol.records import (  # noqa: E402
     NodeRecord,
     RankRecord,
     RankStacks,
+    look_at_ranks,
     process_state,
     read_node,
-    read_ranks,
-    vanished,
     write_node,
 )
 
 POLL_SECONDS = 0.02
 BEAT_SECONDS = 1.0
-# A rank writes its stacks from a signal handler, which takes a moment on a busy machine.
-STACKS_SECONDS = 1.0
+# A rank writes its stacks within milliseconds, unless the machine is busy.
+STACKS_SECONDS, STACKS_POLL_SECONDS = 5.0, 0.1
 GRACE_SECONDS = 5.0
 # DeepSpeed's launcher polls its ranks once a second and then exits by itself.
 EXIT_SECONDS = 3.0
@@ -192,8 +191,8 @@ class Agent:
 
     def _update_record(self) -> None:
         """Write changes of the ranks into the node's record, and a beat every second."""
-        ranks = read_ranks(self._local)
-        gone = self._record.gone or (() if self._ends_ranks else tuple(vanished(ranks)))
+        ranks, vanished = look_at_ranks(self._local)
+        gone = self._record.gone or (() if self._ends_ranks else tuple(vanished))
         if tuple(ranks) == self._record.ranks and gone == self._record.gone:
             self._beat()
             return
@@ -253,11 +252,25 @@ class Agent:
         running = self._running()
         before = [len(self._stacks_so_far(record.rank)) for record in running]
         self._signal(running, STACKS)
-        time.sleep(STACKS_SECONDS)
-        stacks = []
-        for record, length in zip(running, before, strict=True):
-            text = self._stacks_so_far(record.rank)[length:].decode(errors="replace")
-            stacks.append(RankStacks(record.rank, process_state(record.process), text))
+        deadline = time.monotonic() + STACKS_SECONDS
+        stacks: list[RankStacks] = []
+        while time.monotonic() < deadline:
+            time.sleep(STACKS_POLL_SECONDS)
+            self._beat()
+            earlier, stacks = (
+                stacks,
+                [
+                    RankStacks(
+                        record.rank,
+                        process_state(record.process),
+                        self._stacks_so_far(record.rank)[length:].decode(errors="replace"),
+                    )
+                    for record, length in zip(running, before, strict=True)
+                ],
+            )
+            # Each has written all of its own, or is stopped and cannot.
+            if stacks == earlier and all(one.text or one.state == "T" for one in stacks):
+                break
         self._write(stacks=tuple(stacks), stacks_round=request)
 
     def _stacks_so_far(self, rank_number: int) -> bytes:

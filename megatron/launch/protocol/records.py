@@ -7,7 +7,6 @@ their machine, agents into one that all machines share. Standard library only.
 import json
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -112,13 +111,19 @@ def write_json(path: Path, content: Any) -> None:
     partial.replace(path)
 
 
-def vanished(records: Sequence[RankRecord]) -> list[RankRecord]:
-    """Ranks of this machine whose process has ended without a record: by a signal, or past Python (`os._exit`).
+def look_at_ranks(folder: Path) -> tuple[list[RankRecord], list[RankRecord]]:
+    """The records of all ranks of this machine, and those of the vanished ones.
 
-    `code` is then the kernel's: minus the number of a signal, or an exit code; None if it is no longer known.
+    They have ended without a record of it: by a signal, or past Python (`os._exit`). `code` is then the kernel's: minus
+    the number of a signal, or an exit code; None if it is no longer known.
     """
-    silent = [(record, _fate(record.process)) for record in records if record.code is None]
-    return [replace(record, code=fate.code) for record, fate in silent if fate is not None]
+    records = read_ranks(folder)
+    fates = {one.rank: fate for one in records if one.code is None and (fate := _fate(one.process)) is not None}
+    if not fates:
+        return records, []
+    records = read_ranks(folder)  # one that ended between the two looks has left its record
+    silent = [one for one in records if one.code is None and one.rank in fates]
+    return records, [replace(one, code=fates[one.rank].code) for one in silent]
 
 
 def process_state(process: int) -> str:
