@@ -108,14 +108,15 @@ def carry_out(move: Move, folder: Path, with_noise: bool = True, steps: int = ST
     steps: before the move, and again after it.
     """
     source, target = move.common | move.source, move.common | move.target
-    saved, _ = train(folder / "source", source, None, steps)
-    again, _ = train(folder / "again", target, saved, 0)
-    _, moved = train(folder / "moved", target, saved, steps)
-    _, undisturbed = train(folder / "undisturbed", source, None, 2 * steps)
+    (saved, _), (_, undisturbed) = train_all(
+        source, [Segment(folder / "source", None, steps), Segment(folder / "undisturbed", None, 2 * steps)]
+    )
+    after = [Segment(folder / "again", saved, 0), Segment(folder / "moved", saved, steps)]
+    after += [Segment(folder / "other", None, 2 * steps)] * with_noise
+    (again, _), (_, moved), *others = train_all(target, after)
     gaps = [abs(a - b) for a, b in zip(moved, undisturbed[steps:], strict=True)]
     noise = float("nan")
-    if with_noise:
-        _, other = train(folder / "other", target, None, 2 * steps)
+    for _, other in others:
         noise = max(abs(a - b) for a, b in zip(other[steps:], undisturbed[steps:], strict=True))
     return Outcome(not different_tensors(saved, again) and same_progress(saved, again), gaps[0], max(gaps), noise)
 
@@ -160,12 +161,36 @@ def segment(folder: str, settings: Settings, load: str | None, steps: int) -> No
         Path(folder, "losses.json").write_text(json.dumps(losses))
 
 
+@dataclass(frozen=True)
+class Segment:
+    """So many steps from `load` (None: from scratch), whose checkpoint and losses go into `folder`."""
+
+    folder: Path
+    load: Path | None
+    steps: int
+
+
+def segments(settings: Settings, wanted: list[Segment]) -> None:
+    """On a rank: one after the other, each in an engine of its own."""
+    for part in wanted:
+        segment(str(part.folder), settings, part.load and str(part.load), part.steps)
+
+
+def train_all(settings: Settings, wanted: list[Segment]) -> list[tuple[Path, list[float]]]:
+    """Run segments in one start of the ranks of a layout; of each its checkpoint and its losses."""
+    run_ranks(tiny.ranks_of(settings), segments, settings, wanted, timeout=180)
+    return [(_checkpoint(part.folder), json.loads((part.folder / "losses.json").read_text())) for part in wanted]
+
+
 def train(folder: Path, settings: Settings, load: Path | None, steps: int) -> tuple[Path, list[float]]:
-    """Run `segment` on the ranks of a layout; returns the checkpoint and the losses."""
-    run_ranks(tiny.ranks_of(settings), segment, str(folder), settings, load and str(load), steps, timeout=180)
+    """Run one segment; its checkpoint and its losses."""
+    return train_all(settings, [Segment(folder, load, steps)])[0]
+
+
+def _checkpoint(folder: Path) -> Path:
     found = find_checkpoint(folder)
     assert found is not None
-    return found, json.loads((folder / "losses.json").read_text())
+    return found
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:

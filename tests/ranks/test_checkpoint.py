@@ -29,12 +29,14 @@ from tests.ranks.moves import (
     STEPS,
     TIED,
     Move,
+    Segment,
     carry_out,
     different_tensors,
     engine_of,
     run_steps,
     tensors,
     train,
+    train_all,
 )
 from tests.ranks.run import own_device, run_ranks
 
@@ -53,8 +55,9 @@ MODEL = {"tied_embeddings": True, "hidden_dropout": 0.1, "neftune_noise_alpha": 
 )
 def test_six_steps_at_once_equal_three_and_three_after_a_restart(tmp_path, settings):
     settings = settings | {"model": MODEL}
-    whole, losses = train(tmp_path / "whole", settings, None, 6)
-    half, first = train(tmp_path / "half", settings, None, 3)
+    (whole, losses), (half, first) = train_all(
+        settings, [Segment(tmp_path / "whole", None, 6), Segment(tmp_path / "half", None, 3)]
+    )
     resumed, second = train(tmp_path / "resumed", settings, half, 3)
     assert first + second == losses
     assert different_tensors(whole, resumed) == []
