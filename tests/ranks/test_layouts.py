@@ -106,12 +106,21 @@ def name_of(layout: dict) -> str:
     return "-".join(key if isinstance(value, dict) else f"{key}{value}" for key, value in layout.items())
 
 
-# every second one accumulates, in a pipeline enough for stages to be busy with several micro-batches at once; all pairs
-# of everything are in test_layout_table.py, which takes longer
+# a layout of which other tests below train a model with more to it
+COVERED = ({"pipe": 2, "tensor": 2}, {"tensor": 2, "data": 2, "zero": 3})
+
+
+# every second one accumulates; pipe2-data2-zero1 enough for stages to be busy with several micro-batches at once. All
+# pairs of everything are in test_layout_table.py, which takes longer
 @pytest.mark.parametrize(
     ("layout", "accumulation"),
     [
-        pytest.param(layout, (4 if "pipe" in layout else 2) if i % 2 else 1, id=name_of(layout))
+        pytest.param(
+            layout,
+            (4 if "pipe" in layout and "data" in layout else 2) if i % 2 else 1,
+            id=name_of(layout),
+            marks=[pytest.mark.long] if layout in COVERED else [],
+        )
         for i, layout in enumerate(LAYOUTS)
     ],
 )
@@ -179,9 +188,15 @@ ROTATIONS = {
 @pytest.mark.parametrize(
     ("model", "layout"),
     [
-        pytest.param(ENDS | {"head_bias": True}, {"tensor": 2, "data": 2, "zero": 3}, id="untied, ZeRO 3"),
+        pytest.param(ENDS | {"head_bias": True}, {"data": 2, "zero": 3}, id="untied, ZeRO 3"),
         pytest.param(ENDS | TIED, SPLIT, id="tied, pipeline"),
         pytest.param(ENDS | {"head_bias": True}, SPLIT, id="untied, pipeline", marks=pytest.mark.long),
+        pytest.param(
+            ENDS | {"head_bias": True},
+            {"tensor": 2, "data": 2, "zero": 3},
+            id="untied, tensor, ZeRO 3",
+            marks=pytest.mark.long,
+        ),
         pytest.param(ROTATIONS, {"context": 2, "tensor": 2}, id="two bases, context", marks=pytest.mark.long),
     ],
 )
@@ -198,6 +213,7 @@ def test_training_learns_and_the_clip_is_at_work(tmp_path):
 DROPOUT = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
 
 
+TWO_LAYERS = {"num_layers": 2, "attention_kinds": ("global",) * 2}
 SELECTIVE = {"recompute_selective": True}
 STORED = {"partition_activations": True, "checkpoint_in_cpu": True}
 
@@ -206,7 +222,7 @@ STORED = {"partition_activations": True, "checkpoint_in_cpu": True}
     "layout", [{}, {"pipe": 2}, {"tensor": 2}, {"tensor": 2, "sequence_parallel": True}, {"context": 2}], ids=str
 )
 def test_recompute_changes_no_bit(tmp_path, layout):
-    plain = {"accumulation": 2, "model": DROPOUT, **layout}
+    plain = {"accumulation": 2, "model": DROPOUT | TWO_LAYERS, **layout}
     ways = [{}, SELECTIVE, STORED | SELECTIVE, STORED]
     found, *again = curves(tmp_path, 2, [plain, *(plain | {"recompute": 1, "engine": way} for way in ways)])
     for way, other in zip(ways, again, strict=True):
