@@ -48,7 +48,7 @@ def run(folder: Path, script: str, *words: object, expect: int = 0, **options: A
 
 
 def finished(
-    folder: Path, script: str, *words: object, timeout: float = 240, ranks: int = 1, **options: Any
+    folder: Path, script: str, *words: object, timeout: float = 600, ranks: int = 1, **options: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run a script of the repository in `folder` to its end, on several ranks if so many are asked for.
 

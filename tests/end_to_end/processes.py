@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.end_to_end.commands import ENVIRONMENT, command
 
-PATIENCE = 120.0
+PATIENCE = 300.0
 
 
 @contextmanager
@@ -22,6 +22,7 @@ def started(folder: Path, words: list[str]) -> Iterator["subprocess.Popen[str]"]
         env=os.environ | ENVIRONMENT | {"TMPDIR": str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        pipesize=1 << 20,  # nobody reads while a test waits
         text=True,
         start_new_session=True,
     )
@@ -66,9 +67,9 @@ def process_of_rank(rank: int, run: "subprocess.Popen[str]") -> int:
         try:
             words = Path(f"/proc/{number}/cmdline").read_bytes()
             variables = Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
+            parent = Path(f"/proc/{parent_of(number)}/cmdline").read_bytes()
         except OSError:
             continue
-        parent = Path(f"/proc/{parent_of(number)}/cmdline").read_bytes()
         if b"rank.py" in words and b"deepspeed.launcher" in parent and f"RANK={rank}".encode() in variables:
             return number
     raise AssertionError(f"there is no rank {rank}")

@@ -15,7 +15,7 @@ from tests.end_to_end.commands import ENVIRONMENT, ROOT, run
 from tests.forking import as_script, fork_server
 from tests.tokenizer_files import bpe_file
 
-PATIENCE = 120.0
+PATIENCE = 300.0
 CONTEXT = 2048  # an answer of so many tokens takes seconds, in which a test can act
 MODEL = f"""
 num_layers: 2

@@ -13,6 +13,7 @@ from megatron.serving.answer_schemas import ChatAnswer, CompletionAnswer, Health
 from tests.end_to_end.commands import json_lines, run
 from tests.end_to_end.serving import CONTEXT, PATIENCE, Server, make_model, serving, wait_for
 
+JSON = {"Content-Type": "application/json"}
 LIMITS = ["generation_batch_size=2", "serve_max_waiting=2", "serve_max_choices=4", "serve_max_body=100000"]
 
 
@@ -63,7 +64,8 @@ DESCRIBED = {
 @pytest.mark.parametrize(("method", "path"), DESCRIBED)
 def test_an_answer_has_the_fields_that_the_description_gives_it_and_no_others(server, method, path):
     model, body = DESCRIBED[method, path]
-    described = httpx.get(f"{server.url}/openapi.json").json()["paths"][path][method]["responses"]["200"]["content"]
+    description = httpx.get(f"{server.url}/openapi.json", timeout=PATIENCE).json()
+    described = description["paths"][path][method]["responses"]["200"]["content"]
     assert described["application/json"]["schema"] == {"$ref": f"#/components/schemas/{model.__name__}"}
     answer = httpx.request(method, server.url + path, json=body, timeout=PATIENCE)
     model.model_validate_json(answer.content, strict=True)
@@ -77,7 +79,8 @@ def test_greedy_completions_are_what_generate_writes(folder, client):
     found = client.completions.create(model="small", prompt=prompts, max_tokens=24, temperature=0)
     assert [choice.text for choice in found.choices] == written
     assert [choice.index for choice in found.choices] == [0, 1]
-    plain = [httpx.post(f"{client.base_url}../generate", json={"prompt": one, "maximum_tokens": 24}) for one in prompts]
+    asked = [{"prompt": prompt, "maximum_tokens": 24} for prompt in prompts]
+    plain = [httpx.post(f"{client.base_url}../generate", json=body, timeout=PATIENCE) for body in asked]
     assert [answer.json()["text"] for answer in plain] == written
 
 
@@ -297,13 +300,13 @@ def test_a_wrong_request_is_refused_by_name_and_its_right_twin_is_answered(serve
 def test_a_body_that_is_no_json_object_is_refused(server):
     for body, kind in ((b"{", "json"), (b"[]", "json"), (b'{"prompt": "x"}', "plain"), (b"", "json")):
         headers = {"Content-Type": f"application/{kind}"}
-        answer = httpx.post(f"{server.url}/generate", content=body, headers=headers)
+        answer = httpx.post(f"{server.url}/generate", content=body, headers=headers, timeout=PATIENCE)
         assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
 def test_paths_and_methods_that_do_not_exist_have_errors_of_the_same_form(server):
     for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/generate", 405), ("GET", "/docs", 404)):
-        answer = httpx.request(method, server.url + path)
+        answer = httpx.request(method, server.url + path, timeout=PATIENCE)
         assert (answer.status_code, set(answer.json())) == (status, {"error"})
 
 
@@ -317,17 +320,17 @@ def test_the_client_shows_errors_by_their_kind(client):
 
 def test_a_body_that_is_too_large_is_refused_whether_its_length_is_told_or_not(server):
     body = json.dumps({"prompt": "x" * 100_000}).encode()
-    told = httpx.post(f"{server.url}/generate", content=body, headers={"Content-Type": "application/json"})
+    told = httpx.post(f"{server.url}/generate", content=body, headers=JSON, timeout=PATIENCE)
     assert (told.status_code, told.json()["error"]["code"]) == (413, "too_large")
     chunks = (body[start : start + 1000] for start in range(0, len(body), 1000))
-    untold = httpx.post(f"{server.url}/generate", content=chunks, headers={"Content-Type": "application/json"})
+    untold = httpx.post(f"{server.url}/generate", content=chunks, headers=JSON, timeout=PATIENCE)
     assert untold.status_code == 413
 
 
 def test_lone_surrogates_and_odd_text_are_answered(server):
     for prompt in ("\ud800 half", "nul \0 and \r\n", "🦊" * 3, "<|endoftext|>"):
         body = json.dumps({"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 2}).encode()
-        answer = httpx.post(f"{server.url}/v1/completions", content=body, headers={"Content-Type": "application/json"})
+        answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=JSON, timeout=PATIENCE)
         assert answer.status_code == 200
         assert answer.json()["choices"][0]["text"].startswith(prompt.replace("\ud800", "\ufffd"))
 
@@ -376,7 +379,7 @@ def test_the_client_can_close_a_stream(client, server):
 
 def test_metrics_count_requests_tokens_and_times(server):
     def figures() -> dict[str, float]:
-        page = httpx.get(f"{server.url}/metrics").text
+        page = httpx.get(f"{server.url}/metrics", timeout=PATIENCE).text
         return {name: float(value) for name, value in re.findall(r"^([a-z_]+(?:{.*})?) (\S+)$", page, re.MULTILINE)}
 
     before = figures()

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.end_to_end.commands import ENVIRONMENT, SMALL, command, run
-from tests.end_to_end.processes import PATIENCE, process_of_rank
+from tests.end_to_end.processes import PATIENCE, process_of_rank, steps_done
 from tests.terminals import Terminal, terminal
 
 LABELS = ("step ", "loss ", "speed ", "compute ", "step time ", "memory ")
@@ -51,6 +51,7 @@ def test_a_terminal_gets_a_panel_that_follows_the_window_and_whole_log_lines_abo
         assert all(len(line) < 80 for line in window.screen[-7:])
         window.resize(160, 30)
         window.wait_for(lambda screen: any(line.startswith("step ") and len(line) == 159 for line in screen[-9:]))
+        window.wait_for(lambda screen: steps_done(tmp_path / "run") >= 20, PATIENCE)
         run.send_signal(signal.SIGINT)
         assert ended(window, run) == 0
         assert termios.tcgetattr(window.descriptor) == before
