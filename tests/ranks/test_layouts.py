@@ -21,6 +21,7 @@ from megatron.model.gpt import gpt_layers
 from megatron.optimizers.schedules import learning_rate
 from tests import tiny
 from tests.ranks.run import deterministic_on_gpu, run_ranks
+from tests.ranks.together import run_together
 
 STEPS = 5
 TOLERANCE = 1e-5
@@ -35,6 +36,20 @@ def train_all(folder: str, steps: int, wanted: list[dict]) -> None:
 
 def train(file: str, steps: int, settings: dict) -> None:
     """Train on this rank; rank 0 writes what it saw."""
+    found = seen_in_training(steps, settings)
+    if torch.distributed.get_rank() == 0:
+        Path(file).write_text(json.dumps(found))
+
+
+def trains_like(wanted: dict, settings: dict) -> None:
+    """Train on this rank; on rank 0, what it saw is to be what one rank saw."""
+    found = seen_in_training(STEPS, settings)
+    if torch.distributed.get_rank() == 0:
+        assert_same(found, wanted)
+
+
+def seen_in_training(steps: int, settings: dict) -> dict:
+    """Train on this rank: losses, norms, and the loss of other samples afterwards."""
     deterministic_on_gpu()  # recomputation has to change no bit
     plan = tiny.plan(**settings)
     grid = start_layout(plan.layout)
@@ -46,8 +61,7 @@ def train(file: str, steps: int, settings: dict) -> None:
         losses.append(float(output.loss))
         norms.append(float(output.grad_norm))
     validation = float(engine.evaluate_batch(tiny.micro_batches(1000, plan, grid.rank("data"))))
-    if torch.distributed.get_rank() == 0:
-        Path(file).write_text(json.dumps({"losses": losses, "norms": norms, "validation": validation}))
+    return {"losses": losses, "norms": norms, "validation": validation}
 
 
 def curve(folder: Path, steps: int = STEPS, **settings) -> dict:
@@ -124,8 +138,13 @@ COVERED = ({"pipe": 2, "tensor": 2}, {"tensor": 2, "data": 2, "zero": 3})
         for i, layout in enumerate(LAYOUTS)
     ],
 )
-def test_a_layout_trains_like_one_rank(tmp_path, reference, layout, accumulation):
-    assert_same(curve(tmp_path, accumulation=accumulation, **layout), reference())
+def test_a_layout_trains_like_one_rank(request, reference, layout, accumulation):
+    run_together(
+        request,
+        trains_like,
+        lambda case: (reference(), {"accumulation": case["accumulation"]} | case["layout"]),
+        lambda case: tiny.ranks_of(case["layout"]),
+    )
 
 
 @pytest.mark.parametrize(

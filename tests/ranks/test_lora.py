@@ -30,6 +30,7 @@ from tests import tiny
 from tests.models import random_tokens
 from tests.ranks.moves import allow_fp16_on_cpu, run_steps
 from tests.ranks.run import one_rank, run_ranks
+from tests.ranks.together import run_together
 
 WHOLE = LoraPlan(4, 8.0, 0.0, ("query_key_value", "dense", "mlp"))
 PARTS = LoraPlan(3, 8.0, 0.0, ("query", "value", r"blocks\.[0-2]\.mlp\.gate", "down"))
@@ -56,7 +57,21 @@ def engine_of(plan, base: bool = False) -> TrainingEngine:
 
 
 def train(folder: str, kind: str, settings: dict, save: bool, load: str | None, steps: int) -> None:
-    """On a rank: from the seed, from the base in `load`, or from adapters in `load`."""
+    """On a rank; rank 0 writes the losses."""
+    losses = trained(folder, kind, settings, save, load, steps)
+    if dist.get_rank() == 0:
+        Path(folder, "losses.json").write_text(json.dumps(losses))
+
+
+def trains_like(wanted: list[float], kind: str, settings: dict) -> None:
+    """On a rank; on the first one, losses are to be those of one rank."""
+    losses = trained("", kind, settings, save=False, load=None, steps=STEPS)
+    if dist.get_rank() == 0:
+        assert max(abs(a - b) for a, b in zip(losses, wanted, strict=True)) < 1e-5
+
+
+def trained(folder: str, kind: str, settings: dict, save: bool, load: str | None, steps: int) -> list[float]:
+    """On a rank: losses from the seed on, from the base in `load`, or from adapters in `load`."""
     plan = plan_of(kind, **settings)
     engine, state = engine_of(plan, base=load is not None), TrainState()
     if load is not None and Path(load).parent.name == "adapters":
@@ -66,8 +81,7 @@ def train(folder: str, kind: str, settings: dict, save: bool, load: str | None, 
     state, losses = run_steps(engine, plan, state, steps)
     if save:
         CheckpointWriter(engine, Path(folder), {}).save(state)
-    if dist.get_rank() == 0:
-        Path(folder, "losses.json").write_text(json.dumps(losses))
+    return losses
 
 
 def losses_of(
@@ -107,9 +121,13 @@ def reference(tmp_path_factory):
     ],
     ids=str,
 )
-def test_a_layout_trains_the_adapters_of_one_rank(tmp_path, reference, layout, kind):
-    losses = losses_of(tmp_path, kind, layout)
-    assert max(abs(a - b) for a, b in zip(losses, reference(kind), strict=True)) < 1e-5
+def test_a_layout_trains_the_adapters_of_one_rank(request, reference, layout, kind):
+    run_together(
+        request,
+        trains_like,
+        lambda case: (reference(case["kind"]), case["kind"], case["layout"]),
+        lambda case: tiny.ranks_of(case["layout"]),
+    )
 
 
 def learn(file: str, kind: str) -> None:

@@ -27,6 +27,11 @@ SETTINGS = {
 TIED = {"untied": {"no_weight_tying": True}, "tied": {"no_weight_tying": False}}
 
 
+def save_all(folder: str) -> None:
+    for kind, settings in TIED.items():
+        save(f"{folder}/{kind}", settings)
+
+
 def save(folder: str, settings: dict) -> None:
     config = config_from_flat(SETTINGS | settings | {"save": folder})
     prepared = prepare(config, 1)
@@ -48,18 +53,30 @@ def compute(folder: str, settings: dict, out: str) -> None:
         torch.save(logits, out)
 
 
+def compute_all(folder: str, layout: dict, out: str) -> None:
+    for kind, settings in TIED.items():
+        compute(f"{folder}/{kind}", settings | layout, f"{out} {kind}")
+
+
+LAYOUTS = {
+    "one": (1, {}),
+    "two": (2, {"pipe_parallel_size": 2}),
+    "four": (4, {"pipe_parallel_size": 2, "model_parallel_size": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def logits(tmp_path_factory) -> dict[str, torch.Tensor]:
+    """By layout and kind of model, such as "two tied"."""
+    folder = tmp_path_factory.mktemp("opening")
+    run_ranks(1, save_all, str(folder))
+    for name, (world, layout) in LAYOUTS.items():
+        run_ranks(world, compute_all, str(folder), layout, str(folder / name))
+    return {f"{name} {kind}": torch.load(folder / f"{name} {kind}") for name in LAYOUTS for kind in TIED}
+
+
 @pytest.mark.parametrize("kind", TIED)
-def test_stages_and_tensor_shards_give_the_logits_of_one_rank(tmp_path, kind):
-    run_ranks(1, save, str(tmp_path / "run"), TIED[kind])
-    layouts = {
-        "one": (1, {}),
-        "two": (2, {"pipe_parallel_size": 2}),
-        "four": (4, {"pipe_parallel_size": 2, "model_parallel_size": 2}),
-    }
-    found = {}
-    for name, (world, layout) in layouts.items():
-        run_ranks(world, compute, str(tmp_path / "run"), TIED[kind] | layout, str(tmp_path / name))
-        found[name] = torch.load(tmp_path / name)
+def test_stages_and_tensor_shards_give_the_logits_of_one_rank(logits, kind):
     for name in ("two", "four"):
         # fp32 sums in another order
-        torch.testing.assert_close(found[name], found["one"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits[f"{name} {kind}"], logits[f"one {kind}"], rtol=1e-4, atol=1e-5)
