@@ -194,7 +194,7 @@ def test_several_runs_lie_over_each_other_and_can_be_hidden(trained, tmp_path, p
 
 
 @browsed
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("width", [360, pytest.param(1280, marks=pytest.mark.long)])
 def test_nothing_is_wider_than_the_window_in_either_theme(trained, page, width):
     shades = []
     for scheme in ("light", "dark"):

@@ -20,11 +20,17 @@ def server(tmp_path_factory):
         yield server
 
 
-@pytest.fixture
-def page(server, tmp_path):
-    with chromium(tmp_path) as page:
-        page.open(server.url)
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("browser")) as page:
         yield page
+
+
+@pytest.fixture
+def page(server, browser):
+    browser.show_as(1280, 900, "light")
+    browser.open(server.url)
+    return browser
 
 
 def fill(page, selector: str, text: str) -> None:
@@ -72,7 +78,7 @@ def test_a_person_chats_with_the_keyboard_alone(page):
     assert page.value("messages[2].content") == "Question 2"
 
 
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("width", [360, pytest.param(1280, marks=pytest.mark.long)])
 def test_nothing_is_wider_than_the_window(page, width):
     page.show_as(width, 780, "light")
     assert page.value("document.documentElement.scrollWidth <= innerWidth")
