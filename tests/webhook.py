@@ -1,18 +1,19 @@
 """A server on this machine that alerts are sent to."""
 
 import json
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Event
 
 SECRET = "T0/B0/s3cr3t"
 
 
 class Server(ThreadingHTTPServer):
-    """Answers with the codes of `answers` in turn, then with 200; keeps the bodies. `slow`: seconds before it does."""
+    """Answers with the codes of `answers` in turn, then with 200, while it may; keeps the bodies."""
 
-    def __init__(self, *answers: int, slow: float = 0.0) -> None:
+    def __init__(self, *answers: int) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.answers, self.slow = list(answers), slow
+        self.answers, self.may_answer = list(answers), Event()
+        self.may_answer.set()
         self.bodies: list[dict] = []
 
     @property
@@ -25,7 +26,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        time.sleep(self.server.slow)
+        self.server.may_answer.wait()
         code = self.server.answers.pop(0) if self.server.answers else 200
         if code == 200:
             self.server.bodies.append(body)

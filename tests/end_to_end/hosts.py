@@ -110,7 +110,7 @@ def network(folder: Path, names: str = "ab") -> Iterator[tuple[Host, ...]]:
         with suppress(subprocess.CalledProcessError):
             _ip("netns", "del", switch)
         for server in servers:
-            server.wait(timeout=10)
+            server.wait(timeout=60)
 
 
 def ssh_options(folder: Path) -> str:
@@ -121,12 +121,13 @@ def ssh_options(folder: Path) -> str:
 
 def _wait_for_ssh(host: Host, folder: Path) -> None:
     command = host.command(_tool("ssh"), *ssh_options(folder).split(), host.address, "true")
-    for _ in range(50):
+    deadline = time.monotonic() + 60
+    while True:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return
+        assert time.monotonic() < deadline, f"no ssh to {host.address}: {done.stderr}"
         time.sleep(0.1)
-    raise AssertionError(f"no ssh to {host.address}: {done.stderr}")
 
 
 def _tool(name: str) -> str:

@@ -52,7 +52,7 @@ def on_no_card(monkeypatch):
 def test_a_step_that_fails_or_takes_too_long_keeps_its_output_and_the_next_one_begins(tmp_path, on_no_card):
     steps = (
         step("broken", ROW + "; raise ValueError('of this kind')"),
-        step("endless", ROW + "; import time; time.sleep(60)", seconds=1),
+        step("endless", ROW + "; import time; time.sleep(60)", seconds=4),
         step("sound", ROW),
         step("long", ROW, seconds=100),
     )

@@ -46,13 +46,13 @@ def told_of(folder, phase: str) -> list[Event]:
 
 @contextmanager
 def busy(core: int) -> Iterator[None]:
-    """Three processes compute on a core all the time.
+    """Eight processes compute on a core all the time.
 
-    Each has a session of its own: where Linux groups tasks by session (sched_autogroup), three of one session would
+    Each has a session of its own: where Linux groups tasks by session (sched_autogroup), those of one session would
     share what one gets.
     """
     words = [sys.executable, "-c", f"import os\nos.sched_setaffinity(0, {{{core}}})\nwhile True: pass"]
-    processes = [subprocess.Popen(words, start_new_session=True) for _ in range(3)]
+    processes = [subprocess.Popen(words, start_new_session=True) for _ in range(8)]
     try:
         yield
     finally:
@@ -83,8 +83,8 @@ def test_a_rank_that_shares_its_core_with_busy_processes_is_named(folder):
     assert f"rank 1 on {os.uname().nodename} is slow in the forward pass: " in event.text
     assert event.details["seconds"] > 1.3 * event.details["others"]
     rows = [row for row in json_lines(folder / "run" / "logs" / "metrics.jsonl") if "runtime/slowest_rank" in row]
-    assert rows[-1]["runtime/slowest_rank"] == 1
-    assert rows[-1]["runtime/slowest_rank_seconds"] > rows[-1]["runtime/fastest_rank_seconds"]
+    (row, *_) = [row for row in rows[-3:] if row["runtime/slowest_rank"] == 1]
+    assert row["runtime/slowest_rank_seconds"] > row["runtime/fastest_rank_seconds"]
 
 
 @pytest.mark.long

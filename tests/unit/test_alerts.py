@@ -29,8 +29,8 @@ def serve(monkeypatch) -> Iterator:
     monkeypatch.setattr(sender, "POLL_SECONDS", 0.02)
     servers = []
 
-    def start(*answers: int, slow: float = 0.0) -> Server:
-        server = Server(*answers, slow=slow)
+    def start(*answers: int) -> Server:
+        server = Server(*answers)
         monkeypatch.setenv(VARIABLE, server.address)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
@@ -124,15 +124,14 @@ def test_an_address_that_refuses_or_redirects_is_not_asked_again(serve, tmp_path
 def test_nobody_waits_for_a_server_that_hangs(serve, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(channels, "ANSWER_SECONDS", 0.1)
     monkeypatch.setattr(sender, "LAST_SECONDS", 0.6)
-    serve(slow=2.0)
-    with caplog.at_level(logging.WARNING):
-        with opened(tmp_path, alert_limit=1000) as alerts:
-            log, began = EventLog(None, [alerts.hear]), time.perf_counter()
-            for number in range(300):
-                log.record("spike", "one of many", number)
-            assert time.perf_counter() - began < 0.5
-            began = time.perf_counter()
-        assert time.perf_counter() - began < 1.5
+    server = serve()
+    server.may_answer.clear()
+    with caplog.at_level(logging.WARNING), opened(tmp_path, alert_limit=1000) as alerts:
+        log = EventLog(None, [alerts.hear])
+        for number in range(300):
+            log.record("spike", "one of many", number)
+    assert server.bodies == []
+    server.may_answer.set()
     assert "did not answer within" in caplog.text and "the last alerts are not sent" in caplog.text
 
 
@@ -198,12 +197,12 @@ def test_a_command_gets_the_alert_and_its_failures_are_warned_of_once(tmp_path, 
 
 
 def test_a_command_that_does_not_end_is_killed_with_its_children(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(channels, "COMMAND_SECONDS", 0.2)
+    monkeypatch.setattr(channels, "COMMAND_SECONDS", 2.0)
     command = f"sleep 77 & echo $! > {tmp_path}/child; wait"
     with caplog.at_level(logging.WARNING), opened(tmp_path, alert_webhook=None, alert_command=command) as alerts:
         EventLog(None, [alerts.hear]).record("finish", "done")
-    assert "alert_command did not end within 0 s, and was killed" in caplog.text
-    child, deadline = int((tmp_path / "child").read_text()), time.monotonic() + 5
+    assert "alert_command did not end within 2 s, and was killed" in caplog.text
+    child, deadline = int((tmp_path / "child").read_text()), time.monotonic() + 60
     while _runs(child):
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -227,10 +226,10 @@ def test_long_texts_and_details_are_shortened(serve, tmp_path):
 
 
 def test_without_channels_no_thread_is_started(tmp_path):
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with open_alerts(AlertKeys(), tmp_path, follow=True) as alerts:
         EventLog(None, [alerts.hear]).record("finish", "done")
-        assert threading.active_count() == before
+        assert not set(threading.enumerate()) - before
 
 
 @pytest.mark.parametrize(

@@ -77,9 +77,9 @@ def test_each_corpus_gives_its_samples_in_their_order_across_periods() -> None:
 
 def test_a_sample_far_away_costs_what_the_first_one_costs() -> None:
     mixed = blend(600, 300, 100)
-    began = time.perf_counter()
+    began = time.process_time()
     places = [mixed.place(10**12 + n) for n in range(10_000)]
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
     assert places[0] == (mixed.place(0)[0], 10**9 * mixed.shares[mixed.place(0)[0]])
 
 

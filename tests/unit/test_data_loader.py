@@ -125,9 +125,9 @@ def test_offsets_beyond_four_billion_tokens_are_read_right(tmp_path: Path) -> No
     Path(f"{prefix}.idx").write_bytes(index)
     with Path(f"{prefix}.bin").open("wb") as file:
         file.truncate(count * size * 2)
-    began = time.perf_counter()
+    began = time.process_time()
     source = build_sources(data_path=str(prefix), split="48, 1, 1", seq_length=2048, seed=1, vocab_size=60_000).train
-    assert isinstance(source, Windows) and time.perf_counter() - began < 1
+    assert isinstance(source, Windows) and time.process_time() - began < 1
     starts = [source.start_of(n) for n in range(64)]
     assert max(starts) > 2**34 and source.samples_per_epoch == (96 * 10**9 - 1) // 2048
     with Path(f"{prefix}.bin").open("r+b") as file:

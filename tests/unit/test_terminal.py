@@ -24,7 +24,8 @@ fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 if job := os.fork():  # the shell; its child is a job of it, at first in the background
     time.sleep(0.6)
     print("$ typed", end="", flush=True)
-    time.sleep(0.6)
+    while not os.path.exists(sys.argv[1]):
+        time.sleep(0.02)
     os.setpgid(job, job)
     os.tcsetpgrp(0, job)
     os.waitpid(job, 0)
@@ -187,16 +188,18 @@ def test_a_pipe_and_a_terminal_of_another_encoding_cannot_redraw(window):
         assert not can_redraw(narrow, {"TERM": "xterm"})
 
 
-def test_a_job_in_the_background_leaves_the_shells_line_alone_and_draws_in_the_foreground():
+def test_a_job_in_the_background_leaves_the_shells_line_alone_and_draws_in_the_foreground(tmp_path):
     with terminal(40, 12) as window:
         shell = subprocess.Popen(
-            [sys.executable, "-c", BACKGROUND], stdin=window.descriptor, stdout=window.descriptor,
-            stderr=window.descriptor, start_new_session=True, env=os.environ | {"TERM": "xterm"},
+            [sys.executable, "-c", BACKGROUND, str(tmp_path / "foreground")], stdin=window.descriptor,
+            stdout=window.descriptor, stderr=window.descriptor, start_new_session=True,
+            env=os.environ | {"TERM": "xterm"},
         )  # fmt: skip
-        window.wait_for(lambda screen: screen == ["$ typed"], seconds=10)
-        window.read(0.3)
+        window.wait_for(lambda screen: screen == ["$ typed"])
+        window.read(0.6)
         assert window.screen == ["$ typed"], "nothing is drawn in the background"
-        window.wait_for(lambda screen: screen == ["at the bottom"], seconds=10)
+        (tmp_path / "foreground").touch()
+        window.wait_for(lambda screen: screen == ["at the bottom"])
         shell.kill()
         shell.wait()
 
