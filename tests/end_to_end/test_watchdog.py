@@ -45,14 +45,15 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.long  # as one that sleeps, but that its stacks are waited for in vain
 def test_a_rank_that_is_stopped_is_named_and_the_run_ended(folder):
-    with deepy(folder, "train.py", "small", MANY, "num_gpus=2", "watchdog_timeout=5") as process:
+    with deepy(folder, "train.py", "small", MANY, "num_gpus=2", "watchdog_timeout=3") as process:
         wait_for(lambda: steps_done(folder / "run") >= 3, process)
         ranks = descendants(process.pid)
         os.kill(process_of_rank(1, process), signal.SIGSTOP)
         code, _, err = end(process)
     assert code == 1
-    assert re.search(r"more than 5 s \(watchdog_timeout\)", err), err
+    assert re.search(r"more than 3 s \(watchdog_timeout\)", err), err
     assert re.search(r"rank 1 is stopped by a signal or a debugger", err), err
     # The other stands where the stopped rank left it: in the gradients of its step, or in the next one.
     waiting = re.findall(r"ranks? ([\d, ]+) waits? in all_reduce \([^)]*, step \d+\)", err)
@@ -60,23 +61,30 @@ def test_a_rank_that_is_stopped_is_named_and_the_run_ended(folder):
     logs = folder / "run" / "logs"
     assert "in train_steps" in (logs / "stacks_rank_0.txt").read_text()
     hang, failure = read_events(logs)[-2:]
-    assert (hang.kind, hang.details["rank"] in range(2), hang.details["seconds"] >= 5) == ("hang", True, True)
+    assert (hang.kind, hang.details["rank"] in range(2), hang.details["seconds"] >= 3) == ("hang", True, True)
     # The rank that waited for longest is in the step that rank 0 has counted, or in the next one.
     assert hang.step - steps_done(folder / "run") in (0, 1) and "rank 1 is stopped by a signal" in hang.text
     assert (failure.kind, failure.details) == ("failure", {"code": 1}) and "the run hung" in failure.text
     assert not [process for process in ranks if is_running(process)]
 
 
-@pytest.mark.long
 def test_a_rank_asleep_in_its_data_is_named_with_the_line(folder, monkeypatch):
     (folder / "sleeper.py").write_text(SLEEPER)
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     monkeypatch.setenv("PYTHONPATH", path)
-    with deepy(folder, "train.py", "small", MANY, "num_gpus=2", "watchdog_timeout=5", "plugins=[sleeper]") as process:
+    with deepy(folder, "train.py", "small", MANY, "num_gpus=2", "watchdog_timeout=3", "plugins=[sleeper]") as process:
+        wait_for(lambda: steps_done(folder / "run") >= 3, process)
+        ranks = descendants(process.pid)
         code, _, err = end(process)
     assert code == 1
+    assert re.search(r"more than 3 s \(watchdog_timeout\)", err), err
     assert re.search(r"rank 1 is in data loading \(sleeper\.py:13, step 11\)", err), err
     assert re.search(r"rank 0 waits in all_reduce \(.*, step 11\)", err), err
+    logs = folder / "run" / "logs"
+    assert "in train_steps" in (logs / "stacks_rank_0.txt").read_text()
+    assert "in sleepy" in (logs / "stacks_rank_1.txt").read_text()
+    assert [event.kind for event in read_events(logs)[-2:]] == ["hang", "failure"]
+    assert not [process for process in ranks if is_running(process)]
 
 
 @pytest.mark.long
