@@ -2,8 +2,8 @@
 
 fp32 on the CPU. A layout changes only the order of additions: sums of a few hundred terms of order one move in their
 last bits (1e-7 relative), and 5 steps of Adam with lr 1e-2 on a loss of about 4 let that grow, to 5e-7; so do 20. 1e-5
-is twenty times that, and a thirtieth of what one wrongly counted gradient does: that of a block's bias or of the
-embedding, left out of the clip, left out of its norm or halved, moves the losses by 3e-4 to 1e-3 (in 20 steps by up to
+is twenty times that, and a tenth of what one wrongly counted gradient does: that of a block's bias or of the
+embedding, left out of the clip, left out of its norm or halved, moves the losses by 1e-4 to 1e-3 (in 20 steps by up to
 1e-2). Gradient norms are derivatives: the same rounding moves them more, in 20 steps by up to 2.3e-5 of their value
 with AVX-512, and such a gradient by 3e-3 to 9e-2 of it; 1e-4 lies between.
 """

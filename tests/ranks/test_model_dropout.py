@@ -13,6 +13,7 @@ from megatron.parallel.grid import ParallelGrid
 from megatron.parallel.parameter import load_whole
 from tests.models import VARIETY, build, random_tensor, random_tokens, small
 from tests.ranks.run import deterministic_on_gpu, make_grid, one_rank, run_ranks
+from tests.ranks.together import run_together
 
 DROPOUT = {"attention_dropout": 0.2, "hidden_dropout": 0.1}
 
@@ -41,8 +42,10 @@ def recompute_body(model: ModelPlan) -> None:
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("dropout", [{}, DROPOUT], ids=["no dropout", "dropout"])
 @pytest.mark.parametrize("kind", [{}, {"parallel_residual": True, "num_kv_heads": 2}], ids=["serial", "parallel"])
-def test_recomputation_is_bit_equal(tp, dropout, kind):
-    run_ranks(tp, recompute_body, small(**kind, **dropout))
+def test_recomputation_is_bit_equal(request, tp, dropout, kind):
+    run_together(
+        request, recompute_body, lambda case: (small(**case["kind"], **case["dropout"]),), lambda case: case["tp"]
+    )
 
 
 def replicas_body(model: ModelPlan) -> None:
@@ -58,8 +61,8 @@ def replicas_body(model: ModelPlan) -> None:
 
 
 @pytest.mark.parametrize("parallel_residual", [False, True])
-def test_with_dropout_the_hidden_state_stays_the_same_on_all_ranks(parallel_residual):
-    run_ranks(2, replicas_body, small(parallel_residual=parallel_residual, **DROPOUT))
+def test_with_dropout_the_hidden_state_stays_the_same_on_all_ranks(request, parallel_residual):
+    run_together(request, replicas_body, lambda case: (small(parallel_residual=case["parallel_residual"], **DROPOUT),))
 
 
 def twin_heads_body(model: ModelPlan) -> None:

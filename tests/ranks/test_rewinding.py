@@ -12,6 +12,7 @@ from megatron.checkpoint.store import CheckpointWriter, checkpoint_before, load_
 from tests.ranks.moves import TIED, different_tensors, engine_of, run_steps, same_progress
 from tests.ranks.run import run_ranks
 
+TWO_LAYERS = {"num_layers": 2, "attention_kinds": ("global",) * 2}
 SKIP = {"optimizer": {"skip_update": 6.0, "skip_update_window": 8}}
 KINDS: dict[str, dict[str, Any]] = {
     "bf16": {"data": 2, "precision": "bf16"} | SKIP,
@@ -32,6 +33,7 @@ def goes_back(folder: str, kinds: dict[str, dict[str, Any]]) -> None:
     """Three steps and a checkpoint; two more and back; two more. And in a new engine: from the checkpoint two steps."""
     for name, settings in kinds.items():
         rewound, resumed = Path(folder, name, "rewound"), Path(folder, name, "resumed")
+        settings = settings | {"model": TWO_LAYERS | settings.get("model", {})}
         engine, plan = engine_of(settings)
         state, _ = run_steps(engine, plan, TrainState(), 3)
         writer = CheckpointWriter(engine, rewound, {})
