@@ -46,7 +46,7 @@ RESTARTS = "checkpoint_factor: 5\nplugins: [slow]\n"
 def folder(tmp_path_factory):
     """A configuration, and a run of two ranks that was never disturbed."""
     folder = tmp_path_factory.mktemp("restarts")
-    (folder / "small.yml").write_text(SMALL.replace("train_iters: 20", "train_iters: 30") + RESTARTS)
+    (folder / "small.yml").write_text(SMALL.replace("train_iters: 20", "train_iters: 50") + RESTARTS)
     (folder / "slow.py").write_text(SLOW)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
 
 def assert_same_end(folder: Path, save: str) -> None:
     """The run ended as the undisturbed one did, bit for bit."""
-    wanted, found = (read_tensors(folder / name / "global_step30") for name in ("whole", save))
+    wanted, found = (read_tensors(folder / name / "global_step50") for name in ("whole", save))
     assert wanted.keys() == found.keys()
     assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
 
@@ -262,6 +262,6 @@ def test_without_a_spare_the_run_goes_on_with_fewer_nodes_and_the_same_batch(fol
     assert "batch: 8 samples = micro-batch 4 x accumulation 1 x 2 data-parallel" in out
     assert "batch: 8 samples = micro-batch 4 x accumulation 2 x 1 data-parallel" in out
     assert f"restart 1 of 2 on {three[0].address}; {three[1].address} is left out: does not answer" in err
-    wanted, found = (read_tensors(folder / name / "global_step30") for name in ("whole", "fewer"))
+    wanted, found = (read_tensors(folder / name / "global_step50") for name in ("whole", "fewer"))
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5)
