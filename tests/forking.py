@@ -82,6 +82,7 @@ def as_script(
         os.dup2(opened, descriptor)
         os.close(opened)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
+    multiprocessing.set_start_method(None, force=True)  # as of a script, which forks its loaders
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

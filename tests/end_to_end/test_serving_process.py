@@ -39,7 +39,7 @@ def test_keys_are_needed_where_there_are_some_and_sigterm_finishes_what_runs(fol
         with httpx.stream(
             "POST",
             f"{server.url}/generate",
-            json=LONG | {"maximum_tokens": 500},
+            json=LONG | {"maximum_tokens": 1000},
             headers=bearer("first-key"),
             timeout=PATIENCE,
         ) as one:
@@ -54,7 +54,7 @@ def test_keys_are_needed_where_there_are_some_and_sigterm_finishes_what_runs(fol
             later = httpx.post(f"{server.url}/generate", json={"prompt": "x"}, headers=key, timeout=PATIENCE)
             assert (later.status_code, later.json()["error"]["code"]) == (503, "not_ready")
             *_, last = events
-        assert (last["reason"], last["generated_tokens"]) == ("length", 500)
+        assert (last["reason"], last["generated_tokens"]) == ("length", 1000)
         server.process.join(PATIENCE)
         assert server.process.exitcode == 0
         assert "SIGTERM: the server has ended" in server.output.read_text()

@@ -10,7 +10,8 @@ fp32      1e-5, as argued in test_layouts.py.
           tensor-parallel ranks each of t summands of a row-parallel product is rounded where one rank rounds the
           product once: up to t times the rounding, so within (1 + t) e. e is a maximum over 20 steps of one sample, so
           that at least 0.01 is allowed (2 ** -8, the step of bf16, of a loss of 4 is 0.016). In fp32 the same layouts
-          lie within 1e-6. A gradient counted wrongly moves the losses by 0.01 to 0.1 (test_layouts.py), in fp32 too.
+          lie within 1e-6. A gradient counted wrongly moves the losses by 0.002 to 0.01 over 20 steps, which the fp32
+          cases of the same layouts see.
 dropout   Layouts draw other masks. Half of the largest gap between two one-rank runs with different masks is what a
           mask moves a loss; three times the gap is allowed. Dropout is no part of the fp32 proof.
 """

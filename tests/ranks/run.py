@@ -30,6 +30,7 @@ from megatron.engine.distributed import be_deterministic
 from megatron.parallel.grid import ParallelGrid
 from tests.forking import BACKEND, fork_server
 
+STACK_SECONDS = 10.0  # in which a rank that hangs begins to write its stack
 GRACE_SECONDS = 1.0  # for the other ranks to fail as well, once one has
 
 
@@ -54,7 +55,7 @@ def run_ranks(world: int, body: Callable[..., object], *arguments: object, timeo
         for process in ranks:
             process.start()
         try:
-            _wait(ranks, timeout)
+            _wait(ranks, timeout, folder)
         finally:
             running = [rank for rank, process in enumerate(ranks) if process.is_alive()]
             for process in ranks:
@@ -119,7 +120,7 @@ def _rank(body: Callable[..., object], arguments: tuple[object, ...], rank: int,
             os._exit(1)  # leave at once: a broken process group can hang at its destruction
 
 
-def _wait(ranks: list[BaseProcess], timeout: float) -> None:
+def _wait(ranks: list[BaseProcess], timeout: float, folder: Path) -> None:
     """Return when all ranks ended, or one failed, or the time is over; ranks that still run write their stacks."""
     deadline, running = time.monotonic() + timeout, list(ranks)
     failed = False
@@ -131,8 +132,12 @@ def _wait(ranks: list[BaseProcess], timeout: float) -> None:
     for process in running:
         assert process.pid is not None
         os.kill(process.pid, signal.SIGUSR1)
+    stacks = [folder / f"stack_{ranks.index(process)}" for process in running]
+    deadline = time.monotonic() + STACK_SECONDS
+    while time.monotonic() < deadline and not all(path.exists() and path.stat().st_size for path in stacks):
+        time.sleep(0.05)
     if running:
-        time.sleep(0.2)  # while they write their stacks
+        time.sleep(0.2)  # while they write the rest
 
 
 def _report(rank: int, process: BaseProcess, was_running: bool, folder: Path) -> str | None:

@@ -42,12 +42,12 @@ def test_a_failing_rank_is_reported_with_its_traceback_and_ends_the_others():
     start = time.monotonic()
     with pytest.raises(AssertionError, match=r"rank 1 failed:(.|\n)*rank one is not happy"):
         run_ranks(2, rank_one_fails)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 25
 
 
 def test_a_hanging_rank_is_reported_with_its_stack():
     with pytest.raises(AssertionError, match=r"rank 0 was still running:(.|\n)*rank_zero_hangs_in_its_sleep"):
-        run_ranks(2, rank_zero_hangs_in_its_sleep, timeout=3)
+        run_ranks(2, rank_zero_hangs_in_its_sleep, timeout=5)
 
 
 def test_a_rank_that_a_signal_ends_is_reported():

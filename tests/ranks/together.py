@@ -37,7 +37,7 @@ def run_together(
         cases = [own, *(item for item in request.session.items if item is not own and _is_like(item, own))]
         cases = [case for case in cases if case.nodeid not in _OUTCOMES and world(case.callspec.params) == ranks]
         chosen = [arguments(case.callspec.params) for case in cases]
-        limit = min(240, timeout * len(cases))  # pytest allows a test 300 s
+        limit = min(600, timeout * len(cases))  # pytest allows a test 900 s
         _OUTCOMES.update(run_cases([case.nodeid for case in cases], ranks, body, chosen, limit))
     if (error := _OUTCOMES[own.nodeid]) is not None:
         raise error

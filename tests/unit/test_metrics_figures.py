@@ -117,9 +117,12 @@ def test_a_configured_peak_wins():
 
 
 def test_a_matrix_product_is_measured_where_no_data_sheet_names_a_peak():
-    size, started = 1024, time.perf_counter()
-    torch.mm(torch.ones(size, size), torch.ones(size, size))
-    slower = 2 * size**3 / (time.perf_counter() - started)
+    size, seconds = 1024, []
+    for _ in range(3):
+        started = time.perf_counter()
+        torch.mm(torch.ones(size, size), torch.ones(size, size))
+        seconds.append(time.perf_counter() - started)
+    slower = 2 * size**3 / max(seconds)
     assert 0.3 * slower < measured_flops(torch.float32) < 1e15
 
 
