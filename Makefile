@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The tests of a file stay in one worker, and files start in their order: the short unit tests last, to end together.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Hundreds of processes are started, of which each compiles all modules where the environment forbids to keep bytecode.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 SHARD ?= 1/1
 
 .PHONY: help install demo test test-fast test-long test-all check format docs bench lock clean
@@ -14,7 +15,7 @@ SHARD ?= 1/1
 help:
 	@echo "make install   set up .venv (the other targets do it when they need it)"
 	@echo "make demo      set up, then prepare data, train, generate and evaluate on this machine"
-	@echo "make test      set up, then run the tests (about 10 minutes on 2 cores)"
+	@echo "make test      set up, then run the tests (about 8 minutes on 2 cores)"
 	@echo "make test-fast the unit tests only (about a minute)"
 	@echo "make test-all  the long tests as well (about half an hour); SHARD=2/3 runs the second third"
 	@echo "make test-long the long tests alone; SHARD works here too. WORKERS=8 suits a larger machine"

@@ -175,6 +175,7 @@ def order(first: Tensor, window: int | None) -> Tensor:
     return seen if window is None else seen & (key > query - window)
 
 
+@pytest.mark.long
 def test_versions_and_chosen_kernels_are_written(tmp_path):
     done = proof(tmp_path, "--quick", "--only", "versions")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -150,6 +150,7 @@ def test_a_tokenizer_is_trained_from_text_and_can_be_used(tmp_path: Path, corpus
     assert small.returncode == 2 and "at least 257" in small.stderr
 
 
+@pytest.mark.long
 def test_the_standard_library_becomes_a_corpus_once(tmp_path: Path) -> None:
     first = run("prepare_data.py", "stdlib", folder=tmp_path)
     assert first.returncode == 0, first.stderr

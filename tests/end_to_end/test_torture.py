@@ -54,7 +54,7 @@ def killed_run(folder: Path, save: str, moment: str, seed: int, *more: str, expe
     words += [f"{key}={str(value).lower()}" for key, value in switches.items()]
     words += ["plugins=[killer]", *more]
     done = subprocess.run(
-        words, cwd=folder, env=os.environ | ENVIRONMENT | order, capture_output=True, text=True, timeout=240
+        words, cwd=folder, env=os.environ | ENVIRONMENT | order, capture_output=True, text=True, timeout=600
     )
     assert report.exists() and done.returncode == expect, f"no rank was killed:\n{done.stdout}\n{done.stderr}"
     return report.read_text()

@@ -170,9 +170,9 @@ def logits(path: Path, model, base: str | None = None) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        ("whole", {"precision": "bf16", "tensor": 2, "dropout": 0.2}),
+        pytest.param("whole", {"precision": "bf16", "tensor": 2, "dropout": 0.2}, marks=pytest.mark.long),
         ("parts", {"data": 2, "zero": 3}),
-        ("whole", {"pipe": 2, "zero": 1, "dropout": 0.2}),
+        pytest.param("whole", {"pipe": 2, "zero": 1, "dropout": 0.2}, marks=pytest.mark.long),
     ],
     ids=str,
 )
