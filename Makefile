@@ -15,7 +15,7 @@ SHARD ?= 1/1
 help:
 	@echo "make install   set up .venv (the other targets do it when they need it)"
 	@echo "make demo      set up, then prepare data, train, generate and evaluate on this machine"
-	@echo "make test      set up, then run the tests (about 8 minutes on 2 cores)"
+	@echo "make test      set up, then run the tests (about 9 minutes on 2 cores)"
 	@echo "make test-fast the unit tests only (about a minute)"
 	@echo "make test-all  the long tests as well (about half an hour); SHARD=2/3 runs the second third"
 	@echo "make test-long the long tests alone; SHARD works here too. WORKERS=8 suits a larger machine"
