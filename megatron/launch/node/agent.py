@@ -250,28 +250,24 @@ class Agent:
 
     def _gather_stacks(self, request: int) -> None:
         running = self._running()
-        before = [len(self._stacks_so_far(record.rank)) for record in running]
+        before = {record.rank: len(self._stacks_so_far(record.rank)) for record in running}
         self._signal(running, STACKS)
         deadline = time.monotonic() + STACKS_SECONDS
-        stacks: list[RankStacks] = []
-        while time.monotonic() < deadline:
+        stacks: tuple[RankStacks, ...] = ()
+        are_complete = False
+        while not are_complete and time.monotonic() < deadline:
             time.sleep(STACKS_POLL_SECONDS)
             self._beat()
-            earlier, stacks = (
-                stacks,
-                [
-                    RankStacks(
-                        record.rank,
-                        process_state(record.process),
-                        self._stacks_so_far(record.rank)[length:].decode(errors="replace"),
-                    )
-                    for record, length in zip(running, before, strict=True)
-                ],
-            )
+            seen = tuple(self._stacks_of(record, before[record.rank]) for record in running)
             # Each has written all of its own, or is stopped and cannot.
-            if stacks == earlier and all(one.text or one.state == "T" for one in stacks):
-                break
-        self._write(stacks=tuple(stacks), stacks_round=request)
+            are_complete = seen == stacks and all(one.text or one.state == "T" for one in seen)
+            stacks = seen
+        self._write(stacks=stacks, stacks_round=request)
+
+    def _stacks_of(self, record: RankRecord, begin: int) -> RankStacks:
+        """What a rank has written from byte `begin` of its file on."""
+        text = self._stacks_so_far(record.rank)[begin:].decode(errors="replace")
+        return RankStacks(record.rank, process_state(record.process), text)
 
     def _stacks_so_far(self, rank_number: int) -> bytes:
         try:
