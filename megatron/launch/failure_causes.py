@@ -44,7 +44,8 @@ CAUSES = (
         TIMED_OUT,
     ),
     (
-        r"Connection (closed by peer|reset by peer)|Broken pipe|ncclSystemError|Software caused connection abort",
+        r"Connection (closed by peer|reset by peer|was likely closed)|Broken pipe|ncclSystemError|"
+        r"Software caused connection abort|client socket has (timed out|failed to connect to any)",
         LOST_CONNECTION,
     ),
     (r"EADDRINUSE|[Aa]ddress already in use", "master_port is in use by another process; unset, a free one is chosen"),

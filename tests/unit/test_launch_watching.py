@@ -202,6 +202,9 @@ def test_a_heartbeat_is_read_by_others_and_ages(tmp_path):
         ("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory", "the machine's memory is used up"),
         ("[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=5", "a collective timed out"),
         ("torch.distributed.DistBackendError: NCCL error ... Connection closed by peer", "lost its connection"),
+        # of the store, while the process group is set up
+        ("DistNetworkError: Failed to recv, got 0 bytes. Connection was likely closed. Did the ...", "ended first"),
+        ("DistNetworkError: The client socket has timed out after 1800000ms while trying to", "ended first"),
         ("RuntimeError: The server socket has failed to listen (errno: 98 - Address already in use)", "master_port"),
         ("OSError: [Errno 28] No space left on device", "a disk is full"),
         ("ValueError: rank one is unhappy", None),
